@@ -1,0 +1,1 @@
+"""The protocol: pure, without I/O, clock or threads, standard library only."""

@@ -1,0 +1,251 @@
+"""What the protocol asks for, and what it is told: plain values between the state machine, the pumps and the stores.
+
+A store sees the commands from `Claim` to `Checkpoint`, in batches, and answers each with one of the replies below.
+Ids are 32 bytes, nonces 16; `token` is the fencing token; times are microseconds of the store's clock since the epoch;
+durations are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from retryproof.core.hold import Hold
+    from retryproof.core.record import Record
+
+NOTHING: Mapping[str, bytes] = MappingProxyType({})
+
+
+# Commands to a store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """Take the operation, or say why not. Repeated with the same nonce it gives the same answer (C3).
+
+    fingerprint: at most 64 bytes; compared byte for byte.
+    tenant: 16 bytes that name the tenant, or none; for purging.
+    trace: the caller's trace context (W3C traceparent), or "".
+    alone: 2 when this process holds no other operation, 1 when it holds none that was taken over, else 0 (C15).
+    """
+
+    id: bytes
+    fingerprint: bytes
+    nonce: bytes
+    lease: float
+    retention: float
+    unsettled_retention: float
+    on_abandoned: Literal["rerun", "refuse"] = "rerun"
+    max_attempts: int = 5
+    tenant: bytes = b""
+    trace: str = ""
+    alone: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Settle the operation with its result; None makes a tombstone: done, with nothing to replay."""
+
+    id: bytes
+    nonce: bytes
+    token: int
+    result: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give the operation back: this attempt failed and said so."""
+
+    id: bytes
+    nonce: bytes
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Hold the operation for `lease` seconds from now; `alone` False says that its process runs others beside it."""
+
+    id: bytes
+    nonce: bytes
+    token: int
+    lease: float
+    alone: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Keep a value under a name for later attempts; a name kept before is overwritten."""
+
+    id: bytes
+    nonce: bytes
+    token: int
+    name: str
+    value: bytes
+
+
+# Commands to the pump
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run the caller's work under this hold; answered with Returned, Raised, Cancelled or LeaseLost."""
+
+    hold: Hold
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait; `waiting` says that a duplicate waits for the running attempt and may be refused or leave."""
+
+    seconds: float
+    waiting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Read the record as it stands; answered with Found."""
+
+    id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Disown:
+    """Undo a claim whose answer was lost, in the background: its caller has gone."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Linger:
+    """Go on renewing and settling in the background until it is stored or fenced off (C10)."""
+
+    hold: Hold
+    last: Complete | Release
+
+
+StoreCommand = Claim | Complete | Release | Renew | Checkpoint
+Command = StoreCommand | Run | Pause | Look | Disown | Linger
+
+
+# Replies to a claim
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """Held until the lease ends. `birth` is the nonce of the first claim ever; derived ids come from it (C13)."""
+
+    token: int
+    attempt: int
+    first_seen: int
+    birth: bytes
+    checkpoints: Mapping[str, bytes] = field(default=NOTHING)
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Somebody else holds it for `left` more seconds."""
+
+    left: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Settled; result None is a tombstone."""
+
+    result: bytes | None
+    attempt: int
+    first_seen: int
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The record was made by other input, whose fingerprint this is."""
+
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """An attempt died and the policy refuses another: `refused`, or `poisoned` after too many."""
+
+    reason: Literal["refused", "poisoned"]
+    attempt: int
+
+
+ClaimReply = Acquired | Running | Finished | Mismatch | Abandoned
+
+
+# Replies to the fenced commands
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """It is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Token or nonce are not current, or the operation is settled otherwise: nothing was changed."""
+
+
+DONE = Done()
+LOST = Lost()
+FenceReply = Done | Lost
+
+
+# Replies from the pump
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """The store gave no answer; what was asked may have been done."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The record as it stands, or None."""
+
+    record: Record | None
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The work is done; its encoded result, or None for one that is not kept."""
+
+    result: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The work failed; `unknown` says that its effect may have happened all the same."""
+
+    unknown: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The work was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost:
+    """The lease was lost while the work ran, and the work was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The pause is over; `on` False says that there is no more waiting: too many wait, or the client has left."""
+
+    on: bool = True
+
+
+Reply = (
+    ClaimReply | FenceReply | Unreachable | Found | Returned | Raised | Cancelled | LeaseLost | Paused | None
+)

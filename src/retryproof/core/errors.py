@@ -1,0 +1,83 @@
+"""What can go wrong, and what to do about it.
+
+IdempotencyError
+├── InProgress          the same operation is running elsewhere; try again after `retry_after` seconds
+├── Mismatch            the key was used before, with other input; it never runs
+├── OutcomeUnknown      an earlier attempt died and may have had its effect; an operator settles it
+├── LeaseLost           another attempt took over; what this one did is not recorded
+├── StoreUnavailable    the store gave no answer; nothing was run
+├── InvalidKey          the key is missing, malformed or too weak
+├── ResultOmitted       done, never run again; the result was too large or could not be kept
+├── Unreadable          a record written in a format that this version cannot read
+├── NoOperation         asked for the current operation outside of one
+└── ConfigurationError  an option that makes no sense; raised when it is given
+
+Each names the operation by its digest, says what happened and what to do, and pickles.
+"""
+
+from __future__ import annotations
+
+
+class IdempotencyError(Exception):
+    """The base of all errors; `digest` names the operation (16 hex digits) where one is known."""
+
+    def __init__(self, message: str, *, digest: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.digest = digest
+        self.retry_after = retry_after
+
+    @property
+    def message(self) -> str:
+        """What happened and what to do, without the digest."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.message} [operation {self.digest}]" if self.digest else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = {"digest": self.digest, "retry_after": self.retry_after}
+        return type(self), (self.message,), state
+
+
+class InProgress(IdempotencyError):
+    """The same operation is running elsewhere; try again after `retry_after` seconds."""
+
+
+class Mismatch(IdempotencyError):
+    """The key was used before with other input."""
+
+
+class OutcomeUnknown(IdempotencyError):
+    """An attempt ended without saying whether it had its effect.
+
+    Raised by a handler it keeps the record in progress, for `Policy.on_abandoned` to decide; raised to a caller it
+    means that the operation is refused until an operator settles it.
+    """
+
+
+class LeaseLost(IdempotencyError):
+    """Another attempt took this operation over."""
+
+
+class StoreUnavailable(IdempotencyError):
+    """The store gave no answer in time."""
+
+
+class InvalidKey(IdempotencyError):
+    """The key is missing, malformed or weaker than asked for."""
+
+
+class ResultOmitted(IdempotencyError):
+    """The operation is done, and its result was not kept."""
+
+
+class Unreadable(IdempotencyError):
+    """A record in a format that this version cannot read; it is neither run nor called a mismatch."""
+
+
+class NoOperation(IdempotencyError):
+    """There is no current operation here."""
+
+
+class ConfigurationError(IdempotencyError):
+    """An option that makes no sense."""

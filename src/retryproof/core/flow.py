@@ -1,0 +1,297 @@
+"""The state machine: one attempt at one operation, as a generator without I/O.
+
+Theory. Two rules make a retry harmless: at most one unexpired claim stands on an operation, and what a claim's holder
+writes is fenced, so that a holder that lost its claim changes nothing. Everything else follows: a caller gets a result
+only after it is stored; an answer that was lost is asked for again under the same nonce; what cannot be known is said
+to be unknown.
+
+`attempt` yields commands and is sent `(reply, now)`; `now` is the pump's monotonic clock in seconds. It returns a
+conclusion. TABLE is the whole automaton, checked against the code by the explorer, and the documentation's diagram
+is drawn from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
+
+from retryproof.core.commands import (
+    Abandoned,
+    Acquired,
+    Cancelled,
+    Checkpoint,
+    Claim,
+    Command,
+    Complete,
+    Disown,
+    Done,
+    Finished,
+    Found,
+    LeaseLost,
+    Linger,
+    Look,
+    Lost,
+    Mismatch,
+    Pause,
+    Paused,
+    Raised,
+    Release,
+    Reply,
+    Returned,
+    Run,
+    Running,
+    Unreachable,
+)
+from retryproof.core.hold import Hold
+from retryproof.core.policy import Policy
+from retryproof.core.record import MICROSECONDS, Record, State
+
+Flow = Generator[Command, tuple[Reply, float], "Conclusion"]
+
+FIRST_BACKOFF = 0.05
+"""Seconds before a failed settling is repeated; doubled each time, up to LAST_BACKOFF."""
+LAST_BACKOFF = 1.0
+
+
+# Conclusions
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """This attempt ran and its result is stored; or, with `stored` False, is being stored in the background (C10)."""
+
+    hold: Hold
+    result: bytes | None
+    stored: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The operation was done before; `overtaken` says that this attempt ran as well, and lost its lease."""
+
+    finished: Finished
+    overtaken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Another attempt is running, or was just released; try again after `left` seconds."""
+
+    left: float
+    overtaken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The work raised or was cancelled; `released` says whether another attempt may run at once."""
+
+    hold: Hold
+    released: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatched:
+    """The key was used before, with other input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An attempt died, and the policy refuses another."""
+
+    reason: Literal["refused", "poisoned"]
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """The store gave no answer. Unless `overtaken`, nothing was run."""
+
+    error: Exception
+    overtaken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """The record's fingerprint was made by a version that this one does not know (C21)."""
+
+    version: int
+
+
+Conclusion = Completed | Replayed | Busy | Failed | Mismatched | Refused | Down | Foreign
+
+
+# The table
+
+START, RUNNING, SETTLING, OVERTAKEN = "claiming", "running", "settling", "overtaken"
+
+TABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    (START, "Acquired"): (RUNNING,),
+    (START, "Running"): (START, "Busy"),
+    (START, "Finished"): ("Replayed",),
+    (START, "Mismatch"): (START, "Mismatched", "Foreign"),
+    (START, "Abandoned"): ("Refused",),
+    (START, "Unreachable"): (START, "Down"),
+    (RUNNING, "Returned"): (SETTLING,),
+    (RUNNING, "Raised"): (SETTLING, "Failed"),
+    (RUNNING, "Cancelled"): (SETTLING, "Failed"),
+    (RUNNING, "LeaseLost"): (OVERTAKEN,),
+    (SETTLING, "Done"): ("Completed", "Failed"),
+    (SETTLING, "Lost"): (OVERTAKEN, "Failed"),
+    (SETTLING, "Unreachable"): (SETTLING, "Completed", "Failed"),
+    (OVERTAKEN, "Found"): ("Replayed", "Busy"),
+    (OVERTAKEN, "Unreachable"): ("Down",),
+}
+"""(state, reply) -> where it may lead: a state, or a conclusion."""
+
+
+def attempt(
+    claim: Claim,
+    policy: Policy,
+    now: float,
+    refingerprint: Callable[[int], bytes | None] = lambda version: None,
+) -> Flow:
+    """One attempt: claim, run, settle.
+
+    refingerprint: the input's fingerprint by an earlier version of the algorithm, or None where it is not known.
+    """
+    claimed = yield from _claim(claim, policy, now, refingerprint)
+    if not isinstance(claimed, Hold):
+        return claimed
+    outcome, now = yield Run(claimed)
+    match outcome:
+        case Returned(result):
+            return (yield from _complete(claimed, result, policy, now))
+        case Raised(unknown):
+            return (yield from _fail(claimed, not unknown, policy, now))
+        case Cancelled():
+            return (yield from _fail(claimed, policy.release_on_cancel, policy, now))
+        case LeaseLost():
+            return (yield from _overtaken(claimed))
+        case _:
+            _unexpected(outcome)
+
+
+def _claim(
+    claim: Claim, policy: Policy, now: float, refingerprint: Callable[[int], bytes | None]
+) -> Generator[Command, tuple[Reply, float], Hold | Conclusion]:
+    """Claim until there is an answer; a duplicate waits for as long as the policy lets it (C18)."""
+    began = sent = now
+    doubted = False
+    while True:
+        reply, now = yield claim
+        match reply:
+            case Acquired():
+                return Hold(claim, reply, sent)
+            case Running(left):
+                if now - began >= policy.wait:
+                    return Busy(left)
+                paused, now = yield Pause(min(policy.poll, began + policy.wait - now), waiting=True)
+                if paused != Paused():
+                    return Busy(left)
+                sent, doubted = now, False
+            case Finished():
+                return Replayed(reply)
+            case Mismatch(stored):
+                other = refingerprint(stored[0]) if stored[:1] != claim.fingerprint[:1] else claim.fingerprint
+                if other is None:
+                    return Foreign(stored[0])
+                if other == claim.fingerprint or stored[:1] != other[:1]:
+                    return Mismatched()
+                claim, sent = replace(claim, fingerprint=other), now
+            case Abandoned(reason, number):
+                return Refused(reason, number)
+            case Unreachable(error):
+                # Once more under the same nonce: a pooled connection may have died idle, a reply may have been lost.
+                # The lease counts from the first sending, which may be the one that was applied. A store that took
+                # all its time is not asked again: the caller has waited enough.
+                if doubted or now - sent >= policy.store_timeout:
+                    yield Disown(claim)
+                    return Down(error)
+                doubted = True
+            case _:
+                _unexpected(reply)
+
+
+def _complete(hold: Hold, result: bytes | None, policy: Policy, now: float) -> Flow:
+    """Store the result before anybody sees it (C4); past `complete_timeout` the caller gets it all the same (C10)."""
+    command = hold.complete(result)
+    reply = yield from _settle(hold, command, policy, now)
+    match reply:
+        case Done():
+            return Completed(hold, result)
+        case Lost():
+            return (yield from _overtaken(hold))
+        case _:
+            yield Linger(hold, command)
+            return Completed(hold, result, stored=False)
+
+
+def _fail(hold: Hold, release: bool, policy: Policy, now: float) -> Flow:
+    """Give the operation back (C5), unless its effect may have happened: then the record stays as it is."""
+    if not release:
+        return Failed(hold, released=False)
+    command = hold.release()
+    reply = yield from _settle(hold, command, policy, now)
+    if isinstance(reply, Unreachable):
+        yield Linger(hold, command)
+    return Failed(hold, released=isinstance(reply, Done))
+
+
+def _settle(
+    hold: Hold, command: Complete | Release, policy: Policy, now: float
+) -> Generator[Command, tuple[Reply, float], Done | Lost | Unreachable]:
+    began, delay = now, FIRST_BACKOFF
+    while True:
+        reply, now = yield from fenced(hold, command, now)
+        if not isinstance(reply, Unreachable) or now - began + delay > policy.complete_timeout:
+            return reply
+        _, now = yield Pause(delay)
+        delay = min(2 * delay, LAST_BACKOFF)
+
+
+def fenced(
+    hold: Hold, command: Complete | Release | Checkpoint, now: float
+) -> Generator[Command, tuple[Reply, float], tuple[Done | Lost | Unreachable, float]]:
+    """One fenced command under a hold; a holder whose own count of the lease has run out renews it first (C6)."""
+    if now >= hold.deadline:
+        sent = now
+        reply, now = yield hold.renew()
+        if not isinstance(reply, Done):
+            return _fence_reply(reply), now
+        hold.renewed(sent)
+    reply, now = yield command
+    return _fence_reply(reply), now
+
+
+def _fence_reply(reply: Reply) -> Done | Lost | Unreachable:
+    match reply:
+        case Done() | Lost() | Unreachable():
+            return reply
+        case _:
+            _unexpected(reply)
+
+
+def _overtaken(hold: Hold) -> Flow:
+    """The lease was lost: answer with what the winner stored, or that it is still running (C8)."""
+    found, _ = yield Look(hold.id)
+    match found:
+        case Found(record):
+            return _standing(record, hold)
+        case Unreachable(error):
+            return Down(error, overtaken=True)
+        case _:
+            _unexpected(found)
+
+
+def _standing(record: Record | None, hold: Hold) -> Replayed | Busy:
+    if record is None or record.birth != hold.birth or record.state is State.RELEASED:
+        return Busy(0.0, overtaken=True)
+    if record.state is State.IN_PROGRESS:
+        return Busy(max(0.0, (record.lease_until - record.read_at) / MICROSECONDS), overtaken=True)
+    return Replayed(Finished(record.result, record.attempt, record.first_seen, record.trace), overtaken=True)
+
+
+def _unexpected(reply: Any) -> NoReturn:
+    raise TypeError(f"{reply!r} is no reply to the command before it; a store or a pump broke the protocol.")
+

@@ -1,0 +1,98 @@
+"""How long an operation may take, is kept, and what happens to one whose attempt died."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from retryproof.core.errors import ConfigurationError
+
+OnAbandoned = Literal["rerun", "refuse"]
+OnLeaseLost = Literal["cancel", "continue"]
+
+MAX_SECONDS = 100 * 365 * 86_400.0
+"""A bound on every duration, so that a time in microseconds fits 64 bits in every store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Durations in seconds, sizes in bytes; checked when made.
+
+    lease: how long a claim is held before it must be renewed; a dead holder is taken over after it.
+    max_run: renewal ends after it.
+    retention: how long a settled record is kept and replayed.
+    unsettled_retention: how long a record without an outcome is kept.
+    wait: how long a duplicate waits for the running one; 0 answers at once.
+    poll: how often a waiting duplicate looks.
+    max_waiters: how many duplicates may wait at once in one engine; more are answered at once.
+    on_abandoned: `rerun` repeats what a dead attempt did, except what is covered by the caller's transaction, phases,
+        steps or derived keys; `refuse` answers "outcome unknown" until an operator settles it.
+    max_attempts: attempts that may die alone before the operation is refused as poison.
+    release_on_cancel: whether a cancelled function may run again at once; its effect may have happened.
+    on_lease_lost: whether a handler whose lease was lost is cancelled.
+    max_result: a larger result is not kept; a replay says that it was omitted.
+    complete_timeout: how long to retry storing a result before the caller gets it unstored.
+    store_timeout: how long one call of the store may take.
+    """
+
+    lease: float = 10.0
+    max_run: float = 900.0
+    retention: float = 86_400.0
+    unsettled_retention: float = 2_592_000.0
+    wait: float = 0.0
+    poll: float = 0.1
+    max_waiters: int = 1_000
+    on_abandoned: OnAbandoned = "rerun"
+    max_attempts: int = 5
+    release_on_cancel: bool = False
+    on_lease_lost: OnLeaseLost = "cancel"
+    max_result: int = 1_048_576
+    complete_timeout: float = 5.0
+    store_timeout: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("lease", "max_run", "retention", "unsettled_retention", "poll", "store_timeout"):
+            _check_seconds(name, getattr(self, name), zero=False)
+        for name in ("wait", "complete_timeout"):
+            _check_seconds(name, getattr(self, name), zero=True)
+        for name, least in (("max_waiters", 0), ("max_attempts", 1), ("max_result", 0)):
+            _check_count(name, getattr(self, name), least)
+        _check_choice("on_abandoned", self.on_abandoned, get_args(OnAbandoned))
+        _check_choice("on_lease_lost", self.on_lease_lost, get_args(OnLeaseLost))
+        if self.lease < 0.01:
+            raise ConfigurationError(f"Policy(lease={self.lease}) is under 10 ms, too short to renew; give more.")
+        if self.lease > self.retention:
+            raise ConfigurationError(
+                f"Policy(lease={self.lease}, retention={self.retention}): a record must outlive the lease; "
+                "raise retention or shorten the lease."
+            )
+        if self.lease > self.unsettled_retention:
+            raise ConfigurationError(
+                f"Policy(lease={self.lease}, unsettled_retention={self.unsettled_retention}): a record must outlive "
+                "the lease; raise unsettled_retention."
+            )
+        if self.lease > self.max_run:
+            raise ConfigurationError(
+                f"Policy(lease={self.lease}, max_run={self.max_run}): max_run bounds how long a lease is renewed and "
+                "must not be shorter than one lease."
+            )
+
+
+def _check_seconds(name: str, value: object, *, zero: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ConfigurationError(f"Policy({name}={value!r}) must be a number of seconds.")
+    if value < 0 or (value == 0 and not zero):
+        raise ConfigurationError(f"Policy({name}={value!r}) must be {'zero or more' if zero else 'more than zero'}.")
+    if value > MAX_SECONDS:
+        raise ConfigurationError(f"Policy({name}={value!r}) must be a hundred years at most.")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"Policy({name}={value!r}) must be a whole number, {least} or more.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"Policy({name}={value!r}) must be one of {', '.join(map(repr, choices))}.")

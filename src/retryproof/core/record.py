@@ -1,0 +1,214 @@
+"""The record that a store keeps, and the table that decides what a claim finds (SPEC: C, first table).
+
+    record found                              same fingerprint                      other fingerprint
+    none, or settled and past its retention   Acquired                              Acquired
+    in progress, lease live                   Running                               Mismatch
+    in progress, lease over                   taken over: Acquired, or Abandoned    Mismatch
+    released                                  Acquired (attempt not counted)        Mismatch
+    completed, or a tombstone                 Finished                              Mismatch
+
+`decide` is that table. Stores written in Python call it; those that decide in a script or in SQL mirror it, and one
+model-based test holds them all to it. A released record keeps its row, so that its token never comes back; it counts
+as settled, since its attempt said that it had no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import TypeGuard
+
+from retryproof.core.commands import (
+    DONE,
+    LOST,
+    NOTHING,
+    Abandoned,
+    Acquired,
+    Checkpoint,
+    Claim,
+    ClaimReply,
+    Complete,
+    FenceReply,
+    Finished,
+    Mismatch,
+    Release,
+    Renew,
+    Running,
+)
+
+MICROSECONDS = 1_000_000
+
+
+class State(IntEnum):
+    """Where a record stands; the numbers are stored."""
+
+    IN_PROGRESS = 1
+    RELEASED = 2
+    COMPLETED = 3
+    TOMBSTONE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Times are microseconds of the store's clock since the epoch.
+
+    expires_at: the end of retention once settled or released, of unsettled retention while in progress.
+    deaths: attempts that died alone; `counts` says whether the death of the present one would (C15).
+    read_at: the store's time when it was read.
+    """
+
+    id: bytes
+    state: State
+    fingerprint: bytes
+    birth: bytes
+    nonce: bytes
+    token: int
+    attempt: int
+    deaths: int
+    counts: bool
+    first_seen: int
+    lease_until: int
+    expires_at: int
+    retention: float
+    result: bytes | None = None
+    tenant: bytes = b""
+    trace: str = ""
+    checkpoints: Mapping[str, bytes] = field(default=NOTHING)
+    read_at: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether its outcome is known: completed, tombstone or released."""
+        return self.state is not State.IN_PROGRESS
+
+    def expired(self, now: int) -> bool:
+        """Whether a claim may treat it as absent. What has no outcome never is: only reaping ends it (I7)."""
+        return self.settled and now >= self.expires_at
+
+    def live(self, now: int) -> bool:
+        """Whether an attempt holds it."""
+        return self.state is State.IN_PROGRESS and now < self.lease_until
+
+
+def microseconds(seconds: float) -> int:
+    """Whole microseconds of a duration."""
+    return round(seconds * MICROSECONDS)
+
+
+def decide(record: Record | None, claim: Claim, now: int) -> tuple[Record | None, ClaimReply]:
+    """What a claim finds at the store's time `now`: the record to write (None: nothing changes) and the reply."""
+    if record is None or record.expired(now):
+        return _take(_born(claim, now, record.token if record else 0), claim, now)
+    if record.fingerprint != claim.fingerprint:
+        return None, Mismatch(record.fingerprint)
+    match record.state:
+        case State.COMPLETED | State.TOMBSTONE:
+            return None, Finished(record.result, record.attempt, record.first_seen, record.trace)
+        case State.RELEASED:
+            return _take(record, claim, now)
+        case State.IN_PROGRESS:
+            return _decide_in_progress(record, claim, now)
+
+
+def _decide_in_progress(record: Record, claim: Claim, now: int) -> tuple[Record | None, ClaimReply]:
+    if record.nonce == claim.nonce:  # the same claim, repeated after a lost reply (C3)
+        return None, _acquired(record)
+    if now < record.lease_until:
+        return None, Running((record.lease_until - now) / MICROSECONDS)
+    if claim.on_abandoned == "refuse":
+        return None, Abandoned("refused", record.attempt)
+    deaths = record.deaths + record.counts
+    if deaths >= claim.max_attempts:
+        return None, Abandoned("poisoned", record.attempt)
+    return _take(replace(record, attempt=record.attempt + 1, deaths=deaths), claim, now, taken_over=True)
+
+
+def _born(claim: Claim, now: int, token: int) -> Record:
+    return Record(
+        id=claim.id,
+        state=State.IN_PROGRESS,
+        fingerprint=claim.fingerprint,
+        birth=claim.nonce,
+        nonce=claim.nonce,
+        token=token,
+        attempt=1,
+        deaths=0,
+        counts=False,
+        first_seen=now,
+        lease_until=0,
+        expires_at=0,
+        retention=claim.retention,
+        tenant=claim.tenant,
+        trace=claim.trace,
+    )
+
+
+def _take(record: Record, claim: Claim, now: int, *, taken_over: bool = False) -> tuple[Record, Acquired]:
+    taken = replace(
+        record,
+        state=State.IN_PROGRESS,
+        nonce=claim.nonce,
+        token=max(record.token + 1, now),
+        counts=claim.alone == 2 or (taken_over and claim.alone == 1),
+        lease_until=now + microseconds(claim.lease),
+        expires_at=now + microseconds(claim.unsettled_retention),
+        retention=claim.retention,
+        result=None,
+    )
+    return taken, _acquired(taken)
+
+
+def _acquired(record: Record) -> Acquired:
+    return Acquired(record.token, record.attempt, record.first_seen, record.birth, record.checkpoints, record.trace)
+
+
+def settle(record: Record | None, command: Complete | Release, now: int) -> tuple[Record | None, FenceReply]:
+    """Complete or release, fenced: the record to write (None: nothing changes) and the reply.
+
+    Repeated after a lost reply, the command finds its own mark and is done (C3).
+    """
+    if record is None or (record.nonce, record.token) != (command.nonce, command.token):
+        return None, LOST
+    if record.settled:
+        # A repeat of the command that settled it, or a late command of an attempt that settled otherwise.
+        same = isinstance(command, Release) == (record.state is State.RELEASED)
+        return None, DONE if same else LOST
+    settled = replace(
+        record,
+        state=_state_after(command),
+        result=command.result if isinstance(command, Complete) else None,
+        expires_at=now + microseconds(record.retention),
+        lease_until=now,
+        checkpoints=record.checkpoints if isinstance(command, Release) else NOTHING,
+    )
+    return settled, DONE
+
+
+def _state_after(command: Complete | Release) -> State:
+    if isinstance(command, Release):
+        return State.RELEASED
+    return State.TOMBSTONE if command.result is None else State.COMPLETED
+
+
+def renew(record: Record | None, command: Renew, now: int) -> tuple[Record | None, FenceReply]:
+    """Extend the lease, fenced. A lease that is over but was not taken over is current and is extended."""
+    if not _held(record, command):
+        return None, LOST
+    until = max(record.lease_until, now + microseconds(command.lease))
+    return replace(record, lease_until=until, counts=record.counts and command.alone), DONE
+
+
+def checkpoint(record: Record | None, command: Checkpoint) -> tuple[Record | None, FenceReply]:
+    """Keep a step's result, fenced."""
+    if not _held(record, command):
+        return None, LOST
+    return replace(record, checkpoints={**record.checkpoints, command.name: command.value}), DONE
+
+
+def _held(record: Record | None, command: Renew | Checkpoint) -> TypeGuard[Record]:
+    return (
+        record is not None
+        and record.state is State.IN_PROGRESS
+        and (record.nonce, record.token) == (command.nonce, command.token)
+    )

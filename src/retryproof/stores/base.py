@@ -1,0 +1,163 @@
+"""The store protocol: what every store does, and what third parties implement.
+
+A store keeps one record for each operation (`core.record.Record`) and changes it only through these calls. Each takes
+a batch that holds no id twice and answers each item in order, with a reply or with an exception for that item alone;
+an exception that is raised fails the whole batch, and what was asked may have been done. A batch is bounded by
+`capabilities.max_batch`. What a claim finds is decided by the table in `core.record`; fenced commands change nothing
+unless nonce and token are both current and the record is in progress, and say `Lost` then, except that a command
+repeated after a lost reply says `Done` (C3).
+
+Rules for authors: time is the store's own, read at the moment of the statement (C9). Nothing waits for a lock that
+somebody else holds for long: what is locked is answered `Running` (T2). Every call ends within the store's time-out.
+Drivers' own retries are off. One bad item must not fail its neighbours. `retryproof.testing.StoreConformance` and
+`AsyncStoreConformance` check all of this. One colour is enough: a sync store serves async callers through one thread.
+
+A store need not be safe for concurrent calls of the same method from several threads unless it says so in
+`capabilities.concurrent`; the opened store (`stores.opened`) sees to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar, runtime_checkable
+
+from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.errors import StoreUnavailable
+from retryproof.core.record import Record, State
+
+T = TypeVar("T")
+Batch = Sequence[T | StoreUnavailable]
+"""One reply or error for each item, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a store can do and how much it can hold.
+
+    name: for events and messages, like "redis".
+    max_batch: items a call may have.
+    max_result: bytes a result may have, or None for no limit of the store's own.
+    native_ttl: settled records vanish by themselves at the end of their retention.
+    transactions: completion can be part of the caller's own transaction.
+    clock: whose clock counts, for people: "server", "host".
+    blocking: a call may block its thread; one that never does is called from the event loop itself.
+    concurrent: calls may come from several threads at once. Otherwise they come one at a time.
+    """
+
+    name: str
+    max_batch: int = 256
+    max_result: int | None = None
+    native_ttl: bool = False
+    transactions: bool = False
+    clock: str = "server"
+    blocking: bool = True
+    concurrent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    """What one bounded pass of reaping removed.
+
+    settled: records past their retention. unsettled: records that ended without an outcome; each is an event (C12).
+    more: whether another pass would find more.
+    """
+
+    settled: int = 0
+    unsettled: Sequence[Record] = field(default=())
+    more: bool = False
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A store that blocks its caller."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+
+    def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
+        """Take each operation or say why not."""
+
+    def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
+        """Settle each operation with its result; retention starts."""
+
+    def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
+        """Give each operation back, keeping its row, token and checkpoints."""
+
+    def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
+        """Extend each lease; never shorten one."""
+
+    def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
+        """Keep each value under its name; items may share an id here, in order."""
+
+    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        """Each record as it stands, expired ones as None, with `read_at` the store's time."""
+
+    def scan(
+        self, *, prefix: bytes = b"", state: State | None = None, tenant: bytes | None = None, after: bytes = b"", limit: int = 100
+    ) -> Sequence[Record]:
+        """A page of unexpired records in the order of their ids, from behind `after`; for operators, not for speed.
+
+        An empty page is the end. Results and checkpoints may be left out.
+        """
+
+    def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        """Forget each record, unless its lease is live; whether it is gone."""
+
+    def reap(self, limit: int = 1_000) -> Reaped:
+        """Remove at most `limit` records whose time is over: settled or released past their retention, and in progress,
+        with no live lease, past their unsettled retention. Never blocks claims; any number of processes may do it."""
+
+    def close(self) -> None:
+        """Let go of connections that the store made. Called once; not after a fork."""
+
+
+@runtime_checkable
+class AsyncStore(Protocol):
+    """A store for one event loop; the contract is Store's."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]: ...
+
+    async def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]: ...
+
+    async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]: ...
+
+    async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]: ...
+
+    async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]: ...
+
+    async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]: ...
+
+    async def scan(
+        self, *, prefix: bytes = b"", state: State | None = None, tenant: bytes | None = None, after: bytes = b"", limit: int = 100
+    ) -> Sequence[Record]: ...
+
+    async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]: ...
+
+    async def reap(self, limit: int = 1_000) -> Reaped: ...
+
+    async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class HasKeeper(Protocol):
+    """An async store that can renew from another thread, so that a blocked event loop loses no lease (C6)."""
+
+    def keeper(self) -> Store:
+        """A blocking store over the same records with a connection of its own; made, used and closed in one thread.
+
+        Only `renew` and `close` are called.
+        """
+
+
+@runtime_checkable
+class HasCommitGroup(Protocol):
+    """A store that can commit calls of several kinds together."""
+
+    def commit_group(self) -> AbstractContextManager[None]:
+        """All calls inside are one commit; a failure inside fails them all."""

@@ -1,0 +1,152 @@
+"""The store in this process's memory: for tests, for development, and for work that ends with the process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from threading import Lock
+
+from retryproof.core import record as table
+from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.record import Record, State
+from retryproof.stores.base import Capabilities, Reaped
+
+
+def wall_clock() -> int:
+    """Microseconds since the epoch by the host's clock."""
+    return time.time_ns() // 1_000
+
+
+class MemoryStore:
+    """Every record in a dictionary under one lock; safe for threads and tasks, never blocks for long.
+
+    clock: microseconds since the epoch; tests inject one.
+    Records past their retention are removed as claims come in, a few a claim, so that memory stays bounded.
+    """
+
+    capabilities = Capabilities(name="memory", max_batch=1_024, clock="host", blocking=False, concurrent=True)
+
+    def __init__(self, clock: Callable[[], int] = wall_clock) -> None:
+        self._clock = clock
+        self._records: dict[bytes, Record] = {}
+        self._lock = Lock()
+
+    def claim(self, claims: Sequence[Claim]) -> Sequence[ClaimReply]:
+        """Take each operation or say why not."""
+        with self._lock:
+            now = self._clock()
+            self._sweep(now, 2 * len(claims))
+            replies = []
+            for claim in claims:
+                written, reply = table.decide(self._records.get(claim.id), claim, now)
+                self._write(written)
+                replies.append(reply)
+            return replies
+
+    def complete(self, commands: Sequence[Complete]) -> Sequence[FenceReply]:
+        """Settle each operation with its result."""
+        return self._settle(commands)
+
+    def release(self, commands: Sequence[Release]) -> Sequence[FenceReply]:
+        """Give each operation back."""
+        return self._settle(commands)
+
+    def _settle(self, commands: Sequence[Complete] | Sequence[Release]) -> Sequence[FenceReply]:
+        with self._lock:
+            now = self._clock()
+            return [self._reply(*table.settle(self._records.get(command.id), command, now)) for command in commands]
+
+    def renew(self, commands: Sequence[Renew]) -> Sequence[FenceReply]:
+        """Extend each lease."""
+        with self._lock:
+            now = self._clock()
+            return [self._reply(*table.renew(self._records.get(command.id), command, now)) for command in commands]
+
+    def checkpoint(self, commands: Sequence[Checkpoint]) -> Sequence[FenceReply]:
+        """Keep each value under its name."""
+        with self._lock:
+            return [self._reply(*table.checkpoint(self._records.get(command.id), command)) for command in commands]
+
+    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        """Each record as it stands."""
+        with self._lock:
+            now = self._clock()
+            return [self._read(self._records.get(id), now) for id in ids]
+
+    def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        state: State | None = None,
+        tenant: bytes | None = None,
+        after: bytes = b"",
+        limit: int = 100,
+    ) -> Sequence[Record]:
+        """A page of records in the order of their ids."""
+        with self._lock:
+            now = self._clock()
+            found = [
+                record
+                for id, record in self._records.items()
+                if id > after
+                and id.startswith(prefix)
+                and state in (None, record.state)
+                and tenant in (None, record.tenant)
+                and not record.expired(now)
+            ]
+        page = sorted(found, key=lambda record: record.id)[:limit]
+        return [replace(record, read_at=now) for record in page]
+
+    def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        """Forget each record, unless its lease is live."""
+        with self._lock:
+            now = self._clock()
+            return [self._evict(id, now) for id in ids]
+
+    def reap(self, limit: int = 1_000) -> Reaped:
+        """Remove records whose time is over."""
+        with self._lock:
+            now = self._clock()
+            over = [
+                record
+                for record in self._records.values()
+                if now >= record.expires_at and not record.live(now)
+            ]
+            for record in over[:limit]:
+                del self._records[record.id]
+        unsettled = [record for record in over[:limit] if not record.settled]
+        return Reaped(len(over[:limit]) - len(unsettled), unsettled, more=len(over) > limit)
+
+    def close(self) -> None:
+        """Nothing to let go of: a named store outlives the engine that opened it."""
+
+    def _evict(self, id: bytes, now: int) -> bool:
+        record = self._records.get(id)
+        if record is not None and record.live(now):
+            return False
+        self._records.pop(id, None)
+        return True
+
+    def _write(self, record: Record | None) -> None:
+        if record is not None:
+            self._records.pop(record.id, None)  # to the end: the oldest write stays first, for the sweep
+            self._records[record.id] = record
+
+    def _reply(self, written: Record | None, reply: FenceReply) -> FenceReply:
+        self._write(written)
+        return reply
+
+    def _read(self, record: Record | None, now: int) -> Record | None:
+        if record is None or record.expired(now):
+            return None
+        return replace(record, read_at=now)
+
+    def _sweep(self, now: int, most: int) -> None:
+        """Look at the records written longest ago; retentions differ, so what is not over goes to the end."""
+        for _ in range(min(most, len(self._records))):
+            id = next(iter(self._records))
+            record = self._records.pop(id)
+            if not record.expired(now):
+                self._records[id] = record
+                return
