@@ -246,6 +246,4 @@ class Paused:
     on: bool = True
 
 
-Reply = (
-    ClaimReply | FenceReply | Unreachable | Found | Returned | Raised | Cancelled | LeaseLost | Paused | None
-)
+Reply = ClaimReply | FenceReply | Unreachable | Found | Returned | Raised | Cancelled | LeaseLost | Paused | None

@@ -294,4 +294,3 @@ def _standing(record: Record | None, hold: Hold) -> Replayed | Busy:
 
 def _unexpected(reply: Any) -> NoReturn:
     raise TypeError(f"{reply!r} is no reply to the command before it; a store or a pump broke the protocol.")
-

@@ -90,13 +90,19 @@ class Store(Protocol):
         """Extend each lease; never shorten one."""
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        """Keep each value under its name; items may share an id here, in order."""
+        """Keep each value under its name."""
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
         """Each record as it stands, expired ones as None, with `read_at` the store's time."""
 
     def scan(
-        self, *, prefix: bytes = b"", state: State | None = None, tenant: bytes | None = None, after: bytes = b"", limit: int = 100
+        self,
+        *,
+        prefix: bytes = b"",
+        state: State | None = None,
+        tenant: bytes | None = None,
+        after: bytes = b"",
+        limit: int = 100,
     ) -> Sequence[Record]:
         """A page of unexpired records in the order of their ids, from behind `after`; for operators, not for speed.
 
@@ -134,7 +140,13 @@ class AsyncStore(Protocol):
     async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]: ...
 
     async def scan(
-        self, *, prefix: bytes = b"", state: State | None = None, tenant: bytes | None = None, after: bytes = b"", limit: int = 100
+        self,
+        *,
+        prefix: bytes = b"",
+        state: State | None = None,
+        tenant: bytes | None = None,
+        after: bytes = b"",
+        limit: int = 100,
     ) -> Sequence[Record]: ...
 
     async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]: ...

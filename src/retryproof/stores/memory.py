@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
@@ -29,7 +30,7 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], int] = wall_clock) -> None:
         self._clock = clock
-        self._records: dict[bytes, Record] = {}
+        self._records: OrderedDict[bytes, Record] = OrderedDict()  # oldest write first, for the sweep
         self._lock = Lock()
 
     def claim(self, claims: Sequence[Claim]) -> Sequence[ClaimReply]:
@@ -108,11 +109,7 @@ class MemoryStore:
         """Remove records whose time is over."""
         with self._lock:
             now = self._clock()
-            over = [
-                record
-                for record in self._records.values()
-                if now >= record.expires_at and not record.live(now)
-            ]
+            over = [record for record in self._records.values() if now >= record.expires_at and not record.live(now)]
             for record in over[:limit]:
                 del self._records[record.id]
         unsettled = [record for record in over[:limit] if not record.settled]
@@ -130,8 +127,8 @@ class MemoryStore:
 
     def _write(self, record: Record | None) -> None:
         if record is not None:
-            self._records.pop(record.id, None)  # to the end: the oldest write stays first, for the sweep
             self._records[record.id] = record
+            self._records.move_to_end(record.id)
 
     def _reply(self, written: Record | None, reply: FenceReply) -> FenceReply:
         self._write(written)
@@ -145,8 +142,8 @@ class MemoryStore:
     def _sweep(self, now: int, most: int) -> None:
         """Look at the records written longest ago; retentions differ, so what is not over goes to the end."""
         for _ in range(min(most, len(self._records))):
-            id = next(iter(self._records))
-            record = self._records.pop(id)
+            id, record = next(iter(self._records.items()))
             if not record.expired(now):
-                self._records[id] = record
+                self._records.move_to_end(id)
                 return
+            del self._records[id]

@@ -1,0 +1,48 @@
+"""SQL is a plan, not a driver: what a store does is a generator of statements that is sent their rows.
+
+An adapter says only how to execute a statement on its driver, so the same plan runs on the store's own connection or
+on the caller's, inside the caller's own transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Row = Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One statement with its parameters in the dialect's own style; `many` runs it once for each row of them."""
+
+    sql: str
+    parameters: Sequence[Any] = ()
+    many: bool = False
+
+
+Plan = Generator[Statement, Sequence[Row], T]
+
+
+def perform(plan: Plan[T], execute: Callable[[Statement], Sequence[Row]]) -> T:
+    """Pump a plan on a connection that blocks."""
+    try:
+        statement = next(plan)
+        while True:
+            statement = plan.send(execute(statement))
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+async def aperform(plan: Plan[T], execute: Callable[[Statement], Awaitable[Sequence[Row]]]) -> T:
+    """Pump a plan on a connection of the event loop."""
+    try:
+        statement = next(plan)
+        while True:
+            statement = plan.send(await execute(statement))
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
