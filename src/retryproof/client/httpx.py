@@ -1,0 +1,379 @@
+"""Transports for httpx that retry (K1 to K4); the code above them does not change.
+
+    client = httpx.Client(transport=RetryTransport())
+    client.post("https://api.example/charges", json=charge)     # one key, up to five attempts, one charge
+
+Three things to know:
+
+- The server must honour the key. Mount the transport on the APIs that do (`httpx.Client(mounts=…)`).
+- An attempt counts only when its whole response is here, so bodies are read before the response is returned, still
+  encoded as they came. With `stream_responses=True` bodies below 400 flow, and a cut one is the caller's to handle.
+- `httpx.Client` hands `verify`, `proxy`, `http2`, … to its own transport only: give them to the one that is wrapped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import random as random_module
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from types import TracebackType
+from uuid import uuid4
+
+import httpx
+
+from retryproof.client.budget import RetryBudget
+from retryproof.client.flow import Answered, Broken, Call, Command, Pause, Resumed, Send, Stop, problem_code, retrying
+from retryproof.client.policy import RetryPolicy
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.operation_key import current_operation_key
+
+__all__ = ["AsyncRetryTransport", "RetryTransport"]
+
+# Raised before a byte of the request can have left.
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+# The request itself is wrong: another attempt would be too.
+_HOPELESS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
+
+_TIMEOUTS = ("connect", "read", "write", "pool")
+
+Outcome = httpx.Response | httpx.TransportError
+
+
+class _Exchange:
+    """One call under way, without its I/O."""
+
+    def __init__(self, request: httpx.Request, transport: _Retrying) -> None:
+        policy = _policy_of(request, transport.policy)
+        key = _key_of(request, policy)
+        self.call = Call(request.method, key, transport.monotonic())
+        if not isinstance(request.stream, httpx.ByteStream):
+            policy = self._once(policy)
+        self._request = request
+        self._transport = transport
+        self._policy = policy
+        self._attempt = 1
+        self._flow = retrying(self.call, policy, transport.budget, transport.random)
+
+    def _once(self, policy: RetryPolicy) -> RetryPolicy:
+        """The policy for a body that can be read only once, where it may be sent at all."""
+        if self.call.repeatable and policy.max_attempts > 1:
+            raise ConfigurationError(
+                f"this {self.call.method} may have to be sent again, and its body is a stream that can be read only "
+                "once; nothing was sent. Give the body as bytes, or allow a single attempt with "
+                "extensions={'retry_policy': RetryPolicy(max_attempts=1)}"
+            )
+        return replace(policy, max_attempts=1)
+
+    def begin(self) -> Command:
+        return next(self._flow)
+
+    def tell(self, outcome: Outcome) -> Command:
+        now = self._transport.monotonic()
+        if isinstance(outcome, httpx.Response):
+            headers = {name.lower(): value for name, value in outcome.headers.items()}
+            return self._flow.send(
+                Answered(outcome.status_code, headers, now, self._transport.wall_clock(), _code_of(outcome))
+            )
+        return self._flow.send(Broken(sent=not isinstance(outcome, _UNSENT), now=now))
+
+    def resume(self) -> Command:
+        return self._flow.send(Resumed(self._transport.monotonic()))
+
+    def request_for(self, send: Send) -> httpx.Request:
+        """The request itself, or for a retry a copy whose time-outs fit in the time that is left."""
+        self._attempt = send.attempt
+        if send.time_left is None or send.time_left == math.inf:
+            return self._request
+        own = self._request.extensions.get("timeout", {})
+        timeout = {name: min(_or_infinite(own.get(name)), send.time_left) for name in _TIMEOUTS}
+        return httpx.Request(
+            self._request.method,
+            self._request.url,
+            headers=self._request.headers,
+            stream=self._request.stream,
+            extensions={**self._request.extensions, "timeout": timeout},
+        )
+
+    def reads(self, response: httpx.Response) -> bool:
+        """Whether the body belongs to the attempt.
+
+        Bodies of errors do even where others flow: they are small, and a retry lets go of the connection.
+        """
+        if not self.call.repeatable or response.status_code == 101:
+            return False
+        return response.status_code >= 400 or not self._transport.stream_responses
+
+    def finish(self, outcome: Outcome, stop: Stop) -> httpx.Response:
+        if isinstance(outcome, httpx.TransportError):
+            raise outcome
+        outcome.extensions["retryproof"] = {
+            "key": self.call.key,
+            "attempts": stop.attempts,
+            "reason": stop.reason,
+        }
+        return outcome
+
+    def name_key(self, error: BaseException) -> None:
+        """Put the key on whatever leaves: without it the caller cannot ask again for the same operation."""
+        if self.call.key is None:
+            return
+        text = f"{self._policy.header}: {self.call.key}, attempts: {self._attempt}"
+        error.__dict__["idempotency_key"] = self.call.key
+        if isinstance(error, httpx.TransportError):
+            error.args = (f"{error} [{text}]" if str(error) else f"[{text}]",)
+        else:
+            error.add_note(f"[{text}]")
+
+
+class _Retrying:
+    """What both colours are made with."""
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        budget: RetryBudget | None,
+        stream_responses: bool,
+        random: Callable[[], float],
+        monotonic: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self.policy = policy
+        self.budget = RetryBudget.of(policy) if budget is None else budget
+        self.stream_responses = stream_responses
+        self.random = random
+        self.monotonic = monotonic
+        self.wall_clock = wall_clock
+
+
+class RetryTransport(httpx.BaseTransport):
+    """Retries over any sync transport (default: a new `httpx.HTTPTransport`), which it closes with itself.
+
+    `budget` may be shared between transports; by default each has its own, made from the policy. A request may bring
+    its own policy in `extensions={"retry_policy": …}`. The response's `extensions["retryproof"]` says `key`,
+    `attempts` and `reason`; exceptions keep their type, name the key and carry it as `idempotency_key`.
+    """
+
+    def __init__(
+        self,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        policy: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        budget: RetryBudget | None = None,
+        stream_responses: bool = False,
+        sleep: Callable[[float], object] = time.sleep,
+        random: Callable[[], float] = random_module.random,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._transport = httpx.HTTPTransport() if transport is None else transport
+        self._retrying = _Retrying(policy, budget, stream_responses, random, monotonic, wall_clock)
+        self._sleep = sleep
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if _is_multipart(request):
+            request.read()
+        exchange = _Exchange(request, self._retrying)
+        try:
+            command = exchange.begin()
+            while True:
+                match command:
+                    case Send():
+                        outcome = self._send(exchange, command)
+                        command = exchange.tell(outcome)
+                    case Pause(seconds):
+                        self._sleep(seconds)
+                        command = exchange.resume()
+                    case Stop():
+                        return exchange.finish(outcome, command)
+        except BaseException as error:
+            exchange.name_key(error)
+            raise
+
+    def _send(self, exchange: _Exchange, command: Send) -> Outcome:
+        try:
+            response = self._transport.handle_request(exchange.request_for(command))
+            if not exchange.reads(response):
+                return response
+            try:
+                return _whole(response, b"".join(_sync(response)))
+            finally:
+                response.close()
+        except _HOPELESS:
+            raise
+        except httpx.TransportError as error:
+            return error
+
+    def __enter__(self) -> RetryTransport:
+        self._transport.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        self._transport.__exit__(exc_type, exc_value, traceback)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class AsyncRetryTransport(httpx.AsyncBaseTransport):
+    """Retries over any async transport (default: a new `httpx.AsyncHTTPTransport`); options as RetryTransport's.
+
+    Under trio, give `sleep=trio.sleep`.
+    """
+
+    def __init__(
+        self,
+        transport: httpx.AsyncBaseTransport | None = None,
+        *,
+        policy: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        budget: RetryBudget | None = None,
+        stream_responses: bool = False,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        random: Callable[[], float] = random_module.random,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._transport = httpx.AsyncHTTPTransport() if transport is None else transport
+        self._retrying = _Retrying(policy, budget, stream_responses, random, monotonic, wall_clock)
+        self._sleep = sleep
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if _is_multipart(request):
+            await request.aread()
+        exchange = _Exchange(request, self._retrying)
+        try:
+            command = exchange.begin()
+            while True:
+                match command:
+                    case Send():
+                        outcome = await self._send(exchange, command)
+                        command = exchange.tell(outcome)
+                    case Pause(seconds):
+                        await self._sleep(seconds)
+                        command = exchange.resume()
+                    case Stop():
+                        return exchange.finish(outcome, command)
+        except BaseException as error:
+            exchange.name_key(error)
+            raise
+
+    async def _send(self, exchange: _Exchange, command: Send) -> Outcome:
+        try:
+            response = await self._transport.handle_async_request(exchange.request_for(command))
+            if not exchange.reads(response):
+                return response
+            try:
+                return _whole(response, b"".join([chunk async for chunk in _async(response)]))
+            finally:
+                await response.aclose()
+        except _HOPELESS:
+            raise
+        except httpx.TransportError as error:
+            return error
+
+    async def __aenter__(self) -> AsyncRetryTransport:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None = None,
+        exc_value: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        await self._transport.__aexit__(exc_type, exc_value, traceback)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+def _policy_of(request: httpx.Request, default: RetryPolicy) -> RetryPolicy:
+    policy = request.extensions.get("retry_policy", default)
+    if not isinstance(policy, RetryPolicy):
+        raise ConfigurationError("extensions['retry_policy'] must be a RetryPolicy")
+    return policy
+
+
+def _key_of(request: httpx.Request, policy: RetryPolicy) -> str | None:
+    """The call's key, put on the request itself so that redirects, authentication and resends of it carry it on."""
+    given = request.headers.get(policy.header)
+    if given is not None:
+        # An empty one protects nothing, and is still not ours to replace.
+        return given.strip() or None
+    if request.method not in policy.methods:
+        return None
+    block = current_operation_key()
+    if block is None:
+        key = str(uuid4())
+    else:
+        block.bind(_target(request), _digest(request))
+        key = block.key
+    request.headers[policy.header] = f'"{key}"' if policy.quoted else key
+    return key
+
+
+def _target(request: httpx.Request) -> str:
+    """Method and URL for people: what may hold a secret is left out."""
+    return f"{request.method} {request.url.copy_with(userinfo=b'', query=None, fragment=None)}"
+
+
+def _digest(request: httpx.Request) -> bytes:
+    """SHA-256 over method, URL and body; a body that can be read only once is left to the server to compare."""
+    body = request.read() if isinstance(request.stream, httpx.ByteStream) else b""
+    if _is_multipart(request):
+        # A form that is built again has another boundary.
+        boundary = request.headers["content-type"].partition("boundary=")[2].partition(";")[0].strip(' "')
+        body = body.replace(boundary.encode(), b"") if boundary else body
+    digest = hashlib.sha256()
+    for part in (request.method.encode(), str(request.url).encode(), body):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.digest()
+
+
+def _is_multipart(request: httpx.Request) -> bool:
+    """Forms are read into memory once: their files may not be readable, or not the same, a second time."""
+    return request.headers.get("content-type", "").lower().startswith("multipart/")
+
+
+def _code_of(response: httpx.Response) -> str | None:
+    if response.status_code < 400 or not isinstance(response.stream, httpx.ByteStream):
+        return None
+    try:
+        body = httpx.Response(response.status_code, headers=response.headers, content=b"".join(response.stream)).content
+    except httpx.DecodingError:
+        return None
+    return problem_code(response.headers.get("content-type"), body)
+
+
+def _whole(response: httpx.Response, raw: bytes) -> httpx.Response:
+    """The same response over bytes that are all here, content encoding untouched."""
+    return httpx.Response(
+        response.status_code,
+        headers=response.headers,
+        stream=httpx.ByteStream(raw),
+        extensions=response.extensions,
+    )
+
+
+def _sync(response: httpx.Response) -> httpx.SyncByteStream:
+    if not isinstance(response.stream, httpx.SyncByteStream):
+        raise TypeError("an async transport under RetryTransport; use AsyncRetryTransport")
+    return response.stream
+
+
+def _async(response: httpx.Response) -> httpx.AsyncByteStream:
+    if not isinstance(response.stream, httpx.AsyncByteStream):
+        raise TypeError("a sync transport under AsyncRetryTransport; use RetryTransport")
+    return response.stream
+
+
+def _or_infinite(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
