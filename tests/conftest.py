@@ -1,0 +1,143 @@
+"""Real servers and their isolation: one server a session, a database or prefix of one's own a worker or test."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+
+from servers import SERVICES, Instance, Missing, RunDirectory, Server, Unanswered, plan, resolve, start_private
+
+RUN_VARIABLE = "RETRYPROOF_TEST_RUN_DIRECTORY"  # tells pytest-xdist's workers where their session's servers are
+STARTED = pytest.StashKey[RunDirectory]()
+
+PrivateServer = Callable[..., Instance]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        run = RunDirectory.of_session()
+        os.environ[RUN_VARIABLE] = str(run.path)
+        config.stash[STARTED] = run
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    run = config.stash.get(STARTED, None)
+    if run is not None:
+        run.clear()
+
+
+def pytest_report_header() -> list[str]:
+    return [f"{name}: {plan(name)}" for name in SERVICES]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    run = config.stash.get(STARTED, None)
+    if run is None:
+        return
+    for service in SERVICES.values():
+        instance = run.running(service)
+        if instance is not None:
+            terminalreporter.write_line(
+                f"tested against {service.product} {instance.version} (real), private: {instance.binary}"
+            )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("quiet"):
+            item.add_marker(pytest.mark.xdist_group("quiet"))
+
+
+@pytest.fixture(scope="session")
+def run_directory() -> RunDirectory:
+    """Where this session's private servers live, shared by its workers."""
+    return RunDirectory(Path(os.environ[RUN_VARIABLE]))
+
+
+@pytest.fixture(scope="session")
+def redis_url(run_directory: RunDirectory) -> str:
+    """A Redis that others may share: take key prefixes from `unique`, never flush."""
+    return _server("redis", run_directory).url
+
+
+@pytest.fixture(scope="session")
+def valkey_url(run_directory: RunDirectory) -> str:
+    """A Valkey that others may share: take key prefixes from `unique`, never flush."""
+    return _server("valkey", run_directory).url
+
+
+@pytest.fixture(scope="session")
+def postgres_url(run_directory: RunDirectory) -> Iterator[str]:
+    """A fresh PostgreSQL database of this worker's own, dropped at the end."""
+    import psycopg
+
+    server = _server("postgres", run_directory)
+    database = f"retryproof_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{database}"'.encode())
+    yield _with_database(server.url, database)
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(f'DROP DATABASE "{database}" WITH (FORCE)'.encode())
+
+
+@pytest.fixture
+def unique() -> str:
+    """A short random name, for a key prefix, a table or a scope that no other test uses."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def private_redis(run_directory: RunDirectory) -> Iterator[PrivateServer]:
+    """Starts Redis servers of this test's own, to be killed, paused and restarted: `private_redis(*options)`."""
+    yield from _private("redis", run_directory)
+
+
+@pytest.fixture
+def private_valkey(run_directory: RunDirectory) -> Iterator[PrivateServer]:
+    """Starts Valkey servers of this test's own, to be killed, paused and restarted: `private_valkey(*options)`."""
+    yield from _private("valkey", run_directory)
+
+
+@pytest.fixture
+def private_postgres(run_directory: RunDirectory) -> Iterator[PrivateServer]:
+    """Starts PostgreSQL servers of this test's own, to be killed, paused, restarted: `private_postgres(*options)`."""
+    yield from _private("postgres", run_directory)
+
+
+def _with_database(server_url: str, database: str) -> str:
+    """The same server's URL with another database."""
+    return urlunsplit(urlsplit(server_url)._replace(path=f"/{database}"))
+
+
+def _server(name: str, run: RunDirectory) -> Server:
+    try:
+        return resolve(name, run)
+    except Unanswered as error:
+        pytest.fail(str(error), pytrace=False)
+    except Missing as error:
+        _missing(error)
+
+
+def _private(name: str, run: RunDirectory) -> Iterator[PrivateServer]:
+    started: list[Instance] = []
+
+    def start(*options: str) -> Instance:
+        try:
+            started.append(start_private(name, *options, run=run))
+        except Missing as error:
+            _missing(error)
+        return started[-1]
+
+    yield start
+    for instance in started:
+        instance.discard()
+
+
+def _missing(error: Missing) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI needs every server: {error}", pytrace=False)
+    pytest.skip(str(error))
