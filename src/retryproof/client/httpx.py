@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from types import TracebackType
+from typing import Self
 from uuid import uuid4
 
 import httpx
@@ -207,7 +208,7 @@ class RetryTransport(httpx.BaseTransport):
         except httpx.TransportError as error:
             return error
 
-    def __enter__(self) -> RetryTransport:
+    def __enter__(self) -> Self:
         self._transport.__enter__()
         return self
 
@@ -279,7 +280,7 @@ class AsyncRetryTransport(httpx.AsyncBaseTransport):
         except httpx.TransportError as error:
             return error
 
-    async def __aenter__(self) -> AsyncRetryTransport:
+    async def __aenter__(self) -> Self:
         await self._transport.__aenter__()
         return self
 
@@ -340,7 +341,8 @@ def _digest(request: httpx.Request) -> bytes:
 
 def _is_multipart(request: httpx.Request) -> bool:
     """Forms are read into memory once: their files may not be readable, or not the same, a second time."""
-    return request.headers.get("content-type", "").lower().startswith("multipart/")
+    content_type: str = request.headers.get("content-type", "")
+    return content_type.lower().startswith("multipart/")
 
 
 def _code_of(response: httpx.Response) -> str | None:

@@ -37,7 +37,9 @@ class RetryPolicy:
     statuses: Collection[int] = RETRIED_STATUSES
 
     def __post_init__(self) -> None:
-        _require(not isinstance(self.max_attempts, bool) and isinstance(self.max_attempts, int), "max_attempts", "whole")
+        _require(
+            not isinstance(self.max_attempts, bool) and isinstance(self.max_attempts, int), "max_attempts", "whole"
+        )
         _require(self.max_attempts >= 1, "max_attempts", "at least 1")
         _require(self.deadline > 0, "deadline", "positive (math.inf for none)")
         for name in ("backoff", "max_backoff", "max_retry_after", "retry_ratio", "retry_floor", "retry_burst"):
