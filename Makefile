@@ -1,0 +1,33 @@
+# demo: see it work · test: prove it · lint · bench: measure it · docs · clean
+BIN := .venv/bin
+.PHONY: demo test lint bench docs clean
+
+demo:
+	@scripts/setup demo
+	@$(BIN)/retryproof demo
+
+test:
+	@scripts/setup dev
+	@scripts/services install
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint:
+	@scripts/setup dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src tests scripts
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_release.py
+
+bench:
+	@scripts/setup dev
+	@scripts/services install
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+docs:
+	@scripts/setup dev
+	@$(BIN)/python -m pytest tests/docs
+
+clean:
+	@scripts/services down
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
