@@ -9,8 +9,8 @@ Standard library only, since it runs before any environment exists. For each ser
 """
 
 from servers.instance import Instance
+from servers.order import Missing, RunDirectory, Server, Unanswered, plan, resolve, start_private
 from servers.probes import Answer, NoAnswer
-from servers.resolve import Missing, RunDirectory, Server, Unanswered, plan, resolve, start_private
 from servers.table import SERVICES, Service
 
 __all__ = [

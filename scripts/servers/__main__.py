@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from servers.install import install
+from servers.order import Missing, RunDirectory, Unanswered, answering, plan, resolve
 from servers.probes import NoAnswer
-from servers.resolve import Missing, RunDirectory, Unanswered, answering, plan, resolve
 from servers.table import SERVICES
 
 DESCRIPTION = """\
