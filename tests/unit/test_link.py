@@ -204,3 +204,10 @@ def test_closing_twice_is_harmless_and_a_closed_link_says_so(server: _Server) ->
 def test_refuses_a_probability_that_is_none(link: FaultLink, probability: float) -> None:
     with pytest.raises(ValueError, match="probability"):
         link.reset(probability=probability)
+
+
+def test_waits_for_a_count(link: FaultLink) -> None:
+    ask(link)
+    link.wait_for("exchanges")
+    with pytest.raises(TimeoutError, match="exchanges is 1"):
+        link.wait_for("exchanges", 2, timeout=0.01)

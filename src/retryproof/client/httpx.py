@@ -57,6 +57,7 @@ class _Exchange:
         self._transport = transport
         self._policy = policy
         self._attempt = 1
+        self._outcome: Outcome
         self._flow = retrying(self.call, policy, transport.budget, transport.random)
 
     def _once(self, policy: RetryPolicy) -> RetryPolicy:
@@ -73,6 +74,7 @@ class _Exchange:
         return next(self._flow)
 
     def tell(self, outcome: Outcome) -> Command:
+        self._outcome = outcome
         now = self._transport.monotonic()
         if isinstance(outcome, httpx.Response):
             headers = {name.lower(): value for name, value in outcome.headers.items()}
@@ -108,7 +110,9 @@ class _Exchange:
             return False
         return response.status_code >= 400 or not self._transport.stream_responses
 
-    def finish(self, outcome: Outcome, stop: Stop) -> httpx.Response:
+    def finish(self, stop: Stop) -> httpx.Response:
+        """Return the last outcome, or raise it."""
+        outcome = self._outcome
         if isinstance(outcome, httpx.TransportError):
             raise outcome
         outcome.extensions["retryproof"] = {
@@ -183,13 +187,12 @@ class RetryTransport(httpx.BaseTransport):
             while True:
                 match command:
                     case Send():
-                        outcome = self._send(exchange, command)
-                        command = exchange.tell(outcome)
+                        command = exchange.tell(self._send(exchange, command))
                     case Pause(seconds):
                         self._sleep(seconds)
                         command = exchange.resume()
                     case Stop():
-                        return exchange.finish(outcome, command)
+                        return exchange.finish(command)
         except BaseException as error:
             exchange.name_key(error)
             raise
@@ -255,13 +258,12 @@ class AsyncRetryTransport(httpx.AsyncBaseTransport):
             while True:
                 match command:
                     case Send():
-                        outcome = await self._send(exchange, command)
-                        command = exchange.tell(outcome)
+                        command = exchange.tell(await self._send(exchange, command))
                     case Pause(seconds):
                         await self._sleep(seconds)
                         command = exchange.resume()
                     case Stop():
-                        return exchange.finish(outcome, command)
+                        return exchange.finish(command)
         except BaseException as error:
             exchange.name_key(error)
             raise

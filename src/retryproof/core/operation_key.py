@@ -60,7 +60,7 @@ def operation_key(key: str | None = None) -> Iterator[str]:
     """
     if key is None:
         key = str(uuid4())
-    if not isinstance(key, str) or not _SENDABLE.fullmatch(key):
+    if not _SENDABLE.fullmatch(key):
         raise InvalidKey(
             "a key to send is 1 to 255 visible ASCII characters without space, quotes, backslash, comma or semicolon"
         )

@@ -107,7 +107,7 @@ class FaultLink:
         self._random = random if random is not None else random_module.Random(0)
         self._rules: dict[tuple[str, Direction], _Rule] = {}
         self._stats: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: asyncio.Server | None = None
@@ -168,6 +168,12 @@ class FaultLink:
         with self._lock:
             return Counter(self._stats)
 
+    def wait_for(self, name: str, count: int = 1, *, timeout: float = 10.0) -> None:
+        """Block until a counter of `stats` reaches `count`; TimeoutError if it does not in time (seconds)."""
+        with self._lock:
+            if not self._lock.wait_for(lambda: self._stats[name] >= count, timeout):
+                raise TimeoutError(f"{name} is {self._stats[name]} after {timeout} s, not {count}")
+
     @property
     def url(self) -> str:
         """The link as an HTTP base URL."""
@@ -217,12 +223,14 @@ class FaultLink:
                 rule.times -= 1
                 if rule.name != "cut":
                     self._stats[rule.name] += 1
+            self._lock.notify_all()
             return _Plan.of(drawn)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter of `stats`."""
         with self._lock:
             self._stats[name] += amount
+            self._lock.notify_all()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a task that ends with the link at the latest."""
