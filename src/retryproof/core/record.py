@@ -106,6 +106,8 @@ def decide(record: Record | None, claim: Claim, now: int) -> tuple[Record | None
         case State.COMPLETED | State.TOMBSTONE:
             return None, Finished(record.result, record.attempt, record.first_seen, record.trace)
         case State.RELEASED:
+            if record.nonce == claim.nonce:  # a late duplicate: its attempt is over, and nobody would run this one
+                return None, Running(0.0)
             return _take(record, claim, now)
         case State.IN_PROGRESS:
             return _decide_in_progress(record, claim, now)

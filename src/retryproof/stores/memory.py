@@ -37,9 +37,9 @@ class MemoryStore:
         """Take each operation or say why not."""
         with self._lock:
             now = self._clock()
-            self._sweep(now, 2 * len(claims))
             replies = []
             for claim in claims:
+                self._sweep(now, 2)
                 written, reply = table.decide(self._records.get(claim.id), claim, now)
                 self._write(written)
                 replies.append(reply)
