@@ -1,0 +1,186 @@
+"""How results are written into records: a versioned envelope around a response or a value.
+
+Every stored result starts with a version byte and a kind byte. What cannot be read back (cut off, damaged, of a later
+version, written by another codec) is `errors.Unreadable`, never a wrong result.
+
+A response is one packed head, then its bytes. Numbers are big-endian:
+
+    version u8 | kind "R" | flags u8 | status u16 | header count u16 | body length u32
+    then per header: name length u16, value length u32
+    then names and values in order, then the body
+
+A value is `version u8 | kind "V" | length of the codec's name u8 | name | what the codec wrote`.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from retryproof.core.convert import Converter, Unencodable, converter_for
+from retryproof.core.errors import Unreadable
+
+__all__ = [
+    "Codec",
+    "JsonCodec",
+    "StoredResponse",
+    "Unencodable",
+    "codec_for",
+    "decode_response",
+    "decode_value",
+    "encode_response",
+    "encode_value",
+]
+
+VERSION = 1
+
+_RESPONSE = ord("R")
+_VALUE = ord("V")
+_OMITTED = 1
+
+_HEAD = struct.Struct(">BBBHHI")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """An HTTP response as it is replayed: names and values byte for byte, in order, repeated names kept.
+
+    `omitted` marks one whose body was not kept.
+    """
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    omitted: bool = False
+
+
+def encode_response(response: StoredResponse) -> bytes:
+    """Return a response as it is stored; raise Unencodable for what no HTTP response can be."""
+    parts = [part for header in response.headers for part in header]
+    flags = _OMITTED if response.omitted else 0
+    count = len(response.headers)
+    try:
+        head = _HEAD.pack(VERSION, _RESPONSE, flags, response.status, count, len(response.body))
+        lengths = struct.pack(">" + "HI" * count, *map(len, parts))
+        return b"".join((head, lengths, *parts, response.body))
+    except (struct.error, TypeError) as error:
+        raise Unencodable(f"not a response that can be stored: {error}") from error
+
+
+def decode_response(data: bytes) -> StoredResponse:
+    """Return a stored response; raise Unreadable if it is not one, whole and of this version."""
+    try:
+        version, kind, flags, status, count, body_length = _HEAD.unpack_from(data)
+        if version != VERSION or kind != _RESPONSE or flags > _OMITTED or not 100 <= status <= 999:
+            raise _unreadable(data, _RESPONSE)
+        lengths = struct.unpack_from(">" + "HI" * count, data, _HEAD.size)
+    except struct.error as error:
+        raise _unreadable(data, _RESPONSE) from error
+    at = _HEAD.size + 6 * count
+    if at + sum(lengths) + body_length != len(data):
+        raise _unreadable(data, _RESPONSE)
+    parts = []
+    for length in lengths:
+        end = at + length
+        parts.append(data[at:end])
+        at = end
+    # One iterator zipped with itself pairs names with values.
+    pairs = iter(parts)
+    return StoredResponse(status, tuple(zip(pairs, pairs, strict=True)), data[at:], flags == _OMITTED)
+
+
+class Codec(Protocol):
+    """Turns results into bytes and back; `decode(encode(value)) == value`.
+
+    `encode` raises Unencodable for a value that it cannot give back faithfully. `name` is stored with each value and
+    changes when the format does; it has 1 to 255 ASCII characters.
+    """
+
+    @property
+    def name(self) -> str:
+        """What names the format in the record."""
+
+    def encode(self, value: Any, /) -> bytes:
+        """Return the bytes of a value, or raise Unencodable."""
+
+    def decode(self, data: bytes, /) -> Any:
+        """Return the value of such bytes."""
+
+
+def encode_value(codec: Codec, value: object) -> bytes:
+    """Return a value as it is stored; raise Unencodable, and nothing else, where the codec cannot write it."""
+    name = codec.name.encode("ascii")
+    try:
+        payload = codec.encode(value)
+    except Unencodable:
+        raise
+    except Exception as error:  # The effect has happened: whatever a codec raises must end as a tombstone (C17).
+        raise Unencodable(f"codec {codec.name} failed: {error!r}") from error
+    return b"%c%c%c%b%b" % (VERSION, _VALUE, len(name), name, payload)
+
+
+def decode_value(codec: Codec, data: bytes) -> Any:
+    """Return a stored value; raise Unreadable, and nothing else, if this codec did not write it or cannot read it."""
+    if len(data) < 3 or data[0] != VERSION or data[1] != _VALUE:
+        raise _unreadable(data, _VALUE)
+    start = 3 + data[2]
+    name = data[3:start].decode("ascii", "replace")
+    if name != codec.name:
+        raise Unreadable(f"The result was written by codec {name!r}; reading it takes that codec, not {codec.name!r}.")
+    try:
+        return codec.decode(data[start:])
+    except Unreadable:
+        raise
+    except Exception as error:  # A codec may raise anything on bytes that it did not write; C21 asks for one error.
+        raise Unreadable(
+            f"The stored result cannot be read by codec {name!r}: {type(error).__name__}. "
+            "Was the annotation changed since it was stored?"
+        ) from error
+
+
+class JsonCodec:
+    """JSON, and what an annotation says of dataclasses, dates, decimals and so on; without one, plain JSON alone."""
+
+    name = "json"
+
+    def __init__(self, annotation: object = Any) -> None:
+        self._converter: Converter = converter_for(annotation)
+
+    def encode(self, value: Any, /) -> bytes:
+        """Return the bytes of a value, or raise Unencodable."""
+        try:
+            return _to_text(self._converter.encode(value)).encode("utf-8", "surrogatepass")
+        except (RecursionError, ValueError) as error:
+            if isinstance(error, Unencodable):
+                raise
+            raise Unencodable(f"the result cannot be written as JSON: {error}") from error
+
+    def decode(self, data: bytes, /) -> Any:
+        """Return the value of such bytes."""
+        return self._converter.decode(json.loads(data.decode("utf-8", "surrogatepass")))
+
+
+Extension: TypeAlias = Callable[[object], Codec | None]
+
+
+def codec_for(annotation: object, extensions: Sequence[Extension] = ()) -> Codec:
+    """Return the codec for an annotation: the first that an extension offers, else JSON.
+
+    Raises ConfigurationError, naming the annotation, where there is none.
+    """
+    for extension in extensions:
+        codec = extension(annotation)
+        if codec is not None:
+            return codec
+    return JsonCodec(annotation)
+
+
+_to_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def _unreadable(data: bytes, kind: int) -> Unreadable:
+    what = "response" if kind == _RESPONSE else "value"
+    if data and data[0] != VERSION:
+        return Unreadable(f"The stored {what} has version {data[0]}; this release reads {VERSION}. Upgrade to read it.")
+    return Unreadable(f"The stored {what} is damaged or cut off, or is no {what} at all.")
