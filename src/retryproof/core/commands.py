@@ -141,7 +141,7 @@ class Acquired:
     attempt: int
     first_seen: int
     birth: bytes
-    checkpoints: Mapping[str, bytes] = field(default=NOTHING)
+    checkpoints: Mapping[str, bytes] = field(default_factory=lambda: NOTHING)
     trace: str = ""
 
 

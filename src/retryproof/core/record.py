@@ -74,7 +74,7 @@ class Record:
     result: bytes | None = None
     tenant: bytes = b""
     trace: str = ""
-    checkpoints: Mapping[str, bytes] = field(default=NOTHING)
+    checkpoints: Mapping[str, bytes] = field(default_factory=lambda: NOTHING)
     read_at: int = 0
 
     @property
