@@ -9,7 +9,7 @@ demo:
 test:
 	@scripts/setup dev
 	@scripts/services install
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 lint:
 	@scripts/setup dev
@@ -26,7 +26,7 @@ bench:
 
 docs:
 	@scripts/setup dev
-	@$(BIN)/python -m pytest tests/docs
+	@test ! -d tests/docs || $(BIN)/python -m pytest tests/docs
 
 clean:
 	@scripts/services down

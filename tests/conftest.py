@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit, urlunsplit
 
+import hypothesis
 import pytest
 
 from servers import SERVICES, Instance, Missing, RunDirectory, Server, Unanswered, plan, resolve, start_private
 
 RUN_VARIABLE = "RETRYPROOF_TEST_RUN_DIRECTORY"  # tells pytest-xdist's workers where their session's servers are
+
+# Two busy cores make any time limit on one example a matter of luck; pytest-timeout still ends what hangs.
+hypothesis.settings.register_profile("home", deadline=None)
+# CI repeats the same examples, so that a change is judged by what it changed.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "home")
+
 STARTED = pytest.StashKey[RunDirectory]()
 
 PrivateServer = Callable[..., Instance]
