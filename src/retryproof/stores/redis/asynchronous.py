@@ -1,0 +1,151 @@
+"""The store for an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol as Interface
+from typing import TypeVar, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+
+from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.record import Record, State
+from retryproof.stores.base import Batch, Reaped
+from retryproof.stores.redis.blocking import RedisStore
+from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
+from retryproof.stores.redis.settings import Settings
+from retryproof.stores.redis.wire import pack
+
+T = TypeVar("T")
+
+_CONNECTIONS = {"tcp": Connection, "tls": SSLConnection, "unix": UnixDomainSocketConnection}
+
+
+class _Connection(Interface):
+    async def send_packed_command(self, command: Sequence[bytes], check_health: bool) -> None: ...
+    async def read_response(self) -> Reply: ...
+    async def disconnect(self, nowait: bool = False) -> None: ...
+
+
+class AsyncRedisStore:
+    """Records in Redis or Valkey, for one event loop: each call in flight has a connection.
+
+    The options are RedisStore's; `timeout` is for a whole call. Cancelled, a call may have been done.
+    """
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, url_or_client: str | Redis, *, prefix: str = "retryproof", timeout: float = 2.0) -> None:
+        self._settings = Settings.of(url_or_client, Redis, prefix, timeout)
+        self._protocol = Protocol(self._settings.prefix)
+        self._idle: list[_Connection] = []
+        self._closed = False
+        try:
+            self._connection()
+        except (TypeError, ValueError, RedisError) as error:
+            raise ConfigurationError(f"redis-py refuses these options: {error}") from error
+
+    async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
+        return await self._perform(self._protocol.claim(claims))
+
+    async def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
+        return await self._perform(self._protocol.settle(commands))
+
+    async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
+        return await self._perform(self._protocol.settle(commands))
+
+    async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
+        return await self._perform(self._protocol.renew(commands))
+
+    async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
+        return await self._perform(self._protocol.checkpoint(commands))
+
+    async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        return await self._perform(self._protocol.get(ids))
+
+    async def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        state: State | None = None,
+        tenant: bytes | None = None,
+        after: bytes = b"",
+        limit: int = 100,
+    ) -> Sequence[Record]:
+        """A page, without results and checkpoints; each page looks at all keys of the database."""
+        return await self._perform(
+            self._protocol.scan(prefix=prefix, state=state, tenant=tenant, after=after, limit=limit)
+        )
+
+    async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        return await self._perform(self._protocol.evict(ids))
+
+    async def reap(self, limit: int = 1_000) -> Reaped:
+        return await self._perform(self._protocol.reap(limit))
+
+    def keeper(self) -> RedisStore:
+        """A blocking store over the same records."""
+        return RedisStore.with_settings(self._settings)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        while self._idle:
+            await self._idle.pop().disconnect()
+
+    async def _perform(self, plan: Plan[T]) -> T:
+        try:
+            request = next(plan)
+            while True:
+                try:
+                    reply = await self._send(request)
+                except StoreUnavailable as error:
+                    request = plan.throw(error)
+                else:
+                    request = plan.send(reply)
+        except StopIteration as end:
+            return cast("T", end.value)
+
+    async def _send(self, request: Request) -> Reply:
+        try:
+            async with asyncio.timeout(self._settings.timeout):
+                if request.repeatable and self._idle:
+                    try:
+                        return await self._exchange(self._idle.pop(), request)
+                    except RedisConnectionError:
+                        pass  # closed while it was idle, by a restart say
+                return await self._exchange(self._connection(), request)
+        except TimeoutError as error:
+            raise StoreUnavailable(f"Redis gave no answer within {self._settings.timeout:g} s") from error
+        except RedisError as error:
+            raise StoreUnavailable(f"Redis gave no answer: {error}") from error
+
+    async def _exchange(self, connection: _Connection, request: Request) -> Reply:
+        reply = None
+        try:
+            for arguments in request.forms():
+                await connection.send_packed_command([pack(arguments)], check_health=False)
+                try:
+                    reply = await connection.read_response()
+                    break
+                except NoScriptError:
+                    continue
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        if self._closed:
+            await connection.disconnect(nowait=True)
+        else:
+            self._idle.append(connection)
+        return reply
+
+    def _connection(self) -> _Connection:
+        # Without a socket_timeout redis-py makes no task to send in; the whole call has one of its own.
+        options = self._settings.connection_options(Retry(NoBackoff(), 0), None)
+        return cast("_Connection", _CONNECTIONS[self._settings.transport](**options))

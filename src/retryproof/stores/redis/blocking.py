@@ -1,0 +1,160 @@
+"""The store for threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol as Interface
+from typing import TypeVar, cast
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+from redis.retry import Retry
+
+from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.record import Record, State
+from retryproof.stores.base import Batch, Reaped
+from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
+from retryproof.stores.redis.settings import Settings
+from retryproof.stores.redis.wire import pack
+
+T = TypeVar("T")
+
+_CONNECTIONS = {"tcp": Connection, "tls": SSLConnection, "unix": UnixDomainSocketConnection}
+
+
+class _Connection(Interface):
+    def connect(self) -> None: ...
+    def send_packed_command(self, command: Sequence[bytes], check_health: bool) -> None: ...
+    def read_response(self) -> Reply: ...
+    def disconnect(self) -> None: ...
+
+
+class RedisStore:
+    """Records in Redis or Valkey, for any number of threads: each call in flight has a connection.
+
+    url_or_client: where the server is. A client gives its address, login and TLS options; the store makes connections
+        of its own with them and leaves the client alone, as to decoding, retries and closing.
+    prefix: of all keys; also a URL's option.
+    timeout: seconds that connecting, and then waiting for an answer, may take; also a URL's option.
+    """
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, url_or_client: str | Redis, *, prefix: str = "retryproof", timeout: float = 2.0) -> None:
+        self._open(Settings.of(url_or_client, Redis, prefix, timeout))
+
+    @classmethod
+    def with_settings(cls, settings: Settings) -> RedisStore:
+        """A store that reaches the server in the same way as another."""
+        store = cls.__new__(cls)
+        store._open(settings)
+        return store
+
+    def _open(self, settings: Settings) -> None:
+        self._settings = settings
+        self._protocol = Protocol(settings.prefix)
+        self._idle: list[_Connection] = []
+        self._closed = False
+        try:
+            self._connection()
+        except (TypeError, ValueError, RedisError) as error:
+            raise ConfigurationError(f"redis-py refuses these options: {error}") from error
+
+    def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
+        return self._perform(self._protocol.claim(claims))
+
+    def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
+        return self._perform(self._protocol.settle(commands))
+
+    def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
+        return self._perform(self._protocol.settle(commands))
+
+    def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
+        return self._perform(self._protocol.renew(commands))
+
+    def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
+        return self._perform(self._protocol.checkpoint(commands))
+
+    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        return self._perform(self._protocol.get(ids))
+
+    def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        state: State | None = None,
+        tenant: bytes | None = None,
+        after: bytes = b"",
+        limit: int = 100,
+    ) -> Sequence[Record]:
+        """A page, without results and checkpoints; each page looks at all keys of the database."""
+        return self._perform(self._protocol.scan(prefix=prefix, state=state, tenant=tenant, after=after, limit=limit))
+
+    def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        return self._perform(self._protocol.evict(ids))
+
+    def reap(self, limit: int = 1_000) -> Reaped:
+        return self._perform(self._protocol.reap(limit))
+
+    def close(self) -> None:
+        self._closed = True
+        while self._idle:
+            self._idle.pop().disconnect()
+
+    def _perform(self, plan: Plan[T]) -> T:
+        try:
+            request = next(plan)
+            while True:
+                try:
+                    reply = self._send(request)
+                except StoreUnavailable as error:
+                    request = plan.throw(error)
+                else:
+                    request = plan.send(reply)
+        except StopIteration as end:
+            return cast("T", end.value)
+
+    def _send(self, request: Request) -> Reply:
+        try:
+            kept = self._kept() if request.repeatable else None
+            if kept is not None:
+                try:
+                    return self._exchange(kept, request)
+                except RedisConnectionError:
+                    pass  # closed while it was idle, by a restart say
+            return self._exchange(self._connection(), request)
+        except RedisError as error:
+            raise StoreUnavailable(f"Redis gave no answer: {error}") from error
+
+    def _exchange(self, connection: _Connection, request: Request) -> Reply:
+        reply = None
+        try:
+            for arguments in request.forms():
+                connection.send_packed_command([pack(arguments)], check_health=False)
+                try:
+                    reply = connection.read_response()
+                    break
+                except NoScriptError:
+                    continue
+        except BaseException:
+            connection.disconnect()
+            raise
+        if self._closed:
+            connection.disconnect()
+        else:
+            self._idle.append(connection)
+        return reply
+
+    def _kept(self) -> _Connection | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _connection(self) -> _Connection:
+        options = self._settings.connection_options(Retry(NoBackoff(), 0), self._settings.timeout)
+        return cast("_Connection", _CONNECTIONS[self._settings.transport](**options))
