@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from retryproof.core.convert import Converter, Unencodable, converter_for
+from retryproof.core.convert import converter_for
 from retryproof.core.errors import Unreadable
+from retryproof.core.scalars import Converter, Unencodable
 
 __all__ = [
     "Codec",
@@ -57,6 +58,8 @@ class StoredResponse:
 
 def encode_response(response: StoredResponse) -> bytes:
     """Return a response as it is stored; raise Unencodable for what no HTTP response can be."""
+    if not 100 <= response.status <= 999:
+        raise Unencodable(f"{response.status} is no status of a response")
     parts = [part for header in response.headers for part in header]
     flags = _OMITTED if response.omitted else 0
     count = len(response.headers)

@@ -52,6 +52,8 @@ Flow = Generator[Command, tuple[Reply, float], "Conclusion"]
 FIRST_BACKOFF = 0.05
 """Seconds before a failed settling is repeated; doubled each time, up to LAST_BACKOFF."""
 LAST_BACKOFF = 1.0
+ALGORITHM = 2
+"""Bytes at a fingerprint's start that name the algorithm which made it."""
 
 
 # Conclusions
@@ -113,9 +115,9 @@ class Down:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """The record's fingerprint was made by a version that this one does not know (C21)."""
+    """The record's fingerprint was made by an algorithm that is not known here (C21)."""
 
-    version: int
+    fingerprint: bytes
 
 
 Conclusion = Completed | Replayed | Busy | Failed | Mismatched | Refused | Down | Foreign
@@ -149,11 +151,12 @@ def attempt(
     claim: Claim,
     policy: Policy,
     now: float,
-    refingerprint: Callable[[int], bytes | None] = lambda version: None,
+    refingerprint: Callable[[bytes], bytes | None] = lambda stored: None,
 ) -> Flow:
     """One attempt: claim, run, settle.
 
-    refingerprint: the input's fingerprint by an earlier version of the algorithm, or None where it is not known.
+    refingerprint: the input's fingerprint by the algorithm that made a stored one, or None where that is not known;
+        the first two bytes of a fingerprint name its algorithm (C21).
     """
     claimed = yield from _claim(claim, policy, now, refingerprint)
     if not isinstance(claimed, Hold):
@@ -173,7 +176,7 @@ def attempt(
 
 
 def _claim(
-    claim: Claim, policy: Policy, now: float, refingerprint: Callable[[int], bytes | None]
+    claim: Claim, policy: Policy, now: float, refingerprint: Callable[[bytes], bytes | None]
 ) -> Generator[Command, tuple[Reply, float], Hold | Conclusion]:
     """Claim until there is an answer; a duplicate waits for as long as the policy lets it (C18)."""
     began = sent = now
@@ -182,7 +185,7 @@ def _claim(
         reply, now = yield claim
         match reply:
             case Acquired():
-                return Hold(claim, reply, sent)
+                return Hold(claim, reply, sent, policy.max_run)
             case Running(left):
                 if now - began >= policy.wait:
                     return Busy(left)
@@ -193,11 +196,11 @@ def _claim(
             case Finished():
                 return Replayed(reply)
             case Mismatch(stored):
-                other = refingerprint(stored[0]) if stored[:1] != claim.fingerprint[:1] else claim.fingerprint
-                if other is None:
-                    return Foreign(stored[0])
-                if other == claim.fingerprint or stored[:1] != other[:1]:
+                if stored[:ALGORITHM] == claim.fingerprint[:ALGORITHM]:
                     return Mismatched()
+                other = refingerprint(stored)
+                if other is None or other[:ALGORITHM] != stored[:ALGORITHM]:
+                    return Foreign(stored)
                 claim, sent = replace(claim, fingerprint=other), now
             case Abandoned(reason, number):
                 return Refused(reason, number)
@@ -253,13 +256,20 @@ def _settle(
 def fenced(
     hold: Hold, command: Complete | Release | Checkpoint, now: float
 ) -> Generator[Command, tuple[Reply, float], tuple[Done | Lost | Unreachable, float]]:
-    """One fenced command under a hold; a holder whose own count of the lease has run out renews it first (C6)."""
+    """One fenced command under a hold; a holder whose own count of the lease has run out renews it first (C6).
+
+    A command whose renewal is told Lost is sent all the same: repeated after a lost reply it may be done (C3).
+    """
     if now >= hold.deadline:
         sent = now
         reply, now = yield hold.renew()
-        if not isinstance(reply, Done):
-            return _fence_reply(reply), now
-        hold.renewed(sent)
+        match _fence_reply(reply):
+            case Done():
+                hold.renewed(sent)
+            case Unreachable() as unreachable:
+                return unreachable, now
+            case Lost():
+                pass
     reply, now = yield command
     return _fence_reply(reply), now
 

@@ -19,14 +19,17 @@ class Hold:
         "id",
         "lease",
         "lost",
+        "max_run",
         "nonce",
         "on_lost",
+        "on_overrun",
+        "on_settled",
         "since",
         "token",
         "trace",
     )
 
-    def __init__(self, claim: Claim, acquired: Acquired, since: float) -> None:
+    def __init__(self, claim: Claim, acquired: Acquired, since: float, max_run: float = float("inf")) -> None:
         self.id = claim.id
         self.nonce = claim.nonce
         self.token = acquired.token
@@ -39,7 +42,13 @@ class Hold:
         self.since = since
         self.deadline = since + claim.lease
         self.lost = False
+        self.max_run = max_run
         self.on_lost: Callable[[], None] | None = None
+        """Called once, from the keeper's thread, when another attempt took over."""
+        self.on_overrun: Callable[[], None] | None = None
+        """Called once, from the keeper's thread, when renewal ends at `max_run`."""
+        self.on_settled: Callable[[bool], None] | None = None
+        """Called from the keeper's thread when what lingered was stored (True) or fenced off (False)."""
 
     def complete(self, result: bytes | None) -> Complete:
         """The command that settles this attempt."""

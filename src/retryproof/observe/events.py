@@ -1,0 +1,85 @@
+"""Events: one for every outcome of an operation (O3).
+
+A listener is a callable that takes an event. It is called where the outcome is known, possibly from the keeper's
+thread, must not block, and cannot change the outcome: what it raises is logged and goes no further.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+logger = logging.getLogger("retryproof")
+
+
+class Kind(StrEnum):
+    """What happened."""
+
+    FRESH = "fresh"
+    """An attempt ran and its result is stored."""
+    REPLAYED = "replayed"
+    """A stored result was given again."""
+    IN_PROGRESS = "in_progress"
+    """A duplicate met a running attempt."""
+    MISMATCH = "mismatch"
+    """A key came back with other input."""
+    ABANDONED = "abandoned"
+    """An attempt had died, and the policy refuses another."""
+    FAILED = "failed"
+    """An attempt raised and was released."""
+    UNKNOWN = "unknown"
+    """An attempt ended without saying whether it had its effect; its record stays in progress."""
+    LEASE_LOST = "lease_lost"
+    """An attempt was overtaken by another."""
+    OVERRUN = "overrun"
+    """An attempt ran past `max_run`; its lease is no longer renewed."""
+    UNSTORED = "unstored"
+    """A result was given to its caller before it could be stored (C10); storing goes on in the background."""
+    STORED_LATE = "stored_late"
+    """A result that was unstored is stored."""
+    NEVER_STORED = "never_stored"
+    """A result that was unstored was fenced off by another attempt."""
+    STORE_ERROR = "store_error"
+    """The store gave no answer."""
+    UNPROTECTED = "unprotected"
+    """A handler ran without protection, since the store was out of reach and the route says `fail_open`."""
+    UNREADABLE = "unreadable"
+    """A record in a format that this version cannot read."""
+    WEAK_KEY = "weak_key"
+    """A key was refused as too weak."""
+    EVICTED = "evicted"
+    """A record was forgotten by an operator, or its unsettled retention ended."""
+    SETTLED = "settled"
+    """An operator settled a record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One outcome.
+
+    digest: names the operation (16 hex digits), or "" before it is known. where: the endpoint or function, "" if none.
+    seconds: how long the attempt took. trace: the trace context of the attempt that ran, where it was recorded.
+    """
+
+    kind: Kind
+    digest: str = ""
+    where: str = ""
+    attempt: int = 0
+    seconds: float = 0.0
+    error: Exception | None = None
+    trace: str = ""
+    note: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+def tell(listeners: Sequence[Listener], event: Event) -> None:
+    """Tell everybody; what a listener raises is logged."""
+    for listener in listeners:
+        try:
+            listener(event)
+        except Exception:
+            logger.exception("A listener failed on %s of operation %s.", event.kind, event.digest)

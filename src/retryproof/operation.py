@@ -1,0 +1,237 @@
+"""What a handler sees of the operation that it runs in."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar, Token
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar, overload
+from uuid import UUID
+
+from retryproof.core.codec import Codec, JsonCodec, decode_value, encode_value
+from retryproof.core.commands import Command, Done, Lost, Reply, Unreachable
+from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, StoreUnavailable
+from retryproof.core.flow import fenced
+from retryproof.core.hold import Hold
+from retryproof.core.keys import short_digest
+from retryproof.drive import AsyncPerformer, Performer, Steps, clock
+
+T = TypeVar("T")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_PLAIN = JsonCodec()
+
+
+class Operation:
+    """The operation that is running: its identity, and what every attempt at it has in common.
+
+    Safe to use from the threads and tasks that a handler starts.
+    """
+
+    __slots__ = ("_colour", "_hold", "_names")
+
+    def __init__(self, hold: Hold, colour: _Blocking | _OnLoop) -> None:
+        self._hold = hold
+        self._colour = colour
+        self._names: set[str] = set()
+
+    @property
+    def key_digest(self) -> str:
+        """16 hex digits that stand for the operation in logs and find its record again."""
+        return short_digest(self._hold.id)
+
+    @property
+    def token(self) -> int:
+        """The fencing token: greater than that of every earlier attempt. Hand it downstream, to refuse a late writer."""
+        return self._hold.token
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first attempt, one more for each that was taken over from a dead one."""
+        return self._hold.attempt
+
+    @property
+    def first_seen(self) -> datetime:
+        """When the operation was first claimed, by the store's clock, in UTC; the same on every attempt.
+
+        Use it instead of the clock: a handler that reads the clock writes something else on each attempt.
+        """
+        return EPOCH + timedelta(microseconds=self._hold.first_seen)
+
+    def derive(self, name: str) -> UUID:
+        """The same random-looking UUID (version 4) on every attempt: for row ids, and for keys of calls downstream."""
+        label = name.encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(b"retryproof derive 1\0" + self._hold.birth + label).digest()
+        return UUID(bytes=digest[:16], version=4)
+
+    def step(self, name: str, fn: Callable[[UUID], T], *, codec: Codec | None = None) -> T:
+        """Run `fn` once: its result is kept under the name, and a later attempt gets it back without running it.
+
+        fn is given `derive(name)`, to pass as the idempotency key of what it calls: between fn and the keeping of its
+        result a crash lets a later attempt run it again. The value goes through the codec (JSON by default).
+        Raises ConfigurationError when the name was used before in this attempt, LeaseLost when another attempt took
+        over, StoreUnavailable when the result could not be kept.
+        """
+        known, value = self._begin_step(name, codec)
+        if known:
+            return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
+        data = encode_value(codec or _PLAIN, fn(self.derive(name)))
+        self._colour.keep(self._hold, name, data)
+        return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
+
+    async def astep(self, name: str, fn: Callable[[UUID], Awaitable[T]], *, codec: Codec | None = None) -> T:
+        """`step` for a coroutine function."""
+        known, value = self._begin_step(name, codec)
+        if known:
+            return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
+        data = encode_value(codec or _PLAIN, await fn(self.derive(name)))
+        await self._colour.akeep(self._hold, name, data)
+        return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
+
+    def _begin_step(self, name: str, codec: Codec | None) -> tuple[bool, Any]:
+        if name in self._names:
+            raise ConfigurationError(
+                f"The step {name!r} was used twice in one attempt; give each step a name of its own.",
+                digest=self.key_digest,
+            )
+        self._names.add(name)
+        if self._hold.lost:
+            raise lease_lost(self._hold)
+        kept = self._hold.checkpoints.get(name)
+        return (False, None) if kept is None else (True, decode_value(codec or _PLAIN, kept))
+
+
+def lease_lost(hold: Hold) -> LeaseLost:
+    """The error of an attempt that another one took over."""
+    return LeaseLost(
+        "Another attempt took this operation over while this one ran past its lease; what this one does is not "
+        "recorded any more. Stop, and let the other one answer.",
+        digest=short_digest(hold.id),
+    )
+
+
+def keep(hold: Hold, name: str, value: bytes, seconds: float, now: float) -> Steps[Reply]:
+    """Store a step's result, fenced; asks again for up to `seconds` while the store gives no answer."""
+    began = now
+    while True:
+        reply, now = yield from fenced(hold, hold.checkpoint(name, value), now)
+        if not isinstance(reply, Unreachable) or now - began > seconds:
+            return reply
+
+
+def _kept(reply: Reply, hold: Hold, name: str, value: bytes) -> None:
+    if isinstance(reply, Done):
+        hold.checkpoints[name] = value
+    elif isinstance(reply, Lost):
+        hold.lose()
+        raise lease_lost(hold)
+    else:
+        error = reply.error if isinstance(reply, Unreachable) else None
+        raise StoreUnavailable(
+            f"The result of the step {name!r} could not be stored; a later attempt runs it again, under the same "
+            "derived key.",
+            digest=short_digest(hold.id),
+        ) from error
+
+
+class _Blocking:
+    """How an operation in a thread reaches its store."""
+
+    __slots__ = ("_seconds", "_store", "_timeout")
+
+    def __init__(self, store: Performer, timeout: float, seconds: float) -> None:
+        self._store = store
+        self._timeout = timeout
+        self._seconds = seconds
+
+    def keep(self, hold: Hold, name: str, value: bytes) -> None:
+        """Store a step's result."""
+        steps = keep(hold, name, value, self._seconds, clock())
+        try:
+            command: Command = next(steps)
+            while True:
+                command = steps.send((self._store.perform(command, self._timeout), clock()))
+        except StopIteration as stop:
+            _kept(stop.value, hold, name, value)
+
+    async def akeep(self, hold: Hold, name: str, value: bytes) -> None:
+        """Refused: there is no event loop here."""
+        raise ConfigurationError("This operation is run by a sync engine: use step, not astep.")
+
+
+class _OnLoop:
+    """How an operation on an event loop reaches its store."""
+
+    __slots__ = ("_loop", "_seconds", "_store", "_timeout")
+
+    def __init__(self, store: AsyncPerformer, timeout: float, seconds: float) -> None:
+        self._store = store
+        self._timeout = timeout
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+
+    async def akeep(self, hold: Hold, name: str, value: bytes) -> None:
+        """Store a step's result."""
+        steps = keep(hold, name, value, self._seconds, clock())
+        try:
+            command: Command = next(steps)
+            while True:
+                command = steps.send((await self._store.perform(command, self._timeout), clock()))
+        except StopIteration as stop:
+            _kept(stop.value, hold, name, value)
+
+    def keep(self, hold: Hold, name: str, value: bytes) -> None:
+        """Store a step's result, from a thread that the handler runs in."""
+        try:
+            running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self._loop:
+            raise ConfigurationError("step would block the event loop: await astep instead.")
+        asyncio.run_coroutine_threadsafe(self.akeep(hold, name, value), self._loop).result()
+
+
+def blocking_operation(hold: Hold, store: Performer, timeout: float, seconds: float) -> Operation:
+    """The operation as a thread sees it."""
+    return Operation(hold, _Blocking(store, timeout, seconds))
+
+
+def loop_operation(hold: Hold, store: AsyncPerformer, timeout: float, seconds: float) -> Operation:
+    """The operation as tasks of the running loop, and threads beside it, see it."""
+    return Operation(hold, _OnLoop(store, timeout, seconds))
+
+
+_current: ContextVar[Operation] = ContextVar("retryproof_operation")
+_RAISE: Any = object()
+
+
+@overload
+def current_operation() -> Operation: ...
+
+
+@overload
+def current_operation(default: T) -> Operation | T: ...
+
+
+def current_operation(default: Any = _RAISE) -> Any:
+    """The operation that this code runs in. Outside of one: `default`, or NoOperation."""
+    operation = _current.get(None)
+    if operation is not None:
+        return operation
+    if default is _RAISE:
+        raise NoOperation(
+            "There is no current operation: this code does not run under Retryproof, or its request had no key. "
+            "Pass default= to allow for that."
+        )
+    return default
+
+
+def enter(operation: Operation) -> Token[Operation]:
+    """Make this the current operation; undone by `leave`."""
+    return _current.set(operation)
+
+
+def leave(token: Token[Operation]) -> None:
+    """Make the operation before it current again."""
+    _current.reset(token)

@@ -1,0 +1,295 @@
+"""The opened store: a store with its coalescer and its keeper, shared by everything that uses the store.
+
+One for a blocking store in a process; one for an async store, which belongs to its event loop. `Source` turns what a
+user passes, a URL or a store, into the opened store that is right for the present process and loop: a URL is opened
+at the first use, once per process, and for an async driver once per event loop; what was inherited over a fork is
+abandoned, never closed. Who passes a URL has it closed by `close` or `aclose`; a store object belongs to its caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar, cast
+
+from retryproof.core.commands import Claim, Reply, Unreachable
+from retryproof.core.errors import ConfigurationError
+from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
+from retryproof.stores.coalesce import BridgeCoalescer, TaskCoalescer, ThreadCoalescer
+from retryproof.stores.keeper import Keeper
+from retryproof.stores.threaded import InThread
+from retryproof.stores.url import is_async_url, open_async, open_store
+
+T = TypeVar("T")
+
+_fork_generation = 0
+
+
+def _forked() -> None:
+    global _fork_generation, _opening
+    _fork_generation += 1
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+_opening = threading.Lock()
+
+
+class Opened:
+    """A blocking store, opened: for threads, and for the tasks of any event loop."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.capabilities = store.capabilities
+        self._generation = _fork_generation
+        self._threads = ThreadCoalescer(store, self._orphaned)
+        self._bridge = BridgeCoalescer(self._threads, self._orphaned)
+        self.background = Keeper(
+            lambda: _InTurn(self._threads, store), owns=False, max_batch=store.capabilities.max_batch
+        )
+
+    def check_usable(self) -> None:
+        """Refuse to be used in a process that inherited it over a fork."""
+        if self._generation != _fork_generation:
+            raise ConfigurationError(
+                "This store was opened before the process forked; its connections are the parent's. "
+                "Make the store in the child process, or pass a URL, which is opened once per process."
+            )
+
+    def perform(self, command: Any, timeout: float) -> Reply:
+        """One command's reply, for a thread."""
+        if self.capabilities.blocking:
+            return self._threads.perform(command, timeout)
+        return self._threads.directly(command)
+
+    async def aperform(self, command: Any, timeout: float) -> Reply:
+        """One command's reply, for a task; straight away where the store never blocks."""
+        if self.capabilities.blocking:
+            return await self._bridge.perform(command, timeout)
+        return self._threads.directly(command)
+
+    def close(self, drain: float = 0.0) -> None:
+        """Settle what lingers, for up to `drain` seconds, and end the threads; the store itself stays open."""
+        self.background.close(drain)
+        self._bridge.close()
+
+    def _orphaned(self, claim: Claim) -> None:
+        self.background.disown(claim)
+
+
+class AsyncView:
+    """An opened blocking store as the tasks of an event loop see it."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self.capabilities = opened.capabilities
+        self.background = opened.background
+        self.perform = opened.aperform
+
+
+class AsyncOpened:
+    """An async store, opened for the running event loop."""
+
+    def __init__(self, store: AsyncStore) -> None:
+        self.store = store
+        self.capabilities = store.capabilities
+        self._generation = _fork_generation
+        self.loop = asyncio.get_running_loop()
+        self._tasks = TaskCoalescer(store, self._orphaned)
+        self.perform = self._tasks.perform
+        self.background = Keeper(self._keeper_store, owns=True, max_batch=store.capabilities.max_batch)
+
+    def _keeper_store(self) -> Store:
+        if isinstance(self.store, HasKeeper):
+            return self.store.keeper()
+        return cast(Store, _OnLoop(self.store, self.loop))
+
+    def check_usable(self) -> None:
+        """Refuse to be used in another event loop or process than its own."""
+        if self._generation != _fork_generation or asyncio.get_running_loop() is not self.loop:
+            raise ConfigurationError(
+                "This async store was first used in another event loop or process, where its connections belong. "
+                "Make one store per event loop, or pass a URL, which is opened once per process and event loop."
+            )
+
+    async def aclose(self, drain: float = 0.0) -> None:
+        """Settle what lingers, for up to `drain` seconds, and end the thread; the store itself stays open."""
+        await self.loop.run_in_executor(None, self.background.close, drain)
+
+    def _orphaned(self, claim: Claim) -> None:
+        self.background.disown(claim)
+
+
+class _InTurn:
+    """A blocking store as its keeper uses it: in turn with the callers' batches, and in the same commits."""
+
+    SECONDS = 30.0
+
+    def __init__(self, threads: ThreadCoalescer, store: Store) -> None:
+        self._threads = threads
+        self._store = store
+        self.capabilities = store.capabilities
+        self.claim = self.complete = self.release = self.renew = self.checkpoint = self._perform
+        self.get, self.scan, self.evict, self.reap = store.get, store.scan, store.evict, store.reap
+
+    def _perform(self, commands: Sequence[Any]) -> Sequence[Any]:
+        return [
+            reply.error if isinstance(reply, Unreachable) else reply
+            for reply in self._threads.perform_many(commands, self.SECONDS)
+        ]
+
+    def close(self) -> None:
+        """The store is its opener's."""
+
+
+class _OnLoop:
+    """An async store that has no keeper of its own, as the keeper's thread uses it: through the store's event loop.
+
+    A handler that blocks that loop for longer than its lease loses it.
+    """
+
+    SECONDS = 10.0
+
+    def __init__(self, store: AsyncStore, loop: asyncio.AbstractEventLoop) -> None:
+        self.capabilities: Capabilities = store.capabilities
+        self._loop = loop
+        for name in ("claim", "complete", "release", "renew", "checkpoint", "get", "scan", "evict", "reap"):
+            setattr(self, name, self._blocking(getattr(store, name)))
+
+    def _blocking(self, call: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., T]:
+        def wait(*args: Any, **options: Any) -> T:
+            return asyncio.run_coroutine_threadsafe(call(*args, **options), self._loop).result(self.SECONDS)
+
+        return wait
+
+    def close(self) -> None:
+        """The store is its opener's."""
+
+
+def open_blocking(store: Store) -> Opened:
+    """The opened store of a blocking store in this process, made at the first call."""
+    opened = _attached(store, lambda: Opened(store))
+    opened.check_usable()
+    return opened
+
+
+def open_on_loop(store: AsyncStore) -> AsyncOpened:
+    """The opened store of an async store, made at the first call; it belongs to that call's event loop."""
+    opened = _attached(store, lambda: AsyncOpened(store))
+    opened.check_usable()
+    return opened
+
+
+def _attached(store: object, make: Callable[[], T]) -> T:
+    """What a store carries with it, so that all who share the store share its batches, and it ends with the store."""
+    with _opening:
+        found: T | None = getattr(store, "_retryproof_opened", None)
+        if found is None:
+            found = make()
+            store._retryproof_opened = found  # type: ignore[attr-defined]  # any store may be given; none declares it
+        return found
+
+
+class Source:
+    """What a user passed as `store`: a URL or a store, checked when made and opened when used.
+
+    timeout: seconds that one call of a store opened from a URL may take.
+    """
+
+    def __init__(self, store: object, timeout: float) -> None:
+        if isinstance(store, str):
+            self._url: str | None = store
+            self._async = is_async_url(store)
+        elif isinstance(store, Store | AsyncStore):
+            self._url = None
+            self._async = _is_async(store)
+        else:
+            raise ConfigurationError(
+                f"store={store!r} is neither a URL like 'sqlite:///keys.db' nor a store; "
+                "see retryproof.stores.open_store."
+            )
+        self.given = store
+        self._timeout = timeout
+        self._generation = _fork_generation
+        self._process: Opened | None = None
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncOpened | AsyncView]
+        self._loops = weakref.WeakKeyDictionary()
+        self._last: tuple[asyncio.AbstractEventLoop | None, AsyncOpened | AsyncView | None] = (None, None)
+
+    def opened(self) -> Opened:
+        """The opened store for threads of this process."""
+        if self._generation != _fork_generation:
+            self._forget()
+        if self._process is None:
+            self._process = self._open_blocking()
+        return self._process
+
+    def aopened(self) -> AsyncOpened | AsyncView:
+        """The opened store for the running event loop."""
+        if self._generation != _fork_generation:
+            self._forget()
+        loop = asyncio.get_running_loop()
+        known, opened = self._last
+        if known is not loop or opened is None:
+            opened = self._loops.get(loop)
+            if opened is None:
+                opened = self._loops[loop] = self._open_for_loop()
+            self._last = (loop, opened)
+        return opened
+
+    def close(self, drain: float = 0.0) -> None:
+        """Close what was opened from a URL; a store object belongs to its caller."""
+        process, self._process = self._process, None
+        if process is None or self._generation != _fork_generation:
+            return
+        if self._url is not None:
+            process.close(drain)
+            process.store.close()
+
+    async def aclose(self, drain: float = 0.0) -> None:
+        """Close what was opened from a URL for the running event loop; a store object belongs to its caller."""
+        opened = self._loops.pop(asyncio.get_running_loop(), None)
+        self._last = (None, None)
+        if opened is None or self._generation != _fork_generation or self._url is None:
+            return
+        if isinstance(opened, AsyncOpened):
+            await opened.aclose(drain)
+            await opened.store.aclose()
+        elif not self._loops:
+            await asyncio.get_running_loop().run_in_executor(None, self.close, drain)
+
+    def _open_blocking(self) -> Opened:
+        if self._url is not None:
+            return open_blocking(open_store(self._url, timeout=self._timeout))
+        if isinstance(self.given, InThread):
+            return open_blocking(self.given.blocking)
+        if self._async:
+            raise ConfigurationError(
+                f"{type(self.given).__name__} is an async store; a sync engine takes a blocking one or a URL."
+            )
+        return open_blocking(cast(Store, self.given))
+
+    def _open_for_loop(self) -> AsyncOpened | AsyncView:
+        if not self._async or isinstance(self.given, InThread):
+            return AsyncView(self.opened())
+        if self._url is not None:
+            return open_on_loop(open_async(self._url, timeout=self._timeout))
+        return open_on_loop(cast(AsyncStore, self.given))
+
+    def _forget(self) -> None:
+        """After a fork: what the parent opened is its own, and is neither used nor closed here."""
+        abandoned.append((self._process, dict(self._loops)))
+        self._process, self._last = None, (None, None)
+        self._loops = weakref.WeakKeyDictionary()
+        self._generation = _fork_generation
+
+
+abandoned: list[object] = []
+"""Clients inherited over a fork, kept from the garbage collector: closing them would speak on the parent's sockets."""
+
+
+def _is_async(store: object) -> bool:
+    return asyncio.iscoroutinefunction(getattr(type(store), "claim", None))
