@@ -97,6 +97,8 @@ def seal(method: Method, digest: bytes) -> bytes:
 
 def canonical_media_type(content_type: bytes) -> bytes:
     """Return the part of a Content-Type that counts: type, subtype and charset; for multipart all but the boundary."""
+    if b";" not in content_type:
+        return _frame(content_type.strip(b" \t").lower())
     media_type, parameters = _parse_content_type(content_type)
     multipart = media_type.startswith(b"multipart/")
     counted = sorted((name, value) for name, value in parameters if _counts(name, multipart))

@@ -94,7 +94,8 @@ def _unquote(value: bytes) -> str:
         raise InvalidKey(
             "What follows the quoted key is not a well-formed parameter; send the quoted key alone (RFC 8941)."
         )
-    return _ESCAPE.sub(r"\1", match.group(1).decode("ascii"))
+    content = match.group(1).decode("ascii")
+    return _ESCAPE.sub(r"\1", content) if "\\" in content else content
 
 
 def _why_not_quoted(value: bytes) -> str:
