@@ -1,0 +1,1 @@
+"""What the layer costs, as ratios measured in one run: see README.md."""

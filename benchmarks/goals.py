@@ -1,0 +1,92 @@
+"""The goals, one row each: which ratio of which figure, and how much it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.figures.roundtrips import RoundTrips
+from benchmarks.measure import Figure, Ratio
+
+LAYERED = "ours, Redis"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`subject` over `base` in `figure` is to be at least `least`; `no_errors` forbids any error of ours besides."""
+
+    figure: str
+    base: str
+    least: float
+    subject: str = "ours"
+    no_errors: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    what: str
+    wanted: str
+    measured: str
+    passed: bool | None
+    """None: not measured in this run."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {"what": self.what, "wanted": self.wanted, "measured": self.measured, "passed": self.passed}
+
+
+GOALS = (
+    Goal("http new 32", "ceiling", 0.85, LAYERED, no_errors=True),
+    Goal("http replay 32", "ceiling", 0.85, LAYERED, no_errors=True),
+    Goal("http new 256", "ceiling", 0.8, LAYERED, no_errors=True),
+    Goal("http replay 256", "ceiling", 0.8, LAYERED, no_errors=True),
+    Goal("http new 32", "idemkit", 2.0, LAYERED),
+    Goal("http replay 32", "idemkit", 3.0, LAYERED),
+    Goal("engine redis new 32", "bare coalesced script", 0.75),
+    Goal("engine redis new 256", "bare coalesced script", 0.75),
+    Goal("engine redis new 32", "plain calls", 3.0),
+    Goal("engine redis new 256", "plain calls", 5.0),
+    Goal("engine postgres new 64", "one commit a claim", 6.0),
+    Goal("engine postgres new 256", "one commit a claim", 8.0),
+    Goal("engine sqlite new 32", "one commit a claim", 8.0),
+    Goal("engine sqlite new 256", "one commit a claim", 10.0),
+    Goal("engine redis new 1", "plain calls", 0.8),
+    Goal("engine postgres new 1", "one commit a claim", 0.8),
+    Goal("engine sqlite new 1", "one commit a claim", 0.8),
+)
+
+# One round trip to claim and one to complete; one to replay.
+ROUND_TRIPS = {
+    "redis ours new": 2.0,
+    "redis ours replay": 1.0,
+    "postgres ours new": 2.0,
+    "postgres ours replay": 1.0,
+}
+
+
+def judge(figures: Sequence[Figure], round_trips: Sequence[RoundTrips]) -> list[Verdict]:
+    by_name = {figure.name: figure for figure in figures}
+    trips_by_name = {counted.name: counted for counted in round_trips}
+    verdicts = [_ratio_verdict(goal, by_name) for goal in GOALS]
+    verdicts += [_trip_verdict(name, wanted, trips_by_name.get(name)) for name, wanted in ROUND_TRIPS.items()]
+    return verdicts
+
+
+def _ratio_verdict(goal: Goal, figures: Mapping[str, Figure]) -> Verdict:
+    what = f"{goal.figure}: {goal.subject} / {goal.base}"
+    wanted = f"≥ {goal.least:g}" + (", no error" if goal.no_errors else "")
+    figure = figures.get(goal.figure)
+    ratio: Ratio | None = figure.ratio(goal.subject, goal.base) if figure else None
+    if figure is None or ratio is None:
+        return Verdict(what, wanted, "not measured", None)
+    errors = figure.errors(goal.subject)
+    measured = str(ratio) + (f", {errors} errors" if errors else "")
+    return Verdict(what, wanted, measured, ratio.middle >= goal.least and not errors)
+
+
+def _trip_verdict(name: str, wanted: float, counted: RoundTrips | None) -> Verdict:
+    what = f"round trips an operation: {name}"
+    if counted is None:
+        return Verdict(what, f"= {wanted:g}", "not measured", None)
+    measured = f"{counted.round_trips:g} on the wire, {counted.server_count:g} {counted.counted}"
+    return Verdict(what, f"= {wanted:g}", measured, max(counted.round_trips, counted.server_count) <= wanted)
