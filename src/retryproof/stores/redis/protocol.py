@@ -106,7 +106,7 @@ class Protocol:
         """One script call; terms that claims have in common are sent once."""
         if not claims:
             return []
-        numbers: dict[tuple[Argument, ...], int] = {}
+        numbers: dict[_Terms, int] = {}
         items: list[Argument] = []
         for claim in claims:
             number = numbers.setdefault(_terms(claim), len(numbers) + 1)
@@ -114,7 +114,7 @@ class Protocol:
         arguments = self._keys(claims)
         arguments.append(len(numbers))
         for terms in numbers:
-            arguments += terms
+            arguments += _terms_arguments(terms)
         replies = yield Request(arguments + items, self._claim)
         return list(map(_claim_reply, claims, replies))
 
@@ -247,16 +247,25 @@ _HEX_ID = re.compile(rb"[0-9a-f]{64}")
 _FENCE_REPLIES: Mapping[int, FenceReply] = {ord("1"): DONE, ord("0"): LOST}
 
 
-def _terms(claim: Claim) -> tuple[Argument, ...]:
-    """What the script calls a claim's terms: the numbers that policies give."""
+_Terms: TypeAlias = tuple[float, float, float, str, int, int]
+
+
+def _terms(claim: Claim) -> _Terms:
+    """What policies give, and so most claims of a batch have in common."""
     return (
-        round(claim.lease * MICROSECONDS),
-        round(claim.retention * MICROSECONDS),
-        round(claim.unsettled_retention * MICROSECONDS),
-        1 if claim.on_abandoned == "refuse" else 0,
+        claim.lease,
+        claim.retention,
+        claim.unsettled_retention,
+        claim.on_abandoned,
         claim.max_attempts,
         claim.alone,
     )
+
+
+def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
+    lease, retention, unsettled_retention, on_abandoned, max_attempts, alone = terms
+    durations = (microseconds(lease), microseconds(retention), microseconds(unsettled_retention))
+    return (*durations, int(on_abandoned == "refuse"), max_attempts, alone)
 
 
 def _outcome(command: Complete | Release) -> tuple[str, bytes]:
@@ -278,7 +287,7 @@ def _claim_reply(claim: Claim, reply: Reply) -> ClaimReply | StoreUnavailable:
         return Acquired(reply, 1, reply, claim.nonce, NOTHING, claim.trace)
     match reply:
         case [b"F", result, attempt, first_seen, trace]:
-            return Finished(result, attempt, first_seen, trace.decode())
+            return Finished(result, attempt, first_seen, trace.decode() if trace else "")
         case [b"R", left]:
             return Running(left / MICROSECONDS)
         case [b"M", fingerprint]:
@@ -314,7 +323,7 @@ def _record(id: bytes, answer: Reply, now: int, *, skip_unreadable: bool) -> Rec
 
 def _decode(id: bytes, answer: Sequence[bytes], now: int) -> Record:
     fields = dict(zip(answer[::2], answer[1::2], strict=True))
-    state, token, lease_until, expires_at, first_seen, retention, attempt, deaths, counts, _ = map(
+    state, token, lease_until, expires_at, retention, _, counts, first_seen, attempt, deaths = map(
         int, fields[b"head"].split(b" ")
     )
     nonce = fields[b"nonce"]

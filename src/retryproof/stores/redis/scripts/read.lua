@@ -5,7 +5,7 @@ local what = ARGV[1]
 local NAMES = {'head', 'fingerprint', 'nonce', 'birth', 'tenant', 'trace'}
 
 local function heads(key)
-  local values = redis.pcall('HMGET', key, unpack(NAMES))
+  local values = pcall('HMGET', key, unpack(NAMES))
   if values.err or not values[1] then
     return values.err and values or {}
   end
@@ -20,21 +20,21 @@ local function heads(key)
 end
 
 local function is_over(key)
-  local head = redis.pcall('HGET', key, 'head')
+  local head = pcall('HGET', key, 'head')
   if type(head) ~= 'string' then
     return false
   end
-  local state, _, lease_until, expires_at = string.match(head, HEAD)
+  local state, _, lease_until, expires_at = match(head, HEAD)
   return state and now >= tonumber(expires_at) and (state ~= IN_PROGRESS or now >= tonumber(lease_until))
 end
 
-local replies = {string.format('%.0f', now)}
+local replies = {format('%.0f', now)}
 for i, key in ipairs(KEYS) do
   local fields = {}
   if what == 'heads' then
     fields = heads(key)
   elseif what == 'all' or is_over(key) then
-    fields = redis.pcall('HGETALL', key)
+    fields = pcall('HGETALL', key)
   end
   replies[i + 1] = fields.err or fields
 end

@@ -2,17 +2,17 @@
 -- The reply is one string, a character a key: 1 it is gone, 0 it stays.
 local replies = {}
 for i, key in ipairs(KEYS) do
-  local head = redis.pcall('HGET', key, 'head')
+  local head = pcall('HGET', key, 'head')
   local state, lease_until, expires_at, _
   if type(head) == 'string' then
-    state, _, lease_until, expires_at = string.match(head, HEAD)
+    state, _, lease_until, expires_at = match(head, HEAD)
   end
   replies[i] = '0'
   if not head then
     replies[i] = ARGV[1] == 'any' and '1' or '0'
   elseif state and (state ~= IN_PROGRESS or now >= tonumber(lease_until))
     and (ARGV[1] == 'any' or now >= tonumber(expires_at)) then
-    redis.call('DEL', key)
+    call('DEL', key)
     replies[i] = '1'
   end
 end

@@ -1,30 +1,45 @@
 -- Completes or releases a batch, mirroring `settle` in core/record.py. ARGV: for each key nonce, token, the state to
 -- settle in (2 released, 3 completed, 4 tombstone) and the result, empty but for state 3.
 local function forget_steps(key)
-  for _, name in ipairs(redis.call('HKEYS', key)) do
-    if string.sub(name, 1, 5) == 'step:' then
-      redis.call('HDEL', key, name)
+  for _, name in ipairs(call('HKEYS', key)) do
+    if sub(name, 1, 5) == 'step:' then
+      call('HDEL', key, name)
     end
   end
 end
 
-return fenced(4, function(key, at, state, token, _, _, first_seen, retention, attempt, deaths, counts, steps)
+-- Retentions are often equal in a batch: what follows from one is written once.
+local ends = {}
+local function ending(retention)
+  local known = ends[retention]
+  if not known then
+    local expires_at = now + retention
+    known = {
+      times = format(' %.0f %.0f %s ', now, expires_at, retention),
+      milliseconds = format('%.0f', math.ceil(expires_at / 1000)),
+    }
+    ends[retention] = known
+  end
+  return known
+end
+
+return fenced(function(key, at, state, token, rest)
   local new_state = ARGV[at]
   if state ~= IN_PROGRESS then
     return (state == RELEASED) == (new_state == RELEASED), false
   end
+  local retention, steps, tail = match(rest, '^%d+ %d+ (%d+) ([01])(.+)$')
   if steps == '1' and new_state ~= RELEASED then
     forget_steps(key)
     steps = '0'
   end
-  local expires_at = now + retention
-  local head = string.format(HEAD_FORMAT, new_state, token, now, expires_at, first_seen, retention, attempt, deaths,
-    counts, steps)
+  local close = ending(retention)
+  local head = new_state .. ' ' .. token .. close.times .. steps .. tail
   if new_state == COMPLETED then
-    redis.call('HSET', key, 'head', head, 'result', ARGV[at + 1])
+    call('HSET', key, 'head', head, 'result', ARGV[at + 1])
   else
-    redis.call('HSET', key, 'head', head)
+    call('HSET', key, 'head', head)
   end
-  expire(key, expires_at)
+  call('PEXPIREAT', key, close.milliseconds)
   return true, true
 end)
