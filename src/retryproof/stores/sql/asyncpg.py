@@ -1,0 +1,338 @@
+"""The PostgreSQL store on asyncpg, for one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+
+import asyncpg
+
+from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.record import Record, State
+from retryproof.stores.base import Batch, Reaped, Store
+from retryproof.stores.sql import postgres
+from retryproof.stores.sql.plan import Plan, Row, Statement, aperform
+from retryproof.stores.sql.postgres_statements import TABLE
+from retryproof.stores.sql.postgres_url import (
+    CONNECT_TIMEOUT,
+    POOL_SIZE,
+    RETRIES,
+    TIMEOUT,
+    Target,
+    check_server,
+    check_statement,
+    explain,
+    parse,
+    retryable,
+    timed_out,
+)
+
+if TYPE_CHECKING:
+    Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+
+T = TypeVar("T")
+
+_DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+
+
+def from_url(url: str, *, timeout: float = TIMEOUT) -> AsyncpgStore:
+    """The store of a URL."""
+    return AsyncpgStore(url, timeout=timeout)
+
+
+class AsyncpgStore:
+    """Records in PostgreSQL for one event loop, over a few connections of its own or a pool of the caller's.
+
+    target: `postgresql://user@host/database` with the options of `PsycopgStore`, or an asyncpg pool, which stays the
+    caller's to close. keeper_url: beside a pool, where the renewer's own connection goes. timeout: seconds for each
+    call, connecting included.
+    """
+
+    capabilities = postgres.CAPABILITIES
+
+    def __init__(self, target: str | Pool, *, keeper_url: str | None = None, timeout: float = TIMEOUT) -> None:
+        self._url = target if isinstance(target, str) else keeper_url
+        self._timeout = timeout
+        parsed = parse(self._url) if self._url else None
+        self._table = parsed.table if parsed else TABLE
+        self._connections = _Connections(target, timeout) if isinstance(target, str) else _Borrowed(target, timeout)
+
+    async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
+        """Take each operation or say why not."""
+        return await self._perform(lambda: postgres.claim_plan(claims, self._table))
+
+    async def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
+        """Settle each operation with its result."""
+        return await self._perform(lambda: postgres.settle_plan(commands, self._table))
+
+    async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
+        """Give each operation back."""
+        return await self._perform(lambda: postgres.release_plan(commands, self._table))
+
+    async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
+        """Extend each lease."""
+        return await self._perform(lambda: postgres.renew_plan(commands, self._table))
+
+    async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
+        """Keep each value under its name."""
+        return await self._perform(lambda: postgres.checkpoint_plan(commands, self._table))
+
+    async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        """Each record as it stands."""
+        return await self._perform(lambda: postgres.get_plan(ids, self._table))
+
+    async def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        state: State | None = None,
+        tenant: bytes | None = None,
+        after: bytes = b"",
+        limit: int = 100,
+    ) -> Sequence[Record]:
+        """A page of records in the order of their ids, without results and checkpoints."""
+        return await self._perform(
+            lambda: postgres.scan_plan(
+                prefix=prefix, state=state, tenant=tenant, after=after, limit=limit, table=self._table
+            )
+        )
+
+    async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        """Forget each record, unless its lease is live or its row is locked."""
+        return await self._perform(lambda: postgres.evict_plan(ids, self._table))
+
+    async def reap(self, limit: int = 1_000) -> Reaped:
+        """Remove records whose time is over."""
+        return await self._perform(lambda: postgres.reap_plan(limit, self._table))
+
+    async def aclose(self) -> None:
+        """Close what is idle; what is in use is closed when its call ends. A caller's pool stays open."""
+        self._connections.close()
+        await asyncio.sleep(0)  # for the loop to take leave of the sockets
+
+    def keeper(self) -> Store:
+        """A blocking store over the same records with a connection of its own: on psycopg, or else on asyncpg."""
+        if self._url is None:
+            raise ConfigurationError(
+                "AsyncpgStore(pool) renews over a connection of its own; give its URL: "
+                "AsyncpgStore(pool, keeper_url='postgresql://…')"
+            )
+        if importlib.util.find_spec("psycopg") is None:
+            return _OnOwnLoop(self._url, self._timeout)
+        module = importlib.import_module("retryproof.stores.sql.psycopg")
+        store: Store = module.PsycopgStore(self._url, timeout=self._timeout)
+        return store
+
+    async def _perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan before the deadline; once more on a new connection when an idle one turns out to be dead.
+
+        That is safe: what may have been done already is answered alike (C3).
+        """
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._connections.places.acquire()
+        except TimeoutError as error:
+            raise StoreUnavailable(f"all connections were in use for {self._timeout:g} s") from error
+        try:
+            return await self._run(plan, deadline)
+        except _DRIVER_ERRORS as error:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise timed_out(self._timeout) from error
+            raise explain(error, getattr(error, "sqlstate", None)) from error
+        finally:
+            self._connections.places.release()
+
+    async def _run(self, plan: Callable[[], Plan[T]], deadline: float) -> T:
+        while True:
+            async with self._connections.take(deadline) as (connection, used):
+                try:
+                    return await aperform(plan(), lambda statement: _execute(connection, statement))
+                except _DRIVER_ERRORS:
+                    dead = connection.is_closed() and asyncio.get_running_loop().time() < deadline
+                    if not (used and dead):
+                        raise
+            self._connections.discard()
+
+
+async def _execute(connection: Connection, statement: Statement) -> Sequence[Row]:
+    """Run one statement in a transaction of its own, again when the server undid it for a rival's sake."""
+    for _ in range(RETRIES):
+        try:
+            return await _fetch(connection, statement)
+        except asyncpg.PostgresError as error:
+            if not retryable(error.sqlstate):
+                raise
+    return await _fetch(connection, statement)
+
+
+async def _fetch(connection: Connection, statement: Statement) -> Sequence[Row]:
+    rows = await connection.fetch(statement.sql, *statement.parameters)
+    return cast(Sequence[Row], rows)  # records can be indexed
+
+
+class _Connections:
+    """A few connections of our own."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self._target = parse(url)
+        self._timeout = timeout
+        self._idle: list[asyncpg.Connection[asyncpg.Record]] = []
+        self._closed = False
+        self.places = asyncio.Semaphore(self._target.pool_size)
+
+    @asynccontextmanager
+    async def take(self, deadline: float) -> AsyncIterator[tuple[Connection, bool]]:
+        """A connection until the deadline, and whether it was used before; kept after a clean end only.
+
+        At the deadline the connection is cut, not asked to cancel: a stopped server answers neither.
+        """
+        loop = asyncio.get_running_loop()
+        used = bool(self._idle)
+        connection = self._idle.pop() if used else await self._connect(deadline - loop.time())
+        alarm = loop.call_at(deadline, connection.terminate)
+        try:
+            yield connection, used
+        except BaseException:
+            connection.terminate()
+            raise
+        finally:
+            alarm.cancel()
+            if self._closed or connection.is_closed():
+                connection.terminate()
+            else:
+                self._idle.append(connection)
+
+    def discard(self) -> None:
+        """Cut what is idle."""
+        while self._idle:
+            self._idle.pop().terminate()
+
+    def close(self) -> None:
+        """Cut what is idle, and from now on whatever comes back."""
+        self._closed = True
+        self.discard()
+
+    async def _connect(self, seconds: float) -> asyncpg.Connection[asyncpg.Record]:
+        settings = self._target.settings(self._timeout)
+        deadline = asyncio.get_running_loop().time() + seconds
+        connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
+            self._target.dsn,
+            timeout=max(0.0, seconds),
+            server_settings={"application_name": "retryproof", **settings},
+            statement_cache_size=100 if self._target.statement_cache else 0,
+        )
+        alarm = asyncio.get_running_loop().call_at(deadline, connection.terminate)
+        try:
+            await _check(connection, self._target.check)
+        except BaseException:
+            connection.terminate()
+            raise
+        finally:
+            alarm.cancel()
+        return connection
+
+
+class _Borrowed:
+    """The caller's pool: its connections, with its settings."""
+
+    def __init__(self, pool: Pool, timeout: float) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._checked = False
+        self.places = asyncio.Semaphore(POOL_SIZE)
+
+    @asynccontextmanager
+    async def take(self, deadline: float) -> AsyncIterator[tuple[Connection, bool]]:
+        """A connection until the deadline; cut then, and after an error."""
+        loop = asyncio.get_running_loop()
+        connection = await self._pool.acquire(timeout=max(0.0, deadline - loop.time()))
+        alarm = loop.call_at(deadline, connection.terminate)
+        try:
+            if not self._checked:
+                await _check(connection, check_statement())
+                self._checked = True
+            yield connection, False
+        except BaseException:
+            connection.terminate()
+            raise
+        finally:
+            alarm.cancel()
+            await self._pool.release(connection, timeout=self._timeout)
+
+    def discard(self) -> None:
+        """Nothing: a pool replaces dead connections itself."""
+
+    def close(self) -> None:
+        """Nothing: the pool is the caller's."""
+
+
+async def _check(connection: Connection, statement: str) -> None:
+    """Refuse a read replica and an old schema."""
+    (row,) = await connection.fetch(statement)
+    check_server(*row)
+
+
+class _OnOwnLoop:
+    """The store for a thread that blocks, on an event loop of its own: for renewing where psycopg is not installed."""
+
+    capabilities = postgres.CAPABILITIES
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._store = AsyncpgStore(url, timeout=timeout)
+
+    def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
+        return self._wait(self._store.claim(claims))
+
+    def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
+        return self._wait(self._store.complete(commands))
+
+    def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
+        return self._wait(self._store.release(commands))
+
+    def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
+        return self._wait(self._store.renew(commands))
+
+    def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
+        return self._wait(self._store.checkpoint(commands))
+
+    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        return self._wait(self._store.get(ids))
+
+    def scan(self, **options: Any) -> Sequence[Record]:
+        return self._wait(self._store.scan(**options))
+
+    def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        return self._wait(self._store.evict(ids))
+
+    def reap(self, limit: int = 1_000) -> Reaped:
+        return self._wait(self._store.reap(limit))
+
+    def close(self) -> None:
+        self._wait(self._store.aclose())
+        self._loop.close()
+
+    def _wait(self, answer: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(answer)
+
+
+async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
+    """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
+    try:
+        connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
+            target.dsn, timeout=CONNECT_TIMEOUT, server_settings={"application_name": "retryproof"}
+        )
+        try:
+            async with connection.transaction():
+                return await aperform(plan(), lambda statement: _fetch(connection, statement))
+        finally:
+            connection.terminate()
+    except _DRIVER_ERRORS as error:
+        raise explain(error, getattr(error, "sqlstate", None)) from error

@@ -1,0 +1,310 @@
+"""PostgreSQL as plans: what each call of the store says to the server, without a driver.
+
+Theory. A claim's batch is one statement, so one round trip and one commit. It reads every row without locking; most
+answers (running, finished, mismatch) come from that snapshot alone, and a completed record never changes. What is to be
+written is found in the snapshot and checked again under a lock:
+
+    seen      each item with its row, and what the table of `core.record` says about it
+    taken     rows to take over, take again or bear again: locked, unless a rival holds them (SKIP LOCKED), and only as
+              long as they are what was seen: token, state and lease
+    inserted  absent ids, each behind an advisory lock that is tried, never waited for: ON CONFLICT DO NOTHING alone
+              would wait for a rival that has not committed
+
+An item without an answer lost a race, or its row is locked. A second statement has a new snapshot; who has no answer
+then is told `Running` for a short time. So no batch waits for anybody's lock (T2), and none can deadlock.
+
+The fenced commands work alike: one statement that updates what is current and not locked. Only when an item is missing
+from its answer does a second one look why: done before (C3), lost, or locked, which is tried again after a nap.
+`complete_plan` is the exception: made for the caller's own transaction, it waits for locks, in the order of the ids, so
+that two of them cannot deadlock.
+
+Every subquery for one row is a LATERAL one with LIMIT or FOR UPDATE, which the planner cannot turn into a scan of the
+whole table. `clock` is read once a statement (C9). Parameters are in the server's own style ($1), for both drivers.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from retryproof.core.commands import (
+    DONE,
+    LOST,
+    NOTHING,
+    Abandoned,
+    Acquired,
+    Checkpoint,
+    Claim,
+    ClaimReply,
+    Complete,
+    FenceReply,
+    Finished,
+    Mismatch,
+    Release,
+    Renew,
+    Running,
+)
+from retryproof.core.errors import StoreUnavailable
+from retryproof.core.record import MICROSECONDS, Record, State, microseconds
+from retryproof.stores.base import Batch, Capabilities, Reaped
+from retryproof.stores.sql import postgres_statements as statements
+from retryproof.stores.sql.plan import Plan, Row, Statement
+from retryproof.stores.sql.postgres_statements import TABLE, Case
+
+CAPABILITIES = Capabilities(name="postgresql", max_batch=256, transactions=True, concurrent=True)
+LOCKED_LEASE = 1.0
+"""Seconds that the holder of a locked row is said to run; who waits asks again long before."""
+NAPS = (0.0, 0.005, 0.02)
+"""Seconds before each new try at a locked row: a rival batch is gone after its commit, some milliseconds."""
+NO_NAPS = (0.0,)
+"""For renewals, which are tried again anyway: the caller's transaction that completes the operation holds its row."""
+REAP_BATCH = 500
+"""Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
+
+Fenced = Complete | Release | Renew | Checkpoint
+F = TypeVar("F", bound=Fenced)
+
+
+def claim_plan(claims: Sequence[Claim], table: str = TABLE) -> Plan[Sequence[ClaimReply]]:
+    """Take each operation or say why not: one statement, two after a lost race."""
+    replies = _claim_replies(claims, (yield _claim(claims, table)))
+    raced = [claim for claim in claims if claim.id not in replies]
+    if raced:
+        replies.update(_claim_replies(raced, (yield _claim(raced, table))))
+    return [replies.get(claim.id) or Running(min(claim.lease, LOCKED_LEASE)) for claim in claims]
+
+
+def _claim(claims: Sequence[Claim], table: str) -> Statement:
+    return Statement(
+        statements.claim(table),
+        (
+            [claim.id for claim in claims],
+            [claim.fingerprint for claim in claims],
+            [claim.nonce for claim in claims],
+            [microseconds(claim.lease) for claim in claims],
+            [microseconds(claim.retention) for claim in claims],
+            [microseconds(claim.unsettled_retention) for claim in claims],
+            [claim.on_abandoned == "refuse" for claim in claims],
+            [claim.max_attempts for claim in claims],
+            [claim.tenant for claim in claims],
+            [_bytes(claim.trace) for claim in claims],
+            [claim.alone for claim in claims],
+            [_lock_key(claim.id) for claim in claims],
+        ),
+    )
+
+
+def _claim_replies(claims: Sequence[Claim], rows: Sequence[Row]) -> dict[bytes, ClaimReply]:
+    by_id = {claim.id: claim for claim in claims}
+    return {row[0]: _claim_reply(by_id[row[0]], row) for row in rows}
+
+
+def _claim_reply(claim: Claim, row: Row) -> ClaimReply:
+    _, case, token, attempt, first_seen, birth, trace, checkpoints, payload = row
+    match case:
+        case Case.ABSENT:
+            return Acquired(token, 1, first_seen, claim.nonce, NOTHING, claim.trace)
+        case Case.EXPIRED | Case.RELEASED | Case.TAKEN_OVER | Case.REPEATED:
+            return Acquired(token, attempt, first_seen, birth, _checkpoints(checkpoints), _text(trace))
+        case Case.RUNNING:
+            return Running(token / MICROSECONDS)
+        case Case.FINISHED:
+            return Finished(payload, attempt, first_seen, _text(trace))
+        case Case.MISMATCH:
+            return Mismatch(payload)
+        case Case.REFUSED:
+            return Abandoned("refused", attempt)
+        case _:
+            return Abandoned("poisoned", attempt)
+
+
+def complete_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Sequence[FenceReply]]:
+    """Settle each operation in a transaction of the caller's, waiting for locks in the order of the ids (T1)."""
+    done = {row[0] for row in (yield _complete(commands, statements.complete(table, wait=True)))}
+    missing = [command for command in commands if command.id not in done]
+    if missing:
+        done |= {row[0] for row in (yield _look(missing, table, 0.0)) if _repeated(missing[0], row[1])}
+    return [DONE if command.id in done else LOST for command in commands]
+
+
+def settle_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Batch[FenceReply]]:
+    """Settle each operation in a commit of the batch's own, never waiting for a lock."""
+    return _fenced_plan(commands, lambda some: _complete(some, statements.complete(table)), table)
+
+
+def release_plan(commands: Sequence[Release], table: str = TABLE) -> Plan[Batch[FenceReply]]:
+    """Give each operation back, never waiting for a lock."""
+    return _fenced_plan(commands, lambda some: Statement(statements.release(table), _fence(some)), table)
+
+
+def renew_plan(commands: Sequence[Renew], table: str = TABLE) -> Plan[Batch[FenceReply]]:
+    """Extend each lease, never waiting for a lock."""
+    return _fenced_plan(commands, lambda some: _renew(some, table), table, NO_NAPS)
+
+
+def checkpoint_plan(commands: Sequence[Checkpoint], table: str = TABLE) -> Plan[Batch[FenceReply]]:
+    """Keep each value under its name, never waiting for a lock."""
+    return _fenced_plan(commands, lambda some: _checkpoint(some, table), table)
+
+
+def _fenced_plan(
+    commands: Sequence[F],
+    statement: Callable[[Sequence[F]], Statement],
+    table: str,
+    naps: Sequence[float] = NAPS,
+) -> Plan[Batch[FenceReply]]:
+    """Try; look why items are missing; try those again that are locked; say `StoreUnavailable` for what stays so."""
+    replies: dict[bytes, FenceReply] = {}
+    pending = commands
+    for nap in (*naps, None):
+        replies.update({row[0]: DONE for row in (yield statement(pending))})
+        pending = [command for command in pending if command.id not in replies]
+        if not pending or nap is None:
+            break
+        states: dict[bytes, int] = {row[0]: row[1] for row in (yield _look(pending, table, nap))}
+        over = [command for command in pending if states.get(command.id) != State.IN_PROGRESS]
+        replies.update({command.id: DONE if _repeated(command, states.get(command.id)) else LOST for command in over})
+        pending = [command for command in pending if command.id not in replies]
+        if not pending:
+            break
+    return [replies.get(command.id) or _locked(command) for command in commands]
+
+
+def _locked(command: Fenced) -> StoreUnavailable:
+    return StoreUnavailable(
+        "another transaction holds the record's row; nothing was changed, try again", digest=command.id.hex()[:16]
+    )
+
+
+def _repeated(command: Fenced, state: int | None) -> bool:
+    """Whether a record in this state, with the command's nonce and token, was settled by the same command (C3)."""
+    match command:
+        case Complete():
+            return state in (State.COMPLETED, State.TOMBSTONE)
+        case Release():
+            return state == State.RELEASED
+        case _:
+            return False
+
+
+def _fence(commands: Sequence[Fenced]) -> tuple[list[bytes], list[bytes], list[int]]:
+    return (
+        [command.id for command in commands],
+        [command.nonce for command in commands],
+        [command.token for command in commands],
+    )
+
+
+def _complete(commands: Sequence[Complete], sql: str) -> Statement:
+    return Statement(sql, (*_fence(commands), [command.result for command in commands]))
+
+
+def _renew(commands: Sequence[Renew], table: str) -> Statement:
+    leases = [microseconds(command.lease) for command in commands]
+    return Statement(statements.renew(table), (*_fence(commands), leases, [command.alone for command in commands]))
+
+
+def _checkpoint(commands: Sequence[Checkpoint], table: str) -> Statement:
+    names = [b64encode(_bytes(command.name)).decode() for command in commands]
+    values = [b64encode(command.value).decode() for command in commands]
+    return Statement(statements.checkpoint(table), (*_fence(commands), names, values))
+
+
+def _look(commands: Sequence[Fenced], table: str, nap: float) -> Statement:
+    return Statement(statements.look(table), (*_fence(commands), nap))
+
+
+def get_plan(ids: Sequence[bytes], table: str = TABLE) -> Plan[Sequence[Record | None]]:
+    """Each unexpired record."""
+    rows = yield Statement(statements.get(table), (list(ids),))
+    found = {row[0]: _record(row) for row in rows}
+    return [found.get(id) for id in ids]
+
+
+def scan_plan(
+    *,
+    prefix: bytes = b"",
+    state: State | None = None,
+    tenant: bytes | None = None,
+    after: bytes = b"",
+    limit: int = 100,
+    table: str = TABLE,
+) -> Plan[Sequence[Record]]:
+    """A page of unexpired records, without results and checkpoints."""
+    parameters = [prefix, _behind(prefix), after, None if state is None else int(state), limit]
+    by_tenant = bool(tenant)  # an empty one names the records without a tenant, which the index leaves out
+    if tenant is not None:
+        parameters.append(tenant)
+    rows = yield Statement(statements.scan(table, tenant=tenant is not None, indexed=by_tenant), parameters)
+    return [_record(row) for row in rows]
+
+
+def _behind(prefix: bytes) -> bytes | None:
+    """The first id behind all that start with the prefix, None when there is none."""
+    cut = prefix.rstrip(b"\xff")
+    return cut[:-1] + bytes([cut[-1] + 1]) if cut else None
+
+
+def evict_plan(ids: Sequence[bytes], table: str = TABLE) -> Plan[Sequence[bool]]:
+    """Forget each record that is not live nor locked; whether it is gone."""
+    kept = {row[0] for row in (yield Statement(statements.evict(table), (list(ids),)))}
+    return [id not in kept for id in ids]
+
+
+def reap_plan(limit: int, table: str = TABLE) -> Plan[Reaped]:
+    """Remove at most `limit` records whose time is over, a bounded number a statement."""
+    removed, more = 0, True
+    unsettled: list[Record] = []
+    while more and removed < limit:
+        rows = yield Statement(statements.reap(table), (min(REAP_BATCH, limit - removed),))
+        removed += sum(row[-1] for row in rows)
+        unsettled += [_record(row) for row in rows if row[-1] and row[1] == State.IN_PROGRESS]
+        more = any(not row[-1] for row in rows)
+    return Reaped(removed - len(unsettled), unsettled, more=more)
+
+
+def _record(row: Row) -> Record:
+    """A record from a row in the order of `postgres_statements.RECORD`."""
+    return Record(
+        id=row[0],
+        state=State(row[1]),
+        fingerprint=row[2],
+        birth=row[3],
+        nonce=row[4],
+        token=row[5],
+        attempt=row[6],
+        deaths=row[7],
+        counts=row[8],
+        first_seen=row[9],
+        lease_until=row[10],
+        expires_at=row[11],
+        retention=row[12] / MICROSECONDS,
+        tenant=row[13],
+        trace=_text(row[14]),
+        result=row[15],
+        checkpoints=_checkpoints(row[16]),
+        read_at=row[17],
+    )
+
+
+def _checkpoints(kept: str | None) -> Mapping[str, bytes]:
+    if kept is None:
+        return NOTHING
+    pairs: dict[str, Any] = json.loads(kept)
+    return {_text(b64decode(name)): b64decode(value) for name, value in pairs.items()}
+
+
+def _bytes(text: str) -> bytes:
+    """Any text, with lone surrogates: one odd name must not fail its neighbours."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
+
+
+def _lock_key(id: bytes) -> int:
+    """The advisory lock of an id that is not there yet."""
+    return int.from_bytes(id[:8], "big", signed=True)

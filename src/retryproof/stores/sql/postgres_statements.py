@@ -1,0 +1,273 @@
+"""The text of PostgreSQL's statements; `postgres` says why they look as they do."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import cache
+
+TABLE = "retryproof_operations"
+
+
+class Case(IntEnum):
+    """What a claim found. The first four are written; an answer that is missing lost a race."""
+
+    ABSENT = 1
+    EXPIRED = 2
+    RELEASED = 3
+    TAKEN_OVER = 4
+    REPEATED = 5
+    RUNNING = 6
+    FINISHED = 7
+    MISMATCH = 8
+    REFUSED = 9
+    POISONED = 10
+
+
+_CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now"
+
+_CLAIM = """
+WITH clock AS MATERIALIZED ({clock}),
+seen AS MATERIALIZED (
+    SELECT asked.*, clock.now,
+        r.token AS seen_token, r.state AS seen_state, r.lease_until AS seen_lease,
+        r.attempt, r.first_seen, r.birth, r.trace AS seen_trace, r.checkpoints, r.result,
+        r.fingerprint AS seen_fingerprint,
+        CASE
+            WHEN r.token IS NULL THEN 1
+            WHEN r.state <> 1 AND clock.now >= r.expires_at THEN 2
+            WHEN r.fingerprint <> asked.fingerprint THEN 8
+            WHEN r.state >= 3 THEN 7
+            WHEN r.state = 2 THEN 3
+            WHEN r.nonce = asked.nonce THEN 5
+            WHEN clock.now < r.lease_until THEN 6
+            WHEN asked.refuse THEN 9
+            WHEN r.deaths + r.counts::int >= asked.max_attempts THEN 10
+            ELSE 4
+        END AS found
+    FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bool[],
+                $8::bigint[], $9::bytea[], $10::bytea[], $11::bigint[], $12::bigint[])
+        AS asked (id, fingerprint, nonce, lease, retention, unsettled, refuse, max_attempts,
+                  tenant, trace, alone, lock_key)
+    CROSS JOIN clock
+    LEFT JOIN LATERAL (SELECT * FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS r ON true
+),
+taken AS (
+    UPDATE {table} AS o SET
+        state = 1,
+        fingerprint = s.fingerprint,
+        nonce = s.nonce,
+        token = greatest(o.token + 1, s.now),
+        counts = s.alone = 2 OR (s.found = 4 AND s.alone = 1),
+        lease_until = s.now + s.lease,
+        expires_at = s.now + s.unsettled,
+        retention = s.retention,
+        result = NULL,
+        birth = CASE s.found WHEN 2 THEN s.nonce ELSE o.birth END,
+        attempt = CASE s.found WHEN 2 THEN 1 WHEN 4 THEN o.attempt + 1 ELSE o.attempt END,
+        deaths = CASE s.found WHEN 2 THEN 0 WHEN 4 THEN o.deaths + o.counts::int ELSE o.deaths END,
+        first_seen = CASE s.found WHEN 2 THEN s.now ELSE o.first_seen END,
+        tenant = CASE s.found WHEN 2 THEN s.tenant ELSE o.tenant END,
+        trace = CASE s.found WHEN 2 THEN s.trace ELSE o.trace END,
+        checkpoints = CASE s.found WHEN 2 THEN NULL ELSE o.checkpoints END
+    FROM (
+        SELECT s.* FROM seen AS s
+        CROSS JOIN LATERAL (
+            SELECT FROM {table} AS o
+            WHERE o.id = s.id AND o.token = s.seen_token AND o.state = s.seen_state AND o.lease_until = s.seen_lease
+            FOR NO KEY UPDATE SKIP LOCKED
+        ) AS locked
+        WHERE s.found IN (2, 3, 4)
+    ) AS s
+    WHERE o.id = s.id
+    RETURNING o.id, s.found, o.token, o.attempt, o.first_seen, o.birth, o.trace, o.checkpoints
+),
+inserted AS (
+    INSERT INTO {table} (id, state, fingerprint, birth, nonce, token, attempt, deaths, counts, first_seen,
+                         lease_until, expires_at, retention, tenant, trace)
+    SELECT id, 1, fingerprint, nonce, nonce, now, 1, 0, alone = 2, now, now + lease, now + unsettled, retention,
+           tenant, trace
+    FROM seen
+    WHERE CASE WHEN found = 1 THEN pg_try_advisory_xact_lock(lock_key) ELSE false END
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id, token, first_seen
+)
+SELECT id, 1, token, 1, first_seen, NULL::bytea, NULL::bytea, NULL::text, NULL::bytea FROM inserted
+UNION ALL
+SELECT id, found, token, attempt, first_seen, birth, trace, checkpoints::text, NULL FROM taken
+UNION ALL
+SELECT id, found, CASE found WHEN 6 THEN seen_lease - now ELSE seen_token END, attempt, first_seen, birth, seen_trace,
+       CASE found WHEN 5 THEN checkpoints::text END,
+       CASE found WHEN 7 THEN result WHEN 8 THEN seen_fingerprint END
+FROM seen WHERE found >= 5
+"""
+
+_FENCED = """
+WITH clock AS MATERIALIZED ({clock})
+UPDATE {table} AS o SET {changes}
+FROM (
+    SELECT asked.*, clock.now
+    FROM (SELECT * FROM unnest({arrays}) AS asked ({columns}) ORDER BY id) AS asked
+    CROSS JOIN clock
+    CROSS JOIN LATERAL (
+        SELECT FROM {table} AS o
+        WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token AND o.state = 1
+        FOR NO KEY UPDATE {skip}
+    ) AS locked
+) AS s
+WHERE o.id = s.id
+RETURNING o.id
+"""
+_FENCE = {"id": "bytea", "nonce": "bytea", "token": "bigint"}
+
+_LOOK = """
+WITH nap AS MATERIALIZED (SELECT pg_sleep($4::float8))
+SELECT r.id, r.state
+FROM nap
+CROSS JOIN unnest($1::bytea[], $2::bytea[], $3::bigint[]) AS asked (id, nonce, token)
+CROSS JOIN LATERAL (
+    SELECT o.id, o.state FROM {table} AS o
+    WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token LIMIT 1
+) AS r
+"""
+
+RECORD = """o.id, o.state, o.fingerprint, o.birth, o.nonce, o.token, o.attempt, o.deaths, o.counts, o.first_seen,
+    o.lease_until, o.expires_at, o.retention, o.tenant, o.trace"""
+
+_GET = """
+WITH clock AS MATERIALIZED ({clock})
+SELECT {record}, o.result, o.checkpoints::text, clock.now
+FROM unnest($1::bytea[]) AS asked (id)
+CROSS JOIN clock
+CROSS JOIN LATERAL (SELECT * FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS o
+WHERE NOT (o.state <> 1 AND clock.now >= o.expires_at)
+"""
+
+_SCAN = """
+WITH clock AS MATERIALIZED ({clock})
+SELECT {record}, NULL::bytea, NULL::text, clock.now
+FROM {table} AS o CROSS JOIN clock
+WHERE o.id >= $1 AND ($2::bytea IS NULL OR o.id < $2) AND o.id > $3
+    AND ($4::int IS NULL OR o.state = $4)
+    AND NOT (o.state <> 1 AND clock.now >= o.expires_at)
+    {tenant}
+ORDER BY o.id
+LIMIT $5
+"""
+
+_EVICT = """
+WITH clock AS MATERIALIZED ({clock}),
+gone AS (
+    DELETE FROM {table} WHERE id = ANY (ARRAY(
+        SELECT r.id FROM unnest($1::bytea[]) AS asked (id)
+        CROSS JOIN clock
+        CROSS JOIN LATERAL (
+            SELECT o.id FROM {table} AS o WHERE o.id = asked.id AND NOT (o.state = 1 AND clock.now < o.lease_until)
+            FOR UPDATE SKIP LOCKED
+        ) AS r
+    ))
+    RETURNING id
+)
+SELECT r.id FROM unnest($1::bytea[]) AS asked (id)
+CROSS JOIN LATERAL (SELECT o.id FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS r
+WHERE r.id NOT IN (SELECT id FROM gone)
+"""
+
+_REAP = """
+WITH clock AS MATERIALIZED ({clock}),
+over AS MATERIALIZED (
+    SELECT o.*, row_number() OVER () <= $1 AS removed
+    FROM (
+        SELECT o.* FROM {table} AS o
+        WHERE o.expires_at <= (SELECT now FROM clock)
+            AND NOT (o.state = 1 AND o.lease_until > (SELECT now FROM clock))
+        ORDER BY o.expires_at
+        LIMIT $1::bigint + 1
+        FOR UPDATE SKIP LOCKED
+    ) AS o
+),
+gone AS (
+    DELETE FROM {table} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed))
+)
+SELECT {record}, NULL::bytea, CASE o.state WHEN 1 THEN o.checkpoints::text END, clock.now, o.removed
+FROM over AS o CROSS JOIN clock
+"""
+
+
+@cache
+def claim(table: str) -> str:
+    """Claim a batch."""
+    return _CLAIM.format(clock=_CLOCK, table=table)
+
+
+@cache
+def complete(table: str, *, wait: bool = False) -> str:
+    """Settle a batch with results; `wait` for rows that are locked."""
+    changes = """state = CASE WHEN s.result IS NULL THEN 4 ELSE 3 END, result = s.result, checkpoints = NULL,
+        expires_at = s.now + o.retention, lease_until = s.now"""
+    return _fenced(table, changes, {"result": "bytea"}, wait=wait)
+
+
+@cache
+def release(table: str) -> str:
+    """Give a batch back."""
+    changes = "state = 2, result = NULL, expires_at = s.now + o.retention, lease_until = s.now"
+    return _fenced(table, changes, {})
+
+
+@cache
+def renew(table: str) -> str:
+    """Extend the leases of a batch."""
+    changes = "lease_until = greatest(o.lease_until, s.now + s.lease), counts = o.counts AND s.alone"
+    return _fenced(table, changes, {"lease": "bigint", "alone": "bool"})
+
+
+@cache
+def checkpoint(table: str) -> str:
+    """Keep a value for each item of a batch."""
+    changes = "checkpoints = coalesce(o.checkpoints, '{}') || jsonb_build_object(s.name, s.value)"
+    return _fenced(table, changes, {"name": "text", "value": "text"})
+
+
+def _fenced(table: str, changes: str, columns: dict[str, str], *, wait: bool = False) -> str:
+    columns = _FENCE | columns
+    return _FENCED.format(
+        clock=_CLOCK,
+        table=table,
+        changes=changes,
+        columns=", ".join(columns),
+        arrays=", ".join(f"${place}::{type}[]" for place, type in enumerate(columns.values(), 1)),
+        skip="" if wait else "SKIP LOCKED",
+    )
+
+
+@cache
+def look(table: str) -> str:
+    """The states of those records whose nonce and token are current, after a nap."""
+    return _LOOK.format(table=table)
+
+
+@cache
+def get(table: str) -> str:
+    """Read a batch."""
+    return _GET.format(clock=_CLOCK, table=table, record=RECORD)
+
+
+@cache
+def scan(table: str, *, tenant: bool, indexed: bool) -> str:
+    """Read a page; `indexed` says that the tenant's index has what is asked for."""
+    condition = "AND o.tenant = $6" if tenant else ""
+    if indexed:
+        condition += " AND o.tenant <> ''::bytea"  # or the planner would not know that the partial index will do
+    return _SCAN.format(clock=_CLOCK, table=table, record=RECORD, tenant=condition)
+
+
+@cache
+def evict(table: str) -> str:
+    """Forget a batch; answers with what is still there."""
+    return _EVICT.format(clock=_CLOCK, table=table)
+
+
+@cache
+def reap(table: str) -> str:
+    """Remove some records whose time is over, and see one more, not removed, if there is one."""
+    return _REAP.format(clock=_CLOCK, table=table, record=RECORD)

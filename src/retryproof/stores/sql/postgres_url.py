@@ -1,0 +1,154 @@
+"""What a `postgresql://` URL means to the store, and what the server's errors mean: the same for both drivers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+from retryproof.core.errors import ConfigurationError, IdempotencyError, StoreUnavailable
+from retryproof.stores.sql.postgres_statements import TABLE
+
+TIMEOUT = 2.0
+"""Seconds that a call may take, connecting included."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds to connect for a migration, which may take its time then."""
+POOL_SIZE = 4
+"""Connections a store opens at most: an opened store has one batch of each kind on its way at a time."""
+RETRIES = 4
+"""Times a statement is sent again that the server undid for a rival's sake."""
+VERSIONS = "retryproof_schema"
+"""The table of applied migrations."""
+SCHEMA_VERSION = 1
+"""The number of the newest migration that this code needs."""
+
+_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg")
+_UNDEFINED = {"42P01", "42703", "3F000"}  # table, column, schema
+_RETRY = {"40001", "40P01"}  # serialization failure, deadlock
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the records are.
+
+    dsn: what the driver is given. schema: of the table, or None for the search path.
+    statement_cache: whether statements stay prepared; not behind a pooler that changes sessions between them.
+    """
+
+    dsn: str
+    schema: str | None = None
+    statement_cache: bool = True
+    pool_size: int = POOL_SIZE
+
+    @property
+    def table(self) -> str:
+        """The table as it stands in SQL."""
+        return f'"{self.schema}".{TABLE}' if self.schema else TABLE
+
+    @property
+    def versions(self) -> str:
+        """The table of applied migrations as it stands in SQL."""
+        return f'"{self.schema}".{VERSIONS}' if self.schema else VERSIONS
+
+    @property
+    def check(self) -> str:
+        """The statement whose row `check_server` judges."""
+        return check_statement(self.versions)
+
+    def settings(self, timeout: float) -> dict[str, str]:
+        """Settings of a session of our own; none behind a transaction pooler, which refuses them.
+
+        Statements end by themselves where the client has given up. Their plans never scan the table, are made once,
+        and are not compiled.
+        """
+        if not self.statement_cache:
+            return {}
+        milliseconds = str(max(1, round(timeout * 1_000)))
+        return {
+            "default_transaction_isolation": "read committed",
+            "default_transaction_read_only": "off",
+            "statement_timeout": milliseconds,
+            "lock_timeout": milliseconds,
+            "plan_cache_mode": "force_generic_plan",
+            "enable_seqscan": "off",
+            "jit": "off",
+        }
+
+
+def check_statement(versions: str = VERSIONS) -> str:
+    """Whether the server is a replica, and the newest migration it has seen."""
+    return f"SELECT pg_is_in_recovery(), (SELECT max(version) FROM {versions})"  # noqa: S608 - a checked name
+
+
+def parse(url: str) -> Target:
+    """Take the store's own options (`schema`, `statement_cache_size`, `pool_size`) out of a URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES:
+        raise ConfigurationError(f"{parts.scheme}:// is not PostgreSQL; use postgresql://user@host/database")
+    target = Target("")
+    kept = []
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        match name:
+            case "schema":
+                target = replace(target, schema=_schema(value))
+            case "statement_cache_size":
+                target = replace(target, statement_cache=_number(name, value, 0) > 0)
+            case "pool_size":
+                target = replace(target, pool_size=_number(name, value, 1))
+            case _:
+                kept.append((name, value))
+    if "," in parts.netloc and "target_session_attrs" not in dict(kept):
+        kept.append(("target_session_attrs", "read-write"))
+    query = f"?{urlencode(kept, quote_via=quote)}" if kept else ""
+    return replace(target, dsn=f"postgresql://{parts.netloc}{parts.path}{query}")
+
+
+def _schema(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError("schema= must be letters, digits and underscores, not beginning with a digit")
+    return name
+
+
+def _number(name: str, value: str, least: int) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) < least:
+        raise ConfigurationError(f"{name}={value} is not a whole number of at least {least}")
+    return int(value)
+
+
+def retryable(sqlstate: str | None) -> bool:
+    """Whether the server undid the statement and asks for it again."""
+    return sqlstate in _RETRY
+
+
+def explain(error: BaseException, sqlstate: str | None) -> IdempotencyError:
+    """The error that a caller sees; raise it from the driver's."""
+    if sqlstate in _UNDEFINED:
+        return no_schema()
+    if sqlstate == "53200":
+        return StoreUnavailable(
+            "PostgreSQL is out of shared memory for locks; raise max_locks_per_transaction (docs/howto/postgresql.md)"
+        )
+    return StoreUnavailable(f"PostgreSQL gave no answer: {type(error).__name__}: {str(error).strip()}"[:500])
+
+
+def timed_out(timeout: float) -> StoreUnavailable:
+    """The error of a call that has run out of time."""
+    return StoreUnavailable(f"PostgreSQL gave no answer within {timeout:g} s; what was asked may have been done")
+
+
+def no_schema() -> ConfigurationError:
+    """The error of a database without the tables, or with older ones."""
+    return ConfigurationError(
+        "the database has no tables of this version of retryproof; run `retryproof migrate URL` with the store's URL"
+    )
+
+
+def check_server(recovering: bool, version: int | None) -> None:
+    """Refuse a read replica and an old schema, at connect."""
+    if recovering:
+        raise StoreUnavailable(
+            "this PostgreSQL server is a read replica (in recovery); give the primary's URL, or several hosts"
+        )
+    if version is None or version < SCHEMA_VERSION:
+        raise no_schema()
