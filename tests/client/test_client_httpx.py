@@ -248,7 +248,7 @@ async def test_k2_asks_again_after_a_cut_reply(call: Caller, server: Server, lin
 async def test_k2_asks_again_after_a_cut_request(call: Caller, server: Server, link: FaultLink) -> None:
     link.cut_after(100, direction="request", times=1)
     assert (await call("POST", content=b"z" * 5000)).status_code == 200
-    assert server.seen[-1].body == b"z" * 5000
+    assert b"z" * 5000 in [seen.body for seen in server.seen]  # the cut one may be noted later
 
 
 async def test_k2_asks_again_after_a_reset(call: Caller, server: Server, link: FaultLink) -> None:
