@@ -144,6 +144,11 @@ def test_f3_a_value_without_a_stable_form_is_an_error_that_names_its_parameter(v
         arguments({"amount": 1, "session": value})
 
 
+def test_f3_a_number_with_too_many_digits_is_an_error_that_names_its_parameter() -> None:
+    with pytest.raises(ConfigurationError, match="'n'"):
+        arguments({"n": 10**5000})
+
+
 def test_f3_nesting_past_the_limit_is_an_error_that_names_its_parameter() -> None:
     value: Any = 1
     for _ in range(200):

@@ -21,6 +21,7 @@ from typing import (
     Union,
 )
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,7 @@ from retryproof.core.codec import (
     codec_for,
     decode_response,
     decode_value,
+    encode_and_replay,
     encode_response,
     encode_value,
 )
@@ -159,6 +161,23 @@ def test_c21_any_bytes_are_a_value_or_unreadable(noise: bytes, start: bytes) -> 
 def test_c21_json_that_cannot_be_parsed_is_unreadable(payload: bytes) -> None:
     with pytest.raises(Unreadable):
         decode_value(JsonCodec(int), b"\x01V\x04json" + payload)
+
+
+class Forgetful(Reversing):
+    def decode(self, data: bytes, /) -> bytes:
+        raise KeyError(data)
+
+
+def test_c17_what_cannot_be_read_back_is_unencodable() -> None:
+    with pytest.raises(Unencodable, match="read back"):
+        encode_and_replay(Forgetful(), b"abc")
+
+
+def test_c16_the_first_caller_sees_the_value_as_a_replay_gives_it() -> None:
+    moment = datetime(2026, 1, 1, tzinfo=ZoneInfo("Europe/Berlin"))
+    data, value = encode_and_replay(JsonCodec(datetime), moment)
+    assert value == moment
+    assert repr(value) == repr(decode_value(JsonCodec(datetime), data)) != repr(moment)
 
 
 def test_c17_whatever_a_codec_raises_is_unencodable() -> None:
@@ -434,8 +453,13 @@ class Dangling:
     item: "Missing"  # type: ignore[name-defined]  # noqa: F821 - does not exist on purpose
 
 
+@dataclasses.dataclass
+class Seeded:
+    seed: dataclasses.InitVar[int]
+
+
 @pytest.mark.parametrize(
-    "annotation", [complex, type, "Receipt", T, Box[int], Dangling, list[complex], type(lambda: 0)]
+    "annotation", [Seeded, complex, type, "Receipt", T, Box[int], Dangling, list[complex], type(lambda: 0)]
 )
 def test_c16_an_annotation_without_a_codec_is_an_error_that_names_it(annotation: Any) -> None:
     with pytest.raises(ConfigurationError):

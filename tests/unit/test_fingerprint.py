@@ -230,7 +230,11 @@ def test_h6_a_strategy_is_its_own_option(strategy: Strategy) -> None:
     assert strategy_for(strategy) is strategy
 
 
-@pytest.mark.parametrize("option", [None, "raw", 1])
+async def asynchronous(request: Request) -> bytes:
+    return request.body
+
+
+@pytest.mark.parametrize("option", [None, "raw", 1, fields, fingerprint.Raw, asynchronous])
 def test_h6_other_options_are_refused_with_the_choices(option: Any) -> None:
     with pytest.raises(ConfigurationError, match="raw"):
         strategy_for(option)

@@ -16,7 +16,7 @@ from math import isfinite
 from typing import cast
 from uuid import UUID
 
-from retryproof.core.canonical import Json, NotCanonical, serialise
+from retryproof.core.canonical import Json, serialise
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.fingerprint import VERSION, Method, seal
 
@@ -28,7 +28,7 @@ def arguments(values: Mapping[str, object]) -> bytes:
         try:
             plain[name] = _plain(value)
             serialise(plain[name], errors="surrogatepass")
-        except (_NoStableForm, NotCanonical, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(
                 f"The argument {name!r} cannot be fingerprinted: {error}. "
                 "Select the arguments that count, or pass plain values or dataclasses."
@@ -62,7 +62,7 @@ def _plain(value: object) -> Json:
 
 def _plain_scalar(value: object) -> Json:
     if isinstance(value, bytes | bytearray | memoryview):
-        return {"$bytes": b64encode(value).decode("ascii")}
+        return {"$bytes": b64encode(bytes(value)).decode("ascii")}
     if isinstance(value, datetime | date | time):
         kind = "datetime" if isinstance(value, datetime) else "date" if isinstance(value, date) else "time"
         return {f"${kind}": value.isoformat()}

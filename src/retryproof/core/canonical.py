@@ -49,11 +49,13 @@ def serialise(value: Json, *, errors: str = "strict") -> bytes:
     `errors` is how lone surrogates are encoded: "strict" refuses them, "surrogatepass" keeps them apart.
     """
     out: list[str] = []
-    _write(value, out, MAX_DEPTH)
     try:
+        _write(value, out, MAX_DEPTH)
         return "".join(out).encode("utf-8", errors)
     except UnicodeEncodeError as error:
         raise NotCanonical("a string contains a lone surrogate") from error
+    except RecursionError as error:
+        raise NotCanonical("nested too deep for the stack that is left") from error
 
 
 def format_number(number: float) -> str:

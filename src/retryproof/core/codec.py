@@ -30,6 +30,7 @@ __all__ = [
     "codec_for",
     "decode_response",
     "decode_value",
+    "encode_and_replay",
     "encode_response",
     "encode_value",
 ]
@@ -140,6 +141,18 @@ def decode_value(codec: Codec, data: bytes) -> Any:
             f"The stored result cannot be read by codec {name!r}: {type(error).__name__}. "
             "Was the annotation changed since it was stored?"
         ) from error
+
+
+def encode_and_replay(codec: Codec, value: object) -> tuple[bytes, Any]:
+    """Return a value as it is stored, and as every caller is to see it, the first one too (C16).
+
+    Raises Unencodable, and nothing else, for a value that the codec cannot write or could not read back.
+    """
+    data = encode_value(codec, value)
+    try:
+        return data, decode_value(codec, data)
+    except Unreadable as error:
+        raise Unencodable(f"codec {codec.name} cannot read back what it wrote") from error
 
 
 class JsonCodec:

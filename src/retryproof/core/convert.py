@@ -9,7 +9,7 @@ Unions store the name of the member that took the value, in `[name, value]`; `X 
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, InitVar, fields, is_dataclass
 from enum import Enum, Flag
 from typing import (
     Annotated,
@@ -119,6 +119,8 @@ class _Builder:
             hints = get_type_hints(kind)
         except NameError as error:
             raise ConfigurationError(f"The annotations of {name_of(kind)} cannot be resolved: {error}.") from error
+        if any(isinstance(hint, InitVar) for hint in hints.values()):
+            raise ConfigurationError(f"{name_of(kind)} has an InitVar, which cannot be read back; pass codec=.")
         members = {field.name for field in fields(kind)} if is_dataclass(kind) else set(hints)
         return {name: self.build(hint) for name, hint in hints.items() if name in members}
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from inspect import iscoroutinefunction
 from typing import Protocol, TypeAlias
 
 from retryproof.core.canonical import Json, NotCanonical, canonical_json, parse, serialise
@@ -247,14 +248,15 @@ def fields(*pointers: str) -> Fields:
 
 def strategy_for(option: object) -> Strategy:
     """Return the strategy that a `fingerprint=` option names: a strategy, or a callable of the request."""
-    if not isinstance(option, type) and callable(getattr(option, "begin", None)):
-        strategy: Strategy = option  # type: ignore[assignment]  # checked structurally on the line above
-        return strategy
-    if callable(option):
-        return Custom(option)
+    if not isinstance(option, type) and option is not fields:
+        if callable(getattr(option, "begin", None)):
+            strategy: Strategy = option  # type: ignore[assignment]  # checked structurally on the line above
+            return strategy
+        if callable(option) and not iscoroutinefunction(option):
+            return Custom(option)
     raise ConfigurationError(
         "fingerprint= takes raw (the default), json or fields(...) of retryproof.core.fingerprint, "
-        "or a callable of the request."
+        "or a callable of the request, which is not async."
     )
 
 
