@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Protocol, TypeVar
 
 from retryproof.core.commands import Claim, Command, Complete, Disown, Linger, Pause, Paused, Release, Reply, Run
@@ -167,10 +167,14 @@ _outliving: set[asyncio.Task[Any]] = set()
 
 async def _outlive(rest: Any) -> None:
     """Run the rest of a cancelled attempt in a task of its own, and wait for it unless cancelled once more."""
+    await asyncio.wait({_in_background(rest)})
+
+
+def _in_background(rest: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     task = asyncio.get_running_loop().create_task(rest)
     _outliving.add(task)
     task.add_done_callback(_outliving.discard)
-    await asyncio.wait({task})
+    return task
 
 
 async def abegin(
@@ -203,15 +207,45 @@ async def abegin(
     return command
 
 
-async def afinish(flow: Steps[T], reply: Reply, hold: Hold, store: AsyncPerformer, timeout: float) -> T:
-    """Pump a flow from the outcome of its `Run` to its conclusion, in the manner of `adrive`."""
+async def afinish(
+    flow: Steps[T],
+    reply: Reply,
+    hold: Hold,
+    store: AsyncPerformer,
+    timeout: float,
+    adopt: Callable[[asyncio.Task[T]], None],
+) -> T:
+    """Pump a flow from the outcome of its `Run` to its conclusion.
+
+    A cancellation cannot lose it: the rest then goes on in a task of its own, which is handed to `adopt`.
+    """
+    background = store.background
+    leaves_hold = False
+    command: Command | None = None
     try:
-        command = flow.send((reply, clock()))
+        while True:
+            command = flow.send((reply, clock()))
+            reply = None
+            if isinstance(command, Linger):
+                leaves_hold = True
+                background.linger(command.hold, command.last)
+            elif isinstance(command, Pause):
+                await asyncio.sleep(command.seconds)
+            else:
+                reply = await store.perform(command, timeout)
     except StopIteration as stop:
-        store.background.unwatch(hold)
         result: T = stop.value
         return result
-    return await _apump(flow, command, store, timeout, _ran, _sleep, hold)
+    except asyncio.CancelledError:
+        if command is None:
+            raise
+        leaves_hold = True
+        # What was on its way is sent again: commands are idempotent by nonce (C3).
+        adopt(_in_background(_apump(flow, command, store, timeout, _ran, _sleep, hold)))
+        raise
+    finally:
+        if not leaves_hold:
+            background.unwatch(hold)
 
 
 async def _ran(hold: Hold) -> Reply:

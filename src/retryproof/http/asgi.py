@@ -1,0 +1,142 @@
+"""The middleware for ASGI apps: Starlette, FastAPI, Litestar, Quart, Django and others.
+
+    app.add_middleware(IdempotencyMiddleware, store="sqlite:///keys.db", scope=by_user)
+
+It needs nothing but ASGI, and what it does not cover passes through it untouched (H1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from retryproof.core.fingerprint import CustomFingerprint, Strategy, raw
+from retryproof.core.keys import Strength
+from retryproof.core.policy import Policy
+from retryproof.http.exchange import Exchange, HttpEngine
+from retryproof.http.key_source import FindKey, JsonFieldKey
+from retryproof.http.options import MAX_BODY, Authorize, PerRequest, check_options
+from retryproof.http.problem import DOCS_URL
+from retryproof.http.scope import Identify
+from retryproof.http.semantics import Preset, StoreWhen
+from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.observe.events import Listener
+from retryproof.observe.logging import log_event
+from retryproof.stores.base import AsyncStore, Store
+
+COVERED = "retryproof.covered"
+"""In the scope of a request that a layer covers, so that a second layer further in lets it pass."""
+DRAIN = 10.0
+"""Seconds that a shutdown waits for operations whose servers have left them."""
+
+
+class IdempotencyMiddleware:
+    """Lets requests with an idempotency key take effect once, and replays their responses.
+
+    store: a URL, opened at the first covered request and closed at `lifespan.shutdown`, or a store of the caller's.
+    scope: whom a key belongs to: `by_user`, `by_header(…)`, `single_tenant`, or a callable of the ASGI scope.
+    policy, required, endpoint, fail_open: a value or a callable of the ASGI scope. A policy of None: not covered.
+    required: refuse requests without a key. endpoint: a name that stands for method and path in the key's scope.
+    key: the header with the key, `json_field(…)`, or a callable. keys: "strong" refuses keys that can be guessed.
+    strict: only the quoted spelling. fingerprint: what makes two requests the same; every byte by default.
+    store_when: "default", "stripe", "success-only", or a callable of status and headers: which responses settle it.
+    authorize: asked before each replay whether this caller may have it.
+    max_body: bytes. fail_open: run without protection when the store is down, and say so in the answer.
+    replay_header: marks a replay. keep_set_cookie: whether replays repeat cookies. docs_url: for problem documents.
+    events: listeners; the log by default. pepper: a secret mixed into record ids. name: tells apps that share a store
+    apart.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        store: str | Store | AsyncStore,
+        scope: Identify | None = None,
+        policy: PerRequest[Policy | None] = Policy(),  # noqa: B008  # frozen
+        required: PerRequest[bool] = False,
+        methods: Iterable[str] = ("POST", "PATCH"),
+        key: str | JsonFieldKey | FindKey = "Idempotency-Key",
+        keys: Strength = "any",
+        strict: bool = False,
+        endpoint: PerRequest[str | None] = None,
+        fingerprint: Strategy | CustomFingerprint = raw,
+        store_when: Preset | StoreWhen = "default",
+        authorize: Authorize | None = None,
+        max_body: int = MAX_BODY,
+        fail_open: PerRequest[bool] = False,
+        replay_header: str = "Idempotency-Replayed",
+        keep_set_cookie: bool = True,
+        docs_url: str = DOCS_URL,
+        events: Sequence[Listener] = (log_event,),
+        pepper: bytes = b"",
+        name: str = "",
+    ) -> None:
+        options = check_options(
+            scope=scope,
+            policy=policy,
+            required=required,
+            methods=methods,
+            key=key,
+            keys=keys,
+            strict=strict,
+            endpoint=endpoint,
+            fingerprint=fingerprint,
+            store_when=store_when,
+            authorize=authorize,
+            max_body=max_body,
+            fail_open=fail_open,
+            replay_header=replay_header,
+            keep_set_cookie=keep_set_cookie,
+            docs_url=docs_url,
+            pepper=pepper,
+            name=name,
+        )
+        self.app = app
+        self._options = options
+        self._methods = options.methods
+        self._key_header = options.key_header
+        self._engine = HttpEngine(
+            app, options, store=store, policy=policy if isinstance(policy, Policy) else None, events=events
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http" or scope["method"] not in self._methods:
+            if scope["type"] == "lifespan":
+                send = self._closing(send)
+            await self.app(scope, receive, send)
+            return
+        lines: list[bytes] = []
+        if self._key_header is not None:
+            lines = [value for name, value in scope["headers"] if name == self._key_header]
+            if not lines and not self._options.required.of(scope):
+                await self.app(scope, receive, send)
+                return
+        policy = None if COVERED in scope else self._options.policy.of(scope)
+        if policy is None:
+            await self.app(scope, receive, send)
+            return
+        scope[COVERED] = True
+        await Exchange(self._engine, scope, receive, send, policy).respond(lines)
+
+    def _closing(self, send: Send) -> Send:
+        """A `send` that closes the store when the app has shut down."""
+
+        async def send_and_close(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self.aclose()
+            await send(message)
+
+        return send_and_close
+
+    async def aclose(self, drain: float = DRAIN) -> None:
+        """Wait for operations that still run, for up to `drain` seconds, and close a store that was opened from a URL.
+
+        Done at `lifespan.shutdown`; for servers without lifespan.
+        """
+        loop = asyncio.get_running_loop()
+        running = {task for task in self._engine.running if task.get_loop() is loop}
+        if running:
+            await asyncio.wait(running, timeout=drain)
+        await self._engine.aclose(drain)

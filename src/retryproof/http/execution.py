@@ -1,0 +1,383 @@
+"""One run of the app under a claim: its response is stored before its end is seen (H10), whoever leaves (H11).
+
+The app runs in a task of its own. What it sends passes through `_send`, which settles the operation when the last
+message arrives and only then lets that message go. So a response with one body message is held entirely, a stream all
+but its end, and background tasks run after the operation was settled, as they run after the response without the layer.
+
+    no head --start--> head held --last--> settled --> head and last are sent
+                       head held --chunk--> streaming --last--> settled --> last is sent
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import assert_never
+
+from retryproof import operation
+from retryproof.core.codec import StoredResponse, Unencodable, encode_response
+from retryproof.core.commands import Cancelled, LeaseLost, Raised, Reply, Returned
+from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
+from retryproof.core.flow import (
+    Busy,
+    Completed,
+    Conclusion,
+    Down,
+    Failed,
+    Flow,
+    Foreign,
+    Mismatched,
+    Refused,
+    Replayed,
+)
+from retryproof.core.hold import Hold
+from retryproof.core.keys import short_digest
+from retryproof.core.policy import Policy
+from retryproof.drive import AsyncPerformer, afinish
+from retryproof.http.client_link import ClientLink
+from retryproof.http.options import Options
+from retryproof.http.problem import HANDLER_FAILED, OUTCOME_UNKNOWN, Problem, render
+from retryproof.http.semantics import Header, Headers, headers_without_body, is_event_stream, kept_headers
+from retryproof.http.types import App, Message, Scope
+
+logger = logging.getLogger("retryproof.http")
+
+_UNSTORABLE_END = ("http.response.pathsend", "http.response.trailers")
+
+
+class Execution:
+    """The app's run for one request.
+
+    answer: sends what a conclusion other than one's own means to the caller. told: hears the conclusion.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        scope: Scope,
+        link: ClientLink,
+        *,
+        options: Options,
+        policy: Policy,
+        flow: Flow,
+        hold: Hold,
+        store: AsyncPerformer,
+        max_result: int,
+        answer: Callable[[Conclusion], Awaitable[None]],
+        told: Callable[[Conclusion], None],
+    ) -> None:
+        self._app = app
+        self._scope = scope
+        self._link = link
+        self._options = options
+        self._policy = policy
+        self._flow = flow
+        self._hold = hold
+        self._store = store
+        self._max_result = max_result
+        self._answer = answer
+        self._told = told
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._task: asyncio.Task[None] | None = None
+        # The response as the app makes it.
+        self._head: Message | None = None
+        self._head_sent = False
+        self._copy: list[bytes] | None = []
+        self._copied = 0
+        self._last: Message | None = None
+        # Where the operation stands.
+        self._settling = False
+        self._rest: asyncio.Task[Conclusion] | None = None
+        self._conclusion: Conclusion | None = None
+        self._lost = False
+
+    # The server's task
+
+    def start(self, ended: Callable[[asyncio.Task[None]], None]) -> asyncio.Task[None]:
+        """Start the app in its own task, which calls `ended` at its end; the hold must be watched already."""
+        if self._policy.on_lease_lost == "cancel":
+            self._hold.on_lost = self._on_lost
+        task = self._task = self._loop.create_task(self._run())
+        task.add_done_callback(ended)
+        task.add_done_callback(self._ended)
+        if self._hold.lost:
+            self._cancel_overtaken()
+        return task
+
+    async def outlast(self) -> None:
+        """Wait for the end of the run, or for the cut of its connection; raises what the app raised.
+
+        A first cancellation waits all the same, and goes on afterwards. A second one does not wait: the run goes on in
+        the background, and nothing is sent any more.
+        """
+        try:
+            await self._over
+        except asyncio.CancelledError:
+            if not self._ended_already():
+                self._over = self._loop.create_future()
+                try:
+                    await self._over
+                except asyncio.CancelledError:
+                    self._link.detached = not self._ended_already()
+                except Exception:
+                    logger.exception("The request's handler failed after the server had cancelled it.")
+            raise
+
+    def _ended_already(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if not self._over.done():
+            if error is not None:
+                self._over.set_exception(error)
+            else:
+                self._over.set_result(None)
+        elif error is not None and (self._link.detached or self._over.cancelled()):
+            logger.error("The request's handler failed after its server had left.", exc_info=error)
+
+    def _on_lost(self) -> None:
+        """Another attempt took over; called from the keeper's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._cancel_overtaken)
+        except RuntimeError:  # the loop is closed, and the run has ended with it
+            return
+
+    def _cancel_overtaken(self) -> None:
+        if self._task is not None and not self._settling and not self._task.done():
+            self._lost = True
+            self._task.cancel()
+
+    # The app's task
+
+    async def _run(self) -> None:
+        policy = self._policy
+        operation.enter(
+            operation.loop_operation(self._hold, self._store, policy.store_timeout, policy.complete_timeout)
+        )
+        try:
+            await self._app(self._scope, self._link.receive, self._send)
+        except asyncio.CancelledError:
+            await self._after_cancellation()
+        except OutcomeUnknown as error:
+            await self._after_unknown(error)
+        except Exception as error:
+            await self._after_error(error)
+            raise
+        else:
+            await self._after_return()
+
+    async def _after_return(self) -> None:
+        if await self._settled_elsewhere():
+            return
+        if self._head is None and not self._link.left:
+            await self._fail(Raised())  # the server says what it thinks of an app that never answers
+            return
+        # The app stopped in the middle of its response, as frameworks do when the client leaves: its work is done.
+        self._copy = None
+        await self._settle(self._outcome())
+        if isinstance(self._conclusion, Completed | Failed) and self._head is not None and not self._head_sent:
+            await self._send_head()
+        elif not isinstance(self._conclusion, Completed | Failed):
+            await self._answer_overtaken()
+
+    async def _after_error(self, error: Exception) -> None:
+        if await self._settled_elsewhere():
+            return
+        if self._head_sent and self._link.left and not self._link.keeps_going and self._settles():
+            # What stopped the app is that its client had left; its work is done.
+            await self._settle(self._outcome())
+        elif self._options.store_when(HANDLER_FAILED.status, ()):
+            await self._store_failure()
+        else:
+            await self._fail(Raised())
+
+    async def _store_failure(self) -> None:
+        """The policy keeps failures: the first caller gets this one as a replay will give it."""
+        if self._head_sent:
+            self._copy = None
+            await self._settle(self._outcome())
+            return
+        detail = "The handler failed. The policy of this service keeps failures, so a retry gets the same answer."
+        status, headers, body = render(Problem(HANDLER_FAILED, detail), self._options.docs_url)
+        self._head = {"type": "http.response.start", "status": status, "headers": headers}
+        self._copy, self._copied = [body], len(body)
+        self._last = {"type": "http.response.body", "body": body}
+        await self._settle(self._outcome())
+        await self._conclude()
+
+    async def _after_unknown(self, error: OutcomeUnknown) -> None:
+        if await self._settled_elsewhere():
+            raise error
+        await self._settle(Raised(unknown=True))
+        if not isinstance(self._conclusion, Completed | Failed):
+            await self._answer_overtaken()
+        elif self._head_sent:
+            raise error
+        else:
+            logger.warning("A handler does not know the outcome of operation %s.", short_digest(self._hold.id))
+            problem = Problem(OUTCOME_UNKNOWN, error.message, operation=short_digest(self._hold.id))
+            status, headers, body = render(problem, self._options.docs_url)
+            await self._link.send({"type": "http.response.start", "status": status, "headers": headers})
+            await self._link.send({"type": "http.response.body", "body": body})
+
+    async def _after_cancellation(self) -> None:
+        if await self._settled_elsewhere():
+            raise asyncio.CancelledError
+        if not self._lost:
+            await self._settle(Cancelled())
+            raise asyncio.CancelledError
+        if self._task is not None:
+            self._task.uncancel()
+        await self._fail(LeaseLost())
+
+    async def _fail(self, reply: Reply) -> None:
+        await self._settle(reply)
+        if not isinstance(self._conclusion, Completed | Failed):
+            await self._answer_overtaken()
+
+    async def _settled_elsewhere(self) -> bool:
+        """Whether the last message has come before; one whose sender was cancelled on the way is seen to its end."""
+        if self._rest is not None and self._conclusion is None:
+            self._conclusion = await self._rest
+            self._told(self._conclusion)
+            await self._conclude()
+        return self._settling
+
+    # The app's response
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"]
+        if self._settling:
+            if self._conclusion is None or isinstance(self._conclusion, Completed | Failed):
+                await self._link.send(message)  # after the end; the server knows what to say
+        elif kind == "http.response.body" and self._head is not None:
+            await self._take(message, last=not message.get("more_body", False) and not self._head.get("trailers"))
+        elif kind == "http.response.start" and self._head is None:
+            self._take_head(message)
+        elif kind == "http.response.zerocopysend" and self._head is not None:
+            self._keep_nothing()
+            await self._take(message, last=not message.get("more_body", False) and not self._head.get("trailers"))
+        elif kind in _UNSTORABLE_END and self._head is not None:
+            self._keep_nothing()
+            await self._take(message, last=not message.get("more_trailers", False))
+        else:
+            await self._link.send(message)  # early hints, pushes, debug; and what is out of order
+
+    def _take_head(self, message: Message) -> None:
+        self._head = message
+        if message.get("trailers") or is_event_stream(message.get("headers", ())):
+            self._keep_nothing()
+
+    async def _take(self, message: Message, *, last: bool) -> None:
+        self._keep(message.get("body", b""))
+        if last:
+            self._last = message
+            await self._settle(self._outcome())
+            await self._conclude()
+            return
+        if not self._head_sent:
+            if not self._settles():
+                self._keep_nothing()
+            await self._send_head()
+        if self._copy is None and self._link.keeps_going:
+            self._link.stop_without_client()
+        await self._link.send(message)
+
+    def _keep(self, chunk: bytes) -> None:
+        if self._copy is None:
+            return
+        self._copied += len(chunk)
+        if self._copied > self._max_result:
+            self._keep_nothing()
+        else:
+            self._copy.append(chunk)
+
+    def _keep_nothing(self) -> None:
+        self._copy = None
+
+    async def _send_head(self) -> None:
+        self._head_sent = True
+        if self._head is not None:
+            await self._link.send(self._head)
+
+    # Settling
+
+    def _settles(self) -> bool:
+        if self._head is None:
+            return True
+        return self._options.store_when(self._head["status"], self._head.get("headers", ()))
+
+    def _outcome(self) -> Reply:
+        """What the response so far means for the operation."""
+        return Returned(self._encoded()) if self._settles() else Raised()
+
+    def _encoded(self) -> bytes | None:
+        """The response as it is stored: whole, or without its body, or not at all (H10)."""
+        if self._head is None:
+            return None
+        status: int = self._head["status"]
+        try:
+            headers = kept_headers(self._head.get("headers", ()), set_cookie=self._options.keep_set_cookie)
+            if self._copy is not None:
+                encoded = encode_response(StoredResponse(status, tuple(headers), b"".join(self._copy)))
+                if len(encoded) <= self._max_result:
+                    return encoded
+            return self._omitting(status, headers)
+        except (Unencodable, TypeError, AttributeError):  # headers that are none; the server will say so
+            return None
+
+    def _omitting(self, status: int, headers: Headers) -> bytes | None:
+        nothing: tuple[Header, ...] = ()
+        for kept in (tuple(headers_without_body(headers)), nothing):
+            encoded = encode_response(StoredResponse(status, kept, b"", omitted=True))
+            if len(encoded) <= self._max_result:
+                return encoded
+        return None
+
+    async def _settle(self, reply: Reply) -> None:
+        self._settling = True
+        self._conclusion = await afinish(
+            self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
+        )
+        self._told(self._conclusion)
+
+    def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
+        self._rest = rest
+
+    async def _conclude(self) -> None:
+        """The operation is settled, or was settled by another: let the response go, or answer for the other one."""
+        if not isinstance(self._conclusion, Completed | Failed):
+            await self._answer_overtaken()
+            return
+        if not self._head_sent:
+            await self._send_head()
+        if self._last is not None:
+            await self._link.send(self._last)
+
+    async def _answer_overtaken(self) -> None:
+        """Another attempt took over: the caller gets its answer, or none that could be a second one (C8)."""
+        conclusion = self._conclusion
+        if conclusion is None:
+            return
+        if not self._head_sent:
+            self._head_sent = True
+            await self._answer(conclusion)
+        elif not self._over.done():
+            self._over.set_exception(_cut(conclusion, self._hold))
+
+
+def _cut(conclusion: Conclusion, hold: Hold) -> IdempotencyError:
+    """The error that makes the server cut the connection."""
+    digest = short_digest(hold.id)
+    match conclusion:
+        case Down(error):
+            cut = StoreUnavailable("The response was cut: it could not be stored.", digest=digest)
+            cut.__cause__ = error
+            return cut
+        case Completed() | Failed() | Replayed() | Busy() | Mismatched() | Refused() | Foreign():
+            return operation.lease_lost(hold)
+        case _:
+            assert_never(conclusion)

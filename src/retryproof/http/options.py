@@ -1,0 +1,152 @@
+"""The options of an HTTP layer, checked when it is made; shared by every server interface. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar, get_args
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.fingerprint import Strategy, strategy_for
+from retryproof.core.keys import Strength
+from retryproof.core.policy import Policy
+from retryproof.http.key_source import FindKey, HeaderKey, JsonFieldKey, KeySource, key_source_for
+from retryproof.http.problem import check_docs_url
+from retryproof.http.scope import AsgiScope, Identify, check_scope
+from retryproof.http.semantics import Preset, StoreWhen, covered_methods, store_when_for
+
+V = TypeVar("V")
+PerRequest: TypeAlias = V | Callable[[Any], V]
+"""A value, or a callable of the ASGI scope that returns it."""
+
+Authorize: TypeAlias = Callable[[Any], bool | Awaitable[bool]]
+"""Whether this caller may have the stored response, asked before each replay (H13)."""
+
+MAX_BODY = 64 * 1024 * 1024
+
+
+class Choice(Generic[V]):
+    """An option that is a value or a callable of the request."""
+
+    __slots__ = ("_function", "_value")
+
+    def __init__(self, option: PerRequest[V]) -> None:
+        self._value: Any = None
+        self._function: Callable[[Any], V] | None = None
+        if callable(option):
+            self._function = option
+        else:
+            self._value = option
+
+    def of(self, scope: AsgiScope) -> V:
+        """Its value for this request."""
+        if self._function is None:
+            return self._value  # type: ignore[no-any-return]  # V, by the constructor
+        return self._function(scope)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is the same for every request."""
+        return self._function is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What one layer was told; see IdempotencyMiddleware for the meaning of each."""
+
+    scope: Identify
+    policy: Choice[Policy | None]
+    required: Choice[bool]
+    methods: frozenset[str]
+    key: KeySource
+    key_header: bytes | None
+    strength: Strength
+    endpoint: Choice[str | None]
+    fingerprint: Strategy
+    store_when: StoreWhen
+    authorize: Authorize | None
+    max_body: int
+    fail_open: Choice[bool]
+    replay_header: bytes
+    keep_set_cookie: bool
+    docs_url: str
+    pepper: bytes
+    name: str
+
+
+def check_options(
+    *,
+    scope: object,
+    policy: PerRequest[Policy | None],
+    required: PerRequest[bool],
+    methods: Iterable[str],
+    key: str | JsonFieldKey | FindKey,
+    keys: Strength,
+    strict: bool,
+    endpoint: PerRequest[str | None],
+    fingerprint: object,
+    store_when: Preset | StoreWhen,
+    authorize: Authorize | None,
+    max_body: int,
+    fail_open: PerRequest[bool],
+    replay_header: str,
+    keep_set_cookie: bool,
+    docs_url: str,
+    pepper: bytes,
+    name: str,
+) -> Options:
+    """The options as they are used; ConfigurationError names the first that makes no sense."""
+    for label, option, kind in (
+        ("policy", policy, Policy | None),
+        ("required", required, bool),
+        ("endpoint", endpoint, str | None),
+        ("fail_open", fail_open, bool),
+    ):
+        if not callable(option) and not isinstance(option, kind):
+            raise ConfigurationError(f"{label}={option!r} is neither a {label} nor a callable that returns one.")
+    if keys not in get_args(Strength):
+        raise ConfigurationError(f"keys={keys!r} must be one of {', '.join(map(repr, get_args(Strength)))}.")
+    if authorize is not None and not callable(authorize):
+        raise ConfigurationError(f"authorize={authorize!r} must be a callable of the ASGI scope.")
+    _check_size("max_body", max_body)
+    _check_bytes_and_text(pepper, name)
+    source = key_source_for(key, strict=strict)
+    return Options(
+        scope=check_scope(scope),
+        policy=Choice(policy),
+        required=Choice(required),
+        methods=covered_methods(methods),
+        key=source,
+        key_header=source.name if isinstance(source, HeaderKey) else None,
+        strength=keys,
+        endpoint=Choice(endpoint),
+        fingerprint=strategy_for(fingerprint),
+        store_when=store_when_for(store_when),
+        authorize=authorize,
+        max_body=max_body,
+        fail_open=Choice(fail_open),
+        replay_header=_header_name("replay_header", replay_header),
+        keep_set_cookie=bool(keep_set_cookie),
+        docs_url=check_docs_url(docs_url),
+        pepper=pepper,
+        name=name,
+    )
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number of bytes.")
+
+
+def _check_bytes_and_text(pepper: object, name: object) -> None:
+    if not isinstance(pepper, bytes):
+        raise ConfigurationError("pepper must be bytes: a secret that all servers of this app share.")
+    if not isinstance(name, str):
+        raise ConfigurationError(f"name={name!r} must be a string that tells this app from others on the same store.")
+
+
+def _header_name(option: str, name: object) -> bytes:
+    source = key_source_for(name, strict=False) if isinstance(name, str) else None
+    if not isinstance(source, HeaderKey):
+        raise ConfigurationError(f"{option}={name!r} must be a header's name.")
+    return source.name

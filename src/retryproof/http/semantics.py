@@ -1,0 +1,195 @@
+"""What HTTP means here: which requests are covered, which responses are stored, and how a replay looks. Pure.
+
+Rules H1, H8, H9, H10 and H14; the adapters (ASGI now) only carry messages.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeAlias, get_args
+
+from retryproof.core.errors import ConfigurationError
+
+Header: TypeAlias = tuple[bytes, bytes]
+Headers: TypeAlias = list[Header]
+
+StoreWhen: TypeAlias = Callable[[int, Sequence[Header]], bool]
+"""Whether a response, by its status and headers, settles the operation (H8); otherwise a retry may run again."""
+
+Preset: TypeAlias = Literal["default", "stripe", "success-only"]
+
+NEVER_COVERED = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "QUERY", "CONNECT"})
+"""Safe methods, and the one that makes a tunnel (H1)."""
+
+NOT_SETTLED = frozenset({401, 403, 408, 409, 425, 429})
+"""Statuses below 500 that say "not now" or "not you": the same request may well succeed later (H8)."""
+
+_NO_CONTENT = frozenset({204, 304})
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# What is true of one exchange alone, and would be a lie on a replay.
+_OF_ONE_EXCHANGE = frozenset(
+    {
+        b"content-length",
+        b"date",
+        b"server",
+        # tracing
+        b"request-id",
+        b"server-timing",
+        b"traceparent",
+        b"tracestate",
+        b"traceresponse",
+        b"x-amzn-trace-id",
+        b"x-cloud-trace-context",
+        b"x-correlation-id",
+        b"x-process-time",
+        b"x-request-id",
+        b"x-trace-id",
+        # rate limits
+        b"ratelimit",
+        b"ratelimit-policy",
+    }
+)
+_DROPPED = _HOP_BY_HOP | _OF_ONE_EXCHANGE
+_DROPPED_PREFIXES = (b"ratelimit-", b"x-ratelimit-", b"x-rate-limit-", b"x-b3-", b"x-datadog-")
+
+_OF_A_BODY = frozenset(
+    {b"accept-ranges", b"digest", b"content-digest", b"etag", b"last-modified", b"repr-digest", b"want-digest"}
+)
+
+
+def covered_methods(methods: Iterable[str]) -> frozenset[str]:
+    """The methods to cover, checked; PUT and DELETE only because somebody asked for them (H1)."""
+    if isinstance(methods, str):
+        raise ConfigurationError(f"methods={methods!r} is one string; give a collection, such as ('POST', 'PATCH').")
+    chosen = frozenset(methods)
+    for method in chosen:
+        given: object = method
+        if not isinstance(given, str) or not method.isascii() or method != method.upper() or not method:
+            raise ConfigurationError(f"methods={sorted(map(str, chosen))}: {method!r} is no HTTP method in upper case.")
+    if chosen & NEVER_COVERED:
+        raise ConfigurationError(f"methods: {', '.join(sorted(chosen & NEVER_COVERED))} can never be covered.")
+    if not chosen:
+        raise ConfigurationError("methods is empty, so nothing would be covered; leave it out for POST and PATCH.")
+    return chosen
+
+
+# Which responses are stored (H8)
+
+
+def settles(status: int, headers: Sequence[Header]) -> bool:
+    """The default: every status below 500, but those that say "not now" or "not you"."""
+    return status < 500 and status not in NOT_SETTLED
+
+
+def settles_always(status: int, headers: Sequence[Header]) -> bool:
+    """The preset "stripe": whatever the handler answered once it had begun, its own failures included."""
+    return True
+
+
+def settles_success(status: int, headers: Sequence[Header]) -> bool:
+    """The preset "success-only": 2xx and 3xx."""
+    return status < 400
+
+
+_PRESETS: dict[str, StoreWhen] = {"default": settles, "stripe": settles_always, "success-only": settles_success}
+
+
+def store_when_for(option: Preset | StoreWhen) -> StoreWhen:
+    """The predicate that a `store_when=` option names."""
+    if isinstance(option, str) and option in _PRESETS:
+        return _PRESETS[option]
+    if callable(option):
+        return option
+    raise ConfigurationError(
+        f"store_when={option!r} must be one of {', '.join(map(repr, get_args(Preset)))}, "
+        "or a callable of status and headers."
+    )
+
+
+# What is kept and what is replayed (H9, H10)
+
+
+def kept_headers(headers: Iterable[Header], *, set_cookie: bool = True) -> Headers:
+    """The headers of a response that a replay repeats: in order, repeated names kept, names in lower case."""
+    listed = [(name.lower(), value) for name, value in headers]
+    dropped = _DROPPED
+    for name, value in listed:
+        if name == b"connection":
+            dropped = dropped | {token.strip().lower() for token in value.split(b",")}
+    if not set_cookie:
+        dropped = dropped | {b"set-cookie"}
+    return [(name, value) for name, value in listed if name not in dropped and not name.startswith(_DROPPED_PREFIXES)]
+
+
+def headers_without_body(headers: Iterable[Header]) -> Headers:
+    """The kept headers that do not describe a body, for a replay that has none."""
+    return [(name, value) for name, value in headers if name not in _OF_A_BODY and not name.startswith(b"content-")]
+
+
+def replayed_headers(status: int, headers: Headers, length: int, marks: Iterable[Header]) -> Headers:
+    """A replay's headers: the stored ones, Content-Length computed anew, and the marks of a replay."""
+    if status in _NO_CONTENT:
+        return [*headers, *marks]
+    return [*headers, (b"content-length", b"%d" % length), *marks]
+
+
+def is_event_stream(headers: Iterable[Header]) -> bool:
+    """Whether a response is `text/event-stream`, which is never kept (H10)."""
+    for name, value in headers:
+        if name.lower() == b"content-type":
+            return value.partition(b";")[0].strip().lower() == b"text/event-stream"
+    return False
+
+
+def retry_after(left: float, lease: float) -> int:
+    """Whole seconds after which a duplicate should ask again, when the holder's lease has `left` seconds to go.
+
+    A holder that lives renews its lease at a third of it. One with less than two thirds left has missed that and is
+    probably dead: only the end of its lease helps. A live one is usually done within a second.
+    """
+    return max(1, math.ceil(left)) if left < lease * 2 / 3 else 1
+
+
+# A stored response that was compressed (H14)
+
+_CODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 47}
+"""Content codings that can be undone here, with zlib's window bits."""
+
+
+def accepts(coding: bytes, accept_encoding: bytes) -> bool:
+    """Whether an Accept-Encoding header allows a content coding; without the header everything is allowed."""
+    if not accept_encoding:
+        return True
+    allowed: dict[bytes, bool] = {}
+    for item in accept_encoding.lower().split(b","):
+        name, _, parameters = item.partition(b";")
+        quality = parameters.replace(b" ", b"").removeprefix(b"q=")
+        allowed[name.strip()] = not quality or quality.strip(b"0.") != b""
+    return allowed.get(coding, allowed.get(b"*", False))
+
+
+def adapted(headers: Headers, body: bytes, accept_encoding: bytes) -> tuple[Headers, bytes]:
+    """A stored response for a caller that may not take its coding: as it is, or with the coding undone."""
+    codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
+    if len(codings) != 1 or codings[0] not in _CODINGS or accepts(codings[0], accept_encoding):
+        return headers, body
+    try:
+        plain = zlib.decompress(body, _CODINGS[codings[0]])
+    except zlib.error:
+        return headers, body
+    return [(name, value) for name, value in headers if name != b"content-encoding"], plain
