@@ -1,5 +1,6 @@
 """The one table of servers: what each is called, where it is looked for, how it is asked and how it is started."""
 
+import fcntl
 import os
 import pwd
 import re
@@ -124,14 +125,30 @@ def _resp_command(binary: Path, directory: Path, port: int) -> list[str]:
 
 
 def _prepare_postgres(binary: Path, directory: Path) -> None:
+    """Copies a cluster that is made once a run directory: initdb takes a second, a copy a tenth of it."""
     owner = account()
     if owner is not None:
         os.chown(directory, *owner)
-    initdb = [str(binary.with_name("initdb")), "-D", str(directory / "data"), "-U", "postgres", "-A", "trust"]
-    # --no-sync spares initdb's own flush only; the server that follows keeps fsync on.
-    done = run_as(owner, [*initdb, "-E", "UTF8", "--locale=C", "--no-sync"], cwd=directory)
+    run = directory.parent
+    template = run / "initdb"
+    with (run / "initdb.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (template / "done").exists():
+            _make_cluster(binary, template, owner)
+    subprocess.run(["/bin/cp", "-a", template / "data", directory / "data"], check=True, timeout=60)
+
+
+def _make_cluster(binary: Path, place: Path, owner: tuple[int, int] | None) -> None:
+    place.mkdir()
+    if owner is not None:
+        os.chown(place, *owner)
+    initdb = [str(binary.with_name("initdb")), "-D", str(place / "data"), "-U", "postgres", "-A", "trust"]
+    # --no-sync spares initdb's own flush only; the servers that follow keep fsync on.
+    done = run_as(owner, [*initdb, "-E", "UTF8", "--locale=C", "--no-sync"], cwd=place)
     if done.returncode != 0:
+        shutil.rmtree(place)
         raise RuntimeError(f"initdb failed:\n{done.stdout}{done.stderr}")
+    (place / "done").touch()
 
 
 def _postgres_command(binary: Path, directory: Path, port: int) -> list[str]:
@@ -141,6 +158,7 @@ def _postgres_command(binary: Path, directory: Path, port: int) -> list[str]:
         "unix_socket_directories": sockets,
         "max_connections": "200",
         "fsync": "on",
+        "recovery_init_sync_method": "syncfs",  # one call in place of an fsync for each of 960 files; PostgreSQL 14 on
     }
     options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
     return [str(binary), "-D", str(directory / "data"), "-p", str(port), *options]

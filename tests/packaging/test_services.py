@@ -1,13 +1,18 @@
 """The servers behind the other tests: found in the documented order, and crashed without losing what they promised."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
+import redis
 
 from servers import SERVICES, Instance, Missing, NoAnswer, RunDirectory, Unanswered, resolve
 
@@ -75,6 +80,66 @@ def test_a_valkey_is_not_taken_for_redis(run: RunDirectory, valkey_url: str, mon
     monkeypatch.setenv("RETRYPROOF_TEST_REDIS_URL", valkey_url)
     with pytest.raises(Unanswered, match="wants Redis, but Valkey answers"):
         resolve("redis", run)
+
+
+def test_the_standard_port_is_used_where_the_right_server_answers(
+    run: RunDirectory, private: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = private()
+    monkeypatch.delenv(server.service.variable, raising=False)
+    monkeypatch.setitem(SERVICES, server.name, replace(server.service, port=server.port))
+    found = resolve(server.name, run)
+    assert (found.url, found.origin, found.answer) == (server.url, "standard port", server.answer)
+    assert run.instances() == []
+
+
+def test_a_standard_port_with_another_server_is_passed_over(
+    run: RunDirectory, private_valkey: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = private_valkey()
+    monkeypatch.delenv("RETRYPROOF_TEST_REDIS_URL", raising=False)
+    monkeypatch.setitem(SERVICES, "redis", replace(SERVICES["redis"], port=other.port))
+    monkeypatch.setattr("servers.order.RunDirectory.of_project", lambda: run)
+    try:
+        assert resolve("redis", run).origin.startswith("private")
+    except Missing as error:
+        pytest.skip(str(error))
+    finally:
+        run.clear()
+
+
+def test_a_redis_with_a_password_answers_only_to_it(private_redis: Callable[..., Instance]) -> None:
+    server = private_redis()
+    with redis.Redis(port=server.port) as client:
+        client.config_set("requirepass", "open sesame")
+    with pytest.raises(NoAnswer, match="NOAUTH"):
+        server.service.probe(server.url)
+    with_password = server.url.replace("127.0.0.1", ":open%20sesame@127.0.0.1")
+    assert server.service.probe(with_password) == server.answer
+
+
+def test_a_postgres_with_a_password_answers_only_to_it(private_postgres: Callable[..., Instance]) -> None:
+    server = private_postgres()
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute("ALTER USER postgres PASSWORD 'sesame'")
+    (server.directory / "data" / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
+    os.kill(server.pid, signal.SIGHUP)
+    assert "asks postgres for a password" in refusal(server)
+    with_password = server.url.replace("postgres@", "postgres:sesame@")
+    assert server.service.probe(with_password) == server.answer
+    with pytest.raises(NoAnswer, match="password authentication failed"):
+        server.service.probe(server.url.replace("postgres@", "postgres:wrong@"))
+
+
+def refusal(server: Instance) -> str:
+    """What the probe says once the server has read its new settings, which it does in its own time."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            server.service.probe(server.url)
+        except NoAnswer as error:
+            return str(error)
+    return "still lets everyone in"
 
 
 def test_an_open_port_that_speaks_another_protocol_does_not_answer(postgres_url: str, redis_url: str) -> None:
