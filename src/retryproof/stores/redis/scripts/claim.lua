@@ -90,6 +90,8 @@ local function reclaim(key, found, fingerprint, nonce, tenant, trace, term)
     if term.alone ~= '0' then
       new_counts = '1'
     end
+  elseif found[3] == nonce then
+    return {'R', 0}
   else
     call('PERSIST', key)
   end
