@@ -1,0 +1,245 @@
+"""The store on SQLite: one file, safe for every thread and process of one machine.
+
+WAL, and `synchronous=FULL`: what was answered survives a crash of the machine. A replay only reads, beside any writer.
+What changes is written in one transaction for a whole batch, of every kind that waits (group commit). A database that
+somebody else keeps locked for longer than the store's time-out is a definite error.
+
+The table has a rowid and a unique index: with WITHOUT ROWID a claim costs half as much again, since large results then
+sit in the tree that every claim descends. It has no other index: reaping reads the table beside the writers.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.record import Record, State
+from retryproof.stores.base import Capabilities, Reaped
+from retryproof.stores.memory import wall_clock
+from retryproof.stores.sql import sqlite_plans as plans
+from retryproof.stores.sql.plan import Plan, Row, Statement, perform
+
+T = TypeVar("T")
+
+SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+
+
+class SqliteStore:
+    """Records in a SQLite file, which is made at the first call.
+
+    path: a file's path, or ":memory:". timeout: seconds to wait for another writer.
+    synchronous: FULL keeps what was answered through a crash of the machine; NORMAL only through one of the process.
+    clock: microseconds since the epoch; the host's, as SQLite's own is.
+    Safe for threads; after a fork, make another.
+    """
+
+    capabilities = Capabilities(name="sqlite", max_batch=512, transactions=True, clock="host", concurrent=True)
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        timeout: float = 2.0,
+        synchronous: str = "FULL",
+        clock: Callable[[], int] = wall_clock,
+    ) -> None:
+        if synchronous.upper() not in SYNCHRONOUS:
+            raise ConfigurationError(f"synchronous={synchronous!r} must be one of {', '.join(SYNCHRONOUS)}.")
+        self._path = path
+        self._timeout = timeout
+        self._synchronous = synchronous.upper()
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._grouped = False
+
+    # The protocol
+
+    def claim(self, claims: Sequence[Claim]) -> Sequence[ClaimReply]:
+        """Take each operation or say why not."""
+        with self._lock:
+            replies = self._perform(plans.peek(claims, self._clock()))
+            left = [place for place, reply in enumerate(replies) if reply is None]
+            if left:
+                with self._writing():
+                    taken = self._perform(plans.claim([claims[place] for place in left], self._clock()))
+                for place, reply in zip(left, taken, strict=True):
+                    replies[place] = reply
+            return [reply for reply in replies if reply is not None]
+
+    def complete(self, commands: Sequence[Complete]) -> Sequence[FenceReply]:
+        """Settle each operation with its result."""
+        return self._write(lambda: plans.complete(commands, self._clock()))
+
+    def release(self, commands: Sequence[Release]) -> Sequence[FenceReply]:
+        """Give each operation back."""
+        return self._write(lambda: plans.release(commands, self._clock()))
+
+    def renew(self, commands: Sequence[Renew]) -> Sequence[FenceReply]:
+        """Extend each lease."""
+        return self._write(lambda: plans.renew(commands, self._clock()))
+
+    def checkpoint(self, commands: Sequence[Checkpoint]) -> Sequence[FenceReply]:
+        """Keep each value under its name."""
+        return self._write(lambda: plans.checkpoint(commands))
+
+    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        """Each record as it stands."""
+        with self._lock:
+            return self._perform(plans.get(ids, self._clock()))
+
+    def scan(
+        self,
+        *,
+        prefix: bytes = b"",
+        state: State | None = None,
+        tenant: bytes | None = None,
+        after: bytes = b"",
+        limit: int = 100,
+    ) -> Sequence[Record]:
+        """A page of records in the order of their ids."""
+        with self._lock:
+            return self._perform(plans.scan(prefix, state, tenant, after, limit, self._clock()))
+
+    def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
+        """Forget each record, unless its lease is live."""
+        return self._write(lambda: plans.evict(ids, self._clock()))
+
+    def reap(self, limit: int = 1_000) -> Reaped:
+        """Remove records whose time is over; what to remove is found without the write lock."""
+        with self._lock:
+            over = self._perform(plans.find_over(limit + 1, self._clock()))
+        if not over:
+            return Reaped()
+        removed = self._write(lambda: plans.remove_over(over[:limit], self._clock()))
+        unsettled = [record for record in removed if not record.settled]
+        return Reaped(len(removed) - len(unsettled), unsettled, more=len(over) > limit)
+
+    @contextmanager
+    def commit_group(self) -> Iterator[None]:
+        """All calls inside are one commit."""
+        with self._lock:
+            self._grouped = True
+            try:
+                yield
+                if self._connected().in_transaction:
+                    self._execute(Statement("COMMIT"))
+            finally:
+                self._grouped = False
+                self._roll_back()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+
+    # The connection
+
+    def _write(self, plan: Callable[[], Plan[T]]) -> T:
+        with self._writing():
+            return self._perform(plan())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The write lock until the end; inside a group, until the group's."""
+        with self._lock:
+            if not self._connected().in_transaction:
+                self._execute(Statement("BEGIN IMMEDIATE"))
+            try:
+                yield
+                if not self._grouped:
+                    self._execute(Statement("COMMIT"))
+            finally:
+                if not self._grouped:
+                    self._roll_back()
+
+    def _roll_back(self) -> None:
+        if self._connection is not None and self._connection.in_transaction:
+            self._connection.rollback()
+
+    def _perform(self, plan: Plan[T]) -> T:
+        return perform(plan, self._execute)
+
+    def _execute(self, statement: Statement) -> Sequence[Row]:
+        try:
+            connection = self._connected()
+            if statement.many:
+                connection.executemany(statement.sql, statement.parameters)
+                return ()
+            return connection.execute(statement.sql, statement.parameters).fetchall()
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from error
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = self._connect()
+        return self._connection
+
+    def _connect(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = None
+        try:
+            connection = sqlite3.connect(
+                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
+            )
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            self._make_schema(connection)
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise self._unavailable(error) from error
+            raise
+        return connection
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
+        """Make what is missing; several processes may do it at once."""
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        table = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'retryproof_operations'").fetchone()
+        if table and found == plans.SCHEMA_VERSION:
+            return
+        if table and found > plans.SCHEMA_VERSION:
+            raise ConfigurationError(
+                f"{self._path} was written by a later release (schema {found}; this one knows "
+                f"{plans.SCHEMA_VERSION}). Upgrade retryproof."
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(plans.SCHEMA)
+        connection.execute(f"PRAGMA user_version = {plans.SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+
+    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
+        busy = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+        what = (
+            f"is locked by another writer for longer than {self._timeout:g} s" if busy else f"cannot be used: {error}"
+        )
+        return StoreUnavailable(f"The SQLite database {self._path} {what}; try again.")
+
+
+def from_url(url: str, *, timeout: float = 2.0) -> SqliteStore:
+    """The store of a URL: `sqlite:///relative.db`, `sqlite:////absolute.db`, `?synchronous=NORMAL`, `?timeout=5`."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    path = unquote(parts.path).removeprefix("/")
+    if parts.netloc or not path:
+        raise ConfigurationError(
+            "A SQLite URL is sqlite:/// and a path: sqlite:///keys.db, or sqlite:////var/lib/app/keys.db."
+        )
+    synchronous = options.pop("synchronous", "FULL")
+    try:
+        timeout = float(options.pop("timeout", timeout))
+    except ValueError as error:
+        raise ConfigurationError("The timeout of a SQLite URL is a number of seconds: ?timeout=5.") from error
+    if options:
+        raise ConfigurationError(
+            f"Unknown options in the SQLite URL: {', '.join(options)}; known: synchronous, timeout."
+        )
+    return SqliteStore(path, timeout=timeout, synchronous=synchronous)

@@ -1,0 +1,250 @@
+"""What the SQLite store does, as plans: statements out, rows in. The decisions are those of `core.record`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from retryproof.core import record as table
+from retryproof.core.commands import (
+    DONE,
+    NOTHING,
+    Checkpoint,
+    Claim,
+    ClaimReply,
+    Complete,
+    FenceReply,
+    Release,
+    Renew,
+)
+from retryproof.core.record import Record, State
+from retryproof.stores.sql.plan import Plan, Row, Statement
+
+Fenced = TypeVar("Fenced", Complete, Release, Renew, Checkpoint)
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS retryproof_operations (
+    id          BLOB    NOT NULL UNIQUE,
+    state       INTEGER NOT NULL,
+    fingerprint BLOB    NOT NULL,
+    birth       BLOB    NOT NULL,
+    nonce       BLOB    NOT NULL,
+    token       INTEGER NOT NULL,
+    attempt     INTEGER NOT NULL,
+    deaths      INTEGER NOT NULL,
+    counts      INTEGER NOT NULL,
+    first_seen  INTEGER NOT NULL,
+    lease_until INTEGER NOT NULL,
+    expires_at  INTEGER NOT NULL,
+    retention   REAL    NOT NULL,
+    tenant      BLOB    NOT NULL,
+    trace       TEXT    NOT NULL,
+    checkpoints TEXT,
+    result      BLOB
+)
+"""
+
+COLUMNS = (
+    "id, state, fingerprint, birth, nonce, token, attempt, deaths, counts, first_seen, lease_until, expires_at, "
+    "retention, tenant, trace, checkpoints, result"
+)
+_PLACES = f"({', '.join('?' * 17)})"
+_SELECT = f"SELECT {COLUMNS} FROM retryproof_operations"
+_INSERT = f"INSERT INTO retryproof_operations ({COLUMNS}) VALUES "
+_REPLACE = f"REPLACE INTO retryproof_operations ({COLUMNS}) VALUES {_PLACES}"
+_CHANGES = Statement("SELECT changes()")
+_OVER = f"expires_at <= ? AND (state <> {State.IN_PROGRESS:d} OR lease_until <= ?)"
+
+
+def peek(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply | None]]:
+    """The reply to each claim that has nothing to write; None for the others."""
+    found = yield from _load([claim.id for claim in claims])
+    return [_reply_without_writing(found.get(claim.id), claim, now) for claim in claims]
+
+
+def _reply_without_writing(record: Record | None, claim: Claim, now: int) -> ClaimReply | None:
+    if record is None:
+        return None
+    written, reply = table.decide(record, claim, now)
+    return reply if written is None else None
+
+
+def claim(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply]]:
+    """Decide and write each claim, under the write lock. Most are new: one statement inserts all that are.
+
+    Few statements and few rows: while the event loop is busy, each of either costs this thread a turn at the
+    interpreter's lock.
+    """
+    born = [table.decide(None, command, now) for command in claims]
+    rows = [value for record, _ in born if record is not None for value in _to_row(record)]
+    places = ", ".join([_PLACES] * len(claims))
+    yield Statement(f"{_INSERT}{places} ON CONFLICT (id) DO NOTHING", rows)
+    if (yield _CHANGES)[0][0] == len(claims):
+        return [reply for _, reply in born]
+    found = yield from _load([command.id for command in claims])
+    replies: list[ClaimReply] = []
+    for command in claims:
+        # One that was just inserted is found with its own nonce: the same claim, repeated.
+        written, reply = table.decide(found[command.id], command, now)
+        if written is not None:
+            yield Statement(_REPLACE, _to_row(written))
+        replies.append(reply)
+    return replies
+
+
+def complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
+    """Settle each operation with its result, fenced in one statement; where one is left over, all are looked at.
+
+    What this statement completed is found so, and is done (C3).
+    """
+    rows: list[Any] = []
+    for command in commands:
+        state = State.TOMBSTONE if command.result is None else State.COMPLETED
+        rows += (command.id, command.nonce, command.token, int(state), command.result)
+    places = ", ".join(["(?, ?, ?, ?, ?)"] * len(commands))
+    yield Statement(
+        f"WITH given (id, nonce, token, state, result) AS (VALUES {places}) "
+        "UPDATE retryproof_operations AS kept SET state = given.state, result = given.result, checkpoints = NULL, "
+        "lease_until = ?, expires_at = ? + CAST(round(retention * 1000000) AS INTEGER) FROM given "
+        "WHERE kept.id = given.id AND kept.nonce = given.nonce AND kept.token = given.token "
+        f"AND kept.state = {State.IN_PROGRESS:d}",
+        (*rows, now, now),
+    )
+    if (yield _CHANGES)[0][0] == len(commands):
+        return [DONE] * len(commands)
+    return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
+
+
+def release(commands: Sequence[Release], now: int) -> Plan[list[FenceReply]]:
+    """Give each operation back."""
+    return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
+
+
+def renew(commands: Sequence[Renew], now: int) -> Plan[list[FenceReply]]:
+    """Extend each lease."""
+    return (yield from _fenced(commands, lambda record, command: table.renew(record, command, now)))
+
+
+def checkpoint(commands: Sequence[Checkpoint]) -> Plan[list[FenceReply]]:
+    """Keep each value under its name."""
+    return (yield from _fenced(commands, table.checkpoint))
+
+
+def _fenced(
+    commands: Sequence[Fenced],
+    decide: Callable[[Record | None, Fenced], tuple[Record | None, FenceReply]],
+) -> Plan[list[FenceReply]]:
+    found = yield from _load([command.id for command in commands])
+    decided = [decide(found.get(command.id), command) for command in commands]
+    yield Statement(_REPLACE, [_to_row(written) for written, _ in decided if written is not None], many=True)
+    return [reply for _, reply in decided]
+
+
+def get(ids: Sequence[bytes], now: int) -> Plan[list[Record | None]]:
+    """Each record as it stands, expired ones as None."""
+    found = yield from _load(ids)
+    return [_unexpired(found.get(id), now) for id in ids]
+
+
+def _unexpired(record: Record | None, now: int) -> Record | None:
+    return None if record is None or record.expired(now) else replace(record, read_at=now)
+
+
+def scan(
+    prefix: bytes, state: State | None, tenant: bytes | None, after: bytes, limit: int, now: int
+) -> Plan[list[Record]]:
+    """A page of unexpired records in the order of their ids."""
+    conditions = ["id > ?", "substr(id, 1, ?) = ?", f"(state = {State.IN_PROGRESS:d} OR expires_at > ?)"]
+    parameters: list[Any] = [after, len(prefix), prefix, now]
+    if prefix:
+        conditions.append("id >= ?")  # where the index starts to read
+        parameters.append(prefix)
+    if state is not None:
+        conditions.append("state = ?")
+        parameters.append(int(state))
+    if tenant is not None:
+        conditions.append("tenant = ?")
+        parameters.append(tenant)
+    where = " AND ".join(conditions)
+    rows = yield Statement(f"{_SELECT} WHERE {where} ORDER BY id LIMIT ?", (*parameters, limit))
+    return [replace(_to_record(row), read_at=now) for row in rows]
+
+
+def evict(ids: Sequence[bytes], now: int) -> Plan[list[bool]]:
+    """Forget each record, unless its lease is live."""
+    found = yield from _load(ids)
+    gone = [not (id in found and found[id].live(now)) for id in ids]
+    rows = [(id,) for id, is_gone in zip(ids, gone, strict=True) if is_gone]
+    yield Statement("DELETE FROM retryproof_operations WHERE id = ?", rows, many=True)
+    return gone
+
+
+def find_over(limit: int, now: int) -> Plan[list[int]]:
+    """Rowids of records whose time is over."""
+    rows = yield Statement(f"SELECT rowid FROM retryproof_operations WHERE {_OVER} LIMIT ?", (now, now, limit))
+    return [row[0] for row in rows]
+
+
+def remove_over(rowids: Sequence[int], now: int) -> Plan[list[Record]]:
+    """Remove those of the rows whose time is still over; the records that they were."""
+    removed: list[Record] = []
+    for rowid in rowids:
+        rows = yield Statement(
+            f"DELETE FROM retryproof_operations WHERE rowid = ? AND {_OVER} RETURNING {COLUMNS}", (rowid, now, now)
+        )
+        removed += [replace(_to_record(row), read_at=now) for row in rows]
+    return removed
+
+
+def _load(ids: Sequence[bytes]) -> Plan[Mapping[bytes, Record]]:
+    rows = yield Statement(f"{_SELECT} WHERE id IN ({', '.join('?' * len(ids))})", tuple(ids))
+    return {row[0]: _to_record(row) for row in rows}
+
+
+def _to_row(record: Record) -> Row:
+    kept = {name: value.hex() for name, value in record.checkpoints.items()}
+    return (
+        record.id,
+        int(record.state),
+        record.fingerprint,
+        record.birth,
+        record.nonce,
+        record.token,
+        record.attempt,
+        record.deaths,
+        int(record.counts),
+        record.first_seen,
+        record.lease_until,
+        record.expires_at,
+        record.retention,
+        record.tenant,
+        record.trace,
+        json.dumps(kept) if kept else None,
+        record.result,
+    )
+
+
+def _to_record(row: Row) -> Record:
+    kept = row[15]
+    return Record(
+        id=row[0],
+        state=State(row[1]),
+        fingerprint=row[2],
+        birth=row[3],
+        nonce=row[4],
+        token=row[5],
+        attempt=row[6],
+        deaths=row[7],
+        counts=bool(row[8]),
+        first_seen=row[9],
+        lease_until=row[10],
+        expires_at=row[11],
+        retention=row[12],
+        tenant=row[13],
+        trace=row[14],
+        checkpoints={name: bytes.fromhex(value) for name, value in json.loads(kept).items()} if kept else NOTHING,
+        result=row[16],
+    )
