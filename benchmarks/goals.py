@@ -80,7 +80,8 @@ def _ratio_verdict(goal: Goal, figures: Mapping[str, Figure]) -> Verdict:
     if figure is None or ratio is None:
         return Verdict(what, wanted, "not measured", None)
     errors = figure.errors(goal.subject)
-    measured = str(ratio) + (f", {errors} errors" if errors else "")
+    cpu = figure.cpu_ratio(goal.subject, goal.base)
+    measured = str(ratio) + (f", by CPU {cpu:.2f}" if cpu else "") + (f", {errors} errors" if errors else "")
     return Verdict(what, wanted, measured, ratio.middle >= goal.least and not errors)
 
 

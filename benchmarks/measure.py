@@ -50,6 +50,14 @@ class Figure:
         ratios = [a.per_second / b.per_second for a, b in pairs if b.per_second]
         return Ratio(median(ratios), min(ratios), max(ratios)) if ratios else None
 
+    def cpu_ratio(self, subject: str, base: str) -> float | None:
+        """The same by processor time an operation: what the ratio would be if nothing else disturbed either."""
+        if subject not in self.samples or base not in self.samples:
+            return None
+        pairs = zip(self.samples[subject], self.samples[base], strict=True)
+        ratios = [b.cpu_microseconds / a.cpu_microseconds for a, b in pairs if a.cpu_microseconds]
+        return median(ratios) if ratios else None
+
     def errors(self, subject: str) -> int:
         return sum(sample.errors for sample in self.samples.get(subject, ()))
 
@@ -85,7 +93,11 @@ def _summary(samples: list[Sample]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Pace:
-    """How long and how often to measure, and when to stop for good."""
+    """How long and how often to measure, and when to stop for good.
+
+    Many short samples rather than a few long ones: on a shared machine a disturbance lasts seconds, and then spoils
+    a few repetitions of all subjects instead of all repetitions of one.
+    """
 
     seconds: float
     repetitions: int
@@ -94,7 +106,7 @@ class Pace:
     @classmethod
     def of(cls, quick: bool, limit: float) -> Pace:
         deadline = time.monotonic() + limit
-        return cls(0.4, 3, deadline) if quick else cls(1.0, 5, deadline)
+        return cls(0.4, 3, deadline) if quick else cls(0.6, 7, deadline)
 
     @property
     def over(self) -> bool:

@@ -19,6 +19,8 @@ from benchmarks.goals import Verdict
 from benchmarks.measure import Figure
 
 _PACKAGES = ("retryproof", "redis", "hiredis", "asyncpg", "psycopg", "fastapi", "uvicorn", "uvloop", "httptools")
+# Columns where the output goes to a file: no row is folded.
+PLAIN_WIDTH = 150
 _MARKS = {True: "[green]reached[/]", False: "[red]missed[/]", None: "[dim]–[/]"}
 
 
@@ -58,6 +60,8 @@ def write(
 
 def show(figures: Sequence[Figure], round_trips: Sequence[RoundTrips], verdicts: Sequence[Verdict]) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
     for method, group in _by_method(figures).items():
         console.print(f"\n[bold]Method[/]: {method}")
         console.print(_figure_table(group))
@@ -75,7 +79,7 @@ def _by_method(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
 
 def _figure_table(figures: Sequence[Figure]) -> Table:
     table = Table("figure", "subject")
-    for heading in ("per second", "to the first (lowest–highest)", "CPU µs each", "errors"):
+    for heading in ("per second", "to the first (lowest–highest)", "CPU µs each", "by CPU", "errors"):
         table.add_column(heading, justify="right")
     for figure in figures:
         subjects = figure.as_json()["subjects"]
@@ -83,7 +87,9 @@ def _figure_table(figures: Sequence[Figure]) -> Table:
         for name, summary in subjects.items():
             shown = figure.name if name == base else ""
             rate, cpu = f"{summary['per_second']:,.0f}", f"{summary['cpu_microseconds']:.0f}"
-            table.add_row(shown, name, rate, str(figure.ratio(name, base) or "–"), cpu, f"{summary['errors']:,}")
+            ratio, by_cpu = figure.ratio(name, base), figure.cpu_ratio(name, base)
+            row = (shown, name, rate, str(ratio or "–"), cpu, f"{by_cpu:.2f}" if by_cpu else "–")
+            table.add_row(*row, f"{summary['errors']:,}")
         for note in figure.notes:
             table.add_row("", f"[yellow]{note}[/]")
         table.add_section()
