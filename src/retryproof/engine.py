@@ -18,7 +18,7 @@ from hashlib import sha256
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from retryproof.core import errors
-from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_value
+from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
 from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused, Raised, Reply, Returned
 from retryproof.core.fingerprint import Method, seal
 from retryproof.core.flow import (
@@ -143,11 +143,9 @@ class _Engine:
             event = _event(conclusion, short_digest(id), where, clock() - began)
             self.tell(event)
 
-    def _decoded(self, codec: Codec, conclusion: Completed | Replayed, real: Any) -> Outcome[Any]:
+    def _outcome(self, codec: Codec, conclusion: Completed | Replayed, value: Any) -> Outcome[Any]:
         match conclusion:
-            case Completed(hold, result):
-                # The first caller gets the value as a replay would give it (C16).
-                value = real if result is None else decode_value(codec, result)
+            case Completed(hold):
                 return Outcome(value, False, hold.attempt, _instant(hold.first_seen))
             case Replayed(finished):
                 if finished.result is None:
@@ -163,14 +161,17 @@ def _instant(microseconds: int) -> datetime:
     return EPOCH + timedelta(microseconds=microseconds)
 
 
-def _encode(codec: Codec, value: Any, limit: int) -> Returned:
-    """A result as it is stored; one that cannot be encoded or is over the limit becomes a tombstone (C17)."""
+def _encode(codec: Codec, value: Any, limit: int) -> tuple[Returned, Any]:
+    """A result as it is stored, and as every caller is to see it (C16).
+
+    One that cannot be encoded or is over the limit becomes a tombstone, and its caller gets the real value (C17).
+    """
     try:
-        data = encode_value(codec, value)
+        data, seen = encode_and_replay(codec, value)
     except Unencodable as error:
         logger.warning("A result could not be encoded and is not kept: %s", error)
-        return Returned(None)
-    return Returned(data if len(data) <= limit else None)
+        return Returned(None), value
+    return (Returned(data), seen) if len(data) <= limit else (Returned(None), value)
 
 
 def _limit(policy: Policy, opened: Opened | AsyncOpened | AsyncView) -> int:
@@ -304,7 +305,8 @@ class Idempotency(_Engine):
                 return failure(error)
             finally:
                 leave(token)
-            return _encode(codec, value, limit)
+            returned, value = _encode(codec, value, limit)
+            return returned
 
         id = self.id_of(scope, check_key(key))
         conclusion = self.attempt(
@@ -318,7 +320,7 @@ class Idempotency(_Engine):
         if raised is not None:
             raise raised
         if isinstance(conclusion, Completed | Replayed):
-            return self._decoded(codec, conclusion, value)
+            return self._outcome(codec, conclusion, value)
         _raise(conclusion, id)
 
     def attempt(
@@ -411,7 +413,8 @@ class AsyncIdempotency(_Engine):
                 return failure(error)
             finally:
                 leave(token)
-            return _encode(codec, value, limit)
+            returned, value = _encode(codec, value, limit)
+            return returned
 
         id = self.id_of(scope, check_key(key))
         conclusion = await self.attempt(
@@ -425,7 +428,7 @@ class AsyncIdempotency(_Engine):
         if raised is not None:
             raise raised
         if isinstance(conclusion, Completed | Replayed):
-            return cast("Outcome[T]", self._decoded(codec, conclusion, value))
+            return cast("Outcome[T]", self._outcome(codec, conclusion, value))
         _raise(conclusion, id)
 
     async def attempt(

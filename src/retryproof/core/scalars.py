@@ -49,13 +49,16 @@ def name_of(annotation: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a plain JSON value unchanged; raise Unencodable for all others."""
+    """Return a plain JSON value unchanged, a tuple among them: every caller is given a list in its place (C16).
+
+    Raises Unencodable for all others.
+    """
     kind = type(value)
     if kind is str or kind is int or kind is bool or value is None:
         return value
     if kind is float:
         return _finite(value)
-    if kind is list:
+    if kind is list or kind is tuple:
         for item in value:
             _plain(item)
         return value
