@@ -21,7 +21,7 @@ from retryproof.stores.base import Batch, Reaped
 from retryproof.stores.redis.blocking import RedisStore
 from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
 from retryproof.stores.redis.settings import Settings
-from retryproof.stores.redis.wire import pack
+from retryproof.stores.redis.wire import pack, unavailable
 
 T = TypeVar("T")
 
@@ -122,9 +122,9 @@ class AsyncRedisStore:
                         pass  # closed while it was idle, by a restart say
                 return await self._exchange(self._connection(), request)
         except TimeoutError as error:
-            raise StoreUnavailable(f"Redis gave no answer within {self._settings.timeout:g} s") from error
+            raise StoreUnavailable(f"Redis has given no answer within {self._settings.timeout:g} s") from error
         except RedisError as error:
-            raise StoreUnavailable(f"Redis gave no answer: {error}") from error
+            raise unavailable(error) from error
 
     async def _exchange(self, connection: _Connection, request: Request) -> Reply:
         reply = None

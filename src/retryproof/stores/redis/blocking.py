@@ -19,7 +19,7 @@ from retryproof.core.record import Record, State
 from retryproof.stores.base import Batch, Reaped
 from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
 from retryproof.stores.redis.settings import Settings
-from retryproof.stores.redis.wire import pack
+from retryproof.stores.redis.wire import pack, unavailable
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ class RedisStore:
                     pass  # closed while it was idle, by a restart say
             return self._exchange(self._connection(), request)
         except RedisError as error:
-            raise StoreUnavailable(f"Redis gave no answer: {error}") from error
+            raise unavailable(error) from error
 
     def _exchange(self, connection: _Connection, request: Request) -> Reply:
         reply = None

@@ -56,7 +56,7 @@ class Settings:
     @classmethod
     def _from_url(cls, url: str, prefix: str, timeout: float) -> Settings:
         address, _, query_text = url.partition("?")
-        query = dict(parse_qsl(query_text))
+        query = dict(parse_qsl(query_text, keep_blank_values=True))
         prefix, timeout = query.pop("prefix", prefix), _seconds(query.pop("timeout", timeout))
         try:
             pool = ConnectionPool.from_url(f"{address}?{urlencode(query)}")

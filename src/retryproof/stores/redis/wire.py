@@ -1,4 +1,7 @@
-"""Commands as bytes, packed by hiredis where it is installed: ten times faster than in Python for a full batch."""
+"""Commands as bytes, and the driver's errors as the store's.
+
+Commands are packed by hiredis where it is installed: ten times faster than in Python for a full batch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
+from redis.exceptions import RedisError, ResponseError
+
+from retryproof.core.errors import StoreUnavailable
 from retryproof.stores.redis.protocol import Argument
 
 _pack_tuple: Callable[[tuple[Argument, ...]], bytes] | None = (
@@ -23,3 +29,9 @@ def _pieces(arguments: Sequence[Argument]) -> Iterable[bytes]:
     for argument in arguments:
         value = argument if isinstance(argument, bytes) else str(argument).encode()
         yield b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+def unavailable(error: RedisError) -> StoreUnavailable:
+    """What the driver's error means to a caller; raised from it."""
+    what = "refused" if isinstance(error, ResponseError) else "given no answer"
+    return StoreUnavailable(f"Redis has {what}: {error}")
