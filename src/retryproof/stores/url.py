@@ -21,22 +21,23 @@ class Scheme:
     blocking: str
     on_loop: str | None
     extra: str | None
-    packages: tuple[str, ...] = ()
 
+
+_REDIS = Scheme(
+    "retryproof.stores.redis.blocking:RedisStore", "retryproof.stores.redis.asynchronous:AsyncRedisStore", "redis"
+)
+_PSYCOPG, _ASYNCPG = "retryproof.stores.sql.psycopg:from_url", "retryproof.stores.sql.asyncpg:from_url"
+_POSTGRES = Scheme(_PSYCOPG, _ASYNCPG, "postgres")
 
 SCHEMES: dict[str, Scheme] = {
     "memory": Scheme("retryproof.stores.url:_open_memory", None, None),
     "sqlite": Scheme("retryproof.stores.sql.sqlite:from_url", None, None),
-    "redis": Scheme("retryproof.stores.redis.sync:from_url", "retryproof.stores.redis.asyncio:from_url", "redis"),
-    "rediss": Scheme("retryproof.stores.redis.sync:from_url", "retryproof.stores.redis.asyncio:from_url", "redis"),
-    "postgresql": Scheme(
-        "retryproof.stores.sql.psycopg:from_url", "retryproof.stores.sql.asyncpg:from_url", "postgres"
-    ),
-    "postgres": Scheme("retryproof.stores.sql.psycopg:from_url", "retryproof.stores.sql.asyncpg:from_url", "postgres"),
-    "postgresql+psycopg": Scheme("retryproof.stores.sql.psycopg:from_url", None, "postgres"),
-    "postgresql+asyncpg": Scheme(
-        "retryproof.stores.sql.psycopg:from_url", "retryproof.stores.sql.asyncpg:from_url", "postgres"
-    ),
+    "redis": _REDIS,
+    "rediss": _REDIS,
+    "postgresql": _POSTGRES,
+    "postgres": _POSTGRES,
+    "postgresql+asyncpg": _POSTGRES,
+    "postgresql+psycopg": Scheme(_PSYCOPG, None, "postgres"),
 }
 
 _named_memory: dict[str, MemoryStore] = {}
@@ -96,7 +97,8 @@ def _load(path: str, scheme: Scheme) -> Callable[..., Any]:
         if scheme.extra is None or (error.name or "").startswith("retryproof"):
             raise
         raise ConfigurationError(
-            f"This store needs the package {error.name!r}, which is not installed: pip install 'retryproof[{scheme.extra}]'."
+            f"This store needs the package {error.name!r}, which is not installed: "
+            f"pip install 'retryproof[{scheme.extra}]'."
         ) from error
     return factory
 
