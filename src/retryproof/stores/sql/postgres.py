@@ -56,10 +56,9 @@ from retryproof.stores.sql.postgres_statements import TABLE, Case
 CAPABILITIES = Capabilities(name="postgresql", max_batch=256, transactions=True, concurrent=True)
 LOCKED_LEASE = 1.0
 """Seconds that the holder of a locked row is said to run; who waits asks again long before."""
-NAPS = (0.0, 0.005, 0.02)
-"""Seconds before each new try at a locked row: a rival batch is gone after its commit, some milliseconds."""
-NO_NAPS = (0.0,)
-"""For renewals, which are tried again anyway: the caller's transaction that completes the operation holds its row."""
+NAPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+"""Seconds before each new try at a locked row. A rival batch is gone after its commit, some milliseconds; a caller's
+transaction may stay, and after these 0.3 s its row's item alone is answered with an error."""
 REAP_BATCH = 500
 """Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
 
@@ -141,7 +140,7 @@ def release_plan(commands: Sequence[Release], table: str = TABLE) -> Plan[Batch[
 
 def renew_plan(commands: Sequence[Renew], table: str = TABLE) -> Plan[Batch[FenceReply]]:
     """Extend each lease, never waiting for a lock."""
-    return _fenced_plan(commands, lambda some: _renew(some, table), table, NO_NAPS)
+    return _fenced_plan(commands, lambda some: _renew(some, table), table)
 
 
 def checkpoint_plan(commands: Sequence[Checkpoint], table: str = TABLE) -> Plan[Batch[FenceReply]]:
@@ -150,15 +149,12 @@ def checkpoint_plan(commands: Sequence[Checkpoint], table: str = TABLE) -> Plan[
 
 
 def _fenced_plan(
-    commands: Sequence[F],
-    statement: Callable[[Sequence[F]], Statement],
-    table: str,
-    naps: Sequence[float] = NAPS,
+    commands: Sequence[F], statement: Callable[[Sequence[F]], Statement], table: str
 ) -> Plan[Batch[FenceReply]]:
     """Try; look why items are missing; try those again that are locked; say `StoreUnavailable` for what stays so."""
     replies: dict[bytes, FenceReply] = {}
     pending = commands
-    for nap in (*naps, None):
+    for nap in (*NAPS, None):
         replies.update({row[0]: DONE for row in (yield statement(pending))})
         pending = [command for command in pending if command.id not in replies]
         if not pending or nap is None:

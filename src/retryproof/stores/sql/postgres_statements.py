@@ -37,7 +37,8 @@ seen AS MATERIALIZED (
             WHEN r.state <> 1 AND clock.now >= r.expires_at THEN 2
             WHEN r.fingerprint <> asked.fingerprint THEN 8
             WHEN r.state >= 3 THEN 7
-            WHEN r.state = 2 THEN 3
+            WHEN r.state = 2 AND r.nonce <> asked.nonce THEN 3
+            WHEN r.state = 2 THEN 6 -- a late duplicate: its attempt is over, and nobody would run this one
             WHEN r.nonce = asked.nonce THEN 5
             WHEN clock.now < r.lease_until THEN 6
             WHEN asked.refuse THEN 9
@@ -70,15 +71,15 @@ taken AS (
         trace = CASE s.found WHEN 2 THEN s.trace ELSE o.trace END,
         checkpoints = CASE s.found WHEN 2 THEN NULL ELSE o.checkpoints END
     FROM (
-        SELECT s.* FROM seen AS s
+        SELECT s.*, locked.place FROM seen AS s
         CROSS JOIN LATERAL (
-            SELECT FROM {table} AS o
+            SELECT o.ctid AS place FROM {table} AS o
             WHERE o.id = s.id AND o.token = s.seen_token AND o.state = s.seen_state AND o.lease_until = s.seen_lease
             FOR NO KEY UPDATE SKIP LOCKED
         ) AS locked
         WHERE s.found IN (2, 3, 4)
     ) AS s
-    WHERE o.id = s.id
+    WHERE o.ctid = s.place
     RETURNING o.id, s.found, o.token, o.attempt, o.first_seen, o.birth, o.trace, o.checkpoints
 ),
 inserted AS (
@@ -95,7 +96,7 @@ SELECT id, 1, token, 1, first_seen, NULL::bytea, NULL::bytea, NULL::text, NULL::
 UNION ALL
 SELECT id, found, token, attempt, first_seen, birth, trace, checkpoints::text, NULL FROM taken
 UNION ALL
-SELECT id, found, CASE found WHEN 6 THEN seen_lease - now ELSE seen_token END, attempt, first_seen, birth, seen_trace,
+SELECT id, found, CASE found WHEN 6 THEN greatest(seen_lease - now, 0) ELSE seen_token END, attempt, first_seen, birth, seen_trace,
        CASE found WHEN 5 THEN checkpoints::text END,
        CASE found WHEN 7 THEN result WHEN 8 THEN seen_fingerprint END
 FROM seen WHERE found >= 5
@@ -105,16 +106,16 @@ _FENCED = """
 WITH clock AS MATERIALIZED ({clock})
 UPDATE {table} AS o SET {changes}
 FROM (
-    SELECT asked.*, clock.now
+    SELECT asked.*, clock.now, locked.place
     FROM (SELECT * FROM unnest({arrays}) AS asked ({columns}) ORDER BY id) AS asked
     CROSS JOIN clock
     CROSS JOIN LATERAL (
-        SELECT FROM {table} AS o
+        SELECT o.ctid AS place FROM {table} AS o
         WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token AND o.state = 1
         FOR NO KEY UPDATE {skip}
     ) AS locked
 ) AS s
-WHERE o.id = s.id
+WHERE {join}
 RETURNING o.id
 """
 _FENCE = {"id": "bytea", "nonce": "bytea", "token": "bigint"}
@@ -236,7 +237,10 @@ def _fenced(table: str, changes: str, columns: dict[str, str], *, wait: bool = F
         changes=changes,
         columns=", ".join(columns),
         arrays=", ".join(f"${place}::{type}[]" for place, type in enumerate(columns.values(), 1)),
+        # The place of the locked row saves a second search. Who waited finds a newer row there, invisible to the
+        # statement's snapshot, and has to go by the id, where PostgreSQL looks at the newest version.
         skip="" if wait else "SKIP LOCKED",
+        join="o.id = s.id" if wait else "o.ctid = s.place",
     )
 
 
