@@ -41,8 +41,8 @@ def test_a_public_name_stays_where_it_is(module: str) -> None:
     assert {name for name in NAMES[module] if not hasattr(found, name)} == set()
 
 
-@pytest.mark.parametrize("module", NAMES)
-def test_what_a_module_exports_is_there_and_includes_the_contract(module: str) -> None:
+@pytest.mark.parametrize("module", [module for module in NAMES if not module.endswith((".asgi", ".httpx"))])
+def test_what_a_package_exports_is_there_and_includes_the_contract(module: str) -> None:
     found = importlib.import_module(module)
     assert NAMES[module] <= set(found.__all__)
     assert [name for name in found.__all__ if not hasattr(found, name)] == []
