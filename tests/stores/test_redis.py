@@ -242,7 +242,7 @@ def test_c3_a_cancelled_call_leaves_no_answer_behind_for_the_next(private: Priva
 
 
 def test_a_replica_answers_nothing(open_store: OpenStore, private: PrivateServer) -> None:
-    master = private("--repl-diskless-sync-delay", "0")
+    master = private("--repl-diskless-sync-delay", "0", "--shutdown-timeout", "0")
     claim = a_claim()
     finish(open_store(master.url), claim)
     replica = private("--replicaof", "127.0.0.1", str(master.port))
