@@ -37,7 +37,7 @@ from retryproof.core.hold import Hold
 from retryproof.core.keys import check_key, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import adrive, clock, drive
-from retryproof.observe.events import Event, Kind, Listener, tell
+from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing
 from retryproof.observe.logging import log_event
 from retryproof.operation import EPOCH, blocking_operation, enter, lease_lost, leave, loop_operation
 from retryproof.stores.base import AsyncStore, Store
@@ -87,6 +87,7 @@ class _Engine:
         self._codec = JsonCodec() if codec is None else codec
         self._source = Source(store, self.policy.store_timeout)
         self._events = tuple(events)
+        self._traces = tracing(self._events)
         self._pepper = pepper
         self._waiters = 0
         _say_what_rerun_means(self.policy)
@@ -120,7 +121,7 @@ class _Engine:
             on_abandoned=policy.on_abandoned,
             max_attempts=policy.max_attempts,
             tenant=tenant,
-            trace=trace,
+            trace=trace if self._traces is None else recorded_trace(self._traces, trace),
             alone=opened.background.enter(),
         )
         return attempt(claim, policy, clock(), refingerprint)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol, runtime_checkable
 
 logger = logging.getLogger("retryproof")
 
@@ -74,6 +75,28 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+
+@runtime_checkable
+class Traces(Protocol):
+    """A listener that knows the trace context of the code that runs now; a first claim records it."""
+
+    def current_trace(self) -> str:
+        """A W3C traceparent, or "" for none."""
+
+
+def tracing(listeners: Sequence[object]) -> Traces | None:
+    """The first listener that knows the current trace."""
+    return next((listener for listener in listeners if isinstance(listener, Traces)), None)
+
+
+def recorded_trace(source: Traces, given: str) -> str:
+    """What a claim records: the current trace, else what the caller gave (a request's header)."""
+    try:
+        return source.current_trace() or given
+    except Exception:
+        logger.exception("A listener could not tell the current trace.")
+        return given
 
 
 def tell(listeners: Sequence[Listener], event: Event) -> None:

@@ -1,0 +1,89 @@
+"""Reaping: removing records whose time is over, in bounded passes beside the traffic (C19).
+
+Any number of processes may do it at once. An operation that ends without an outcome is never dropped silently: each is
+an event, and is handed to `on_ended` (C12, I7).
+
+    reap_all(store, events=[log_event])     # from a timer, a cron job, or `retryproof reap`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from retryproof.core.keys import short_digest
+from retryproof.core.record import Record
+from retryproof.observe.events import Event, Kind, Listener, tell
+from retryproof.observe.logging import log_event
+from retryproof.stores.base import AsyncStore, Reaped, Store
+
+LIMIT = 1_000
+"""Records that a pass removes at most: some tens of milliseconds, after which others have their turn."""
+ENDED = "its unsettled retention ended; whether it had its effect was never settled"
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What all passes removed. unsettled: operations that ended without an outcome. more: there is more to remove."""
+
+    passes: int = 0
+    settled: int = 0
+    unsettled: int = 0
+    more: bool = False
+
+
+OnPass = Callable[[Totals], None]
+OnEnded = Callable[[Record], None]
+
+
+def reap_all(
+    store: Store,
+    *,
+    limit: int = LIMIT,
+    passes: int | None = None,
+    events: Sequence[Listener] = (log_event,),
+    on_ended: OnEnded = lambda record: None,
+    on_pass: OnPass = lambda totals: None,
+) -> Totals:
+    """Reap until there is nothing more, or for a number of passes of at most `limit` records each.
+
+    on_ended: called with each operation that ended without an outcome. on_pass: called after each pass.
+    Raises StoreUnavailable.
+    """
+    totals = Totals(more=True)
+    while totals.more and (passes is None or totals.passes < passes):
+        totals = _add(totals, store.reap(limit), events, on_ended)
+        on_pass(totals)
+    return totals
+
+
+async def areap_all(
+    store: AsyncStore,
+    *,
+    limit: int = LIMIT,
+    passes: int | None = None,
+    events: Sequence[Listener] = (log_event,),
+    on_ended: OnEnded = lambda record: None,
+    on_pass: OnPass = lambda totals: None,
+) -> Totals:
+    """`reap_all` for a store of the event loop."""
+    totals = Totals(more=True)
+    while totals.more and (passes is None or totals.passes < passes):
+        totals = _add(totals, await store.reap(limit), events, on_ended)
+        on_pass(totals)
+    return totals
+
+
+def _add(totals: Totals, reaped: Reaped, events: Sequence[Listener], on_ended: OnEnded) -> Totals:
+    for record in reaped.unsettled:
+        event = Event(
+            kind=Kind.EVICTED, digest=short_digest(record.id), attempt=record.attempt, trace=record.trace, note=ENDED
+        )
+        tell(events, event)
+        on_ended(record)
+    return Totals(
+        totals.passes + 1,
+        totals.settled + reaped.settled,
+        totals.unsettled + len(reaped.unsettled),
+        reaped.more,
+    )
