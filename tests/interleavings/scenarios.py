@@ -1,0 +1,44 @@
+"""What the explorer is run on: few callers each, chosen so that together they take every entry of the table."""
+
+from tests.interleavings.callers import Caller, policy
+from tests.interleavings.explorer import Scenario
+
+TWICE = tuple(Caller(name) for name in "AB")
+REFUSE = tuple(Caller(name, policy(on_abandoned="refuse")) for name in "AB")
+
+PAIRS: dict[str, Scenario] = {
+    "the same request twice": Scenario(TWICE, faults=1, lapses=1),
+    "past two leases": Scenario(TWICE, faults=0, lapses=2),
+    "with steps and renewals": Scenario(TWICE, faults=0, lapses=1, steps=2, renewals=True),
+    "a step whose reply is lost": Scenario(TWICE, faults=1, lapses=1, steps=1),
+    "past the retention": Scenario(TWICE, faults=1, lapses=0, expiries=1),
+    "a policy that refuses": Scenario(REFUSE, faults=1, lapses=1),
+    "one that waits": Scenario((Caller("A"), Caller("B", policy(wait=10.0))), faults=0, lapses=1),
+    "one released when cancelled": Scenario(
+        (Caller("A", policy(release_on_cancel=True)), Caller("B")), faults=1, lapses=1
+    ),
+    "other input": Scenario((Caller("A"), Caller("B", fingerprint=b"\1\1other")), faults=1, lapses=1),
+    "input of an earlier version": Scenario(
+        (Caller("A"), Caller("B", fingerprint=b"\1\2new", known=(b"\1\1same",))), faults=1, lapses=1
+    ),
+    "other input of an earlier version": Scenario(
+        (Caller("A"), Caller("B", fingerprint=b"\1\2new", known=(b"\1\1other",))), faults=0, lapses=1
+    ),
+    "input of an unknown version": Scenario((Caller("A"), Caller("B", fingerprint=b"\1\2new")), faults=1, lapses=0),
+    "no input beside some": Scenario((Caller("A"), Caller("B", fingerprint=b"")), faults=0, lapses=1),
+}
+"""Two callers: seconds."""
+
+TRIOS: dict[str, Scenario] = {
+    "the same request three times": Scenario((*TWICE, Caller("C")), faults=1, lapses=1),
+    "past two leases": Scenario((*TWICE, Caller("C")), faults=0, lapses=2),
+    "policies that refuse": Scenario((*REFUSE, Caller("C", policy(on_abandoned="refuse"))), faults=1, lapses=1),
+    "two with steps, past two leases": Scenario(TWICE, faults=0, lapses=2, steps=2, renewals=True),
+    "two with steps, and one fault": Scenario(TWICE, faults=1, lapses=1, steps=2, renewals=True),
+    "two, one that waits, two faults": Scenario((Caller("A"), Caller("B", policy(wait=10.0))), faults=2, lapses=1),
+    "two, two faults, two leases": Scenario(TWICE, faults=2, lapses=1),
+    "one with other input": Scenario((*TWICE, Caller("C", fingerprint=b"\1\1other")), faults=1, lapses=1),
+    "one that waits": Scenario((*TWICE, Caller("C", policy(wait=10.0))), faults=0, lapses=1),
+    "past the retention": Scenario((*TWICE, Caller("C")), faults=0, lapses=1, expiries=1),
+}
+"""Three callers, or two with more faults: a minute or two."""
