@@ -1,0 +1,448 @@
+"""H11, C8, C10: clients that leave, servers that cancel, leases that are lost, stores that fall silent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import pytest
+
+from retryproof.core.commands import Claim, Complete
+from retryproof.core.errors import LeaseLost, StoreUnavailable
+from retryproof.core.policy import Policy
+from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.operation import current_operation
+from retryproof.stores.memory import MemoryStore
+from retryproof.testing.clock import ManualClock
+from tests.http.conftest import MakeLayer
+from tests.http.harness import Answer, Conversation, Counting, Events, call, new_key, read_body, start
+from tests.http.test_streams import Script, head, part, sent
+
+
+async def replayed(covered: App, key: str) -> Answer:
+    """The replay, as soon as there is one."""
+    async with asyncio.timeout(10):
+        while True:
+            answer = await call(covered, key=key)
+            if answer.replayed:
+                return answer
+
+
+# H11: the client
+
+
+async def test_h11_receive_gives_the_body_once_then_waits_for_the_real_disconnect(layer: MakeLayer) -> None:
+    received: list[Message] = []
+    first_message = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        received.append(await receive())
+        first_message.set()
+        received.append(await receive())
+        await send(head())
+        await send(part(b"", more=False))
+
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give(b"ab", more=True)
+    conversation.give(b"c")
+    await asyncio.wait_for(first_message.wait(), 10)
+    assert len(received) == 1
+    conversation.leave()
+    await conversation.end()
+    assert received == [
+        {"type": "http.request", "body": b"abc", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+
+@pytest.mark.parametrize("size", [0, 1, 1_048_576, 1_048_577, 5_000_000])
+async def test_h11_the_body_arrives_byte_for_byte_from_memory_or_file(layer: MakeLayer, size: int) -> None:
+    app = Counting()
+    body = bytes(index % 251 for index in range(size))
+    covered, key = layer(app), new_key()
+    for _ in range(2):
+        conversation = start(covered, key=key)
+        for at in range(0, size, 300_000):
+            conversation.give(body[at : at + 300_000], more=True)
+        conversation.give(b"")
+        answer = await conversation.end()
+        assert answer.status == 201
+    assert app.bodies == [body]
+
+
+async def test_h11_a_client_that_leaves_does_not_stop_the_operation(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give(b"{}")
+    await asyncio.wait_for(app.began.wait(), 10)
+    conversation.leave()
+    conversation.fail_sends_with = OSError("gone")
+    assert app.gate is not None
+    app.gate.set()
+    await conversation.end()
+    replay = await call(covered, key=key)
+    assert (replay.body, replay.replayed, app.effects) == (b'{"n": 1}', True, 1)
+
+
+async def test_h11_a_stream_whose_client_left_is_stored_whole(layer: MakeLayer) -> None:
+    app = Script(head(), part(b"a"), part(b"b"), part(b"c", more=False), paused=2)
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give()
+    await conversation.until(sent(2))
+    conversation.leave()
+    conversation.fail_sends_with = OSError("gone")
+    app.go_on.set()
+    await conversation.end()
+    assert (await call(covered, key=key, body=b"")).body == b"abc"
+    assert app.runs == 1
+
+
+async def test_h11_an_endless_stream_ends_when_its_client_leaves(layer: MakeLayer) -> None:
+    runs = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal runs
+        runs += 1
+        await read_body(receive)
+        await send(head((b"content-type", b"text/event-stream"), status=201))
+        while True:
+            await send(part(b"data: 1\n\n"))
+            await asyncio.sleep(0)
+
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give()
+    await conversation.until(sent(2))
+    conversation.leave()
+    with pytest.raises(OSError, match="left"):
+        await conversation.end()
+    replay = await call(covered, key=key, body=b"")
+    assert (replay.status, replay.values(b"idempotency-replay"), runs) == (201, [b"omitted"], 1)
+
+
+# H11: the server
+
+
+async def test_h11_a_server_that_cancels_does_not_stop_the_operation(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give(b"{}")
+    await asyncio.wait_for(app.began.wait(), 10)
+    conversation.task.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not conversation.task.done()
+    assert app.gate is not None
+    app.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await conversation.end()
+    assert conversation.answer.status == 201
+    assert (await call(covered, key=key)).replayed
+
+
+async def test_h11_a_second_cancellation_leaves_the_operation_in_the_background(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give(b"{}")
+    await asyncio.wait_for(app.began.wait(), 10)
+    for _ in range(2):
+        conversation.task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await conversation.end()
+    assert app.gate is not None
+    app.gate.set()
+    await covered.aclose()
+    assert (conversation.sent, app.effects) == ([], 1)
+
+
+async def test_h11_a_cancel_scope_that_cancels_again_and_again_does_not_stop_it(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app), new_key()
+
+    async def with_timeout(scope: Scope, receive: Receive, send: Send) -> None:
+        with anyio.CancelScope() as cancelling:
+            app_began.append(cancelling)
+            await covered(scope, receive, send)
+
+    app_began: list[anyio.CancelScope] = []
+    conversation = start(with_timeout, key=key)
+    conversation.give(b"{}")
+    await asyncio.wait_for(app.began.wait(), 10)
+    app_began[0].cancel()
+    await conversation.end()
+    assert (await call(covered, key=key)).code == "in-progress"
+    assert app.gate is not None
+    app.gate.set()
+    await replayed(covered, key)
+    assert app.effects == 1
+
+
+async def test_a_cancellation_while_a_duplicate_waits_ends_it_at_once(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app, policy=Policy(wait=600.0, poll=600.0)), new_key()
+    first, twin = start(covered, key=key), start(covered, key=key)
+    first.give(b"{}")
+    await asyncio.wait_for(app.began.wait(), 10)
+    twin.give(b"{}")
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+    twin.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await twin.end()
+    assert app.gate is not None
+    app.gate.set()
+    assert (await first.end()).status == 201
+
+
+async def test_a_timeout_inside_the_app_cannot_lose_a_response_that_is_being_stored(layer: MakeLayer) -> None:
+    store = Slow()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive)
+        await send(head(status=201))
+        with anyio.CancelScope() as cancelling:
+            asyncio.get_running_loop().call_later(0.02, cancelling.cancel)
+            await send(part(b"a", more=False))
+
+    covered, key = layer(app, store=store), new_key()
+    store.completes.clear()
+    conversation = start(covered, key=key)
+    conversation.give()
+    await asyncio.wait_for(store.completing.wait(), 10)
+    await asyncio.sleep(0.05)
+    store.completes.set()
+    answer = await conversation.end()
+    assert (answer.status, answer.body) == (201, b"a")
+    assert (await call(covered, key=key, body=b"")).replayed
+
+
+class Slow:
+    """A memory store for a loop, whose completions wait until they may go on, and whose calls may fail."""
+
+    def __init__(self) -> None:
+        self._store = MemoryStore()
+        self.capabilities = self._store.capabilities
+        self.completes = asyncio.Event()
+        self.completes.set()
+        self.completing = asyncio.Event()
+        self.fails: set[str] = set()
+        self.claims = 0
+
+    async def claim(self, claims: Sequence[Claim]) -> Any:
+        self.claims += len(claims)
+        self._check("claim")
+        return self._store.claim(claims)
+
+    async def complete(self, commands: Sequence[Complete]) -> Any:
+        self.completing.set()
+        await self.completes.wait()
+        self._check("complete")
+        return self._store.complete(commands)
+
+    async def release(self, commands: Any) -> Any:
+        self._check("release")
+        return self._store.release(commands)
+
+    async def renew(self, commands: Any) -> Any:
+        self._check("renew")
+        return self._store.renew(commands)
+
+    async def checkpoint(self, commands: Any) -> Any:
+        return self._store.checkpoint(commands)
+
+    async def get(self, ids: Any) -> Any:
+        self._check("get")
+        return self._store.get(ids)
+
+    async def scan(self, **options: Any) -> Any:
+        return self._store.scan(**options)
+
+    async def evict(self, ids: Any) -> Any:
+        return self._store.evict(ids)
+
+    async def reap(self, limit: int = 1_000) -> Any:
+        return self._store.reap(limit)
+
+    async def aclose(self) -> None:
+        self._store.close()
+
+    def keeper(self) -> MemoryStore:
+        """What the keeper's thread uses: the records, without the faults."""
+        return self._store
+
+    def _check(self, what: str) -> None:
+        if what in self.fails:
+            raise StoreUnavailable("The store is down.")
+
+
+# C10
+
+
+async def test_h7_a_store_that_is_down_refuses_and_nothing_runs(layer: MakeLayer) -> None:
+    app, store, events = Counting(), Slow(), Events()
+    store.fails = {"claim"}
+    covered = layer(app, store=store, events=(events,))
+    answer = await call(covered, key=new_key())
+    assert (answer.status, answer.code, answer.values(b"retry-after")) == (503, "store-unavailable", [b"1"])
+    assert (app.effects, events.kinds) == (0, ["store_error"])
+
+
+async def test_c10_fail_open_runs_and_says_so(layer: MakeLayer) -> None:
+    app, store, events = Counting(), Slow(), Events()
+    store.fails = {"claim"}
+    covered = layer(app, store=store, fail_open=lambda scope: scope["path"] == "/notes", events=(events,))
+    answer = await call(covered, path="/notes", key=new_key())
+    assert (answer.status, answer.values(b"idempotency-unprotected")) == (201, [b"store-unavailable"])
+    assert (await call(covered, key=new_key())).code == "store-unavailable"
+    assert (app.bodies, events.kinds) == ([b"{}"], ["unprotected", "store_error"])
+
+
+async def test_c10_after_the_effect_the_caller_gets_the_real_result(layer: MakeLayer) -> None:
+    app, store, events = Counting(), Slow(), Events()
+    store.fails = {"complete"}
+    covered = layer(app, store=store, policy=Policy(complete_timeout=0.05), events=(events,))
+    key = new_key()
+    assert (await call(covered, key=key)).body == b'{"n": 1}'
+    assert events.kinds == ["unstored"]
+    store.fails = set()
+    await replayed(covered, key)
+    assert app.effects == 1
+    assert "stored_late" in events.kinds
+
+
+# C8
+
+
+class Overtaken:
+    """An app that pauses in the middle of its first run; a later run answers at once.
+
+    paused: the first run is there. cancelled: whether it was stopped there.
+    """
+
+    def __init__(self, before: Sequence[Message], after: Sequence[Message | Exception]) -> None:
+        self.before, self.after = before, after
+        self.runs = 0
+        self.paused = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.cancelled = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.runs += 1
+        if self.runs > 1:
+            await send(head(status=202))
+            await send(part(b"the winner's", more=False))
+            return
+        await read_body(receive)
+        for message in self.before:
+            await send(message)
+        self.paused.set()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        for step in self.after:
+            if isinstance(step, Exception):
+                raise step
+            await send(step)
+
+
+async def overtake(layer: MakeLayer, app: Overtaken, policy: Policy) -> Conversation:
+    """Run the app's first attempt, let its lease pass and a second attempt win."""
+    clock = ManualClock()
+    covered, key = layer(app, store=MemoryStore(clock), policy=policy), new_key()
+    first = start(covered, key=key)
+    first.give()
+    await asyncio.wait_for(app.paused.wait(), 10)
+    clock.advance(policy.lease + 1)
+    winner = await call(covered, key=key, body=b"")
+    assert (winner.status, winner.body) == (202, b"the winner's")
+    return first
+
+
+CARRY_ON = Policy(on_lease_lost="continue")
+
+
+async def test_c8_who_lost_the_lease_answers_with_the_winners_response(layer: MakeLayer) -> None:
+    app = Overtaken([head(status=201)], [part(b"the loser's", more=False)])
+    first = await overtake(layer, app, CARRY_ON)
+    app.go_on.set()
+    answer = await first.end()
+    assert (answer.status, answer.body, answer.replayed) == (202, b"the winner's", True)
+
+
+async def test_c8_the_exception_of_who_lost_the_lease_goes_on_and_gives_no_result(layer: MakeLayer) -> None:
+    app = Overtaken([], [head(), ZeroDivisionError()])
+    first = await overtake(layer, app, CARRY_ON)
+    app.go_on.set()
+    with pytest.raises(ZeroDivisionError):
+        await first.end()
+    assert first.sent == []
+
+
+async def test_c8_a_stream_whose_head_was_sent_is_cut(layer: MakeLayer) -> None:
+    app = Overtaken([head(status=201), part(b"the loser")], [part(b"'s", more=False)])
+    first = await overtake(layer, app, CARRY_ON)
+    app.go_on.set()
+    with pytest.raises(LeaseLost):
+        await first.end()
+    assert not first.answer.complete
+
+
+async def test_c8_a_handler_that_lost_its_lease_is_cancelled(layer: MakeLayer) -> None:
+    app = Overtaken([], [])
+    first = await overtake(layer, app, Policy(lease=0.3))
+    answer = await first.end()
+    assert (app.cancelled, answer.status, answer.body) == (True, 202, b"the winner's")
+
+
+# The operation that the handler sees
+
+
+async def test_the_handler_sees_its_operation_and_a_retry_the_same_ids(layer: MakeLayer) -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        operation = current_operation()
+        seen.append((operation.derive("charge"), operation.first_seen, operation.attempt))
+        await send(head(status=503 if len(seen) == 1 else 201))
+        await send(part(b"", more=False))
+
+    covered, key = layer(app), new_key()
+    await call(covered, key=key)
+    await call(covered, key=key)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert current_operation(default=None) is None
+
+
+async def test_layers_of_two_apps_on_one_store_object_keep_their_own_settings(layer: MakeLayer) -> None:
+    store = MemoryStore()
+    one = layer(Counting(201), store=store, endpoint="one")
+    two = layer(Counting(409), store=store, endpoint="two", store_when="stripe")
+    key = new_key()
+    assert [(await call(app, key=key)).status for app in (one, two, one, two)] == [201, 409, 201, 409]
+
+
+async def test_a_shutdown_waits_for_operations_that_their_servers_left(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give(b"{}")
+    await asyncio.wait_for(app.began.wait(), 10)
+    closing = asyncio.ensure_future(covered.aclose())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    assert app.gate is not None
+    app.gate.set()
+    await closing
+    assert (await conversation.end()).status == 201
