@@ -30,7 +30,7 @@ from retryproof.stores.base import Store
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.redis import RedisStore
 
-STEPS = 300
+STEPS = 400
 OPERATIONS = 6
 FAR = 100_000.0
 
@@ -104,7 +104,7 @@ class Twins:
             lease=random.choice([0.0, FAR]),
             retention=random.choice([0.0, FAR, FAR, FAR]),
             unsettled_retention=FAR,
-            on_abandoned="refuse" if random.random() < 0.1 else "rerun",
+            on_abandoned="refuse" if random.random() < 0.3 else "rerun",
             max_attempts=random.choice([1, 2, 5]),
             tenant=random.choice([b"", b"t" * 16]),
             trace=random.choice(["", "00-ab-cd-01"]),
