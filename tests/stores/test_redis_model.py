@@ -7,6 +7,7 @@ what has to hold of them: they rise, and each store knows its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any, cast
 
@@ -101,14 +102,14 @@ class Twins:
             id=id,
             fingerprint=random.choice([b"one", b"one", b"one", b"other"]),
             nonce=random.randbytes(16),
-            lease=random.choice([0.0, FAR]),
+            lease=random.choice([0.0, 0.0, FAR]),
             retention=random.choice([0.0, FAR, FAR, FAR]),
             unsettled_retention=FAR,
             on_abandoned="refuse" if random.random() < 0.3 else "rerun",
-            max_attempts=random.choice([1, 2, 5]),
+            max_attempts=random.choice([1, 2, 5, 5]),
             tenant=random.choice([b"", b"t" * 16]),
             trace=random.choice(["", "00-ab-cd-01"]),
-            alone=random.choice([0, 1, 2]),
+            alone=random.choice([0, 1, 2, 2]),
         )
 
     def settle(self, ids: Sequence[bytes]) -> None:
@@ -127,14 +128,19 @@ class Twins:
         self.fenced("checkpoint", ids, lambda claim, token: Checkpoint(claim.id, claim.nonce, token, name, value))
 
     def fenced(self, method: str, ids: Sequence[bytes], command: Any) -> None:
-        """A command by the latest claim of each operation mostly, and at times by an earlier one or a wrong token."""
+        """A command by the latest claim of each operation mostly, at times by another, or a wrong fence."""
         chosen = [self.holder(id) for id in ids if self.claims[id]]
         expected = getattr(self.model, method)([command(claim, model) for claim, model, _ in chosen])
         assert getattr(self.store, method)([command(claim, token) for claim, _, token in chosen]) == expected
 
     def holder(self, id: bytes) -> tuple[Claim, int, int]:
         claim, model, token = self.random.choice([*self.claims[id], *[self.claims[id][-1]] * 8])
-        return (claim, model + 1, token + 1) if self.random.random() < 0.05 else (claim, model, token)
+        wrong = self.random.random()
+        if wrong < 0.05:
+            return claim, model + 1, token + 1
+        if wrong < 0.1:
+            return replace(claim, nonce=bytes(16)), model, token
+        return claim, model, token
 
 
 def meaning(reply: ClaimReply | StoreUnavailable) -> object:
