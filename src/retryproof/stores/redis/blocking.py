@@ -65,22 +65,22 @@ class RedisStore:
             raise ConfigurationError(f"redis-py refuses these options: {error}") from error
 
     def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
-        return self._perform(self._protocol.claim(claims))
+        return self.perform(self._protocol.claim(claims))
 
     def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
-        return self._perform(self._protocol.settle(commands))
+        return self.perform(self._protocol.settle(commands))
 
     def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        return self._perform(self._protocol.settle(commands))
+        return self.perform(self._protocol.settle(commands))
 
     def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
-        return self._perform(self._protocol.renew(commands))
+        return self.perform(self._protocol.renew(commands))
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        return self._perform(self._protocol.checkpoint(commands))
+        return self.perform(self._protocol.checkpoint(commands))
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        return self._perform(self._protocol.get(ids))
+        return self.perform(self._protocol.get(ids))
 
     def scan(
         self,
@@ -92,20 +92,21 @@ class RedisStore:
         limit: int = 100,
     ) -> Sequence[Record]:
         """A page, without results and checkpoints; each page looks at all keys of the database."""
-        return self._perform(self._protocol.scan(prefix=prefix, state=state, tenant=tenant, after=after, limit=limit))
+        return self.perform(self._protocol.scan(prefix=prefix, state=state, tenant=tenant, after=after, limit=limit))
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        return self._perform(self._protocol.evict(ids))
+        return self.perform(self._protocol.evict(ids))
 
     def reap(self, limit: int = 1_000) -> Reaped:
-        return self._perform(self._protocol.reap(limit))
+        return self.perform(self._protocol.reap(limit))
 
     def close(self) -> None:
         self._closed = True
         while self._idle:
             self._idle.pop().disconnect()
 
-    def _perform(self, plan: Plan[T]) -> T:
+    def perform(self, plan: Plan[T]) -> T:
+        """Send what a plan asks for, and give it the answers."""
         try:
             request = next(plan)
             while True:

@@ -51,9 +51,9 @@ class SqliteStore:
     ) -> None:
         if synchronous.upper() not in SYNCHRONOUS:
             raise ConfigurationError(f"synchronous={synchronous!r} must be one of {', '.join(SYNCHRONOUS)}.")
-        self._path = path
+        self.path = path
         self._timeout = timeout
-        self._synchronous = synchronous.upper()
+        self.synchronous = synchronous.upper()
         self._clock = clock
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -187,10 +187,10 @@ class SqliteStore:
         connection: sqlite3.Connection | None = None
         try:
             connection = sqlite3.connect(
-                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
+                self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
             )
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            connection.execute(f"PRAGMA synchronous = {self.synchronous}")
             self._make_schema(connection)
         except BaseException as error:
             if connection is not None:
@@ -208,7 +208,7 @@ class SqliteStore:
             return
         if table and found > plans.SCHEMA_VERSION:
             raise ConfigurationError(
-                f"{self._path} was written by a later release (schema {found}; this one knows "
+                f"{self.path} was written by a later release (schema {found}; this one knows "
                 f"{plans.SCHEMA_VERSION}). Upgrade retryproof."
             )
         connection.execute("BEGIN IMMEDIATE")
@@ -221,7 +221,7 @@ class SqliteStore:
         what = (
             f"is locked by another writer for longer than {self._timeout:g} s" if busy else f"cannot be used: {error}"
         )
-        return StoreUnavailable(f"The SQLite database {self._path} {what}; try again.")
+        return StoreUnavailable(f"The SQLite database {self.path} {what}; try again.")
 
 
 def from_url(url: str, *, timeout: float = 2.0) -> SqliteStore:

@@ -1,0 +1,175 @@
+"""What of a PostgreSQL server or database silently breaks safety (O2)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
+from retryproof.stores.sql.migrate import migrations, transaction
+from retryproof.stores.sql.plan import Plan, Statement
+from retryproof.stores.sql.postgres_statements import TABLE
+from retryproof.stores.sql.postgres_url import SCHEMA_VERSION, Target, parse
+
+OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
+
+INDEXES = tuple(f"{TABLE}_{name}" for name in ("expires_at", "pkey", "tenant"))
+OLDEST = 130_000
+MIGRATE = "Run `retryproof migrate` with this URL."
+
+_SERVER = """
+SELECT pg_is_in_recovery(), current_setting('server_version_num')::int, current_setting('server_version'),
+       current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit'),
+       current_setting('default_transaction_isolation'), current_setting('default_transaction_read_only'),
+       extract(epoch FROM clock_timestamp())::float8, to_regclass($1::text) IS NOT NULL,
+       to_regclass($2::text) IS NOT NULL
+"""
+_INDEXES = """
+SELECT relation.relname::text FROM pg_index AS index JOIN pg_class AS relation ON relation.oid = index.indexrelid
+WHERE index.indrelid = to_regclass($1::text) AND index.indisvalid AND index.indisready
+"""
+_PRIVILEGES = """
+SELECT privilege FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+WHERE NOT has_table_privilege($1::text, privilege)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the server said; seconds since the epoch. version: the newest migration applied, None without any."""
+
+    replica: bool
+    release: int
+    product: str
+    fsync: str
+    full_page_writes: str
+    synchronous_commit: str
+    isolation: str
+    read_only: str
+    clock: float
+    table: bool
+    before: float = 0.0
+    after: float = 0.0
+    version: int | None = None
+    indexes: Sequence[str] = ()
+    lacking: Sequence[str] = ()
+
+
+def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
+    """Ask the server and judge; a replica and an old schema are answered too."""
+    target = parse(url)
+    return verdicts(transaction(target, lambda: gather(target, time.time)))
+
+
+def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
+    """A few statements that read the catalogue."""
+    before = host_clock()
+    ((*settings, versions),) = yield Statement(_SERVER, (target.table, target.versions))
+    facts = replace(Facts(*settings), before=before, after=host_clock())
+    if versions:
+        ((version,),) = yield Statement(f"SELECT max(version) FROM {target.versions}")
+        facts = replace(facts, version=version)
+    if facts.table:
+        indexes = yield Statement(_INDEXES, (target.table,))
+        lacking = yield Statement(_PRIVILEGES, (target.table,))
+        facts = replace(facts, indexes=[row[0] for row in indexes], lacking=[row[0] for row in lacking])
+    return facts
+
+
+def verdicts(facts: Facts) -> Sequence[Finding]:
+    """Judge what the server said."""
+    return [
+        _version(facts),
+        _role(facts),
+        _schema(facts),
+        *([_indexes(facts), _privileges(facts)] if facts.table else []),
+        _durability(facts),
+        _commit(facts),
+        _isolation(facts),
+        clock_skew(facts.clock, facts.before, facts.after),
+    ]
+
+
+def _version(facts: Facts) -> Finding:
+    if facts.release < OLDEST:
+        return Finding("version", WARN, f"PostgreSQL {facts.product}", "Not tested; PostgreSQL 15 and later are.")
+    return Finding("version", OK, f"PostgreSQL {facts.product}")
+
+
+def _role(facts: Facts) -> Finding:
+    if facts.replica:
+        return Finding("role", FAIL, "a replica, in recovery", "Give the primary's URL: claims need the latest writes.")
+    if facts.read_only == "on":
+        return Finding(
+            "role", WARN, "primary; transactions are read-only by default", "Check that this is wanted here."
+        )
+    return Finding("role", OK, "primary")
+
+
+def _schema(facts: Facts) -> Finding:
+    newest = migrations()[-1].version
+    if facts.version is None or not facts.table:
+        return Finding("schema", FAIL, "this database has no tables of retryproof", MIGRATE)
+    if facts.version < SCHEMA_VERSION:
+        return Finding("schema", FAIL, f"version {facts.version}; this release needs {SCHEMA_VERSION}", MIGRATE)
+    if facts.version < newest:
+        return Finding("schema", WARN, f"version {facts.version}; this release has {newest}", MIGRATE)
+    if facts.version > newest:
+        return Finding("schema", OK, f"version {facts.version}, of a later release; this one knows {newest}")
+    return Finding("schema", OK, f"version {facts.version}")
+
+
+def _indexes(facts: Facts) -> Finding:
+    missing = sorted(set(INDEXES) - set(facts.indexes))
+    if not missing:
+        return Finding("indexes", OK, "all there and valid")
+    without_key = f"{TABLE}_pkey" in missing
+    return Finding(
+        "indexes",
+        FAIL if without_key else WARN,
+        f"missing or invalid: {', '.join(missing)}",
+        "Without the primary key two claims can win. REINDEX it, or restore it from the migration's SQL."
+        if without_key
+        else "Reaping or listing reads the whole table. REINDEX them, or make them by the migration's SQL.",
+    )
+
+
+def _privileges(facts: Facts) -> Finding:
+    if not facts.lacking:
+        return Finding("privileges", OK, "read, insert, update, delete")
+    lacking = ", ".join(facts.lacking)
+    return Finding("privileges", FAIL, f"this user lacks {lacking}", f"GRANT {lacking} ON {TABLE} TO it.")
+
+
+def _durability(facts: Facts) -> Finding:
+    off = [name for name in ("fsync", "full_page_writes") if getattr(facts, name) == "off"]
+    if not off:
+        return Finding("durability", OK, "fsync on")
+    return Finding(
+        "durability",
+        FAIL,
+        f"{' and '.join(off)} off: a crash of the machine can lose or corrupt what was answered",
+        "Turn it on; nothing that matters belongs on such a server.",
+    )
+
+
+def _commit(facts: Facts) -> Finding:
+    if facts.synchronous_commit != "off":
+        return Finding("commit", OK, f"synchronous_commit {facts.synchronous_commit}")
+    return Finding(
+        "commit",
+        FAIL,
+        "synchronous_commit off: a crash loses the last commits, and their operations run again",
+        "ALTER ROLE or ALTER DATABASE … SET synchronous_commit = on for the store's connections.",
+    )
+
+
+def _isolation(facts: Facts) -> Finding:
+    if facts.isolation in ("read committed", "read uncommitted"):
+        return Finding("isolation", OK, facts.isolation)
+    return Finding(
+        "isolation",
+        OK,
+        f"{facts.isolation} by default; the store asks for read committed, and is safe behind a pooler too",
+    )
