@@ -53,22 +53,22 @@ class AsyncRedisStore:
             raise ConfigurationError(f"redis-py refuses these options: {error}") from error
 
     async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
-        return await self._perform(self._protocol.claim(claims))
+        return await self.perform(self._protocol.claim(claims))
 
     async def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
-        return await self._perform(self._protocol.settle(commands))
+        return await self.perform(self._protocol.settle(commands))
 
     async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        return await self._perform(self._protocol.settle(commands))
+        return await self.perform(self._protocol.settle(commands))
 
     async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
-        return await self._perform(self._protocol.renew(commands))
+        return await self.perform(self._protocol.renew(commands))
 
     async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        return await self._perform(self._protocol.checkpoint(commands))
+        return await self.perform(self._protocol.checkpoint(commands))
 
     async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        return await self._perform(self._protocol.get(ids))
+        return await self.perform(self._protocol.get(ids))
 
     async def scan(
         self,
@@ -80,15 +80,15 @@ class AsyncRedisStore:
         limit: int = 100,
     ) -> Sequence[Record]:
         """A page, without results and checkpoints; each page looks at all keys of the database."""
-        return await self._perform(
+        return await self.perform(
             self._protocol.scan(prefix=prefix, state=state, tenant=tenant, after=after, limit=limit)
         )
 
     async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        return await self._perform(self._protocol.evict(ids))
+        return await self.perform(self._protocol.evict(ids))
 
     async def reap(self, limit: int = 1_000) -> Reaped:
-        return await self._perform(self._protocol.reap(limit))
+        return await self.perform(self._protocol.reap(limit))
 
     def keeper(self) -> RedisStore:
         """A blocking store over the same records."""
@@ -99,7 +99,8 @@ class AsyncRedisStore:
         while self._idle:
             await self._idle.pop().disconnect()
 
-    async def _perform(self, plan: Plan[T]) -> T:
+    async def perform(self, plan: Plan[T]) -> T:
+        """Send a plan's requests, and give its own answer."""
         try:
             request = next(plan)
             while True:
