@@ -21,13 +21,13 @@ from retryproof.stores.sql.postgres_statements import TABLE
 from retryproof.stores.sql.postgres_url import (
     CONNECT_TIMEOUT,
     POOL_SIZE,
-    RETRIES,
     TIMEOUT,
     Target,
     check_server,
     check_statement,
     explain,
     parse,
+    pauses,
     retryable,
     timed_out,
 )
@@ -163,12 +163,13 @@ class AsyncpgStore:
 
 async def _execute(connection: Connection, statement: Statement) -> Sequence[Row]:
     """Run one statement in a transaction of its own, again when the server undid it for a rival's sake."""
-    for _ in range(RETRIES):
+    for pause in pauses():
         try:
             return await _fetch(connection, statement)
         except asyncpg.PostgresError as error:
             if not retryable(error.sqlstate):
                 raise
+            await asyncio.sleep(pause)  # the alarm at the deadline cuts the connection
     return await _fetch(connection, statement)
 
 

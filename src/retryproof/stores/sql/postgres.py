@@ -56,9 +56,9 @@ from retryproof.stores.sql.postgres_statements import TABLE, Case
 CAPABILITIES = Capabilities(name="postgresql", max_batch=256, transactions=True, concurrent=True)
 LOCKED_LEASE = 1.0
 """Seconds that the holder of a locked row is said to run; who waits asks again long before."""
-NAPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+NAPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3)
 """Seconds before each new try at a locked row. A rival batch is gone after its commit, some milliseconds; a caller's
-transaction may stay, and after these 0.3 s its row's item alone is answered with an error."""
+transaction may stay, and after these 0.6 s its row's item alone is answered with an error."""
 REAP_BATCH = 500
 """Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
 
@@ -90,7 +90,7 @@ def _claim(claims: Sequence[Claim], table: str) -> Statement:
             [claim.tenant for claim in claims],
             [_bytes(claim.trace) for claim in claims],
             [claim.alone for claim in claims],
-            [_lock_key(claim.id) for claim in claims],
+            [lock_key(claim.id) for claim in claims],
         ),
     )
 
@@ -215,7 +215,7 @@ def _look(commands: Sequence[Fenced], table: str, nap: float) -> Statement:
 def get_plan(ids: Sequence[bytes], table: str = TABLE) -> Plan[Sequence[Record | None]]:
     """Each unexpired record."""
     rows = yield Statement(statements.get(table), (list(ids),))
-    found = {row[0]: _record(row) for row in rows}
+    found = {row[0]: read_record(row) for row in rows}
     return [found.get(id) for id in ids]
 
 
@@ -234,7 +234,7 @@ def scan_plan(
     if tenant is not None:
         parameters.append(tenant)
     rows = yield Statement(statements.scan(table, tenant=tenant is not None, indexed=by_tenant), parameters)
-    return [_record(row) for row in rows]
+    return [read_record(row) for row in rows]
 
 
 def _behind(prefix: bytes) -> bytes | None:
@@ -256,12 +256,12 @@ def reap_plan(limit: int, table: str = TABLE) -> Plan[Reaped]:
     while more and removed < limit:
         rows = yield Statement(statements.reap(table), (min(REAP_BATCH, limit - removed),))
         removed += sum(row[-1] for row in rows)
-        unsettled += [_record(row) for row in rows if row[-1] and row[1] == State.IN_PROGRESS]
+        unsettled += [read_record(row) for row in rows if row[-1] and row[1] == State.IN_PROGRESS]
         more = any(not row[-1] for row in rows)
     return Reaped(removed - len(unsettled), unsettled, more=more)
 
 
-def _record(row: Row) -> Record:
+def read_record(row: Row) -> Record:
     """A record from a row in the order of `postgres_statements.RECORD`."""
     return Record(
         id=row[0],
@@ -301,6 +301,6 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
 
-def _lock_key(id: bytes) -> int:
+def lock_key(id: bytes) -> int:
     """The advisory lock of an id that is not there yet."""
     return int.from_bytes(id[:8], "big", signed=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -15,8 +17,9 @@ CONNECT_TIMEOUT = 10.0
 """Seconds to connect for a migration, which may take its time then."""
 POOL_SIZE = 4
 """Connections a store opens at most: an opened store has one batch of each kind on its way at a time."""
-RETRIES = 4
-"""Times a statement is sent again that the server undid for a rival's sake."""
+PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1)
+"""Seconds, at most, before a statement is sent again that the server undid for a rival's sake. At READ COMMITTED that
+is next to never; behind a transaction pooler the server's default may be SERIALIZABLE, where rivals undo each other."""
 VERSIONS = "retryproof_schema"
 """The table of applied migrations."""
 SCHEMA_VERSION = 1
@@ -78,7 +81,7 @@ class Target:
 
 def check_statement(versions: str = VERSIONS) -> str:
     """Whether the server is a replica, and the newest migration it has seen."""
-    return f"SELECT pg_is_in_recovery(), (SELECT max(version) FROM {versions})"  # noqa: S608 - a checked name
+    return f"SELECT pg_is_in_recovery(), (SELECT max(version) FROM {versions})"
 
 
 def parse(url: str) -> Target:
@@ -114,6 +117,11 @@ def _number(name: str, value: str, least: int) -> int:
     if not value.isascii() or not value.isdigit() or int(value) < least:
         raise ConfigurationError(f"{name}={value} is not a whole number of at least {least}")
     return int(value)
+
+
+def pauses() -> Iterator[float]:
+    """How long to pause before each new try, by chance, so that rivals part."""
+    return (random.uniform(0.0, pause) for pause in PAUSES)
 
 
 def retryable(sqlstate: str | None) -> bool:

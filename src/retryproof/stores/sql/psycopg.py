@@ -7,7 +7,7 @@ import struct
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import psycopg
@@ -24,12 +24,12 @@ from retryproof.stores.sql import postgres
 from retryproof.stores.sql.plan import Plan, Row, Statement, perform
 from retryproof.stores.sql.postgres_url import (
     CONNECT_TIMEOUT,
-    RETRIES,
     TIMEOUT,
     Target,
     check_server,
     explain,
     parse,
+    pauses,
     retryable,
     timed_out,
 )
@@ -313,12 +313,13 @@ class PsycopgStore:
 
     def _execute(self, connection: DeadlineConnection, statement: Statement) -> Sequence[Row]:
         """Run one statement in a transaction of its own, again when the server undid it for a rival's sake."""
-        for _ in range(RETRIES):
+        for pause in pauses():
             try:
                 return self._fetch(connection, statement)
             except psycopg.Error as error:
-                if not retryable(error.sqlstate):
+                if not retryable(error.sqlstate) or monotonic() + pause >= connection.deadline:
                     raise
+                sleep(pause)
         return self._fetch(connection, statement)
 
     def _fetch(self, connection: DeadlineConnection, statement: Statement) -> Sequence[Row]:
