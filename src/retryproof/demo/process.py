@@ -1,0 +1,131 @@
+"""Starts the server, lets it be killed, and starts it again, over the same files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal, TypeVar, get_args
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 10.0
+
+Stream = TypeVar("Stream", asyncio.StreamReader, asyncio.StreamWriter)
+Moment = Literal["after", "before", "any"]
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a server's life ends: `before` or `after` its nth charge is booked, or at `any` moment, in seconds."""
+
+    moment: Moment
+    count: int = 0
+    seconds: float = 0.0
+
+
+def deaths(random: Random, charges: int) -> list[Death]:
+    """A plan of kills at random moments, of each sort at least once, that a run of so many charges lives through."""
+    number = max(4, charges // 35)
+    others = [*MOMENTS[1:], *random.choices(MOMENTS, k=number - len(MOMENTS))]
+    random.shuffle(others)
+    share = max(2, charges // (2 * number))
+    return [
+        Death(moment, seconds=random.uniform(0.02, 0.25))
+        if moment == "any"
+        else Death(moment, count=random.randint(1, share))
+        # The first is the one that no retry can see through, so that even a short run has it.
+        for moment in (MOMENTS[0], *others)
+    ]
+
+
+class ServerFailed(RuntimeError):
+    """The server ended without being killed."""
+
+
+class Server:
+    """A payments API that dies as planned and is started again each time.
+
+    files: a directory for its ledger and keys. keys: whether the layer is in. moved: told the port of each new life.
+    """
+
+    def __init__(self, files: Path, *, keys: bool, moved: Callable[[int], None]) -> None:
+        self.database = files / "payments.db"
+        self._keys = f"sqlite:///{files / 'keys.db'}" if keys else None
+        self._log = files / "server.log"
+        self._moved = moved
+        self.kills: Counter[Moment] = Counter()
+
+    async def live(self, plan: Sequence[Death]) -> None:
+        """Go through the planned deaths, then stay up until cancelled, and leave no process behind."""
+        with self._log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "retryproof.demo.server", stdin=PIPE, stdout=PIPE, stderr=log
+            )
+        try:
+            for death in plan:
+                await self._live_once(process, death)
+                self.kills[death.moment] += 1
+            await self._live_once(process, None)
+        finally:
+            await stop(process)
+
+    async def _live_once(self, process: Process, death: Death | None) -> None:
+        """One life, to its planned end; ServerFailed when it ends otherwise."""
+        life = {
+            "database": str(self.database),
+            "keys": self._keys,
+            "dies": death.moment if death else "never",
+            "count": death.count if death else 0,
+        }
+        pipe(process.stdin).write(json.dumps(life).encode() + b"\n")
+        async with asyncio.timeout(START_TIMEOUT):
+            started = await self._hear(process)
+        if "port" not in started:
+            raise self._failed(started)
+        self._moved(started["port"])
+        if death is not None and death.moment == "any":
+            await asyncio.sleep(death.seconds)
+            # The child is alive or, having failed, about to be waited for: its id is still its own.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(started["pid"], signal.SIGKILL)
+        ended = await self._hear(process)
+        if death is None or ended.get("exit") != -signal.SIGKILL:
+            raise self._failed(ended)
+
+    async def _hear(self, process: Process) -> dict[str, int]:
+        line = await pipe(process.stdout).readline()
+        message: dict[str, int] = json.loads(line or b"{}")
+        return message
+
+    def _failed(self, message: dict[str, int]) -> ServerFailed:
+        said = self._log.read_text(errors="replace").strip()[-2000:]
+        return ServerFailed(f"The demo's server ended by itself (exit code {message.get('exit')}).\n{said}")
+
+
+async def stop(process: Process) -> None:
+    """End its input, which asks it to go, and see to it that it does."""
+    pipe(process.stdin).close()
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT):
+            # What it still says is read, or it could not end.
+            await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def pipe(stream: Stream | None) -> Stream:
+    """A stream that the process was started with."""
+    if stream is None:
+        raise TypeError("the server was started without pipes")
+    return stream

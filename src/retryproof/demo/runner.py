@@ -1,0 +1,146 @@
+"""`retryproof demo`: the same orders through the same bad network, first without the layer, then with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json as jsonlib
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from retryproof.demo import clients, process, report
+from retryproof.testing.link import FaultLink
+
+T = TypeVar("T")
+NOWHERE = 9  # discard (RFC 863), where nobody listens nowadays
+FAULTS = ("lose_reply", "delay", "duplicate", "cut_after", "reset")
+
+
+def make_unreliable(link: FaultLink) -> None:
+    """How bad the network is: about a third of all requests meet a fault."""
+    link.delay(0.05, probability=0.1)
+    link.lose_reply(probability=0.08)
+    link.duplicate(after=0.02, probability=0.06)
+    link.cut_after(60, direction="request", probability=0.04)
+    link.cut_after(60, direction="reply", probability=0.04)
+    link.reset(probability=0.04)
+
+
+def run_demo(
+    *,
+    charges: int = 300,
+    seconds: float = 60.0,
+    seed: int | None = None,
+    console: Console | None = None,
+    json: bool = False,
+) -> int:
+    """Run both halves and print what came of it; returns the exit code.
+
+    charges: how many are wanted. seconds: how long the clients of each half may take; what is not made by then is lost.
+    seed: draws the same orders, faults and kills again (their timing still differs). json: print only the figures.
+    0: nothing was charged twice or lost with the layer. 1: something was. 2: the layer passed, and so did doing
+    without it, so that nothing is proved. 3: the server did not start, or ended by itself.
+    """
+    if charges < 1 or seconds <= 0:
+        raise ValueError("charges and seconds must be more than zero")
+    seed = secrets.randbelow(1_000_000) if seed is None else seed
+    shown = Console(stderr=True) if json else console or Console()
+    shown.print(
+        f"[bold]{charges} charges[/] by {clients.CONCURRENT} clients at a time, over a network that loses replies, "
+        f"delays, duplicates and cuts requests, to a server that is killed again and again. (seed {seed})"
+    )
+    with progress_bar(shown) as progress, tempfile.TemporaryDirectory(prefix="retryproof-demo-") as directory:
+
+        def half(keys: bool) -> report.Figures:
+            task = progress.add_task("with Retryproof" if keys else "without Retryproof", total=charges)
+            files = Path(directory, "with" if keys else "without")
+            files.mkdir()
+            return asyncio.run(
+                run_half(
+                    files,
+                    keys=keys,
+                    charges=charges,
+                    seconds=seconds,
+                    seed=seed,
+                    advance=lambda: progress.advance(task),
+                )
+            )
+
+        try:
+            without, layered = half(keys=False), half(keys=True)
+        except process.ServerFailed as error:
+            shown.print(str(error), markup=False)
+            return 3
+    code = 1 if layered.harmed else 0 if without.harmed else 2
+    if json:
+        figures = {"seed": seed, "ok": code == 0, "without": asdict(without), "with": asdict(layered)}
+        sys.stdout.write(jsonlib.dumps(figures, indent=2) + "\n")
+    else:
+        shown.print(report.table(without, layered))
+        shown.print(report.verdict(without, layered))
+        report.by_hand(shown)
+    return code
+
+
+main = run_demo
+"""What the command line calls."""
+
+
+async def run_half(
+    files: Path, *, keys: bool, charges: int, seconds: float, seed: int, advance: Callable[[], None]
+) -> report.Figures:
+    """One run from an empty directory to its figures; `advance` is called whenever a client is done."""
+    random = Random(seed)
+    wanted = clients.orders(random, charges)
+    plan = process.deaths(random, charges)
+    # Until a server listens the link leads nowhere, as after every kill.
+    with FaultLink("127.0.0.1", NOWHERE, random=random) as link:
+        make_unreliable(link)
+        up = asyncio.Event()
+
+        def moved(port: int) -> None:
+            link.target = ("127.0.0.1", port)
+            up.set()
+
+        server = process.Server(files, keys=keys, moved=moved)
+        living = asyncio.ensure_future(server.live(plan))
+        try:
+            await first_of(up.wait(), living)
+            began = time.monotonic()
+            traffic = await first_of(clients.buy(link.url, wanted, seconds=seconds, advance=advance), living)
+            took = time.monotonic() - began
+        finally:
+            living.cancel()
+            await asyncio.gather(living, return_exceptions=True)
+        faults = sum(link.stats[name] for name in FAULTS)
+    return report.count(server.database, wanted, traffic, server.kills, faults, took)
+
+
+async def first_of(work: Coroutine[Any, Any, T], living: asyncio.Future[None]) -> T:
+    """The work's result; or the server's failure, should it end by itself, so that nobody waits for it."""
+    working = asyncio.ensure_future(work)
+    try:
+        either: list[asyncio.Future[Any]] = [working, living]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            living.result()
+        return await working
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Bars of clients that are done."""
+    return Progress(
+        TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
