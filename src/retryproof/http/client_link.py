@@ -100,7 +100,7 @@ class ClientLink:
     def stop_without_client(self) -> None:
         """From now on the response ends when its client leaves: nothing of it can be stored."""
         self.keeps_going = False
-        if self._watch is None and not self._receiving and self._given > self.body.size:
+        if self._watch is None and not self._receiving:
             self._watch = asyncio.ensure_future(self._receive())
 
     async def stays(self, seconds: float) -> bool:

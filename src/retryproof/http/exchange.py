@@ -124,6 +124,7 @@ class Exchange:
         self._options = engine.options
         self._scope = scope
         self._receive = receive
+        self._server_send = send
         self._link = ClientLink(receive, send)
         self._policy = policy
         self._running = False
@@ -137,7 +138,7 @@ class Exchange:
                 case Problem() as problem:
                     await self._refuse(problem)
                 case NotCovered():
-                    await self._engine.app(self._scope, self._link.receive, self._link.send)
+                    await self._engine.app(self._scope, self._link.receive, self._server_send)
                 case Gone():
                     return  # nothing was claimed, nothing runs, and nobody is there to be told
         finally:
@@ -386,9 +387,8 @@ class Exchange:
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), UNPROTECTED]}
-            await self._link.send(message)
+            await self._server_send(message)
 
-        self._link.keeps_going = False
         await self._engine.app(self._scope, self._link.receive, send)
 
     async def _refuse(self, problem: Problem) -> None:

@@ -102,7 +102,7 @@ def check_options(
         ("endpoint", endpoint, str | None),
         ("fail_open", fail_open, bool),
     ):
-        if not callable(option) and not isinstance(option, kind):
+        if isinstance(option, type) or (not callable(option) and not isinstance(option, kind)):
             raise ConfigurationError(f"{label}={option!r} is neither a {label} nor a callable that returns one.")
     if keys not in get_args(Strength):
         raise ConfigurationError(f"keys={keys!r} must be one of {', '.join(map(repr, get_args(Strength)))}.")
