@@ -18,6 +18,7 @@ import pytest
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.cluster import RedisCluster
+from redis.sentinel import Sentinel
 
 from retryproof.core.commands import (
     DONE,
@@ -431,6 +432,21 @@ def test_a_full_batch_of_each_kind_is_one_command(open_store: OpenStore, private
         counted(client, lambda: store.renew(rest), {"evalsha": 1})
 
 
+def test_large_results_travel_in_portions(open_store: OpenStore, private: PrivateServer) -> None:
+    server = private()
+    store = open_store(server.url)
+    claims = [a_claim() for _ in range(20)]
+    finish(store, a_claim())
+    held = [taken(reply) for reply in store.claim(claims)]
+    results = [bytes([n]) * 2**20 for n in range(20)]
+    commands = [completion(*item) for item in zip(claims, held, results, strict=True)]
+    commands.append(completion(a_claim(), held[0]))
+    with Redis.from_url(server.url) as client:
+        assert counted(client, lambda: store.complete(commands), {"evalsha": 3}) == [*[DONE] * 20, LOST]
+    replies = store.claim([a_claim(claim.id) for claim in claims])
+    assert [cast("Finished", reply).result for reply in replies] == results
+
+
 def counted(client: Redis, act: Callable[[], Any], expected: dict[str, int]) -> Any:
     """Does it; the commands that arrived meanwhile, other than this client's own and those of scripts, are expected."""
     client.config_resetstat()
@@ -543,6 +559,18 @@ def test_a_url_that_makes_no_sense_is_refused_at_once(open_store: OpenStore, url
 )
 def test_a_client_of_another_kind_is_refused(client: Any) -> None:
     with pytest.raises(ConfigurationError, match="Redis client is needed"):
+        RedisStore(client)
+
+
+@pytest.mark.parametrize(
+    ("client", "complaint"),
+    [
+        (Redis(redis_connect_func=lambda: None), "redis_connect_func"),
+        (cast("Any", Sentinel)([("127.0.0.1", 1)]).slave_for("replicas"), "one master"),
+    ],
+)
+def test_a_client_that_cannot_be_taken_over_is_refused(client: Redis, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
         RedisStore(client)
 
 

@@ -42,6 +42,9 @@ SCAN_COUNT = 1_000
 REAP_LOOKS_AT_MOST = 20
 """SCANs of one pass of reaping; the next pass goes on where this one ended."""
 
+LARGEST_CALL = 8 * 2**20
+"""Bytes of results that one call carries; more of them take several, so that the server is not held for long."""
+
 T = TypeVar("T")
 Argument: TypeAlias = bytes | str | int
 Reply: TypeAlias = Any
@@ -119,11 +122,14 @@ class Protocol:
         return list(map(_claim_reply, claims, replies))
 
     def settle(self, commands: Sequence[Complete] | Sequence[Release]) -> Plan[Batch[FenceReply]]:
-        """One script call completes or releases."""
-        arguments = self._keys(commands)
-        for command in commands:
-            arguments += (command.nonce, command.token, *_outcome(command))
-        return (yield from _fenced(self._settle, arguments))
+        """One script call completes or releases, or a few where the results are large."""
+        replies: list[FenceReply | StoreUnavailable] = []
+        for portion in _portions(commands):
+            arguments = self._keys(portion)
+            for command in portion:
+                arguments += (command.nonce, command.token, *_outcome(command))
+            replies += yield from _fenced(self._settle, arguments)
+        return replies
 
     def renew(self, commands: Sequence[Renew]) -> Plan[Batch[FenceReply]]:
         """One script call."""
@@ -347,6 +353,19 @@ def _decode(id: bytes, answer: Sequence[bytes], now: int) -> Record:
         checkpoints={name[5:].decode(): value for name, value in fields.items() if name.startswith(b"step:")},
         read_at=now,
     )
+
+
+def _portions(commands: Sequence[Complete | Release]) -> Iterator[Sequence[Complete | Release]]:
+    """Runs of commands whose results come to no more than LARGEST_CALL, or single ones."""
+    start = size = 0
+    for index, command in enumerate(commands):
+        weight = len(_outcome(command)[1])
+        if size + weight > LARGEST_CALL and index > start:
+            yield commands[start:index]
+            start, size = index, 0
+        size += weight
+    if start < len(commands):
+        yield commands[start:]
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -75,6 +75,8 @@ class Settings:
                 f"{type(client).__qualname__}; RedisStore takes redis.Redis, AsyncRedisStore redis.asyncio.Redis"
             )
         pool = client.connection_pool
+        if pool.connection_kwargs.get("redis_connect_func") is not None:
+            raise ConfigurationError("a client with a redis_connect_func cannot be taken over; pass a URL")
         options = {
             name: value
             for name, value in pool.connection_kwargs.items()
