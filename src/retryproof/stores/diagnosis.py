@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.stores.url import SCHEMES
+from retryproof.stores.url import SCHEMES, scheme_name
 
 SKEW_WARNING = 2.0
 """Seconds between the host's clock and the store's beyond which times that people compare are misleading."""
@@ -53,9 +53,7 @@ def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
 
     Raises StoreUnavailable, and ConfigurationError for an unknown scheme or a missing driver.
     """
-    scheme = url.partition("://")[0].lower()
-    if scheme not in _DOCTORS:
-        raise ConfigurationError(f"There is no doctor for {scheme}://; known: {', '.join(_DOCTORS)}.")
+    scheme = scheme_name(url)
     try:
         doctor = importlib.import_module(_DOCTORS[scheme])
     except ModuleNotFoundError as error:

@@ -77,6 +77,12 @@ def is_async_url(url: str) -> bool:
     return _scheme(url).on_loop is not None
 
 
+def scheme_name(url: str) -> str:
+    """The URL's scheme in lower case; ConfigurationError for an unknown one."""
+    _scheme(url)
+    return url.partition("://")[0].lower()
+
+
 def _scheme(url: str) -> Scheme:
     name, separator, _ = url.partition("://")
     scheme = SCHEMES.get(name.lower())

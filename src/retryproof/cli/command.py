@@ -1,0 +1,105 @@
+"""What commands have in common: the store's URL, `--json`, and errors as messages and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from retryproof.cli import exits
+from retryproof.cli.output import Output
+from retryproof.cli.redact import scrubbed
+from retryproof.core.errors import ConfigurationError, IdempotencyError, StoreUnavailable, Unreadable
+from retryproof.stores import Store, open_store
+
+STORE_VARIABLE = "RETRYPROOF_STORE"
+Function = Callable[..., Any]
+
+
+class Refused(click.ClickException):
+    """What was asked is not there, or must not be done: exit code 1."""
+
+    exit_code = exits.FOUND
+
+
+class Usage(click.ClickException):
+    """What was asked makes no sense: exit code 2."""
+
+    exit_code = exits.USAGE
+
+
+class Unreachable(click.ClickException):
+    """The store gave no answer: exit code 3."""
+
+    exit_code = exits.UNREACHABLE
+
+
+def json_option(function: Function) -> Function:
+    """`--json`, given to the function as an Output; and errors as messages with an exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors included.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, as_json: bool, **options: Any) -> Any:
+        output = Output(as_json)
+        try:
+            with messages(secret_url=_url_of(options)):
+                return function(*args, output=output, **options)
+        except click.ClickException as error:
+            if not as_json:
+                raise
+            kind = type(error).__name__.lower()
+            click.echo(json.dumps({"error": {"kind": kind, "message": error.format_message()}}, ensure_ascii=False))
+            sys.exit(error.exit_code)
+
+    return wrapped
+
+
+def _url_of(options: dict[str, Any]) -> str:
+    targets = (options.get("url"), *options.get("targets", ()))
+    return next((target for target in targets if target and "://" in target), "")
+
+
+@contextmanager
+def messages(*, secret_url: str) -> Iterator[None]:
+    """The library's errors as the command line's, without the URL's password."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise Usage(scrubbed(str(error), secret_url)) from error
+    except StoreUnavailable as error:
+        raise Unreachable(scrubbed(str(error), secret_url)) from error
+    except Unreadable as error:
+        raise Refused(scrubbed(str(error), secret_url)) from error
+    except IdempotencyError as error:
+        raise Refused(scrubbed(str(error), secret_url)) from error
+
+
+def url_argument(function: Function) -> Function:
+    """The store's URL: an argument, or the environment's."""
+    return click.argument("url", metavar="[URL]", required=False, envvar=STORE_VARIABLE, callback=_required_url)(
+        function
+    )
+
+
+def _required_url(context: click.Context, parameter: click.Parameter, url: str | None) -> str:
+    return url or no_url()
+
+
+def no_url() -> NoReturn:
+    """Refuse to guess which store is meant."""
+    raise click.UsageError(f"Give the store's URL, such as sqlite:///keys.db, or set {STORE_VARIABLE}.")
+
+
+@contextmanager
+def opened(url: str, timeout: float = 5.0) -> Iterator[Store]:
+    """The store of a URL, closed at the end."""
+    store = open_store(url, timeout=timeout)
+    try:
+        yield store
+    finally:
+        store.close()

@@ -1,0 +1,29 @@
+"""All commands under one name."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+import retryproof as package
+from retryproof.cli.demo import demo
+from retryproof.cli.doctor import doctor
+from retryproof.cli.exits import HELP
+from retryproof.cli.keys import keys
+from retryproof.cli.migrate import migrate
+from retryproof.cli.reap import reap
+
+
+@click.group(epilog=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package.__version__, prog_name="retryproof")
+def retryproof() -> None:
+    """Send it twice. It happens once.
+
+    Commands on a store take its URL as an argument, or from RETRYPROOF_STORE. Passwords in it are never printed.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+
+
+for command in (demo, doctor, keys, migrate, reap):
+    retryproof.add_command(command)

@@ -1,0 +1,49 @@
+"""`retryproof migrate`: bring a database's schema up to this release (O4)."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from retryproof.cli import exits
+from retryproof.cli.command import json_option, url_argument
+from retryproof.cli.output import Output
+from retryproof.cli.redact import redacted
+from retryproof.stores.sql import migrate as migrations
+from retryproof.stores.url import scheme_name
+
+NEEDS_NONE = {
+    "memory": "it has no schema",
+    "redis": "it has no schema",
+    "rediss": "it has no schema",
+    "sqlite": "its schema is made and kept by the store itself",
+}
+
+
+@click.command(epilog=exits.HELP)
+@url_argument
+@click.option("--check", is_flag=True, help="Only say what is missing; exit with 1 if anything is.")
+@json_option
+def migrate(url: str, check: bool, output: Output) -> None:
+    """Apply the migrations that the database at URL has not seen.
+
+    Numbered and forward only, all in one transaction; safe to run beside the last release, and several times at once.
+    """
+    scheme = scheme_name(url)
+    if scheme in NEEDS_NONE:
+        output.answer(_document(url, [], []), f"Nothing to do: {scheme}:// needs no migrations; {NEEDS_NONE[scheme]}.")
+        return
+    if check:
+        missing = migrations.pending(url)
+        lines = [f"missing: {name}" for name in missing] or ["Nothing to do: every migration is applied."]
+        output.answer(_document(url, [], missing), *lines)
+        sys.exit(exits.FOUND if missing else exits.DONE)
+    with output.progress("migrating") as tell:
+        applied = migrations.migrate(url, progress=tell)
+    lines = [f"applied {name}" for name in applied] or ["Nothing to do: every migration was applied before."]
+    output.answer(_document(url, applied, []), *lines)
+
+
+def _document(url: str, applied: list[str], pending: list[str]) -> dict[str, object]:
+    return {"store": redacted(url), "applied": applied, "pending": pending}

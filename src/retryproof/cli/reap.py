@@ -1,0 +1,51 @@
+"""`retryproof reap`: remove records whose time is over (C19)."""
+
+from __future__ import annotations
+
+import click
+
+from retryproof.cli import exits
+from retryproof.cli.command import json_option, opened, url_argument
+from retryproof.cli.output import Output, add_row, table
+from retryproof.cli.redact import redacted
+from retryproof.cli.shown import as_document, moment
+from retryproof.core.keys import short_digest
+from retryproof.core.record import Record
+from retryproof.reaper import LIMIT, Totals, reap_all
+
+
+@click.command(epilog=exits.HELP)
+@url_argument
+@click.option("--once", is_flag=True, help="One pass only.")
+@click.option("--limit", type=click.IntRange(1, 100_000), default=LIMIT, show_default=True, help="Records a pass.")
+@json_option
+def reap(url: str, once: bool, limit: int, output: Output) -> None:
+    """Remove records of the store at URL that are past their retention, in bounded passes beside the traffic.
+
+    Operations that ended without an outcome are listed, and are events: whether they had their effect was never
+    settled. Run it from a timer, in as many places as you like; Redis and Valkey drop settled records by themselves.
+    """
+    ended: list[Record] = []
+    with opened(url) as store, output.progress("reaping") as tell:
+
+        def told(totals: Totals) -> None:
+            tell(f"{totals.settled + totals.unsettled} removed in {totals.passes} passes")
+
+        totals = reap_all(store, limit=limit, passes=1 if once else None, on_ended=ended.append, on_pass=told)
+    document = {
+        "store": redacted(url),
+        "passes": totals.passes,
+        "settled": totals.settled,
+        "unsettled": totals.unsettled,
+        "more": totals.more,
+        "ended": [as_document(record) for record in ended],
+    }
+    lines = [f"Removed {totals.settled} settled and {totals.unsettled} unsettled in {totals.passes} passes."]
+    if totals.more:
+        lines.append("There is more: run it again, or without --once.")
+    output.answer(document, *lines)
+    if ended and not output.as_json:
+        shown = table("ended without an outcome", "attempt", "first seen")
+        for record in ended:
+            add_row(shown, (short_digest(record.id), record.attempt, moment(record.first_seen)), "yellow")
+        output.answer(None, shown)

@@ -1,0 +1,101 @@
+"""Settling an abandoned operation by hand, under the protocol's own fence.
+
+The operator's claim takes the record over like any attempt does: it waits for no lease, it loses against a live one,
+and every earlier holder that wakes up is fenced off. Only then is the record completed or released.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retryproof.cli.command import Refused
+from retryproof.cli.find import named
+from retryproof.cli.output import duration
+from retryproof.cli.shown import abandoned, state_of
+from retryproof.core.commands import Acquired, Checkpoint, Claim, Complete, Done, Release, Running
+from retryproof.core.errors import StoreUnavailable
+from retryproof.core.record import MICROSECONDS, Record
+from retryproof.stores import Store
+
+LEASE = 15.0
+"""Seconds that the operator's own claim holds: a few calls of the store."""
+UNSETTLED_RETENTION = 2_592_000.0
+"""Should this process die in between, the record is as abandoned as before, for another 30 days."""
+ANY_NUMBER = 1_000_000
+CHECKPOINT = "retryproof.settled"
+"""Under this name a released record keeps who released it, for `keys show`."""
+CHANGED = "it changed while you decided: look at it again (`keys show`), and decide again"
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How: released as never happened, or done with a result; a result of None leaves a tombstone."""
+
+    happened: bool
+    result: bytes | None = None
+
+
+def check_settleable(record: Record) -> None:
+    """Refuse what is settled, and what is held."""
+    if record.settled:
+        raise Refused(f"{named(record)} is {state_of(record)} already; a settled record never changes.")
+    if not abandoned(record):
+        left = (record.lease_until - record.read_at) / MICROSECONDS
+        raise Refused(
+            f"{named(record)} is running: its lease is live for another {duration(left)}. A live operation is never "
+            "settled or evicted; wait until it ends or its lease does."
+        )
+
+
+def settle(store: Store, record: Record, settlement: Settlement, entry: dict[str, Any]) -> None:
+    """Take the record over and settle it; raises Refused where somebody was faster, StoreUnavailable."""
+    claim = Claim(
+        id=record.id,
+        fingerprint=record.fingerprint,
+        nonce=os.urandom(16),
+        lease=LEASE,
+        retention=record.retention,
+        unsettled_retention=UNSETTLED_RETENTION,
+        on_abandoned="rerun",
+        max_attempts=ANY_NUMBER,
+        alone=0,  # the death of this process says nothing about the operation
+    )
+    held = _take_over(store, record, claim)
+    if settlement.happened:
+        _must(store.complete([Complete(claim.id, claim.nonce, held.token, settlement.result)]))
+        return
+    note = json.dumps(entry).encode()
+    _must(store.checkpoint([Checkpoint(claim.id, claim.nonce, held.token, CHECKPOINT, note)]))
+    _must(store.release([Release(claim.id, claim.nonce, held.token)]))
+
+
+def _take_over(store: Store, record: Record, claim: Claim) -> Acquired:
+    (reply,) = store.claim([claim])
+    match reply:
+        case StoreUnavailable():
+            raise reply
+        case Acquired() if reply.birth == claim.nonce:
+            # It was gone, and the claim made it anew; nobody has run under it.
+            _must(store.release([Release(claim.id, claim.nonce, reply.token)]))
+            store.evict([claim.id])
+            raise Refused(f"{named(record)} is gone: evicted, or past its retention.")
+        case Acquired() if (reply.birth, reply.attempt) != (record.birth, record.attempt + 1):
+            raise Refused(f"{named(record)}: {CHANGED}; until then it is held for {LEASE:g} s.")
+        case Acquired():
+            return reply
+        case Running(left):
+            raise Refused(f"{named(record)} was taken up by a retry just now (lease live for {duration(left)}).")
+        case _:
+            raise Refused(f"{named(record)}: {CHANGED}.")
+
+
+def _must(replies: Sequence[object]) -> None:
+    (reply,) = replies
+    if isinstance(reply, StoreUnavailable):
+        raise reply
+    if not isinstance(reply, Done):
+        raise Refused(f"The lease of this settlement was lost: {CHANGED}.")
