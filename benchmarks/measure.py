@@ -106,7 +106,7 @@ class Pace:
     @classmethod
     def of(cls, quick: bool, limit: float) -> Pace:
         deadline = time.monotonic() + limit
-        return cls(0.4, 3, deadline) if quick else cls(0.6, 7, deadline)
+        return cls(0.4, 3, deadline) if quick else cls(0.5, 7, deadline)
 
     @property
     def over(self) -> bool:

@@ -19,13 +19,13 @@ sys.path[0] = str(ROOT)
 import uvloop  # noqa: E402 - the path above has to come first
 
 from benchmarks import goals, report  # noqa: E402
-from benchmarks.figures import engine, http, roundtrips  # noqa: E402
+from benchmarks.figures import asgi, engine, http, roundtrips  # noqa: E402
 from benchmarks.figures.http import HttpSubject  # noqa: E402
 from benchmarks.measure import Figure, Pace  # noqa: E402
 from benchmarks.peers import PEERS, PeerMissing, peer_python  # noqa: E402
 from benchmarks.services import Services  # noqa: E402
 
-FAMILIES = ("http", "engine", "threads", "roundtrips")
+FAMILIES = ("http", "asgi", "engine", "threads", "roundtrips")
 LIMIT_SECONDS = 660.0
 # What HTTP may take of the limit; the engines have the rest.
 HTTP_SHARE = 0.55
@@ -59,6 +59,9 @@ async def take(options: argparse.Namespace, services: Services) -> tuple[list[Fi
     if "roundtrips" in options.only:
         trips += await roundtrips.redis_round_trips(services, ours=ours) if "redis" in stores else []
         trips += await roundtrips.postgres_round_trips(services, ours=ours) if "postgres" in stores else []
+    if "asgi" in options.only:
+        subjects = http_subjects(services, stores, ours=ours, peers=False)
+        figures += await asgi.figures(subjects, Pace.of(options.quick, options.limit))
     if "http" in options.only:
         share = HTTP_SHARE if "engine" in options.only else 1.0
         pace = Pace.of(options.quick, options.limit * share)
@@ -91,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     stores = tuple(engine.STORES)
     parser.add_argument("--only", type=listed(FAMILIES), default=list(FAMILIES), metavar=",".join(FAMILIES))
     parser.add_argument("--stores", type=listed(stores), default=list(stores), metavar=",".join(stores))
-    parser.add_argument("--connections", default=http.CONNECTIONS, metavar="1,32,256",
+    parser.add_argument("--connections", default=http.CONNECTIONS, metavar="32,256,1",
                         type=lambda text: tuple(int(word) for word in text.split(",")))  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="shorter samples, three repetitions instead of five")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave idemkit and idemgate out")
