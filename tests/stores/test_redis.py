@@ -495,7 +495,7 @@ def test_no_retries_of_the_drivers_are_made(unique: str) -> None:
     began = time.monotonic()
     with pytest.raises(StoreUnavailable):
         RedisStore(client, prefix=unique).claim([a_claim()])
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1.0
 
 
 def test_login_database_and_socket_are_taken_from_the_url(
