@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import socket
 import statistics
 import threading
 import time
@@ -401,12 +402,7 @@ class TestRoundTrips:
         self, url: str, postgres_url: str
     ) -> None:
         async def work(store: AsyncpgStore) -> None:
-            claims = [new_claim() for _ in range(64)]
-            replies = await store.claim(claims)
-            completions = [
-                Complete(claim.id, claim.nonce, token(reply), b"") for claim, reply in zip(claims, replies, strict=True)
-            ]
-            assert await store.complete(completions) == [DONE] * 64
+            claims = await _claim_and_complete(store, 64)
             replays = await store.claim([again(claim) for claim in claims])
             assert all(isinstance(reply, Finished) for reply in replays)
 
@@ -424,6 +420,16 @@ class TestRoundTrips:
         await rival.close()
 
 
+async def _claim_and_complete(store: AsyncpgStore, number: int) -> Sequence[Claim]:
+    claims = [new_claim() for _ in range(number)]
+    replies = await store.claim(claims)
+    completions = [
+        Complete(claim.id, claim.nonce, token(reply), b"") for claim, reply in zip(claims, replies, strict=True)
+    ]
+    assert await store.complete(completions) == [DONE] * number
+    return claims
+
+
 async def _transactions(url: str, postgres_url: str, work: Callable[[AsyncpgStore], Any]) -> int:
     """How many transactions the server counts for some work, beside those of opening a store.
 
@@ -436,7 +442,7 @@ async def _transactions(url: str, postgres_url: str, work: Callable[[AsyncpgStor
     async def spent(work: Callable[[AsyncpgStore], Any]) -> int:
         before = await _commits(monitor, database)
         store = AsyncpgStore(url)
-        await store.get([])
+        await _claim_and_complete(store, 1)  # a connection's first call asks for the types of arrays
         await work(store)
         await store.aclose()
         return await _commits(monitor, database) - before
@@ -683,16 +689,35 @@ def _until_somebody_waits(connection: psycopg.Connection[Any]) -> None:
         connection.execute("SELECT pg_sleep(0.001)")
 
 
+class TestSeveralHosts:
+    @pytest.mark.parametrize("first", ["dead", "silent"])
+    async def test_the_next_host_is_tried_when_one_is_down(self, url: str, first: str) -> None:
+        """A silent host accepts and never answers, as one does that was cut off or stopped."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            if first == "silent":
+                listener.listen()
+            user, _, rest = url.partition("@")
+            both = f"{user}@127.0.0.1:{listener.getsockname()[1]},{rest}"
+            blocking, on_loop = PsycopgStore(both, timeout=4.0), AsyncpgStore(both, timeout=4.0)
+            claim = new_claim()
+            acquired = await asyncio.to_thread(blocking.claim, [claim])
+            assert isinstance(acquired[0], Acquired)
+            assert await on_loop.claim([claim]) == acquired
+            blocking.close()
+            await on_loop.aclose()
+
+
 class TestUrls:
     def test_the_stores_own_options_are_taken_out(self) -> None:
         target = parse(
             "postgresql+asyncpg://u:p@h1:1,h2:2/db?schema=s&statement_cache_size=0&pool_size=7&sslmode=require"
         )
-        assert target.dsn == "postgresql://u:p@h1:1,h2:2/db?sslmode=require&target_session_attrs=read-write"
+        assert target.dsns == ("postgresql://u:p@h1:1/db?sslmode=require", "postgresql://u:p@h2:2/db?sslmode=require")
         assert (target.table, target.pool_size, target.settings(2.0)) == ('"s".retryproof_operations', 7, {})
 
     def test_a_socket_directory_is_kept(self) -> None:
-        assert parse("postgresql:///db?host=/run/pg").dsn == "postgresql:///db?host=%2Frun%2Fpg"
+        assert parse("postgresql:///db?host=/run/pg").dsns == ("postgresql:///db?host=%2Frun%2Fpg",)
 
     @pytest.mark.parametrize(
         "url",

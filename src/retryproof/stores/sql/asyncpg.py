@@ -23,12 +23,14 @@ from retryproof.stores.sql.postgres_url import (
     POOL_SIZE,
     TIMEOUT,
     Target,
+    check_primary,
     check_server,
     check_statement,
     explain,
     parse,
     pauses,
     retryable,
+    shares,
     timed_out,
 )
 
@@ -61,7 +63,11 @@ class AsyncpgStore:
         self._timeout = timeout
         parsed = parse(self._url) if self._url else None
         self._table = parsed.table if parsed else TABLE
-        self._connections = _Connections(target, timeout) if isinstance(target, str) else _Borrowed(target, timeout)
+        self._connections = (
+            _Connections(target, timeout)
+            if isinstance(target, str)
+            else _Borrowed(target, timeout, parsed.check if parsed else check_statement())
+        )
 
     async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
         """Take each operation or say why not."""
@@ -143,7 +149,7 @@ class AsyncpgStore:
         try:
             return await self._run(plan, deadline)
         except _DRIVER_ERRORS as error:
-            if asyncio.get_running_loop().time() >= deadline:
+            if _over(deadline):
                 raise timed_out(self._timeout) from error
             raise explain(error, getattr(error, "sqlstate", None)) from error
         finally:
@@ -155,7 +161,7 @@ class AsyncpgStore:
                 try:
                     return await aperform(plan(), lambda statement: _execute(connection, statement))
                 except _DRIVER_ERRORS:
-                    dead = connection.is_closed() and asyncio.get_running_loop().time() < deadline
+                    dead = connection.is_closed() and not _over(deadline)
                     if not (used and dead):
                         raise
             self._connections.discard()
@@ -178,6 +184,11 @@ async def _fetch(connection: Connection, statement: Statement) -> Sequence[Row]:
     return cast(Sequence[Row], rows)  # records can be indexed
 
 
+def _over(deadline: float) -> bool:
+    """Whether the deadline has passed; uvloop's timers may be a millisecond early."""
+    return asyncio.get_running_loop().time() >= deadline - 0.005
+
+
 class _Connections:
     """A few connections of our own."""
 
@@ -196,7 +207,7 @@ class _Connections:
         """
         loop = asyncio.get_running_loop()
         used = bool(self._idle)
-        connection = self._idle.pop() if used else await self._connect(deadline - loop.time())
+        connection = self._idle.pop() if used else await self._connect(deadline)
         alarm = loop.call_at(deadline, connection.terminate)
         try:
             yield connection, used
@@ -220,16 +231,25 @@ class _Connections:
         self._closed = True
         self.discard()
 
-    async def _connect(self, seconds: float) -> asyncpg.Connection[asyncpg.Record]:
-        settings = self._target.settings(self._timeout)
-        deadline = asyncio.get_running_loop().time() + seconds
+    async def _connect(self, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
+        """A new connection to the first host that is a primary."""
+        failure: Exception = TimeoutError()
+        for dsn, until in shares(self._target, asyncio.get_running_loop().time(), deadline):
+            try:
+                return await self._connect_to(dsn, until)
+            except (*_DRIVER_ERRORS, StoreUnavailable) as error:
+                failure = error
+        raise failure
+
+    async def _connect_to(self, dsn: str, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
+        loop = asyncio.get_running_loop()
         connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-            self._target.dsn,
-            timeout=max(0.0, seconds),
-            server_settings={"application_name": "retryproof", **settings},
+            dsn,
+            timeout=max(0.0, deadline - loop.time()),
+            server_settings={"application_name": "retryproof", **self._target.settings(self._timeout)},
             statement_cache_size=100 if self._target.statement_cache else 0,
         )
-        alarm = asyncio.get_running_loop().call_at(deadline, connection.terminate)
+        alarm = loop.call_at(deadline, connection.terminate)
         try:
             await _check(connection, self._target.check)
         except BaseException:
@@ -243,8 +263,9 @@ class _Connections:
 class _Borrowed:
     """The caller's pool: its connections, with its settings."""
 
-    def __init__(self, pool: Pool, timeout: float) -> None:
+    def __init__(self, pool: Pool, timeout: float, check: str) -> None:
         self._pool = pool
+        self._check = check
         self._timeout = timeout
         self._checked = False
         self.places = asyncio.Semaphore(POOL_SIZE)
@@ -257,7 +278,7 @@ class _Borrowed:
         alarm = loop.call_at(deadline, connection.terminate)
         try:
             if not self._checked:
-                await _check(connection, check_statement())
+                await _check(connection, self._check)
                 self._checked = True
             yield connection, False
         except BaseException:
@@ -327,9 +348,7 @@ class _OnOwnLoop:
 async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
     """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
     try:
-        connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-            target.dsn, timeout=CONNECT_TIMEOUT, server_settings={"application_name": "retryproof"}
-        )
+        connection = await _connect_to_primary(target)
         try:
             async with connection.transaction():
                 return await aperform(plan(), lambda statement: _fetch(connection, statement))
@@ -337,3 +356,21 @@ async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
             connection.terminate()
     except _DRIVER_ERRORS as error:
         raise explain(error, getattr(error, "sqlstate", None)) from error
+
+
+async def _connect_to_primary(target: Target) -> asyncpg.Connection[asyncpg.Record]:
+    loop = asyncio.get_running_loop()
+    failure: Exception = TimeoutError()
+    for dsn, until in shares(target, loop.time(), loop.time() + CONNECT_TIMEOUT):
+        try:
+            connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
+                dsn,
+                timeout=max(0.0, until - loop.time()),
+                server_settings={"application_name": "retryproof"},
+            )
+            check_primary(await connection.fetchval("SELECT pg_is_in_recovery()"))
+        except (*_DRIVER_ERRORS, StoreUnavailable) as error:
+            failure = error
+        else:
+            return connection
+    raise failure

@@ -96,8 +96,8 @@ SELECT id, 1, token, 1, first_seen, NULL::bytea, NULL::bytea, NULL::text, NULL::
 UNION ALL
 SELECT id, found, token, attempt, first_seen, birth, trace, checkpoints::text, NULL FROM taken
 UNION ALL
-SELECT id, found, CASE found WHEN 6 THEN greatest(seen_lease - now, 0) ELSE seen_token END, attempt, first_seen, birth, seen_trace,
-       CASE found WHEN 5 THEN checkpoints::text END,
+SELECT id, found, CASE found WHEN 6 THEN greatest(seen_lease - now, 0) ELSE seen_token END, attempt, first_seen, birth,
+       seen_trace, CASE found WHEN 5 THEN checkpoints::text END,
        CASE found WHEN 7 THEN result WHEN 8 THEN seen_fingerprint END
 FROM seen WHERE found >= 5
 """

@@ -35,11 +35,12 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 class Target:
     """Where the records are.
 
-    dsn: what the driver is given. schema: of the table, or None for the search path.
+    dsns: what the driver is given, one for each host of the URL, tried in turn until one is a primary.
+    schema: of the table, or None for the search path.
     statement_cache: whether statements stay prepared; not behind a pooler that changes sessions between them.
     """
 
-    dsn: str
+    dsns: tuple[str, ...]
     schema: str | None = None
     statement_cache: bool = True
     pool_size: int = POOL_SIZE
@@ -89,7 +90,7 @@ def parse(url: str) -> Target:
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
         raise ConfigurationError(f"{parts.scheme}:// is not PostgreSQL; use postgresql://user@host/database")
-    target = Target("")
+    target = Target(())
     kept = []
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         match name:
@@ -99,12 +100,13 @@ def parse(url: str) -> Target:
                 target = replace(target, statement_cache=_number(name, value, 0) > 0)
             case "pool_size":
                 target = replace(target, pool_size=_number(name, value, 1))
+            case "connect_timeout":
+                pass  # the store's own time-out covers connecting, and asyncpg would send it to the server
             case _:
                 kept.append((name, value))
-    if "," in parts.netloc and "target_session_attrs" not in dict(kept):
-        kept.append(("target_session_attrs", "read-write"))
     query = f"?{urlencode(kept, quote_via=quote)}" if kept else ""
-    return replace(target, dsn=f"postgresql://{parts.netloc}{parts.path}{query}")
+    user, at, hosts = parts.netloc.rpartition("@")
+    return replace(target, dsns=tuple(f"postgresql://{user}{at}{host}{parts.path}{query}" for host in hosts.split(",")))
 
 
 def _schema(name: str) -> str:
@@ -117,6 +119,13 @@ def _number(name: str, value: str, least: int) -> int:
     if not value.isascii() or not value.isdigit() or int(value) < least:
         raise ConfigurationError(f"{name}={value} is not a whole number of at least {least}")
     return int(value)
+
+
+def shares(target: Target, now: float, deadline: float) -> Iterator[tuple[str, float]]:
+    """Each host's DSN with its own deadline, so that one that swallows packets leaves time for the others."""
+    count = len(target.dsns)
+    for place, dsn in enumerate(target.dsns, 1):
+        yield dsn, now + (deadline - now) * place / count
 
 
 def pauses() -> Iterator[float]:
@@ -152,11 +161,16 @@ def no_schema() -> ConfigurationError:
     )
 
 
-def check_server(recovering: bool, version: int | None) -> None:
-    """Refuse a read replica and an old schema, at connect."""
+def check_primary(recovering: bool) -> None:
+    """Refuse a read replica: it would not know what was just claimed."""
     if recovering:
         raise StoreUnavailable(
-            "this PostgreSQL server is a read replica (in recovery); give the primary's URL, or several hosts"
+            "this PostgreSQL server is a read replica (in recovery); give the primary's URL, or all hosts: host1,host2"
         )
+
+
+def check_server(recovering: bool, version: int | None) -> None:
+    """Refuse a read replica and an old schema, at connect."""
+    check_primary(recovering)
     if version is None or version < SCHEMA_VERSION:
         raise no_schema()

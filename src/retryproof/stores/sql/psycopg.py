@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import select
+import selectors
 import struct
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -26,11 +26,13 @@ from retryproof.stores.sql.postgres_url import (
     CONNECT_TIMEOUT,
     TIMEOUT,
     Target,
+    check_primary,
     check_server,
     explain,
     parse,
     pauses,
     retryable,
+    shares,
     timed_out,
 )
 
@@ -178,10 +180,11 @@ def _finish_connecting(connecting: pq.abc.PGconn, deadline: float) -> None:
 
 
 def _wait_for(socket: int, status: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(socket, select.POLLIN if status == pq.PollingStatus.READING else select.POLLOUT)
-    if not poll.poll(max(0.0, deadline - monotonic()) * 1_000):
-        raise _OutOfTime
+    wanted = selectors.EVENT_READ if status == pq.PollingStatus.READING else selectors.EVENT_WRITE
+    with selectors.DefaultSelector() as selector:
+        selector.register(socket, wanted)
+        if not selector.select(max(0.0, deadline - monotonic())):
+            raise _OutOfTime
 
 
 def from_url(url: str, *, timeout: float = TIMEOUT) -> PsycopgStore:
@@ -329,7 +332,17 @@ class PsycopgStore:
             return cursor.fetchall()
 
     def _connect(self, deadline: float) -> DeadlineConnection:
-        connection = connect(self._target.dsn, deadline, self._target.settings(self._timeout))
+        """A new connection to the first host that is a primary."""
+        failure: Exception = _OutOfTime()
+        for dsn, until in shares(self._target, monotonic(), deadline):
+            try:
+                return self._connect_to(dsn, until)
+            except (psycopg.Error, _OutOfTime, StoreUnavailable) as error:
+                failure = error
+        raise failure
+
+    def _connect_to(self, dsn: str, deadline: float) -> DeadlineConnection:
+        connection = connect(dsn, deadline, self._target.settings(self._timeout))
         connection.deadline = deadline
         try:
             if not self._target.statement_cache:
@@ -360,7 +373,7 @@ class _Dead(Exception):
 def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
     """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
     try:
-        connection = connect(target.dsn, monotonic() + CONNECT_TIMEOUT, {})
+        connection = _connect_to_primary(target)
         try:
             with connection.transaction():
                 return perform(plan(), lambda statement: _fetch_any(connection, statement))
@@ -370,6 +383,20 @@ def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
         raise timed_out(CONNECT_TIMEOUT) from error
     except psycopg.Error as error:
         raise explain(error, error.sqlstate) from error
+
+
+def _connect_to_primary(target: Target) -> DeadlineConnection:
+    failure: Exception = _OutOfTime()
+    for dsn, until in shares(target, monotonic(), monotonic() + CONNECT_TIMEOUT):
+        try:
+            connection = connect(dsn, until, {})
+            check_primary(connection.execute("SELECT pg_is_in_recovery()").fetchall()[0][0])
+        except (psycopg.Error, _OutOfTime, StoreUnavailable) as error:
+            failure = error
+        else:
+            connection.deadline = float("inf")
+            return connection
+    raise failure
 
 
 def _fetch_any(connection: DeadlineConnection, statement: Statement) -> Sequence[Row]:
