@@ -8,9 +8,11 @@ durations are seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
+
+from retryproof.core.value import value
 
 if TYPE_CHECKING:
     from retryproof.core.hold import Hold
@@ -22,7 +24,7 @@ NOTHING: Mapping[str, bytes] = MappingProxyType({})
 # Commands to a store
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Claim:
     """Take the operation, or say why not. Repeated with the same nonce it gives the same answer (C3).
 
@@ -45,7 +47,7 @@ class Claim:
     alone: int = 2
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Complete:
     """Settle the operation with its result; None makes a tombstone: done, with nothing to replay."""
 
@@ -55,7 +57,7 @@ class Complete:
     result: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Release:
     """Give the operation back: this attempt failed and said so."""
 
@@ -64,7 +66,7 @@ class Release:
     token: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Renew:
     """Hold the operation for `lease` seconds from now; `alone` False says that its process runs others beside it."""
 
@@ -75,7 +77,7 @@ class Renew:
     alone: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Checkpoint:
     """Keep a value under a name for later attempts; a name kept before is overwritten."""
 
@@ -89,14 +91,14 @@ class Checkpoint:
 # Commands to the pump
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Run:
     """Run the caller's work under this hold; answered with Returned, Raised, Cancelled or LeaseLost."""
 
     hold: Hold
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Pause:
     """Wait; `waiting` says that a duplicate waits for the running attempt and may be refused or leave."""
 
@@ -104,21 +106,21 @@ class Pause:
     waiting: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Look:
     """Read the record as it stands; answered with Found."""
 
     id: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Disown:
     """Undo a claim whose answer was lost, in the background: its caller has gone."""
 
     claim: Claim
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Linger:
     """Go on renewing and settling in the background until it is stored or fenced off (C10)."""
 
@@ -133,7 +135,7 @@ Command = StoreCommand | Run | Pause | Look | Disown | Linger
 # Replies to a claim
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Acquired:
     """Held until the lease ends. `birth` is the nonce of the first claim ever; derived ids come from it (C13)."""
 
@@ -145,14 +147,14 @@ class Acquired:
     trace: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Running:
     """Somebody else holds it for `left` more seconds."""
 
     left: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Finished:
     """Settled; result None is a tombstone."""
 
@@ -162,14 +164,14 @@ class Finished:
     trace: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Mismatch:
     """The record was made by other input, whose fingerprint this is."""
 
     fingerprint: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Abandoned:
     """An attempt died and the policy refuses another: `refused`, or `poisoned` after too many."""
 
@@ -183,12 +185,12 @@ ClaimReply = Acquired | Running | Finished | Mismatch | Abandoned
 # Replies to the fenced commands
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Done:
     """It is stored."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Lost:
     """Token or nonce are not current, or the operation is settled otherwise: nothing was changed."""
 
@@ -201,45 +203,45 @@ FenceReply = Done | Lost
 # Replies from the pump
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Unreachable:
     """The store gave no answer; what was asked may have been done."""
 
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Found:
     """The record as it stands, or None."""
 
     record: Record | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Returned:
     """The work is done; its encoded result, or None for one that is not kept."""
 
     result: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Raised:
     """The work failed; `unknown` says that its effect may have happened all the same."""
 
     unknown: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Cancelled:
     """The work was cancelled."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LeaseLost:
     """The lease was lost while the work ran, and the work was cancelled."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Paused:
     """The pause is over; `on` False says that there is no more waiting: too many wait, or the client has left."""
 

@@ -13,7 +13,7 @@ is drawn from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 from retryproof.core.commands import (
@@ -46,6 +46,7 @@ from retryproof.core.commands import (
 from retryproof.core.hold import Hold
 from retryproof.core.policy import Policy
 from retryproof.core.record import MICROSECONDS, Record, State
+from retryproof.core.value import value
 
 Flow = Generator[Command, tuple[Reply, float], "Conclusion"]
 
@@ -59,7 +60,7 @@ ALGORITHM = 2
 # Conclusions
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Completed:
     """This attempt ran and its result is stored; or, with `stored` False, is being stored in the background (C10)."""
 
@@ -68,7 +69,7 @@ class Completed:
     stored: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Replayed:
     """The operation was done before; `overtaken` says that this attempt ran as well, and lost its lease."""
 
@@ -76,7 +77,7 @@ class Replayed:
     overtaken: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Busy:
     """Another attempt is running, or was just released; try again after `left` seconds."""
 
@@ -84,7 +85,7 @@ class Busy:
     overtaken: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failed:
     """The work raised or was cancelled; `released` says whether another attempt may run at once."""
 
@@ -92,12 +93,12 @@ class Failed:
     released: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Mismatched:
     """The key was used before, with other input."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Refused:
     """An attempt died, and the policy refuses another."""
 
@@ -105,7 +106,7 @@ class Refused:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Down:
     """The store gave no answer. Unless `overtaken`, nothing was run."""
 
@@ -113,7 +114,7 @@ class Down:
     overtaken: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Foreign:
     """The record's fingerprint was made by an algorithm that is not known here (C21)."""
 
