@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from retryproof.demo.runner import run_demo
 
@@ -11,9 +12,12 @@ def main() -> int:
     parser.add_argument("--charges", type=int, default=300, help="how many charges the clients want")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the clients of each half may take")
     parser.add_argument("--seed", type=int, help="draw the same orders, faults and kills again")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, progress to stderr")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, the rest to stderr")
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="leave the ledgers there, to look at")
     options = parser.parse_args()
-    return run_demo(charges=options.charges, seconds=options.seconds, seed=options.seed, json=options.json)
+    return run_demo(
+        charges=options.charges, seconds=options.seconds, seed=options.seed, json=options.json, files=options.keep
+    )
 
 
 if __name__ == "__main__":

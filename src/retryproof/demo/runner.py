@@ -9,7 +9,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -42,57 +44,60 @@ def run_demo(
     seed: int | None = None,
     console: Console | None = None,
     json: bool = False,
+    files: Path | None = None,
 ) -> int:
     """Run both halves and print what came of it; returns the exit code.
 
     charges: how many are wanted. seconds: how long the clients of each half may take; what is not made by then is lost.
-    seed: draws the same orders, faults and kills again (their timing still differs). json: print only the figures.
+    seed: draws the same orders, faults and kills again (their timing still differs). console: where people look.
+    json: the figures on standard output, the rest on standard error. files: an empty directory that keeps the ledgers.
     0: nothing was charged twice or lost with the layer. 1: something was. 2: the layer passed, and so did doing
     without it, so that nothing is proved. 3: the server did not start, or ended by itself.
     """
     if charges < 1 or seconds <= 0:
         raise ValueError("charges and seconds must be more than zero")
     seed = secrets.randbelow(1_000_000) if seed is None else seed
-    shown = Console(stderr=True) if json else console or Console()
+    shown = console or Console(stderr=json)
     shown.print(
         f"[bold]{charges} charges[/] by {clients.CONCURRENT} clients at a time, over a network that loses replies, "
-        f"delays, duplicates and cuts requests, to a server that is killed again and again. (seed {seed})"
+        f"delays, duplicates and cuts requests, to a server that is killed again and again (seed {seed}).",
+        highlight=False,
     )
-    with progress_bar(shown) as progress, tempfile.TemporaryDirectory(prefix="retryproof-demo-") as directory:
-
-        def half(keys: bool) -> report.Figures:
-            task = progress.add_task("with Retryproof" if keys else "without Retryproof", total=charges)
-            files = Path(directory, "with" if keys else "without")
-            files.mkdir()
-            return asyncio.run(
-                run_half(
-                    files,
-                    keys=keys,
-                    charges=charges,
-                    seconds=seconds,
-                    seed=seed,
-                    advance=lambda: progress.advance(task),
-                )
-            )
-
-        try:
-            without, layered = half(keys=False), half(keys=True)
-        except process.ServerFailed as error:
-            shown.print(str(error), markup=False)
-            return 3
+    try:
+        without, layered = run_both(shown, files, charges=charges, seconds=seconds, seed=seed)
+    except process.ServerFailed as error:
+        shown.print(str(error), markup=False)
+        return 3
     code = 1 if layered.harmed else 0 if without.harmed else 2
+    shown.print(report.table(without, layered))
+    shown.print(report.verdict(without, layered), highlight=False)
     if json:
         figures = {"seed": seed, "ok": code == 0, "without": asdict(without), "with": asdict(layered)}
         sys.stdout.write(jsonlib.dumps(figures, indent=2) + "\n")
     else:
-        shown.print(report.table(without, layered))
-        shown.print(report.verdict(without, layered))
         report.by_hand(shown)
     return code
 
 
 main = run_demo
 """What the command line calls."""
+
+
+def run_both(
+    console: Console, files: Path | None, *, charges: int, seconds: float, seed: int
+) -> tuple[report.Figures, report.Figures]:
+    """Without the layer, then with it."""
+    with progress_bar(console) as progress, ExitStack() as stack:
+        directory = files or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retryproof-demo-")))
+
+        def half(keys: bool) -> report.Figures:
+            task = progress.add_task("with Retryproof" if keys else "without Retryproof", total=charges)
+            own = directory / ("with" if keys else "without")
+            own.mkdir(parents=True)
+            advance = partial(progress.advance, task)
+            return asyncio.run(run_half(own, keys=keys, charges=charges, seconds=seconds, seed=seed, advance=advance))
+
+        return half(keys=False), half(keys=True)
 
 
 async def run_half(
