@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ def _what(taken: dict[str, Any]) -> tuple[str | bytes, ...] | None:
 
 def _read(given: str) -> str:
     """What was given, or a line of standard input for "-"."""
-    return click.get_text_stream("stdin").readline().rstrip("\r\n") if given == "-" else given
+    return sys.stdin.readline().rstrip("\r\n") if given == "-" else given
 
 
 def find(store: Store, wanted: Sought) -> Record:

@@ -17,12 +17,18 @@ Tell = Callable[[str], None]
 """Called with how far the work is."""
 
 
+PIPED_WIDTH = 200
+"""Columns where there is no terminal: a log or a grep, which wants one line a row."""
+
+
 class Output:
     """Where a command's answer goes; `as_json` makes it one document on standard output."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self._out = Console(soft_wrap=True, highlight=False, markup=False)
+        if not self._out.is_terminal:
+            self._out.width = PIPED_WIDTH
         self._err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
     def answer(self, document: object, *lines: str | Table) -> None:
@@ -54,10 +60,10 @@ class Output:
 
 
 def table(*headings: str) -> Table:
-    """A plain table."""
+    """A plain table; what identifies a row comes first, and is never cut off."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in headings:
-        made.add_column(heading)
+    for place, heading in enumerate(headings):
+        made.add_column(heading, no_wrap=place == 0, overflow="fold")
     return made
 
 

@@ -40,7 +40,9 @@ def reap(url: str, once: bool, limit: int, output: Output) -> None:
         "more": totals.more,
         "ended": [as_document(record) for record in ended],
     }
-    lines = [f"Removed {totals.settled} settled and {totals.unsettled} unsettled in {totals.passes} passes."]
+    lines = [
+        f"Removed {totals.settled} settled and {totals.unsettled} unsettled in {totals.passes} {'pass' if totals.passes == 1 else 'passes'}."
+    ]
     if totals.more:
         lines.append("There is more: run it again, or without --once.")
     output.answer(document, *lines)

@@ -19,9 +19,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def moment(microseconds: int) -> str:
     """A time of the store's clock as ISO 8601 in UTC; one that no calendar has is a number."""
     try:
-        return (EPOCH + timedelta(microseconds=microseconds)).isoformat(timespec="milliseconds")
+        time = EPOCH + timedelta(microseconds=microseconds)
     except OverflowError:
         return f"{microseconds} µs"
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def abandoned(record: Record) -> bool:
