@@ -30,7 +30,6 @@ class Conversation:
         self.fail_sends_with: Exception | None = None
         self._incoming: asyncio.Queue[Message] = asyncio.Queue()
         self._news = asyncio.Event()
-        self._gone = False
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
         self.task.add_done_callback(lambda _: self._news.set())
 
@@ -38,9 +37,12 @@ class Conversation:
         """Send the app a part of the body."""
         self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": more})
 
+    def put(self, message: Message) -> None:
+        """Send the app any message."""
+        self._incoming.put_nowait(message)
+
     def leave(self) -> None:
         """Disconnect, for good."""
-        self._gone = True
         self._incoming.put_nowait({"type": "http.disconnect"})
 
     async def until(self, condition: Callable[[Conversation], bool]) -> None:
@@ -74,6 +76,9 @@ class Conversation:
             raise self.fail_sends_with
         self.sent.append(message)
         self._news.set()
+        ends = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if ends and not self.sent[0].get("trailers"):
+            self.leave()  # servers say so to whoever receives after the end of the response
 
 
 class Answer:

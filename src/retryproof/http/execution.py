@@ -339,6 +339,7 @@ class Execution:
 
     async def _settle(self, reply: Reply) -> None:
         self._settling = True
+        self._link.keeps_going = True  # the app has nothing left to stop for
         self._conclusion = await afinish(
             self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
         )
