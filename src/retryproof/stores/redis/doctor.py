@@ -23,7 +23,7 @@ CONFIGURATION = ("maxmemory-policy", "appendonly", "appendfsync", "save", "min-r
 class Facts:
     """What the server said.
 
-    info: the lines of INFO. config: of CONFIG GET, empty where the server refuses it (hosted ones do). clock: the
+    info: the lines of INFO. config: of CONFIG GET. Either is empty where the server refuses it. clock: the
     server's time; before, after: the host's around it, in seconds since the epoch.
     """
 
@@ -44,25 +44,25 @@ def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
 
 
 def gather(host_clock: Callable[[], float]) -> Plan[Facts]:
-    """Three or so small commands."""
-    info = yield Request(["INFO", "everything"])
+    """A few small commands; the first is one that every user of the store may send."""
     before = host_clock()
     seconds, micros = yield Request(["TIME"])
     after = host_clock()
+    info = yield from _allowed("INFO", "everything")
     config: dict[str, str] = {}
     for name in CONFIGURATION:
-        value = yield from _config(name)
-        if value is not None:
-            config[name] = value
-    return Facts(parse_info(info), config, int(seconds) + int(micros) / 1e6, before, after)
+        answer = yield from _allowed("CONFIG", "GET", name)
+        if answer:
+            config[name] = answer[1].decode()
+    return Facts(parse_info(info or b""), config, int(seconds) + int(micros) / 1e6, before, after)
 
 
-def _config(name: str) -> Generator[Request, Any, str | None]:
+def _allowed(*command: str) -> Generator[Request, Any, Any]:
+    """The answer to a command, or None where this user may not send it, or the server has none such."""
     try:
-        answer = yield Request(["CONFIG", "GET", name])
-    except StoreUnavailable:  # renamed, or not allowed to this user
+        return (yield Request(command))
+    except StoreUnavailable:
         return None
-    return answer[1].decode() if answer else None
 
 
 def parse_info(info: bytes) -> Mapping[str, str]:
@@ -73,6 +73,9 @@ def parse_info(info: bytes) -> Mapping[str, str]:
 
 def verdicts(facts: Facts) -> Sequence[Finding]:
     """Judge what the server said."""
+    clock = clock_skew(facts.clock, facts.before, facts.after)
+    if not facts.info:
+        return [Finding("permission", WARN, "this user may not send INFO", "Ask again as a user who may."), clock]
     return [
         _version(facts),
         _role(facts),
@@ -81,7 +84,7 @@ def verdicts(facts: Facts) -> Sequence[Finding]:
         _memory(facts),
         _persistence(facts),
         _replicas(facts),
-        clock_skew(facts.clock, facts.before, facts.after),
+        clock,
     ]
 
 

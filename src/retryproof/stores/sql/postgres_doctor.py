@@ -10,7 +10,7 @@ from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
 from retryproof.stores.sql.migrate import migrations, transaction
 from retryproof.stores.sql.plan import Plan, Statement
 from retryproof.stores.sql.postgres_statements import TABLE
-from retryproof.stores.sql.postgres_url import SCHEMA_VERSION, Target, parse
+from retryproof.stores.sql.postgres_url import SCHEMA_VERSION, ReadReplica, Target, parse
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
@@ -19,7 +19,7 @@ OLDEST = 130_000
 MIGRATE = "Run `retryproof migrate` with this URL."
 
 _SERVER = """
-SELECT pg_is_in_recovery(), current_setting('server_version_num')::int, current_setting('server_version'),
+SELECT current_setting('server_version_num')::int, current_setting('server_version'),
        current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit'),
        current_setting('default_transaction_isolation'), current_setting('default_transaction_read_only'),
        extract(epoch FROM clock_timestamp())::float8, to_regclass($1::text) IS NOT NULL,
@@ -39,7 +39,6 @@ WHERE NOT has_table_privilege($1::text, privilege)
 class Facts:
     """What the server said; seconds since the epoch. version: the newest migration applied, None without any."""
 
-    replica: bool
     release: int
     product: str
     fsync: str
@@ -57,9 +56,13 @@ class Facts:
 
 
 def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
-    """Ask the server and judge; a replica and an old schema are answered too."""
+    """Ask the primary and judge; where there is only a replica, that is the finding."""
     target = parse(url)
-    return verdicts(transaction(target, lambda: gather(target, time.time)))
+    try:
+        facts = transaction(target, lambda: gather(target, time.time))
+    except ReadReplica as error:
+        return [Finding("role", FAIL, error.message)]
+    return verdicts(facts)
 
 
 def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
@@ -98,8 +101,6 @@ def _version(facts: Facts) -> Finding:
 
 
 def _role(facts: Facts) -> Finding:
-    if facts.replica:
-        return Finding("role", FAIL, "a replica, in recovery", "Give the primary's URL: claims need the latest writes.")
     if facts.read_only == "on":
         return Finding(
             "role", WARN, "primary; transactions are read-only by default", "Check that this is wanted here."

@@ -161,10 +161,14 @@ def no_schema() -> ConfigurationError:
     )
 
 
+class ReadReplica(StoreUnavailable):
+    """The server is a replica, or all that the URL names are."""
+
+
 def check_primary(recovering: bool) -> None:
     """Refuse a read replica: it would not know what was just claimed."""
     if recovering:
-        raise StoreUnavailable(
+        raise ReadReplica(
             "this PostgreSQL server is a read replica (in recovery); give the primary's URL, or all hosts: host1,host2"
         )
 
