@@ -1,4 +1,4 @@
-"""The two pumps: they perform what a flow asks for, one blocking, one on the event loop. Only here has code a colour.
+"""The pumps: they perform what a flow asks for, in a thread or on the event loop. Only here has code a colour.
 
 A pump gives every store command to the opened store, `Run` and `Pause` to its caller, and the background work
 (`Disown`, `Linger`) to the store's keeper. What a store raises becomes `Unreachable`: the flow decides.
@@ -27,7 +27,7 @@ class Background(Protocol):
         """Renew this hold until `unwatch`."""
 
     def unwatch(self, hold: Hold) -> None:
-        """Stop renewing it."""
+        """Stop renewing it, unless it lingers."""
 
     def disown(self, claim: Claim) -> None:
         """Release this claim if it turns out to have been applied."""
@@ -43,7 +43,7 @@ class Performer(Protocol):
     def background(self) -> Background: ...
 
     def perform(self, command: Any, timeout: float) -> Reply:
-        """One store command or Look; never raises, answers Unreachable."""
+        """One store command or Look; answers Unreachable rather than raise."""
 
 
 class AsyncPerformer(Protocol):
@@ -52,8 +52,11 @@ class AsyncPerformer(Protocol):
     @property
     def background(self) -> Background: ...
 
-    async def perform(self, command: Any, timeout: float) -> Reply:
-        """One store command or Look; raises nothing but cancellation."""
+    def perform(self, command: Any, timeout: float) -> Awaitable[Reply]:
+        """One store command or Look; answers Unreachable rather than raise anything but cancellation.
+
+        The store sees to a claim whose caller was cancelled.
+        """
 
 
 def drive(
@@ -66,11 +69,10 @@ def drive(
     """Pump a flow to its conclusion in this thread."""
     background = store.background
     hold: Hold | None = None
-    lingers = False
-    command: Command | None = None
     try:
         command = next(flow)
         while True:
+            kind = type(command)
             reply: Reply = None
             if isinstance(command, Run):
                 hold = command.hold
@@ -78,23 +80,16 @@ def drive(
                 reply = run(hold)
             elif isinstance(command, Pause):
                 reply = pause(command)
-            elif isinstance(command, Disown):
-                background.disown(command.claim)
-            elif isinstance(command, Linger):
-                lingers = True
-                background.linger(command.hold, command.last)
+            elif kind is Disown or kind is Linger:
+                _leave_to(background, command)
             else:
                 reply = store.perform(command, timeout)
             command = flow.send((reply, clock()))
     except StopIteration as stop:
         result: T = stop.value
         return result
-    except BaseException:
-        if isinstance(command, Claim):  # interrupted while claiming: the claim may have been applied
-            background.disown(command)
-        raise
     finally:
-        if hold is not None and not lingers:
+        if hold is not None:
             background.unwatch(hold)
 
 
@@ -110,71 +105,22 @@ async def adrive(
     A cancellation that arrives while the attempt is being settled cannot lose its result: the rest of the flow goes on
     in a task of its own, is waited for, and only then the cancellation goes on. A second one does not wait.
     """
-    return await _apump(flow, next(flow), store, timeout, run, pause, None)
-
-
-async def _apump(
-    flow: Steps[T],
-    command: Command,
-    store: AsyncPerformer,
-    timeout: float,
-    run: Callable[[Hold], Awaitable[Reply]],
-    pause: Callable[[Pause], Awaitable[Paused]],
-    hold: Hold | None,
-) -> T:
-    background = store.background
-    leaves_hold = False
+    step = await abegin(flow, store, timeout, pause)
+    if not isinstance(step, Run):
+        return step
+    hold, rest = step.hold, set[asyncio.Task[T]]()
+    store.background.watch(hold)
     try:
-        while True:
-            reply: Reply = None
-            if isinstance(command, Run):
-                hold = command.hold
-                background.watch(hold)
-                reply = await run(hold)
-            elif isinstance(command, Pause):
-                reply = await pause(command)
-            elif isinstance(command, Disown):
-                background.disown(command.claim)
-            elif isinstance(command, Linger):
-                leaves_hold = True
-                background.linger(command.hold, command.last)
-            else:
-                reply = await store.perform(command, timeout)
-            command = flow.send((reply, clock()))
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    except asyncio.CancelledError:
-        if isinstance(command, Claim):
-            background.disown(command)
-        elif hold is not None and not isinstance(command, Run):
-            leaves_hold = True
-            # Whatever was on its way is sent again: commands are idempotent by nonce (C3).
-            await _outlive(_apump(flow, command, store, timeout, run, _sleep, hold))
+        reply = await run(hold)
+    except BaseException:
+        store.background.unwatch(hold)
         raise
-    finally:
-        if hold is not None and not leaves_hold:
-            background.unwatch(hold)
-
-
-async def _sleep(pause: Pause) -> Paused:
-    await asyncio.sleep(pause.seconds)
-    return Paused()
-
-
-_outliving: set[asyncio.Task[Any]] = set()
-
-
-async def _outlive(rest: Any) -> None:
-    """Run the rest of a cancelled attempt in a task of its own, and wait for it unless cancelled once more."""
-    await asyncio.wait({_in_background(rest)})
-
-
-def _in_background(rest: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    task = asyncio.get_running_loop().create_task(rest)
-    _outliving.add(task)
-    task.add_done_callback(_outliving.discard)
-    return task
+    try:
+        return await afinish(flow, reply, hold, store, timeout, rest.add)
+    except asyncio.CancelledError:
+        if rest:
+            await asyncio.wait(rest)
+        raise
 
 
 async def abegin(
@@ -182,29 +128,9 @@ async def abegin(
 ) -> T | Run:
     """Pump a flow up to its `Run`, which the caller then performs and hands to `afinish`; or to its conclusion.
 
-    For callers whose work ends in the middle of somebody else's call, and so cannot be awaited by `adrive`. The caller
-    watches the hold; `afinish` unwatches it.
+    The caller watches the hold; `afinish` unwatches it.
     """
-    command: Command | None = None
-    try:
-        command = next(flow)
-        while not isinstance(command, Run):
-            reply: Reply = None
-            if isinstance(command, Pause):
-                reply = await pause(command)
-            elif isinstance(command, Disown):
-                store.background.disown(command.claim)
-            else:
-                reply = await store.perform(command, timeout)
-            command = flow.send((reply, clock()))
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    except BaseException:
-        if isinstance(command, Claim):
-            store.background.disown(command)
-        raise
-    return command
+    return await _pump(flow, next(flow), store, timeout, pause)
 
 
 async def afinish(
@@ -219,34 +145,88 @@ async def afinish(
 
     A cancellation cannot lose it: the rest then goes on in a task of its own, which is handed to `adopt`.
     """
-    background = store.background
-    leaves_hold = False
     command: Command | None = None
     try:
         while True:
             command = flow.send((reply, clock()))
+            kind = type(command)
             reply = None
-            if isinstance(command, Linger):
-                leaves_hold = True
-                background.linger(command.hold, command.last)
+            if kind is Linger:
+                _leave_to(store.background, command)
             elif isinstance(command, Pause):
                 await asyncio.sleep(command.seconds)
             else:
                 reply = await store.perform(command, timeout)
     except StopIteration as stop:
+        store.background.unwatch(hold)
         result: T = stop.value
         return result
     except asyncio.CancelledError:
         if command is None:
-            raise
-        leaves_hold = True
-        # What was on its way is sent again: commands are idempotent by nonce (C3).
-        adopt(_in_background(_apump(flow, command, store, timeout, _ran, _sleep, hold)))
+            store.background.unwatch(hold)
+        else:
+            # What was on its way is sent again: commands are idempotent by nonce (C3).
+            adopt(_in_background(_settle(flow, command, hold, store, timeout)))
         raise
+    except BaseException:
+        store.background.unwatch(hold)
+        raise
+
+
+async def _settle(flow: Steps[T], command: Command, hold: Hold, store: AsyncPerformer, timeout: float) -> T:
+    try:
+        conclusion = await _pump(flow, command, store, timeout, _sleep)
+        if isinstance(conclusion, Run):
+            raise RuntimeError("A flow runs once.")
+        return conclusion
     finally:
-        if not leaves_hold:
-            background.unwatch(hold)
+        store.background.unwatch(hold)
 
 
-async def _ran(hold: Hold) -> Reply:
-    raise RuntimeError("A flow runs once.")
+async def _pump(
+    flow: Steps[T],
+    command: Command,
+    store: AsyncPerformer,
+    timeout: float,
+    pause: Callable[[Pause], Awaitable[Paused]],
+) -> T | Run:
+    """Perform this command and what follows, up to `Run` or the conclusion."""
+    try:
+        while True:
+            kind = type(command)
+            reply: Reply = None
+            if isinstance(command, Run):
+                return command
+            if isinstance(command, Pause):
+                reply = await pause(command)
+            elif kind is Disown or kind is Linger:
+                _leave_to(store.background, command)
+            else:
+                reply = await store.perform(command, timeout)
+            command = flow.send((reply, clock()))
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def _leave_to(background: Background, command: Command) -> None:
+    if isinstance(command, Disown):
+        background.disown(command.claim)
+    elif isinstance(command, Linger):
+        background.linger(command.hold, command.last)
+
+
+async def _sleep(pause: Pause) -> Paused:
+    await asyncio.sleep(pause.seconds)
+    return Paused()
+
+
+_outliving: set[asyncio.Task[Any]] = set()
+
+
+def _in_background(rest: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that the loop does not lose."""
+    task = asyncio.get_running_loop().create_task(rest)
+    _outliving.add(task)
+    task.add_done_callback(_outliving.discard)
+    return task

@@ -1,45 +1,36 @@
 """Engines: a store, a policy, a codec and listeners, behind one call that runs a function once.
 
-`attempt` is what adapters build on: an operation's id and fingerprint in, a conclusion out. `run` is what people call:
-a key and a function in, an `Outcome` out, or an error that says what to do.
+`run` is what people call: a key and a function in, an `Outcome` out, or an error that says what to do. Adapters build
+on `flow`, `listen` and `conclude`, with the pumps of `drive`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from hashlib import sha256
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar
 
+from retryproof.conclusions import error_of, event_of, kind_of
 from retryproof.core import errors
 from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
 from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused, Raised, Reply, Returned
 from retryproof.core.fingerprint import Method, seal
-from retryproof.core.flow import (
-    Busy,
-    Completed,
-    Conclusion,
-    Down,
-    Failed,
-    Foreign,
-    Mismatched,
-    Refused,
-    Replayed,
-    attempt,
-)
+from retryproof.core.flow import Completed, Conclusion, Flow, Replayed, attempt
 from retryproof.core.hold import Hold
 from retryproof.core.keys import check_key, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import adrive, clock, drive
-from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing
+from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
 from retryproof.observe.logging import log_event
-from retryproof.operation import EPOCH, blocking_operation, enter, lease_lost, leave, loop_operation
+from retryproof.operation import EPOCH, BlockingOperation, LoopOperation, enter, leave
 from retryproof.stores.base import AsyncStore, Store
 from retryproof.stores.opened import AsyncOpened, AsyncView, Opened, Source
 
@@ -50,18 +41,27 @@ Refingerprint = Callable[[bytes], bytes | None]
 logger = logging.getLogger("retryproof")
 
 
-@dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
     """A function's value, and how it came about.
 
-    replayed: the value was stored by an earlier call. attempt: which attempt made it. first_seen: when the operation
-    was first claimed, by the store's clock.
+    replayed: the value was stored by an earlier call. attempt: which attempt made it.
     """
 
-    value: T
-    replayed: bool
-    attempt: int
-    first_seen: datetime
+    __slots__ = ("_first_seen", "attempt", "replayed", "value")
+
+    def __init__(self, value: T, replayed: bool, attempt: int, first_seen: int) -> None:
+        self.value = value
+        self.replayed = replayed
+        self.attempt = attempt
+        self._first_seen = first_seen
+
+    @property
+    def first_seen(self) -> datetime:
+        """When the operation was first claimed, by the store's clock, in UTC."""
+        return EPOCH + timedelta(microseconds=self._first_seen)
+
+    def __repr__(self) -> str:
+        return f"Outcome(value={self.value!r}, replayed={self.replayed}, attempt={self.attempt})"
 
 
 def unknown_algorithm(stored: bytes) -> bytes | None:
@@ -69,8 +69,8 @@ def unknown_algorithm(stored: bytes) -> bytes | None:
     return None
 
 
-class _Engine:
-    """What the engines of both colours have in common."""
+class Engine:
+    """What the engines of both colours have in common, and what adapters build on."""
 
     def __init__(
         self,
@@ -101,16 +101,17 @@ class _Engine:
         """Tell the listeners."""
         tell(self._events, event)
 
-    def _flow(
+    def flow(
         self,
         opened: Opened | AsyncOpened | AsyncView,
         id: bytes,
         fingerprint: bytes,
         policy: Policy,
-        tenant: bytes,
-        trace: str,
-        refingerprint: Refingerprint,
-    ) -> Any:
+        tenant: bytes = b"",
+        trace: str = "",
+        refingerprint: Refingerprint = unknown_algorithm,
+    ) -> Flow:
+        """An attempt at an operation, to be pumped; its end is told by `opened.background.leave()`."""
         claim = Claim(
             id=id,
             fingerprint=fingerprint,
@@ -126,53 +127,24 @@ class _Engine:
         )
         return attempt(claim, policy, clock(), refingerprint)
 
-    def _listen(self, hold: Hold, where: str) -> None:
-        digest = short_digest(hold.id)
+    def listen(self, hold: Hold, where: str) -> None:
+        """Hear from the keeper what becomes of a hold."""
+        hold.where = where
+        hold.on_overrun = self._overran
+        hold.on_settled = self._settled_late
 
-        def overrun() -> None:
-            self.tell(Event(kind=Kind.OVERRUN, digest=digest, where=where, attempt=hold.attempt))
+    def conclude(self, conclusion: Conclusion, id: bytes, where: str, began: float) -> None:
+        """Tell the listeners how an attempt ended that began at this time of the monotonic clock."""
+        kind = kind_of(conclusion)
+        if wanted(self._events, kind):
+            self.tell(event_of(conclusion, kind, short_digest(id), where, clock() - began))
 
-        def settled(stored: bool) -> None:
-            kind = Kind.STORED_LATE if stored else Kind.NEVER_STORED
-            self.tell(Event(kind=kind, digest=digest, where=where, attempt=hold.attempt))
+    def _overran(self, hold: Hold) -> None:
+        self.tell(Event(kind=Kind.OVERRUN, digest=short_digest(hold.id), where=hold.where, attempt=hold.attempt))
 
-        hold.on_overrun = overrun
-        hold.on_settled = settled
-
-    def _conclude(self, conclusion: Conclusion, id: bytes, where: str, began: float) -> None:
-        if self._events:
-            event = _event(conclusion, short_digest(id), where, clock() - began)
-            self.tell(event)
-
-    def _outcome(self, codec: Codec, conclusion: Completed | Replayed, value: Any) -> Outcome[Any]:
-        match conclusion:
-            case Completed(hold):
-                return Outcome(value, False, hold.attempt, _instant(hold.first_seen))
-            case Replayed(finished):
-                if finished.result is None:
-                    raise errors.ResultOmitted(
-                        "The operation is done and its result was not kept: it was too large, or could not be encoded. "
-                        "It will not run again; read its effect where it was written."
-                    )
-                value = decode_value(codec, finished.result)
-                return Outcome(value, True, finished.attempt, _instant(finished.first_seen))
-
-
-def _instant(microseconds: int) -> datetime:
-    return EPOCH + timedelta(microseconds=microseconds)
-
-
-def _encode(codec: Codec, value: Any, limit: int) -> tuple[Returned, Any]:
-    """A result as it is stored, and as every caller is to see it (C16).
-
-    One that cannot be encoded or is over the limit becomes a tombstone, and its caller gets the real value (C17).
-    """
-    try:
-        data, seen = encode_and_replay(codec, value)
-    except Unencodable as error:
-        logger.warning("A result could not be encoded and is not kept: %s", error)
-        return Returned(None), value
-    return (Returned(data), seen) if len(data) <= limit else (Returned(None), value)
+    def _settled_late(self, hold: Hold, stored: bool) -> None:
+        kind = Kind.STORED_LATE if stored else Kind.NEVER_STORED
+        self.tell(Event(kind=kind, digest=short_digest(hold.id), where=hold.where, attempt=hold.attempt))
 
 
 def _limit(policy: Policy, opened: Opened | AsyncOpened | AsyncView) -> int:
@@ -180,86 +152,12 @@ def _limit(policy: Policy, opened: Opened | AsyncOpened | AsyncView) -> int:
     return policy.max_result if own is None else min(policy.max_result, own)
 
 
+@lru_cache(maxsize=256)
 def _seal(fingerprint: bytes) -> bytes:
     return seal(Method.CUSTOM, sha256(fingerprint).digest())
 
 
-def _event(conclusion: Conclusion, digest: str, where: str, seconds: float) -> Event:
-    match conclusion:
-        case Completed(hold, _, stored):
-            kind = Kind.FRESH if stored else Kind.UNSTORED
-            return Event(kind=kind, digest=digest, where=where, attempt=hold.attempt, seconds=seconds, trace=hold.trace)
-        case Replayed(finished, overtaken):
-            kind = Kind.LEASE_LOST if overtaken else Kind.REPLAYED
-            return Event(
-                kind=kind, digest=digest, where=where, attempt=finished.attempt, seconds=seconds, trace=finished.trace
-            )
-        case Busy(_, overtaken):
-            kind = Kind.LEASE_LOST if overtaken else Kind.IN_PROGRESS
-            return Event(kind=kind, digest=digest, where=where, seconds=seconds)
-        case Failed(hold, released):
-            kind = Kind.FAILED if released else Kind.UNKNOWN
-            return Event(kind=kind, digest=digest, where=where, attempt=hold.attempt, seconds=seconds, trace=hold.trace)
-        case Mismatched():
-            return Event(kind=Kind.MISMATCH, digest=digest, where=where, seconds=seconds)
-        case Refused(reason, number):
-            return Event(kind=Kind.ABANDONED, digest=digest, where=where, attempt=number, seconds=seconds, note=reason)
-        case Down(error, overtaken):
-            note = "overtaken" if overtaken else ""
-            return Event(kind=Kind.STORE_ERROR, digest=digest, where=where, seconds=seconds, error=error, note=note)
-        case Foreign():
-            return Event(kind=Kind.UNREADABLE, digest=digest, where=where, seconds=seconds)
-
-
-def conclusion_error(conclusion: Conclusion, digest: str) -> errors.IdempotencyError:
-    """The error that says what a conclusion without a result means, and what to do."""
-    match conclusion:
-        case Busy(left, True):
-            return errors.LeaseLost(
-                "Another attempt took this operation over and is not done yet; ask again for its result.",
-                digest=digest,
-                retry_after=left,
-            )
-        case Busy(left):
-            return errors.InProgress(
-                "The same operation is running elsewhere; try again with the same key.", digest=digest, retry_after=left
-            )
-        case Mismatched():
-            return errors.Mismatch(
-                "The key was used before with other input; use a new key for a new operation.", digest=digest
-            )
-        case Refused(reason, number):
-            why = "too many attempts died" if reason == "poisoned" else "an attempt died"
-            return errors.OutcomeUnknown(
-                f"Whether this operation had its effect is unknown: {why} (attempt {number}). Find out, then settle it "
-                "with `retryproof keys settle`.",
-                digest=digest,
-            )
-        case Down(errors.ConfigurationError() as error):
-            return error
-        case Down(error):
-            unavailable = errors.StoreUnavailable(
-                f"{error.message if isinstance(error, errors.IdempotencyError) else error}",
-                digest=digest,
-                retry_after=1.0,
-            )
-            unavailable.__cause__ = error
-            return unavailable
-        case Foreign(fingerprint):
-            return errors.Unreadable(
-                f"The record's fingerprint was made by an algorithm ({fingerprint[:2].hex()}) that is not known here; "
-                "it is neither run nor called a mismatch. Upgrade, or use the fingerprint option that made it.",
-                digest=digest,
-            )
-        case _:
-            raise TypeError(f"{conclusion!r} is no error")
-
-
-def _raise(conclusion: Conclusion, id: bytes) -> NoReturn:
-    raise conclusion_error(conclusion, short_digest(id))
-
-
-class Idempotency(_Engine):
+class Idempotency(Engine):
     """Runs functions once, in threads.
 
     store: a URL, which is opened at the first call and closed by `close`, or a store, which belongs to its caller.
@@ -287,67 +185,32 @@ class Idempotency(_Engine):
         if inspect.iscoroutinefunction(fn):
             raise errors.ConfigurationError("Idempotency runs plain functions; use AsyncIdempotency for a coroutine.")
         policy, codec = policy or self.policy, codec or self._codec
+        where, id = _name(scope), self.id_of(scope, check_key(key))
         opened = self._source.opened()
-        limit = _limit(policy, opened)
-        value: Any = None
-        raised: BaseException | None = None
+        work = _Work(codec, _limit(policy, opened))
 
         def run_fn(hold: Hold) -> Reply:
-            nonlocal value, raised
-            self._listen(hold, _name(scope))
-            token = enter(blocking_operation(hold, opened, policy.store_timeout, policy.complete_timeout))
+            self.listen(hold, where)
+            token = enter(BlockingOperation(hold, opened, policy))
             try:
                 value = fn()
                 if inspect.iscoroutine(value):
                     value.close()
                     raise errors.ConfigurationError("The function returned a coroutine; use AsyncIdempotency.")
-            except BaseException as error:
-                raised = error
-                return failure(error)
+            except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
+                return work.failed(error)
             finally:
                 leave(token)
-            returned, value = _encode(codec, value, limit)
-            return returned
+            return work.returned(value)
 
-        id = self.id_of(scope, check_key(key))
-        conclusion = self.attempt(
-            id,
-            fingerprint=_seal(fingerprint),
-            run=run_fn,
-            policy=policy,
-            tenant=_tenant(scope, self._pepper),
-            where=_name(scope),
-        )
-        if raised is not None:
-            raise raised
-        if isinstance(conclusion, Completed | Replayed):
-            return self._outcome(codec, conclusion, value)
-        _raise(conclusion, id)
-
-    def attempt(
-        self,
-        id: bytes,
-        *,
-        fingerprint: bytes,
-        run: Callable[[Hold], Reply],
-        policy: Policy,
-        tenant: bytes = b"",
-        trace: str = "",
-        where: str = "",
-        refingerprint: Refingerprint = unknown_algorithm,
-    ) -> Conclusion:
-        """One attempt at an operation, for adapters: `run` does the work and answers Returned, Raised or Cancelled."""
-        opened = self._source.opened()
         began = clock()
-        flow = self._flow(opened, id, fingerprint, policy, tenant, trace, refingerprint)
+        flow = self.flow(opened, id, _seal(fingerprint), policy, _tenant(scope, self._pepper))
         try:
-            conclusion: Conclusion = drive(
-                flow, opened, policy.store_timeout, run, lambda pause: self._pause(pause, policy)
-            )
+            conclusion = drive(flow, opened, policy.store_timeout, run_fn, lambda pause: self._pause(pause, policy))
         finally:
             opened.background.leave()
-        self._conclude(conclusion, id, where, began)
-        return conclusion
+        self.conclude(conclusion, id, where, began)
+        return work.outcome(conclusion, id)
 
     def _pause(self, pause: Pause, policy: Policy) -> Paused:
         if not pause.waiting:
@@ -366,14 +229,14 @@ class Idempotency(_Engine):
         """Settle what lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
         self._source.close(drain)
 
-    def __enter__(self) -> Idempotency:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
 
-class AsyncIdempotency(_Engine):
+class AsyncIdempotency(Engine):
     """Runs functions once, in the tasks of event loops. The arguments are those of Idempotency."""
 
     async def run(
@@ -392,89 +255,51 @@ class AsyncIdempotency(_Engine):
         `release_on_cancel`. Cancelled while the result is being stored, it first stores it.
         """
         policy, codec = policy or self.policy, codec or self._codec
+        where, id = _name(scope), self.id_of(scope, check_key(key))
         opened = self._source.aopened()
-        limit = _limit(policy, opened)
-        value: Any = None
-        raised: BaseException | None = None
+        work = _Work(codec, _limit(policy, opened))
 
         async def run_fn(hold: Hold) -> Reply:
-            nonlocal value, raised
-            self._listen(hold, _name(scope))
+            self.listen(hold, where)
             overtaking = Overtaking(hold, cancels=policy.on_lease_lost == "cancel")
-            token = enter(loop_operation(hold, opened, policy.store_timeout, policy.complete_timeout))
+            token = enter(LoopOperation(hold, opened, policy, overtaking.loop))
             try:
                 with overtaking:
-                    value = fn()
+                    value: Any = fn()
                     if inspect.isawaitable(value):
                         value = await value
-            except BaseException as error:
-                if overtaking.cancelled(error):
-                    return LeaseLost()
-                raised = error
-                return failure(error)
+            except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
+                return LeaseLost() if overtaking.cancelled(error) else work.failed(error)
             finally:
                 leave(token)
-            returned, value = _encode(codec, value, limit)
-            return returned
-
-        id = self.id_of(scope, check_key(key))
-        conclusion = await self.attempt(
-            id,
-            fingerprint=_seal(fingerprint),
-            run=run_fn,
-            policy=policy,
-            tenant=_tenant(scope, self._pepper),
-            where=_name(scope),
-        )
-        if raised is not None:
-            raise raised
-        if isinstance(conclusion, Completed | Replayed):
-            return cast("Outcome[T]", self._outcome(codec, conclusion, value))
-        _raise(conclusion, id)
-
-    async def attempt(
-        self,
-        id: bytes,
-        *,
-        fingerprint: bytes,
-        run: Callable[[Hold], Awaitable[Reply]],
-        policy: Policy,
-        tenant: bytes = b"",
-        trace: str = "",
-        where: str = "",
-        refingerprint: Refingerprint = unknown_algorithm,
-        sleep: Callable[[float], Awaitable[bool]] | None = None,
-    ) -> Conclusion:
-        """One attempt at an operation, for adapters: `run` does the work and answers Returned, Raised, Cancelled or
-        LeaseLost.
-
-        sleep: how a duplicate waits for some seconds; False when its caller has left.
-        """
-        opened = self._source.aopened()
-        began = clock()
-        flow = self._flow(opened, id, fingerprint, policy, tenant, trace, refingerprint)
+            return work.returned(value)
 
         async def pause(command: Pause) -> Paused:
-            return await self._pause(command, policy, sleep)
+            return await self.pause(command, policy)
 
+        began = clock()
+        flow = self.flow(opened, id, _seal(fingerprint), policy, _tenant(scope, self._pepper))
         try:
-            conclusion: Conclusion = await adrive(flow, opened, policy.store_timeout, run, pause)
+            conclusion = await adrive(flow, opened, policy.store_timeout, run_fn, pause)
         finally:
             opened.background.leave()
-        self._conclude(conclusion, id, where, began)
-        return conclusion
+        self.conclude(conclusion, id, where, began)
+        return work.outcome(conclusion, id)
 
-    async def _pause(self, pause: Pause, policy: Policy, sleep: Callable[[float], Awaitable[bool]] | None) -> Paused:
-        if not pause.waiting:
-            await asyncio.sleep(pause.seconds)
+    async def pause(
+        self, command: Pause, policy: Policy, sleep: Callable[[float], Awaitable[bool]] | None = None
+    ) -> Paused:
+        """Wait, if there is room for another waiter; `sleep` is how, and says False when the caller has left."""
+        if not command.waiting:
+            await asyncio.sleep(command.seconds)
             return Paused()
         if self._waiters >= policy.max_waiters:
             return Paused(on=False)
         self._waiters += 1
         try:
             if sleep is not None:
-                return Paused(on=await sleep(pause.seconds))
-            await asyncio.sleep(pause.seconds)
+                return Paused(on=await sleep(command.seconds))
+            await asyncio.sleep(command.seconds)
             return Paused()
         finally:
             self._waiters -= 1
@@ -487,29 +312,83 @@ class AsyncIdempotency(_Engine):
         """Settle what lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
         await self._source.aclose(drain)
 
-    async def __aenter__(self) -> AsyncIdempotency:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
 
+class _Work:
+    """What a function's run came to: its value as every caller is to see it, or what it raised."""
+
+    __slots__ = ("_codec", "_error", "_limit", "_value")
+
+    def __init__(self, codec: Codec, limit: int) -> None:
+        self._codec = codec
+        self._limit = limit
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def returned(self, value: Any) -> Returned:
+        """A result as it is stored, and as every caller is to see it (C16).
+
+        One that cannot be encoded or is over the limit becomes a tombstone, and its caller gets the real value (C17).
+        """
+        self._value = value
+        try:
+            data, seen = encode_and_replay(self._codec, value)
+        except Unencodable as error:
+            logger.warning("A result could not be encoded and is not kept: %s", error)
+            return Returned(None)
+        if len(data) > self._limit:
+            logger.warning("A result of %d bytes is over the limit of %d and is not kept.", len(data), self._limit)
+            return Returned(None)
+        self._value = seen
+        return Returned(data)
+
+    def failed(self, error: BaseException) -> Raised | Cancelled:
+        """What an exception means for the record (C5)."""
+        self._error = error
+        if isinstance(error, errors.OutcomeUnknown):
+            return Raised(unknown=True)
+        return Raised() if isinstance(error, Exception) else Cancelled()
+
+    def outcome(self, conclusion: Conclusion, id: bytes) -> Outcome[Any]:
+        """What the caller gets; raises what the function raised, or the error that the conclusion is."""
+        if self._error is not None:
+            raise self._error
+        if isinstance(conclusion, Completed):
+            hold = conclusion.hold
+            return Outcome(self._value, False, hold.attempt, hold.first_seen)
+        if not isinstance(conclusion, Replayed):
+            raise error_of(conclusion, short_digest(id))
+        finished = conclusion.finished
+        if finished.result is None:
+            raise errors.ResultOmitted(
+                "The operation is done and its result was not kept: it was too large, or could not be encoded. "
+                "It will not run again; read its effect where it was written.",
+                digest=short_digest(id),
+            )
+        return Outcome(decode_value(self._codec, finished.result), True, finished.attempt, finished.first_seen)
+
+
 class Overtaking:
     """Cancels the task that runs a handler when its lease is lost (C8), and tells that cancellation from others."""
 
+    __slots__ = ("_active", "_cancels", "_hold", "_ours", "_task", "loop")
+
     def __init__(self, hold: Hold, *, cancels: bool) -> None:
+        self.loop = asyncio.get_running_loop()
         self._hold = hold
         self._cancels = cancels
-        self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._active = True
         self._ours = False
 
-    def __enter__(self) -> Overtaking:
+    def __enter__(self) -> Self:
         if self._cancels:
             self._hold.on_lost = self._lost
-            if self._hold.lost:
-                self._cancel()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -520,26 +399,18 @@ class Overtaking:
 
     def cancelled(self, error: BaseException) -> bool:
         """Whether that is the cancellation that we made, and nobody else cancelled the task as well."""
-        return (
-            self._ours
-            and isinstance(error, asyncio.CancelledError)
-            and (self._task is None or self._task.cancelling() == 0)
-        )
+        alone = self._task is None or self._task.cancelling() == 0
+        return self._ours and alone and isinstance(error, asyncio.CancelledError)
 
     def _lost(self) -> None:
-        self._loop.call_soon_threadsafe(self._cancel)
+        """Called from the keeper's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the task has ended with it
+            self.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         if self._active and not self._ours and self._task is not None:
             self._ours = True
             self._task.cancel("the lease was lost")
-
-
-def failure(error: BaseException) -> Raised | Cancelled:
-    """What a handler's exception means for its record (C5)."""
-    if isinstance(error, errors.OutcomeUnknown):
-        return Raised(unknown=True)
-    return Raised() if isinstance(error, Exception) else Cancelled()
 
 
 def _name(scope: Scope) -> str:
@@ -562,6 +433,3 @@ def _say_what_rerun_means(policy: Policy) -> None:
             "on_abandoned='rerun': when an attempt dies, the next one repeats what it did, except what is covered by "
             "the caller's transaction, phases, steps or derived keys; 'refuse' leaves it to an operator."
         )
-
-
-__all__ = ["AsyncIdempotency", "Idempotency", "Outcome", "conclusion_error", "lease_lost"]

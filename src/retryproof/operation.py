@@ -16,7 +16,8 @@ from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, S
 from retryproof.core.flow import fenced
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
-from retryproof.drive import AsyncPerformer, Performer, Steps, clock
+from retryproof.core.policy import Policy
+from retryproof.drive import Steps, clock
 
 T = TypeVar("T")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -29,12 +30,13 @@ class Operation:
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = ("_colour", "_hold", "_names")
+    __slots__ = ("_hold", "_names", "_policy", "_store")
 
-    def __init__(self, hold: Hold, colour: _Blocking | _OnLoop) -> None:
+    def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
         self._hold = hold
-        self._colour = colour
-        self._names: set[str] = set()
+        self._store = store
+        self._policy = policy
+        self._names: set[str] | None = None
 
     @property
     def key_digest(self) -> str:
@@ -43,7 +45,7 @@ class Operation:
 
     @property
     def token(self) -> int:
-        """The fencing token: greater than that of every earlier attempt. Hand it downstream, to refuse a late writer."""
+        """The fencing token, greater than that of earlier attempts: hand it downstream, to refuse a late writer."""
         return self._hold.token
 
     @property
@@ -77,7 +79,7 @@ class Operation:
         if known:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
         data = encode_value(codec or _PLAIN, fn(self.derive(name)))
-        self._colour.keep(self._hold, name, data)
+        self._keep(name, data)
         return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
 
     async def astep(self, name: str, fn: Callable[[UUID], Awaitable[T]], *, codec: Codec | None = None) -> T:
@@ -86,10 +88,18 @@ class Operation:
         if known:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
         data = encode_value(codec or _PLAIN, await fn(self.derive(name)))
-        await self._colour.akeep(self._hold, name, data)
+        await self._akeep(name, data)
         return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
 
+    def _keep(self, name: str, value: bytes) -> None:
+        raise NotImplementedError
+
+    async def _akeep(self, name: str, value: bytes) -> None:
+        raise NotImplementedError
+
     def _begin_step(self, name: str, codec: Codec | None) -> tuple[bool, Any]:
+        if self._names is None:
+            self._names = set()
         if name in self._names:
             raise ConfigurationError(
                 f"The step {name!r} was used twice in one attempt; give each step a name of its own.",
@@ -122,7 +132,7 @@ def keep(hold: Hold, name: str, value: bytes, seconds: float, now: float) -> Ste
 
 def _kept(reply: Reply, hold: Hold, name: str, value: bytes) -> None:
     if isinstance(reply, Done):
-        hold.checkpoints[name] = value
+        hold.checkpoints = {**hold.checkpoints, name: value}
     elif isinstance(reply, Lost):
         hold.lose()
         raise lease_lost(hold)
@@ -135,71 +145,51 @@ def _kept(reply: Reply, hold: Hold, name: str, value: bytes) -> None:
         ) from error
 
 
-class _Blocking:
-    """How an operation in a thread reaches its store."""
+class BlockingOperation(Operation):
+    """An operation that a thread runs, over its opened store."""
 
-    __slots__ = ("_seconds", "_store", "_timeout")
+    __slots__ = ()
 
-    def __init__(self, store: Performer, timeout: float, seconds: float) -> None:
-        self._store = store
-        self._timeout = timeout
-        self._seconds = seconds
-
-    def keep(self, hold: Hold, name: str, value: bytes) -> None:
-        """Store a step's result."""
-        steps = keep(hold, name, value, self._seconds, clock())
+    def _keep(self, name: str, value: bytes) -> None:
+        steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
         try:
             command: Command = next(steps)
             while True:
-                command = steps.send((self._store.perform(command, self._timeout), clock()))
+                command = steps.send((self._store.perform(command, self._policy.store_timeout), clock()))
         except StopIteration as stop:
-            _kept(stop.value, hold, name, value)
+            _kept(stop.value, self._hold, name, value)
 
-    async def akeep(self, hold: Hold, name: str, value: bytes) -> None:
-        """Refused: there is no event loop here."""
+    async def _akeep(self, name: str, value: bytes) -> None:
         raise ConfigurationError("This operation is run by a sync engine: use step, not astep.")
 
 
-class _OnLoop:
-    """How an operation on an event loop reaches its store."""
+class LoopOperation(Operation):
+    """An operation that an event loop runs, over its opened store."""
 
-    __slots__ = ("_loop", "_seconds", "_store", "_timeout")
+    __slots__ = ("_loop",)
 
-    def __init__(self, store: AsyncPerformer, timeout: float, seconds: float) -> None:
-        self._store = store
-        self._timeout = timeout
-        self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, hold: Hold, store: Any, policy: Policy, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(hold, store, policy)
+        self._loop = loop
 
-    async def akeep(self, hold: Hold, name: str, value: bytes) -> None:
-        """Store a step's result."""
-        steps = keep(hold, name, value, self._seconds, clock())
+    async def _akeep(self, name: str, value: bytes) -> None:
+        steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
         try:
             command: Command = next(steps)
             while True:
-                command = steps.send((await self._store.perform(command, self._timeout), clock()))
+                command = steps.send((await self._store.perform(command, self._policy.store_timeout), clock()))
         except StopIteration as stop:
-            _kept(stop.value, hold, name, value)
+            _kept(stop.value, self._hold, name, value)
 
-    def keep(self, hold: Hold, name: str, value: bytes) -> None:
-        """Store a step's result, from a thread that the handler runs in."""
+    def _keep(self, name: str, value: bytes) -> None:
+        """From a thread that the handler runs in."""
         try:
             running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
             running = None
         if running is self._loop:
             raise ConfigurationError("step would block the event loop: await astep instead.")
-        asyncio.run_coroutine_threadsafe(self.akeep(hold, name, value), self._loop).result()
-
-
-def blocking_operation(hold: Hold, store: Performer, timeout: float, seconds: float) -> Operation:
-    """The operation as a thread sees it."""
-    return Operation(hold, _Blocking(store, timeout, seconds))
-
-
-def loop_operation(hold: Hold, store: AsyncPerformer, timeout: float, seconds: float) -> Operation:
-    """The operation as tasks of the running loop, and threads beside it, see it."""
-    return Operation(hold, _OnLoop(store, timeout, seconds))
+        asyncio.run_coroutine_threadsafe(self._akeep(name, value), self._loop).result()
 
 
 _current: ContextVar[Operation] = ContextVar("retryproof_operation")

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from retryproof.core.commands import Acquired, Checkpoint, Claim, Complete, Release, Renew
 
 
 class Hold:
-    """One attempt's claim. Times are the pump's monotonic seconds, counted from before the claim was sent (C6)."""
+    """One attempt's claim. Times are the pump's monotonic seconds, counted from before the claim was sent (C6).
+
+    where: the endpoint or function, for events.
+    on_lost: called once, from the keeper's thread, when another attempt took over.
+    on_overrun: called once, from the keeper's thread, when renewal ends at `max_run`.
+    on_settled: called from the keeper's thread when what lingered was stored (True) or fenced off (False).
+    due, end, demoted, lingers: the keeper's notes.
+    """
 
     __slots__ = (
         "attempt",
         "birth",
         "checkpoints",
         "deadline",
+        "demoted",
+        "due",
+        "end",
         "first_seen",
         "id",
         "lease",
+        "lingers",
         "lost",
-        "max_run",
         "nonce",
         "on_lost",
         "on_overrun",
         "on_settled",
-        "since",
         "token",
         "trace",
+        "where",
     )
+
+    RENEW_AT = 1 / 3
+    """The part of a lease after which it is renewed."""
 
     def __init__(self, claim: Claim, acquired: Acquired, since: float, max_run: float = float("inf")) -> None:
         self.id = claim.id
@@ -36,19 +49,19 @@ class Hold:
         self.attempt = acquired.attempt
         self.first_seen = acquired.first_seen
         self.birth = acquired.birth
-        self.checkpoints = dict(acquired.checkpoints)
+        self.checkpoints: Mapping[str, bytes] = acquired.checkpoints
         self.trace = acquired.trace
-        self.lease = claim.lease
-        self.since = since
-        self.deadline = since + claim.lease
+        self.lease = lease = claim.lease
+        self.deadline = since + lease
         self.lost = False
-        self.max_run = max_run
+        self.where = ""
         self.on_lost: Callable[[], None] | None = None
-        """Called once, from the keeper's thread, when another attempt took over."""
-        self.on_overrun: Callable[[], None] | None = None
-        """Called once, from the keeper's thread, when renewal ends at `max_run`."""
-        self.on_settled: Callable[[bool], None] | None = None
-        """Called from the keeper's thread when what lingered was stored (True) or fenced off (False)."""
+        self.on_overrun: Callable[[Hold], None] | None = None
+        self.on_settled: Callable[[Hold, bool], None] | None = None
+        self.due = since + lease * self.RENEW_AT
+        self.end = since + max_run
+        self.demoted = False
+        self.lingers = False
 
     def complete(self, result: bytes | None) -> Complete:
         """The command that settles this attempt."""
@@ -69,6 +82,7 @@ class Hold:
     def renewed(self, sent: float) -> None:
         """Count the lease from when the renewal was sent."""
         self.deadline = max(self.deadline, sent + self.lease)
+        self.due = sent + self.lease * self.RENEW_AT
 
     def lose(self) -> None:
         """Remember that another attempt took over, and tell whoever runs this one. Called once or more."""

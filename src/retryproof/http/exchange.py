@@ -62,22 +62,18 @@ class HttpEngine(AsyncIdempotency):
     async def begin(self, claimed: Admitted, opened: AsyncOpened | AsyncView, link: ClientLink) -> Begun:
         """Claim an operation; its conclusion, or what is to be run."""
         policy = claimed.policy
-        flow: Flow = self._flow(
+        flow: Flow = self.flow(
             opened, claimed.id, claimed.fingerprint, policy, claimed.tenant, claimed.trace, claimed.refingerprint
         )
 
         async def pause(command: Pause) -> Paused:
-            return await self._pause(command, policy, link.stays)
+            return await self.pause(command, policy, link.stays)
 
         return Begun(flow, await abegin(flow, opened, policy.store_timeout, pause))
 
     def concluded(self, admitted: Admitted, conclusion: Conclusion) -> None:
         """Tell the listeners."""
-        self._conclude(conclusion, admitted.id, admitted.where, admitted.began)
-
-    def listen(self, run: Run, where: str) -> None:
-        """Hear from the keeper what becomes of a hold."""
-        self._listen(run.hold, where)
+        self.conclude(conclusion, admitted.id, admitted.where, admitted.began)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +327,7 @@ class Exchange:
             opened.background.leave()
             self._link.close()
 
-        engine.listen(run, admitted.where)
+        engine.listen(run.hold, admitted.where)
         opened.background.watch(run.hold)
         engine.running.add(execution.start(ended))
         self._running = True

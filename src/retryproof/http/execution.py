@@ -153,10 +153,7 @@ class Execution:
     # The app's task
 
     async def _run(self) -> None:
-        policy = self._policy
-        operation.enter(
-            operation.loop_operation(self._hold, self._store, policy.store_timeout, policy.complete_timeout)
-        )
+        operation.enter(operation.LoopOperation(self._hold, self._store, self._policy, self._loop))
         try:
             await self._app(self._scope, self._link.receive, self._send)
         except asyncio.CancelledError:

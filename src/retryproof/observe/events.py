@@ -99,6 +99,23 @@ def recorded_trace(source: Traces, given: str) -> str:
         return given
 
 
+@runtime_checkable
+class Choosy(Protocol):
+    """A listener that does not want every event; it is asked before one is made."""
+
+    def wants(self, kind: Kind, /) -> bool:
+        """Whether it wants events of this kind."""
+
+
+def wanted(listeners: Sequence[Listener], kind: Kind) -> bool:
+    """Whether any listener wants an event of this kind."""
+    for listener in listeners:
+        wants = getattr(listener, "wants", None)
+        if wants is None or wants(kind):
+            return True
+    return False
+
+
 def tell(listeners: Sequence[Listener], event: Event) -> None:
     """Tell everybody; what a listener raises is logged."""
     for listener in listeners:

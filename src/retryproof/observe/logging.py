@@ -30,20 +30,30 @@ LEVELS = {
 }
 
 
-def log_event(event: Event) -> None:
-    """Write one line for an event; ordinary outcomes at DEBUG."""
-    level = LEVELS[event.kind]
-    if not logger.isEnabledFor(level):
-        return
-    logger.log(
-        level,
-        "%s operation=%s where=%s attempt=%d seconds=%.3f%s%s",
-        event.kind,
-        event.digest,
-        event.where or "-",
-        event.attempt,
-        event.seconds,
-        f" note={event.note}" if event.note else "",
-        f" error={event.error}" if event.error is not None else "",
-        extra={"retryproof_event": event},
-    )
+class LogListener:
+    """Writes one line for an event; ordinary outcomes at DEBUG."""
+
+    def wants(self, kind: Kind) -> bool:
+        """Whether the log is that fine."""
+        return logger.isEnabledFor(LEVELS[kind])
+
+    def __call__(self, event: Event) -> None:
+        level = LEVELS[event.kind]
+        if not logger.isEnabledFor(level):
+            return
+        logger.log(
+            level,
+            "%s operation=%s where=%s attempt=%d seconds=%.3f%s%s",
+            event.kind,
+            event.digest,
+            event.where or "-",
+            event.attempt,
+            event.seconds,
+            f" note={event.note}" if event.note else "",
+            f" error={event.error}" if event.error is not None else "",
+            extra={"retryproof_event": event},
+        )
+
+
+log_event = LogListener()
+"""The listener that engines have by default."""

@@ -113,27 +113,20 @@ class _Lane:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, command: Any, timeout: float) -> _Waiter:
+    def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """Put a command on its way."""
+        future: asyncio.Future[Reply] = self._loop.create_future()
         deadline = self._loop.time() + timeout
-        waiter = _Waiter(command, self._loop.create_future(), deadline, timeout)
+        waiter = _Waiter(command, future, deadline, timeout)
         if len(self._pending) + len(self._later) >= MAX_WAITING:
-            waiter.future.set_result(overfull(self._coalescer.name))
-            return waiter
+            future.set_result(overfull(self._coalescer.name))
+            return future
         self._queue(waiter)
         if self._task is None:
             self._task = self._loop.create_task(self._run())
         if self._timer is None:
             self._timer = self._loop.call_at(deadline, self._expire)
-        return waiter
-
-    def take_back(self, waiter: _Waiter) -> bool:
-        """Whether a cancelled caller's command had not left yet, and now will not."""
-        standing = self._pending.get(waiter.command.id)
-        if standing is waiter and not waiter.twins:
-            del self._pending[waiter.command.id]
-            return True
-        return False
+        return future
 
     def _queue(self, waiter: _Waiter) -> None:
         standing = self._pending.setdefault(waiter.command.id, waiter)
@@ -149,6 +142,8 @@ class _Lane:
         try:
             while self._pending:
                 self._flying = self._next_batch()
+                if not self._flying:
+                    continue
                 answers = await self._send([waiter.command for waiter in self._flying])
                 for waiter, answer in zip(self._flying, answers, strict=True):
                     self._deliver(waiter, as_reply(self._coalescer.name, answer))
@@ -165,7 +160,15 @@ class _Lane:
             batch = [self._pending.pop(id) for id in list(self._pending)[: self._size]]
         for _ in range(len(self._later)):
             self._queue(self._later.popleft())
-        return batch
+        return [waiter for waiter in batch if not self._taken_back(waiter)]
+
+    def _taken_back(self, waiter: _Waiter) -> bool:
+        """Whether this is a claim whose caller left before it was sent; a twin of it takes its place."""
+        if not waiter.future.done() or not isinstance(waiter.command, Claim):
+            return False
+        for twin in waiter.twins or ():
+            self._queue(twin)
+        return True
 
     async def _send(self, commands: Sequence[Any]) -> Sequence[Any]:
         try:
@@ -203,7 +206,6 @@ class _Lane:
             if waiter.future.done():
                 continue
             if waiter.deadline <= now:
-                self.take_back(waiter)
                 waiter.future.set_result(overdue(self._coalescer.name, waiter.timeout))
             else:
                 earliest = min(earliest, waiter.deadline)
@@ -235,16 +237,12 @@ class TaskCoalescer:
             Look: _Lane(self, self._look),
         }
 
-    async def perform(self, command: Any, timeout: float) -> Reply:
-        """One command's reply; Unreachable when there was none in time."""
-        lane = self._lanes[type(command)]
-        waiter = lane.submit(command, timeout)
-        try:
-            return await waiter.future
-        except asyncio.CancelledError:
-            if isinstance(command, Claim):
-                lane.take_back(waiter)
-            raise
+    def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
+        """One command's reply; Unreachable when there was none in time.
+
+        A claim whose caller is cancelled does not leave, or is released when its reply arrives. Other commands travel.
+        """
+        return self._lanes[type(command)].submit(command, timeout)
 
     async def _look(self, looks: Sequence[Look]) -> Sequence[Found]:
         return [Found(record) for record in await self._store.get([look.id for look in looks])]
@@ -320,7 +318,12 @@ class ThreadCoalescer:
             if entries:
                 entries[0].leads, self._leading = not self._leading, True
         deadline = clock() + timeout
-        return [self._await(entry, deadline, timeout) for entry in entries]
+        try:
+            return [self._await(entry, deadline, timeout) for entry in entries]
+        except BaseException:  # interrupted: claims of nobody
+            for entry in entries:
+                self._quit(entry)
+            raise
 
     def _await(self, entry: _Entry, deadline: float, timeout: float) -> Reply:
         while not entry.done:
@@ -343,6 +346,16 @@ class ThreadCoalescer:
             if entry in self._pending:
                 self._pending.remove(entry)
             return True
+
+    def _quit(self, entry: _Entry) -> None:
+        """The caller was interrupted: its command goes on without it."""
+        self._give_up(entry)
+        with self._mutex:
+            if entry.leads:
+                entry.leads = False
+                self._pass_on()
+            if not entry.gone and isinstance(entry.command, Claim):
+                self._orphaned(entry.command)
 
     def _lead(self, leader: _Entry) -> None:
         """Send one batch, then pass the lead on."""

@@ -8,30 +8,22 @@ ends when there has been nothing to keep for a while.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from retryproof.core.commands import (
-    Acquired,
-    Claim,
-    Complete,
-    Done,
-    FenceReply,
-    Lost,
-    Release,
-    Renew,
-    Running,
-)
+from retryproof.core.commands import Acquired, Claim, Complete, Done, FenceReply, Lost, Release, Running
 from retryproof.core.hold import Hold
 from retryproof.stores.base import Store
 
+T = TypeVar("T")
+logger = logging.getLogger("retryproof")
 clock = time.monotonic
 
-RENEW_AT = 1 / 3
-"""The part of a lease after which it is renewed."""
+NEVER = float("inf")
 RETRY_AT = 1 / 10
 """The part of a lease after which a renewal that failed is tried again."""
 IDLE_SECONDS = 10.0
@@ -41,20 +33,12 @@ ORPHAN_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
-class _Watched:
-    hold: Hold
-    due: float
-    end: float
-    demote: bool = False
-
-
-@dataclass(slots=True, eq=False)
 class _Chore:
     """A command that is repeated until the store answers it."""
 
     command: Claim | Complete | Release
     due: float
-    until: float = float("inf")
+    until: float = NEVER
     delay: float = 0.25
     hold: Hold | None = None
 
@@ -70,12 +54,13 @@ class Keeper:
         self._open_store = open_store
         self._owns = owns
         self._max_batch = max_batch
-        self._watched: dict[Hold, _Watched] = {}
+        self._holds: dict[Hold, None] = {}
         self._chores: dict[int, _Chore] = {}
         self._active = 0
         self._suspects = 0
+        self._counting = threading.Lock()
         self._mutex = threading.Condition()
-        self._wake_at = 0.0  # when the thread looks next; infinity while it is parked
+        self._wake_at = 0.0  # when the thread looks next; 0 while it is looking
         self._thread: threading.Thread | None = None
         self._closing = False
         self._drain_until = 0.0
@@ -84,7 +69,7 @@ class Keeper:
 
     def enter(self) -> int:
         """An attempt begins; says how alone it is: 2 nobody else, 1 nobody else that was taken over, 0 neither."""
-        with self._mutex:
+        with self._counting:
             self._active += 1
             if self._active == 1:
                 return 2
@@ -92,35 +77,39 @@ class Keeper:
 
     def leave(self) -> None:
         """An attempt has ended."""
-        with self._mutex:
+        with self._counting:
             self._active -= 1
 
     # Holds
 
     def watch(self, hold: Hold) -> None:
         """Renew this hold until `unwatch`, for its `max_run` seconds at most."""
-        watched = _Watched(hold, hold.since + hold.lease * RENEW_AT, hold.since + hold.max_run)
-        self._watched[hold] = watched
+        self._holds[hold] = None
         if hold.attempt > 1:
-            self._meet(watched)
-        if min(watched.due, watched.end) < self._wake_at or self._thread is None:
+            self._meet(hold)
+        if hold.due < self._wake_at or self._thread is None:
             self._wake()
 
     def unwatch(self, hold: Hold) -> None:
-        """Stop renewing it."""
-        if self._watched.pop(hold, None) is not None and hold.attempt > 1:
-            with self._mutex:
+        """Stop renewing it, unless it lingers."""
+        if not hold.lingers:
+            self._forget(hold)
+
+    def _forget(self, hold: Hold) -> None:
+        if self._holds.pop(hold, self) is None and hold.attempt > 1:
+            with self._counting:
                 self._suspects -= 1
 
-    def _meet(self, newcomer: _Watched) -> None:
+    def _meet(self, newcomer: Hold) -> None:
         """Operations that were taken over and now run side by side: no death of theirs counts until they part."""
-        with self._mutex:
+        with self._counting:
             self._suspects += 1
             if self._suspects < 2:
                 return
-            for watched in list(self._watched.values()):
-                if watched.hold.attempt > 1 and not watched.demote:
-                    watched.demote, watched.due = True, 0.0
+        for hold in list(self._holds):
+            if hold.attempt > 1 and not hold.demoted:
+                hold.demoted, hold.due = True, 0.0
+        newcomer.due = 0.0
 
     # Chores
 
@@ -131,6 +120,7 @@ class Keeper:
 
     def linger(self, hold: Hold, last: Complete | Release) -> None:
         """Renew and settle until the store answers; the hold's `on_settled` hears whether it was stored."""
+        hold.lingers = True
         self._add(_Chore(last, due=clock() + 0.5, hold=hold))
 
     def _add(self, chore: _Chore) -> None:
@@ -142,7 +132,7 @@ class Keeper:
     @property
     def idle(self) -> bool:
         """Whether nothing is held or left to settle."""
-        return not self._watched and not self._chores
+        return not self._holds and not self._chores
 
     # The thread
 
@@ -171,7 +161,9 @@ class Keeper:
                     store = store or self._open_store()
                     self._renew(store)
                     self._do_chores(store)
-                except Exception:  # noqa: BLE001 - the thread must outlive whatever a store raises; it tries again
+                except Exception:
+                    # The thread must outlive whatever a store or a listener raises; it tries again.
+                    logger.exception("The keeper failed; it tries again.")
                     self._postpone()
         finally:
             if store is not None and self._owns:
@@ -183,71 +175,77 @@ class Keeper:
         with self._mutex:
             while True:
                 # Infinity first: whoever adds something from here on sees it and wakes us.
-                self._wake_at = float("inf")
+                self._wake_at = NEVER
                 now = clock()
                 due = self._next_due()
-                if due <= now:
+                if due <= now and not self._over(now):
                     self._wake_at = 0.0
                     return True
-                if due < float("inf"):
+                if due < NEVER:
                     idle_since = None
                 else:
                     idle_since = now if idle_since is None else idle_since
                     due = idle_since + IDLE_SECONDS
-                if (self._closing and (not self._chores or now >= self._drain_until)) or due <= now:
+                if self._over(now) or due <= now:
                     self._thread = None
                     return False
                 self._wake_at = due
                 self._mutex.wait((min(due, self._drain_until) if self._closing else due) - now)
 
+    def _over(self, now: float) -> bool:
+        return self._closing and (not self._chores or now >= self._drain_until)
+
     def _next_due(self) -> float:
-        holds = [min(watched.due, watched.end) for watched in list(self._watched.values())]
+        holds = [min(hold.due, hold.end) for hold in list(self._holds)]
         chores = [chore.due for chore in self._chores.values()]
-        return min(holds + chores, default=float("inf"))
+        return min(holds + chores, default=NEVER)
 
     def _postpone(self) -> None:
         """After an error that no store should raise: look again in a while."""
         later = clock() + 0.5
-        for watched in list(self._watched.values()):
-            watched.due = max(watched.due, later)
+        for hold in list(self._holds):
+            hold.due = max(hold.due, later)
         for chore in list(self._chores.values()):
             chore.due = max(chore.due, later)
 
     def _renew(self, store: Store) -> None:
         now = clock()
-        due: list[_Watched] = []
-        for watched in list(self._watched.values()):
-            if now >= watched.end:
-                watched.due = watched.end = float("inf")
-                if watched.hold.on_overrun is not None:
-                    watched.hold.on_overrun()
-            elif now >= watched.due:
-                due.append(watched)
+        due: list[Hold] = []
+        for hold in list(self._holds):
+            if now >= hold.end:
+                hold.due = hold.end = NEVER
+                if hold.on_overrun is not None:
+                    hold.on_overrun(hold)
+            elif now >= hold.due:
+                due.append(hold)
         for batch in _chunks(due, self._max_batch):
             sent = clock()
             alone = self._active <= 1
-            commands = [watched.hold.renew(alone=alone and not watched.demote) for watched in batch]
-            for watched, reply in zip(batch, _replies(store.renew, commands), strict=True):
-                self._renewed(watched, reply, sent)
+            commands = [hold.renew(alone=alone and not hold.demoted) for hold in batch]
+            for hold, reply in zip(batch, _replies(store.renew, commands), strict=True):
+                self._renewed(hold, reply, sent)
 
-    def _renewed(self, watched: _Watched, reply: FenceReply | Exception, sent: float) -> None:
-        hold = watched.hold
+    def _renewed(self, hold: Hold, reply: FenceReply | Exception, sent: float) -> None:
         if isinstance(reply, Done):
             hold.renewed(sent)
-            watched.due = sent + hold.lease * RENEW_AT
         elif isinstance(reply, Lost):
-            watched.due = watched.end = float("inf")
-            if hold in self._watched:
+            hold.due = hold.end = NEVER
+            if hold in self._holds:
                 hold.lose()
         else:
-            watched.due = clock() + max(0.01, hold.lease * RETRY_AT)
+            hold.due = clock() + max(0.01, hold.lease * RETRY_AT)
 
     def _do_chores(self, store: Store) -> None:
         now = clock()
         due = [chore for chore in list(self._chores.values()) if chore.due <= now]
-        for kind, call in ((Complete, store.complete), (Release, store.release), (Claim, store.claim)):
-            of_kind: list[_Chore] = [chore for chore in due if type(chore.command) is kind]
-            for batch in _chunks(_apart(of_kind), self._max_batch):
+        calls: tuple[tuple[type, Callable[[Any], Sequence[Any]]], ...] = (
+            (Complete, store.complete),
+            (Release, store.release),
+            (Claim, store.claim),
+        )
+        for kind, call in calls:
+            of_kind = _apart([chore for chore in due if type(chore.command) is kind])
+            for batch in _chunks(of_kind, self._max_batch):
                 replies = _replies(call, [chore.command for chore in batch])
                 for chore, reply in zip(batch, replies, strict=True):
                     self._answer(chore, reply)
@@ -267,9 +265,9 @@ class Keeper:
         with self._mutex:
             self._chores.pop(id(chore), None)
         if chore.hold is not None:
-            self.unwatch(chore.hold)
+            self._forget(chore.hold)
             if chore.hold.on_settled is not None:
-                chore.hold.on_settled(stored)
+                chore.hold.on_settled(chore.hold, stored)
 
 
 def _apart(chores: Sequence[_Chore]) -> list[_Chore]:
@@ -277,15 +275,13 @@ def _apart(chores: Sequence[_Chore]) -> list[_Chore]:
     return list({chore.command.id: chore for chore in reversed(chores)}.values())
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _replies(
-    call: Callable[[Any], Sequence[Any]], commands: Sequence[Claim | Complete | Release | Renew]
-) -> Sequence[Any]:
+def _replies(call: Callable[[Any], Sequence[Any]], commands: Sequence[Any]) -> Sequence[Any]:
     try:
         return call(commands)
-    except Exception as error:  # noqa: BLE001 - what a store raises is tried again, whatever it is
+    except Exception as error:  # noqa: BLE001  # what a store raises is tried again, whatever it is
         return [error] * len(commands)

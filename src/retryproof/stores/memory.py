@@ -112,7 +112,7 @@ class MemoryStore:
             over = [record for record in self._records.values() if now >= record.expires_at and not record.live(now)]
             for record in over[:limit]:
                 del self._records[record.id]
-        unsettled = [record for record in over[:limit] if not record.settled]
+        unsettled = [replace(record, read_at=now) for record in over[:limit] if not record.settled]
         return Reaped(len(over[:limit]) - len(unsettled), unsettled, more=len(over) > limit)
 
     def close(self) -> None:

@@ -1,0 +1,91 @@
+"""What a conclusion means to those outside: an event for listeners, an error for callers."""
+
+from __future__ import annotations
+
+from retryproof.core import errors
+from retryproof.core.flow import Busy, Completed, Conclusion, Down, Failed, Foreign, Mismatched, Refused, Replayed
+from retryproof.observe.events import Event, Kind
+
+
+def kind_of(conclusion: Conclusion) -> Kind:
+    """The kind of event that a conclusion is."""
+    match conclusion:
+        case Completed(stored=stored):
+            return Kind.FRESH if stored else Kind.UNSTORED
+        case Replayed(overtaken=overtaken):
+            return Kind.LEASE_LOST if overtaken else Kind.REPLAYED
+        case Busy(overtaken=overtaken):
+            return Kind.LEASE_LOST if overtaken else Kind.IN_PROGRESS
+        case Failed(released=released):
+            return Kind.FAILED if released else Kind.UNKNOWN
+        case Mismatched():
+            return Kind.MISMATCH
+        case Refused():
+            return Kind.ABANDONED
+        case Down():
+            return Kind.STORE_ERROR
+        case Foreign():
+            return Kind.UNREADABLE
+
+
+def event_of(conclusion: Conclusion, kind: Kind, digest: str, where: str, seconds: float) -> Event:
+    """The event that a conclusion is."""
+    attempt, trace, note, error = 0, "", "", None
+    match conclusion:
+        case Completed(hold) | Failed(hold):
+            attempt, trace = hold.attempt, hold.trace
+        case Replayed(finished):
+            attempt, trace = finished.attempt, finished.trace
+        case Refused(reason, number):
+            attempt, note = number, reason
+        case Down(cause, overtaken):
+            error, note = cause, "overtaken" if overtaken else ""
+        case _:
+            pass
+    return Event(
+        kind=kind, digest=digest, where=where, attempt=attempt, seconds=seconds, error=error, trace=trace, note=note
+    )
+
+
+def error_of(conclusion: Conclusion, digest: str) -> errors.IdempotencyError:
+    """The error that says what a conclusion without a result means, and what to do."""
+    match conclusion:
+        case Busy(left, True):
+            return errors.LeaseLost(
+                "Another attempt took this operation over and is not done yet; ask again for its result.",
+                digest=digest,
+                retry_after=left,
+            )
+        case Busy(left):
+            return errors.InProgress(
+                "The same operation is running elsewhere; try again with the same key.", digest=digest, retry_after=left
+            )
+        case Mismatched():
+            return errors.Mismatch(
+                "The key was used before with other input; use a new key for a new operation.", digest=digest
+            )
+        case Refused(reason, number):
+            why = "too many attempts died" if reason == "poisoned" else "an attempt died"
+            return errors.OutcomeUnknown(
+                f"Whether this operation had its effect is unknown: {why} (attempt {number}). Find out, then settle it "
+                "with `retryproof keys settle`.",
+                digest=digest,
+            )
+        case Down(errors.ConfigurationError() as error):
+            return error
+        case Down(error):
+            unavailable = errors.StoreUnavailable(
+                f"{error.message if isinstance(error, errors.IdempotencyError) else error}",
+                digest=digest,
+                retry_after=1.0,
+            )
+            unavailable.__cause__ = error
+            return unavailable
+        case Foreign(fingerprint):
+            return errors.Unreadable(
+                f"The record's fingerprint was made by an algorithm ({fingerprint[:2].hex()}) that is not known here; "
+                "it is neither run nor called a mismatch. Upgrade, or use the fingerprint option that made it.",
+                digest=digest,
+            )
+        case _:
+            raise TypeError(f"{conclusion!r} is no error")
