@@ -81,7 +81,7 @@ def test_h5_a_forgotten_scope_names_the_four_choices() -> None:
         {"pepper": "secret"},
         {"name": 1},
     ],
-    ids=repr,
+    ids=lambda options: ", ".join(f"{name}={getattr(value, '__name__', value)!r}" for name, value in options.items()),
 )
 def test_options_that_make_no_sense_are_refused_at_construction(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
