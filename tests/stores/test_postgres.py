@@ -442,7 +442,7 @@ async def _transactions(url: str, postgres_url: str, work: Callable[[AsyncpgStor
     async def spent(work: Callable[[AsyncpgStore], Any]) -> int:
         before = await _commits(monitor, database)
         store = AsyncpgStore(url)
-        await _claim_and_complete(store, 1)  # a connection's first call asks for the types of arrays
+        await _claim_and_complete(store, 2)  # a connection's first call asks for the types of arrays
         await work(store)
         await store.aclose()
         return await _commits(monitor, database) - before
@@ -470,8 +470,10 @@ class TestPlans:
 
     STATEMENTS: ClassVar[dict[str, str]] = {
         "claim": postgres_statements.claim(TABLE),
+        "claim one": postgres_statements.claim(TABLE, one=True),
         "complete": postgres_statements.complete(TABLE),
         "complete in a caller's transaction": postgres_statements.complete(TABLE, wait=True),
+        "complete one": postgres_statements.complete(TABLE, one=True),
         "release": postgres_statements.release(TABLE),
         "renew": postgres_statements.renew(TABLE),
         "checkpoint": postgres_statements.checkpoint(TABLE),

@@ -76,8 +76,8 @@ def claim_plan(claims: Sequence[Claim], table: str = TABLE) -> Plan[Sequence[Cla
 
 
 def _claim(claims: Sequence[Claim], table: str) -> Statement:
-    return Statement(
-        statements.claim(table),
+    return _batch(
+        lambda one: statements.claim(table, one=one),
         (
             [claim.id for claim in claims],
             [claim.fingerprint for claim in claims],
@@ -93,6 +93,13 @@ def _claim(claims: Sequence[Claim], table: str) -> Statement:
             [lock_key(claim.id) for claim in claims],
         ),
     )
+
+
+def _batch(sql: Callable[[bool], str], columns: Sequence[list[Any]]) -> Statement:
+    """A statement over columns of parameters: arrays, or plain values where there is one item."""
+    if len(columns[0]) == 1:
+        return Statement(sql(True), [column[0] for column in columns])
+    return Statement(sql(False), columns)
 
 
 def _claim_replies(claims: Sequence[Claim], rows: Sequence[Row]) -> dict[bytes, ClaimReply]:
@@ -121,7 +128,7 @@ def _claim_reply(claim: Claim, row: Row) -> ClaimReply:
 
 def complete_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Sequence[FenceReply]]:
     """Settle each operation in a transaction of the caller's, waiting for locks in the order of the ids (T1)."""
-    done = {row[0] for row in (yield _complete(commands, statements.complete(table, wait=True)))}
+    done = {row[0] for row in (yield _complete(commands, table, wait=True))}
     missing = [command for command in commands if command.id not in done]
     if missing:
         done |= {row[0] for row in (yield _look(missing, table, 0.0)) if _repeated(missing[0], row[1])}
@@ -130,12 +137,12 @@ def complete_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Sequ
 
 def settle_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Batch[FenceReply]]:
     """Settle each operation in a commit of the batch's own, never waiting for a lock."""
-    return _fenced_plan(commands, lambda some: _complete(some, statements.complete(table)), table)
+    return _fenced_plan(commands, lambda some: _complete(some, table), table)
 
 
 def release_plan(commands: Sequence[Release], table: str = TABLE) -> Plan[Batch[FenceReply]]:
     """Give each operation back, never waiting for a lock."""
-    return _fenced_plan(commands, lambda some: Statement(statements.release(table), _fence(some)), table)
+    return _fenced_plan(commands, lambda some: _release(some, table), table)
 
 
 def renew_plan(commands: Sequence[Renew], table: str = TABLE) -> Plan[Batch[FenceReply]]:
@@ -185,7 +192,7 @@ def _repeated(command: Fenced, state: int | None) -> bool:
             return False
 
 
-def _fence(commands: Sequence[Fenced]) -> tuple[list[bytes], list[bytes], list[int]]:
+def _fence(commands: Sequence[Fenced]) -> tuple[list[Any], ...]:
     return (
         [command.id for command in commands],
         [command.nonce for command in commands],
@@ -193,19 +200,25 @@ def _fence(commands: Sequence[Fenced]) -> tuple[list[bytes], list[bytes], list[i
     )
 
 
-def _complete(commands: Sequence[Complete], sql: str) -> Statement:
-    return Statement(sql, (*_fence(commands), [command.result for command in commands]))
+def _complete(commands: Sequence[Complete], table: str, *, wait: bool = False) -> Statement:
+    results = [command.result for command in commands]
+    return _batch(lambda one: statements.complete(table, one=one, wait=wait), (*_fence(commands), results))
+
+
+def _release(commands: Sequence[Release], table: str) -> Statement:
+    return _batch(lambda one: statements.release(table, one=one), _fence(commands))
 
 
 def _renew(commands: Sequence[Renew], table: str) -> Statement:
     leases = [microseconds(command.lease) for command in commands]
-    return Statement(statements.renew(table), (*_fence(commands), leases, [command.alone for command in commands]))
+    alone = [command.alone for command in commands]
+    return _batch(lambda one: statements.renew(table, one=one), (*_fence(commands), leases, alone))
 
 
 def _checkpoint(commands: Sequence[Checkpoint], table: str) -> Statement:
     names = [b64encode(_bytes(command.name)).decode() for command in commands]
     values = [b64encode(command.value).decode() for command in commands]
-    return Statement(statements.checkpoint(table), (*_fence(commands), names, values))
+    return _batch(lambda one: statements.checkpoint(table, one=one), (*_fence(commands), names, values))
 
 
 def _look(commands: Sequence[Fenced], table: str, nap: float) -> Statement:

@@ -45,10 +45,7 @@ seen AS MATERIALIZED (
             WHEN r.deaths + r.counts::int >= asked.max_attempts THEN 10
             ELSE 4
         END AS found
-    FROM unnest($1::bytea[], $2::bytea[], $3::bytea[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bool[],
-                $8::bigint[], $9::bytea[], $10::bytea[], $11::bigint[], $12::bigint[])
-        AS asked (id, fingerprint, nonce, lease, retention, unsettled, refuse, max_attempts,
-                  tenant, trace, alone, lock_key)
+    FROM {asked}
     CROSS JOIN clock
     LEFT JOIN LATERAL (SELECT * FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS r ON true
 ),
@@ -107,7 +104,7 @@ WITH clock AS MATERIALIZED ({clock})
 UPDATE {table} AS o SET {changes}
 FROM (
     SELECT asked.*, clock.now, locked.place
-    FROM (SELECT * FROM unnest({arrays}) AS asked ({columns}) ORDER BY id) AS asked
+    FROM (SELECT * FROM {asked} {order}) AS asked
     CROSS JOIN clock
     CROSS JOIN LATERAL (
         SELECT o.ctid AS place FROM {table} AS o
@@ -118,13 +115,27 @@ FROM (
 WHERE {join}
 RETURNING o.id
 """
+_CLAIMED = {
+    "id": "bytea",
+    "fingerprint": "bytea",
+    "nonce": "bytea",
+    "lease": "bigint",
+    "retention": "bigint",
+    "unsettled": "bigint",
+    "refuse": "bool",
+    "max_attempts": "bigint",
+    "tenant": "bytea",
+    "trace": "bytea",
+    "alone": "bigint",
+    "lock_key": "bigint",
+}
 _FENCE = {"id": "bytea", "nonce": "bytea", "token": "bigint"}
 
 _LOOK = """
-WITH nap AS MATERIALIZED (SELECT pg_sleep($4::float8))
+WITH nap AS MATERIALIZED (SELECT pg_sleep({nap}::float8))
 SELECT r.id, r.state
 FROM nap
-CROSS JOIN unnest($1::bytea[], $2::bytea[], $3::bigint[]) AS asked (id, nonce, token)
+CROSS JOIN {asked}
 CROSS JOIN LATERAL (
     SELECT o.id, o.state FROM {table} AS o
     WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token LIMIT 1
@@ -194,49 +205,57 @@ FROM over AS o CROSS JOIN clock
 """
 
 
-@cache
-def claim(table: str) -> str:
-    """Claim a batch."""
-    return _CLAIM.format(clock=_CLOCK, table=table)
+def _asked(columns: dict[str, str], *, one: bool) -> str:
+    """The items of a batch as a table: from an array a column, or from plain values, which is quicker for one."""
+    if one:
+        values = ", ".join(f"${place}::{type}" for place, type in enumerate(columns.values(), 1))
+        return f"(SELECT {values}) AS asked ({', '.join(columns)})"
+    arrays = ", ".join(f"${place}::{type}[]" for place, type in enumerate(columns.values(), 1))
+    return f"unnest({arrays}) AS asked ({', '.join(columns)})"
 
 
 @cache
-def complete(table: str, *, wait: bool = False) -> str:
+def claim(table: str, *, one: bool = False) -> str:
+    """Claim a batch, or one item."""
+    return _CLAIM.format(clock=_CLOCK, table=table, asked=_asked(_CLAIMED, one=one))
+
+
+@cache
+def complete(table: str, *, one: bool = False, wait: bool = False) -> str:
     """Settle a batch with results; `wait` for rows that are locked."""
     changes = """state = CASE WHEN s.result IS NULL THEN 4 ELSE 3 END, result = s.result, checkpoints = NULL,
         expires_at = s.now + o.retention, lease_until = s.now"""
-    return _fenced(table, changes, {"result": "bytea"}, wait=wait)
+    return _fenced(table, changes, {"result": "bytea"}, one=one, wait=wait)
 
 
 @cache
-def release(table: str) -> str:
+def release(table: str, *, one: bool = False) -> str:
     """Give a batch back."""
     changes = "state = 2, result = NULL, expires_at = s.now + o.retention, lease_until = s.now"
-    return _fenced(table, changes, {})
+    return _fenced(table, changes, {}, one=one)
 
 
 @cache
-def renew(table: str) -> str:
+def renew(table: str, *, one: bool = False) -> str:
     """Extend the leases of a batch."""
     changes = "lease_until = greatest(o.lease_until, s.now + s.lease), counts = o.counts AND s.alone"
-    return _fenced(table, changes, {"lease": "bigint", "alone": "bool"})
+    return _fenced(table, changes, {"lease": "bigint", "alone": "bool"}, one=one)
 
 
 @cache
-def checkpoint(table: str) -> str:
+def checkpoint(table: str, *, one: bool = False) -> str:
     """Keep a value for each item of a batch."""
     changes = "checkpoints = coalesce(o.checkpoints, '{}') || jsonb_build_object(s.name, s.value)"
-    return _fenced(table, changes, {"name": "text", "value": "text"})
+    return _fenced(table, changes, {"name": "text", "value": "text"}, one=one)
 
 
-def _fenced(table: str, changes: str, columns: dict[str, str], *, wait: bool = False) -> str:
-    columns = _FENCE | columns
+def _fenced(table: str, changes: str, columns: dict[str, str], *, one: bool, wait: bool = False) -> str:
     return _FENCED.format(
         clock=_CLOCK,
         table=table,
         changes=changes,
-        columns=", ".join(columns),
-        arrays=", ".join(f"${place}::{type}[]" for place, type in enumerate(columns.values(), 1)),
+        asked=_asked(_FENCE | columns, one=one),
+        order="" if one else "ORDER BY id",
         # The place of the locked row saves a second search. Who waited finds a newer row there, invisible to the
         # statement's snapshot, and has to go by the id, where PostgreSQL looks at the newest version.
         skip="" if wait else "SKIP LOCKED",
@@ -247,7 +266,7 @@ def _fenced(table: str, changes: str, columns: dict[str, str], *, wait: bool = F
 @cache
 def look(table: str) -> str:
     """The states of those records whose nonce and token are current, after a nap."""
-    return _LOOK.format(table=table)
+    return _LOOK.format(table=table, asked=_asked(_FENCE, one=False), nap=f"${len(_FENCE) + 1}")
 
 
 @cache

@@ -390,7 +390,11 @@ def _connect_to_primary(target: Target) -> DeadlineConnection:
     for dsn, until in shares(target, monotonic(), monotonic() + CONNECT_TIMEOUT):
         try:
             connection = connect(dsn, until, {})
-            check_primary(connection.execute("SELECT pg_is_in_recovery()").fetchall()[0][0])
+            try:
+                check_primary(connection.execute("SELECT pg_is_in_recovery()").fetchall()[0][0])
+            except BaseException:
+                connection.close()
+                raise
         except (psycopg.Error, _OutOfTime, StoreUnavailable) as error:
             failure = error
         else:
