@@ -368,7 +368,11 @@ async def _connect_to_primary(target: Target) -> asyncpg.Connection[asyncpg.Reco
                 timeout=max(0.0, until - loop.time()),
                 server_settings={"application_name": "retryproof"},
             )
-            check_primary(await connection.fetchval("SELECT pg_is_in_recovery()"))
+            try:
+                check_primary(await connection.fetchval("SELECT pg_is_in_recovery()"))
+            except BaseException:
+                connection.terminate()
+                raise
         except (*_DRIVER_ERRORS, StoreUnavailable) as error:
             failure = error
         else:
