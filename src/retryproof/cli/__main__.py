@@ -14,9 +14,10 @@ def main() -> NoReturn:
     try:
         commands = import_module("retryproof.cli.commands")
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "rich"):
+        library = (error.name or "").partition(".")[0]
+        if library not in ("click", "rich"):
             raise
-        print(f"The command line needs {error.name}: pip install 'retryproof[cli]'", file=sys.stderr)
+        print(f"The command line needs {library}: pip install 'retryproof[cli]'", file=sys.stderr)
         sys.exit(USAGE)
     commands.retryproof(prog_name="retryproof")
     sys.exit(0)
