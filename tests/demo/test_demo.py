@@ -132,4 +132,21 @@ async def pay(port: int, policy: RetryPolicy) -> httpx.Response:
 async def test_a_server_that_ends_by_itself_ends_the_demo_with_what_it_said(tmp_path: Path) -> None:
     (tmp_path / "payments.db").mkdir()  # where no ledger can be opened
     with pytest.raises(process.ServerFailed, match="unable to open database file"):
-        await run_half(tmp_path, keys=True, charges=1, seconds=10, seed=1, advance=lambda: None)
+        await run_half(tmp_path, keys=True, charges=1, seconds=10, seed=1, watch=lambda done, kills: None)
+
+
+def test_the_servers_end_when_their_input_does(tmp_path: Path) -> None:
+    life = {"database": str(tmp_path / "payments.db"), "keys": None, "dies": "never", "count": 0}
+    command = [sys.executable, "-m", "retryproof.demo.server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as servers:
+        assert servers.stdin is not None
+        assert servers.stdout is not None
+        servers.stdin.write(json.dumps(life) + "\n")
+        servers.stdin.flush()
+        port = json.loads(servers.stdout.readline())["port"]
+        assert httpx.get(f"http://127.0.0.1:{port}/charges").json() == []
+        servers.stdin.close()
+        assert json.loads(servers.stdout.readline()) == {"exit": 0}
+        assert servers.wait(timeout=10) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/charges")

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,25 +25,21 @@ def free_port() -> int:
 
 def serve(command: list[str], port: int, directory: Path) -> Iterator[str]:
     """Run it until the end of the test; its URL."""
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE) as server:
+    with subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
         try:
-            wait_until_it_answers(url, server)
-            yield url
+            wait_until_it_runs(server)
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
 
 
-def wait_until_it_answers(url: str, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        try:
-            httpx.get(f"{url}/charges")
-        except httpx.TransportError:
-            assert server.poll() is None
-            time.sleep(0.1)
-        else:
+def wait_until_it_runs(server: subprocess.Popen[bytes]) -> None:
+    said = []
+    for line in server.stderr or ():
+        said.append(line)
+        if b"Uvicorn running" in line:
             return
-    pytest.fail("the server did not start")
+    pytest.fail(f"the server did not start: {b''.join(said)!r}")
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +83,25 @@ def test_a_refund_asked_for_twice_is_made_once_and_never_more_than_the_charge(ex
     assert post(f"{example}/charges/nothing/refund", "r4", {}).status_code == 404
 
 
-def test_the_printed_commands_do_what_they_say(by_hand: str) -> None:
+def run_by_shell(command: str) -> str:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    answers = []
-    for command, _ in curl_commands(by_hand):
-        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=True)
-        answers.append(done.stdout)
-    charge, replay, mismatch, ledger = answers
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout
+
+
+def test_the_commands_of_the_readme_do_what_it_says(example: str) -> None:
+    lines = (EXAMPLE / "README.md").read_text().splitlines()
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ curl")]
+    charge, replay, ledger = (run_by_shell(each.replace("http://127.0.0.1:8000", example)) for each in commands)
+    assert charge.startswith("HTTP/1.1 201")
+    assert "idempotency-replayed: true" in replay.lower()
+    charged = json.loads(charge.splitlines()[-1])
+    assert json.loads(ledger).count(charged) == 1
+
+
+def test_the_printed_commands_do_what_they_say(by_hand: str) -> None:
+    charge, replay, mismatch, ledger = (run_by_shell(command) for command, _ in curl_commands(by_hand))
     assert charge.startswith("HTTP/1.1 201")
     assert "idempotency-replayed" not in charge.lower()
     assert replay.startswith("HTTP/1.1 201")

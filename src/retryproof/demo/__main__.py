@@ -15,9 +15,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, the rest to stderr")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="leave the ledgers there, to look at")
     options = parser.parse_args()
-    return run_demo(
-        charges=options.charges, seconds=options.seconds, seed=options.seed, json=options.json, files=options.keep
-    )
+    try:
+        return run_demo(
+            charges=options.charges, seconds=options.seconds, seed=options.seed, json=options.json, files=options.keep
+        )
+    except KeyboardInterrupt:
+        return 130  # as shells say it
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Death:
 
 def deaths(random: Random, charges: int) -> list[Death]:
     """A plan of kills at random moments, of each sort at least once, that a run of so many charges lives through."""
-    number = max(4, charges // 35)
+    number = max(4, charges // 30)
     others = [*MOMENTS[1:], *random.choices(MOMENTS, k=number - len(MOMENTS))]
     random.shuffle(others)
     share = max(2, charges // (2 * number))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -79,10 +78,6 @@ def run_demo(
     return code
 
 
-main = run_demo
-"""What the command line calls."""
-
-
 def run_both(
     console: Console, files: Path | None, *, charges: int, seconds: float, seed: int
 ) -> tuple[report.Figures, report.Figures]:
@@ -91,19 +86,22 @@ def run_both(
         directory = files or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retryproof-demo-")))
 
         def half(keys: bool) -> report.Figures:
-            task = progress.add_task("with Retryproof" if keys else "without Retryproof", total=charges)
+            task = progress.add_task("with Retryproof" if keys else "without Retryproof", total=charges, kills=0)
             own = directory / ("with" if keys else "without")
             own.mkdir(parents=True)
-            advance = partial(progress.advance, task)
-            return asyncio.run(run_half(own, keys=keys, charges=charges, seconds=seconds, seed=seed, advance=advance))
+
+            def watch(done: int, kills: int) -> None:
+                progress.update(task, completed=done, kills=kills)
+
+            return asyncio.run(run_half(own, keys=keys, charges=charges, seconds=seconds, seed=seed, watch=watch))
 
         return half(keys=False), half(keys=True)
 
 
 async def run_half(
-    files: Path, *, keys: bool, charges: int, seconds: float, seed: int, advance: Callable[[], None]
+    files: Path, *, keys: bool, charges: int, seconds: float, seed: int, watch: Callable[[int, int], None]
 ) -> report.Figures:
-    """One run from an empty directory to its figures; `advance` is called whenever a client is done."""
+    """One run from an empty directory to its figures; `watch` is told of clients that are done and of kills."""
     random = Random(seed)
     wanted = clients.orders(random, charges)
     plan = process.deaths(random, charges)
@@ -111,10 +109,17 @@ async def run_half(
     with FaultLink("127.0.0.1", NOWHERE, random=random) as link:
         make_unreliable(link)
         up = asyncio.Event()
+        done = 0
 
         def moved(port: int) -> None:
             link.target = ("127.0.0.1", port)
             up.set()
+            watch(done, server.kills.total())
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            watch(done, server.kills.total())
 
         server = process.Server(files, keys=keys, moved=moved)
         living = asyncio.ensure_future(server.live(plan))
@@ -145,7 +150,12 @@ async def first_of(work: Coroutine[Any, Any, T], living: asyncio.Future[None]) -
 
 
 def progress_bar(console: Console) -> Progress:
-    """Bars of clients that are done."""
+    """Bars of clients that are done, and how often the server was killed."""
     return Progress(
-        TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description:>18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("kill -9: {task.fields[kills]}"),
+        TimeElapsedColumn(),
+        console=console,
     )

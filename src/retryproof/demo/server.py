@@ -53,10 +53,10 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_with_parent() -> None:
+def end_with_parent(server: uvicorn.Server) -> None:
     """Shut down when standard input ends: nothing else comes while a child lives."""
     os.read(sys.stdin.fileno(), 1)
-    signal.raise_signal(signal.SIGTERM)
+    server.should_exit = True
 
 
 def serve(life: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ def serve(life: dict[str, Any]) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
         say({"pid": os.getpid(), "port": listener.getsockname()[1]})
-        threading.Thread(target=end_with_parent, daemon=True).start()
+        threading.Thread(target=end_with_parent, args=(server,), daemon=True).start()
         server.run(sockets=[listener])
 
 
