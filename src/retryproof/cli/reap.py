@@ -40,9 +40,8 @@ def reap(url: str, once: bool, limit: int, output: Output) -> None:
         "more": totals.more,
         "ended": [as_document(record) for record in ended],
     }
-    lines = [
-        f"Removed {totals.settled} settled and {totals.unsettled} unsettled in {totals.passes} {'pass' if totals.passes == 1 else 'passes'}."
-    ]
+    passes = "1 pass" if totals.passes == 1 else f"{totals.passes} passes"
+    lines = [f"Removed {totals.settled} settled and {totals.unsettled} unsettled in {passes}."]
     if totals.more:
         lines.append("There is more: run it again, or without --once.")
     output.answer(document, *lines)
