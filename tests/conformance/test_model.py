@@ -70,7 +70,7 @@ def test_redis_agrees_with_the_model(
 def test_async_redis_agrees_with_the_model(
     redis_url: str, unique: str, runner: asyncio.Runner, stack: ExitStack
 ) -> None:
-    check(_awaited(runner, lambda: AsyncRedisStore(redis_url, prefix=unique), stack), examples=15)
+    check(_awaited(runner, lambda: AsyncRedisStore(redis_url, prefix=unique), stack), examples=40)
 
 
 def test_postgres_agrees_with_the_model_on_psycopg(postgres_schema: str, stack: ExitStack) -> None:
@@ -82,4 +82,4 @@ def test_postgres_agrees_with_the_model_on_psycopg(postgres_schema: str, stack: 
 def test_postgres_agrees_with_the_model_on_asyncpg(
     postgres_schema: str, runner: asyncio.Runner, stack: ExitStack
 ) -> None:
-    check(_awaited(runner, lambda: AsyncpgStore(postgres_schema), stack), examples=15)
+    check(_awaited(runner, lambda: AsyncpgStore(postgres_schema), stack), examples=40)
