@@ -62,7 +62,7 @@ def store(url: str) -> Iterator[PsycopgStore]:
 @pytest.fixture
 def caller(postgres_url: str, unique: str) -> Iterator[psycopg.Connection[Any]]:
     """Another session with a transaction of its own, in the test's schema."""
-    with psycopg.connect(postgres_url, options=f"-c search_path={unique}") as connection:
+    with psycopg.connect(postgres_url, options=f"-c search_path={unique}", client_encoding="utf8") as connection:
         yield connection
 
 
@@ -165,7 +165,7 @@ class TestLocksOfOthers:
         claim = new_claim()
         complete = Complete(claim.id, claim.nonce, token(store.claim([claim])[0]), b"result")
         with (
-            psycopg.connect(postgres_url, options=f"-c search_path={unique}") as other,
+            psycopg.connect(postgres_url, options=f"-c search_path={unique}", client_encoding="utf8") as other,
             ThreadPoolExecutor(1) as pool,
         ):
             other.execute(f"UPDATE {TABLE} SET lease_until = lease_until + 1")

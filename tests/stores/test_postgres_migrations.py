@@ -87,7 +87,7 @@ def test_statements_end_at_semicolons_that_end_a_line() -> None:
 def _described(url: str, schema: str) -> str:
     """Columns, constraints and indexes as PostgreSQL describes them, one a line."""
     lines = []
-    with psycopg.connect(parse(url).dsns[0]) as connection:
+    with psycopg.connect(parse(url).dsns[0], client_encoding="utf8") as connection:
         for query in _QUERIES:
             lines += [row[0].replace(f"{schema}.", "") for row in connection.execute(query.encode(), (schema,))]
     return "\n".join(lines) + "\n"

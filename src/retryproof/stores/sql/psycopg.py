@@ -152,6 +152,7 @@ def connect(dsn: str, deadline: float, settings: dict[str, str]) -> DeadlineConn
     options = [parameters.get("options"), *(f"-c {name}={_option(value)}" for name, value in settings.items())]
     parameters["options"] = " ".join(str(option) for option in options if option) or None
     parameters.setdefault("application_name", "retryproof")
+    parameters["client_encoding"] = "utf8"  # a database of bytes (SQL_ASCII) would give bytes for text
     connecting = pq.PGconn.connect_start(conninfo.make_conninfo("", **parameters).encode())
     try:
         _finish_connecting(connecting, deadline)
