@@ -210,6 +210,15 @@ def test_the_program_runs_and_lists_its_exit_codes() -> None:
         assert word in done.stdout
 
 
+def test_an_interrupt_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retryproof.cli.reap.reap_all", interrupted)
+
+    assert run("reap", "memory://").code == exits.INTERRUPTED
+
+
 @pytest.mark.parametrize("library", ["click", "rich"])
 def test_without_its_libraries_the_program_names_the_extra(library: str) -> None:
     program = f"import sys; sys.modules[{library!r}] = None; from retryproof.cli.__main__ import main; main()"

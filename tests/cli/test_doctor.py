@@ -1,6 +1,7 @@
 """`retryproof doctor` on real servers and files (O2)."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 from redis import Redis
 
 from retryproof import Idempotency
+from retryproof.stores.diagnosis import Verdict
+from retryproof.stores.sql import asyncpg, postgres_doctor
 from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.postgres_doctor import INDEXES
+from retryproof.stores.sql.postgres_url import parse
 from tests.cli.conftest import Run
 from tests.conftest import PrivateServer
 
@@ -97,6 +101,14 @@ def test_o2_a_good_postgresql_passes(run: Run, migrated: str) -> None:
 
     assert ran.code == 0, ran.out
     assert set(verdicts(ran.document).values()) == {"ok"}
+
+
+async def test_o2_asyncpg_alone_gives_the_same_answer(migrated: str) -> None:
+    target = parse(migrated)
+
+    facts = await asyncpg.transaction(target, lambda: postgres_doctor.gather(target, time.time))
+
+    assert {finding.verdict for finding in postgres_doctor.verdicts(facts)} == {Verdict.OK}
 
 
 def test_o2_the_indexes_that_are_looked_for_are_those_of_the_migrations(

@@ -49,6 +49,9 @@ def json_option(function: Function) -> Function:
         try:
             with messages(secret_url=_url_of(options)):
                 return function(*args, output=output, **options)
+        except KeyboardInterrupt:  # click would make it exit code 1
+            output.note("Interrupted.")
+            sys.exit(exits.INTERRUPTED)
         except click.ClickException as error:
             if not as_json:
                 raise

@@ -1,0 +1,169 @@
+"""Settling beside attempts that move at the same time: the record that was looked at, or nothing (O1, I1, I3)."""
+
+import json
+import os
+
+import pytest
+
+from retryproof.cli.command import Refused
+from retryproof.cli.settlement import CHECKPOINT, LEASE, Settlement, check_settleable, settle
+from retryproof.core.commands import LOST, Abandoned, Acquired, Claim, Complete, Done, Running
+from retryproof.core.record import Record, State
+from retryproof.stores import MemoryStore
+from tests.cli.conftest import FINGERPRINT, claim, found
+
+DONE_WITH = Settlement(True, b"result")
+NEVER = Settlement(False)
+ENTRY = {"by": "ada"}
+
+
+class Clock:
+    now = 1_000_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+    def forward(self, seconds: float) -> None:
+        self.now += round(seconds * 1_000_000)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> MemoryStore:
+    return MemoryStore(clock)
+
+
+def died(store: MemoryStore, clock: Clock) -> Record:
+    claimed, _ = claim(store, lease=10.0)
+    clock.forward(11.0)
+    return found(store, claimed.id)
+
+
+def again(record: Record, **more: object) -> Claim:
+    return Claim(
+        id=record.id,
+        fingerprint=FINGERPRINT,
+        nonce=os.urandom(16),
+        lease=10.0,
+        retention=60.0,
+        unsettled_retention=60.0,
+        **more,  # type: ignore[arg-type]  # options by name
+    )
+
+
+@pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
+def test_i1_a_retry_that_was_faster_keeps_the_operation(
+    store: MemoryStore, clock: Clock, settlement: Settlement
+) -> None:
+    record = died(store, clock)
+    retry = again(record)
+    (held,) = store.claim([retry])
+    assert isinstance(held, Acquired)
+
+    with pytest.raises(Refused, match="taken up by a retry"):
+        settle(store, record, settlement, ENTRY)
+
+    assert store.complete([Complete(record.id, retry.nonce, held.token, b"r")]) == [Done()]
+
+
+@pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
+def test_i3_a_retry_that_finished_meanwhile_stays_as_it_is(
+    store: MemoryStore, clock: Clock, settlement: Settlement
+) -> None:
+    record = died(store, clock)
+    retry = again(record)
+    (held,) = store.claim([retry])
+    assert isinstance(held, Acquired)
+    store.complete([Complete(record.id, retry.nonce, held.token, b"r")])
+
+    with pytest.raises(Refused, match="changed while you decided"):
+        settle(store, record, settlement, ENTRY)
+
+    assert found(store, record.id).result == b"r"
+
+
+@pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
+def test_an_attempt_that_began_and_died_after_the_look_is_not_settled(
+    store: MemoryStore, clock: Clock, settlement: Settlement
+) -> None:
+    record = died(store, clock)
+    store.claim([again(record)])
+    clock.forward(11.0)
+
+    with pytest.raises(Refused, match="changed while you decided"):
+        settle(store, record, settlement, ENTRY)
+
+    assert found(store, record.id).state is State.IN_PROGRESS
+    assert isinstance(store.claim([again(record)])[0], Running)
+    clock.forward(LEASE + 1)
+    check_settleable(found(store, record.id))
+
+
+@pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
+def test_a_record_that_is_gone_is_not_made_anew(store: MemoryStore, clock: Clock, settlement: Settlement) -> None:
+    record = died(store, clock)
+    store.evict([record.id])
+
+    with pytest.raises(Refused, match="gone"):
+        settle(store, record, settlement, ENTRY)
+
+    assert store.get([record.id]) == [None]
+
+
+def test_c2_the_dead_attempts_late_result_is_fenced_off(store: MemoryStore, clock: Clock) -> None:
+    claimed, held = claim(store, lease=10.0)
+    clock.forward(11.0)
+    settle(store, found(store, claimed.id), DONE_WITH, ENTRY)
+
+    assert store.complete([Complete(claimed.id, claimed.nonce, held.token, b"late")]) == [LOST]
+    assert found(store, claimed.id).result == b"result"
+
+
+def test_c12_retention_starts_when_it_is_settled(store: MemoryStore, clock: Clock) -> None:
+    record = died(store, clock)
+    settle(store, record, DONE_WITH, ENTRY)
+
+    settled = found(store, record.id)
+    assert settled.expires_at == clock.now + round(record.retention * 1_000_000)
+
+
+def test_o1_a_released_record_says_who_released_it(store: MemoryStore, clock: Clock) -> None:
+    record = died(store, clock)
+    settle(store, record, NEVER, ENTRY)
+
+    released = found(store, record.id)
+    assert released.state is State.RELEASED
+    assert json.loads(released.checkpoints[CHECKPOINT]) == ENTRY
+
+
+def test_c15_a_settlement_that_dies_half_way_counts_as_no_death(
+    store: MemoryStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = died(store, clock)
+    deaths_if_it_dies = record.deaths + 1
+
+    def die(commands: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "complete", die)
+    with pytest.raises(KeyboardInterrupt):
+        settle(store, record, DONE_WITH, ENTRY)
+    clock.forward(LEASE + 1)
+
+    left = found(store, record.id)
+    check_settleable(left)
+    assert left.deaths + left.counts == deaths_if_it_dies
+
+
+def test_c7_a_refused_operation_is_settled_all_the_same(store: MemoryStore, clock: Clock) -> None:
+    record = died(store, clock)
+    (refused,) = store.claim([again(record, on_abandoned="refuse")])
+    assert isinstance(refused, Abandoned)
+
+    settle(store, found(store, record.id), DONE_WITH, ENTRY)
+
+    assert found(store, record.id).state is State.COMPLETED
