@@ -40,7 +40,7 @@ def deaths(random: Random, charges: int) -> list[Death]:
     random.shuffle(others)
     share = max(2, charges // (2 * number))
     return [
-        Death(moment, seconds=random.uniform(0.02, 0.25))
+        Death(moment, seconds=random.uniform(0.1, 0.5))
         if moment == "any"
         else Death(moment, count=random.randint(1, share))
         # The first is the one that no retry can see through, so that even a short run has it.

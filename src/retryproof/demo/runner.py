@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json as jsonlib
+import logging
 import secrets
 import sys
 import tempfile
@@ -55,6 +56,8 @@ def run_demo(
     """
     if charges < 1 or seconds <= 0:
         raise ValueError("charges and seconds must be more than zero")
+    # A line for each of a thousand requests would drown the rest, where the program logs at INFO.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     shown = console or Console(stderr=json)
     shown.print(
