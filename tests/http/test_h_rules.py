@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from retryproof.core import fingerprint
 from retryproof.core.errors import OutcomeUnknown
 from retryproof.core.policy import Policy
 from retryproof.http import by_header, by_user
 from retryproof.http.key_source import json_field
 from retryproof.http.types import Message, Receive, Scope, Send
 from tests.http.conftest import MakeLayer
-from tests.http.harness import Answer, Counting, Events, call, new_key, read_body, request_scope, start
+from tests.http.harness import (
+    Answer,
+    Counting,
+    Events,
+    call,
+    closing,
+    layered,
+    new_key,
+    read_body,
+    request_scope,
+    start,
+)
 
 # H1
 
@@ -558,3 +571,50 @@ async def test_fifty_twins_at_once_take_effect_once(layer: MakeLayer) -> None:
     assert app.effects == 1
     assert {answer.status for answer in answers} <= {201, 409}
     assert {answer.body for answer in answers if answer.status == 201} == {b'{"n": 1}'}
+
+
+# C21
+
+
+async def test_c21_a_changed_fingerprint_option_still_knows_what_an_earlier_one_stored(tmp_path: Path) -> None:
+    key, url = new_key(), f"sqlite:///{tmp_path / 'shared.db'}"
+    request: dict[str, Any] = {"key": key, "headers": [(b"content-type", b"application/json")]}
+    async with (
+        closing(layered(Counting(), store=url)) as before,
+        closing(layered(Counting(), store=url, fingerprint=fingerprint.json)) as after,
+    ):
+        await call(before, **request, body=b'{"a": 1}')
+        assert (await call(after, **request, body=b'{"a": 1}')).replayed
+        assert (await call(after, **request, body=b'{"a": 2}')).code == "key-reused"
+
+
+async def test_h6_canonical_json_takes_two_spellings_for_one_request(layer: MakeLayer) -> None:
+    covered, key = layer(Counting(), fingerprint=fingerprint.json), new_key()
+    request: dict[str, Any] = {"key": key, "headers": [(b"content-type", b"application/json")]}
+    await call(covered, **request, body=b'{"a": 1, "b": 2}')
+    assert (await call(covered, **request, body=b'{"b":2,"a":1}')).replayed
+
+
+async def test_h6_only_selected_fields_count(layer: MakeLayer) -> None:
+    covered, key = layer(Counting(), fingerprint=fingerprint.fields("/amount")), new_key()
+    request: dict[str, Any] = {"key": key, "headers": [(b"content-type", b"application/json")]}
+    await call(covered, **request, body=b'{"amount": 1, "at": 1}')
+    assert (await call(covered, **request, body=b'{"amount": 1, "at": 2}')).replayed
+    assert (await call(covered, **request, body=b'{"amount": 2, "at": 1}')).code == "key-reused"
+
+
+async def test_h6_a_callable_decides_what_counts(layer: MakeLayer) -> None:
+    covered, key = layer(Counting(), fingerprint=lambda request: request.body[:1]), new_key()
+    await call(covered, key=key, body=b"a1")
+    assert (await call(covered, key=key, body=b"a2")).replayed
+    assert (await call(covered, key=key, body=b"b1")).code == "key-reused"
+
+
+async def test_h6_a_multipart_retry_draws_a_new_boundary(layer: MakeLayer) -> None:
+    app = Counting()
+    covered, key = layer(app), new_key()
+    for boundary in (b"first", b"second"):
+        body = b'--%b\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--%b--\r\n' % (boundary, boundary)
+        headers = [(b"content-type", b"multipart/form-data; boundary=" + boundary)]
+        assert (await call(covered, key=key, body=body, headers=headers)).status == 201
+    assert app.effects == 1

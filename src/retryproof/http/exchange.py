@@ -59,8 +59,10 @@ class HttpEngine(AsyncIdempotency):
         self.options = options
         self.running: set[asyncio.Task[None]] = set()
 
-    async def begin(self, claimed: Admitted, opened: AsyncOpened | AsyncView, link: ClientLink) -> Begun:
-        """Claim an operation; its conclusion, or what is to be run."""
+    async def begin(
+        self, claimed: Admitted, opened: AsyncOpened | AsyncView, link: ClientLink
+    ) -> tuple[Flow, Run | Conclusion]:
+        """Claim an operation; its flow, with its conclusion or what is to be run."""
         policy = claimed.policy
         flow: Flow = self.flow(
             opened, claimed.id, claimed.fingerprint, policy, claimed.tenant, claimed.trace, claimed.refingerprint
@@ -69,22 +71,14 @@ class HttpEngine(AsyncIdempotency):
         async def pause(command: Pause) -> Paused:
             return await self.pause(command, policy, link.stays)
 
-        return Begun(flow, await abegin(flow, opened, policy.store_timeout, pause))
+        return flow, await abegin(flow, opened, policy.store_timeout, pause)
 
     def concluded(self, admitted: Admitted, conclusion: Conclusion) -> None:
         """Tell the listeners."""
         self.conclude(conclusion, admitted.id, admitted.where, admitted.began)
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """How a claim went."""
-
-    flow: Flow
-    step: Run | Conclusion
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs more than the rest of it
 class Admitted:
     """A request that may claim its operation."""
 
@@ -119,6 +113,8 @@ class Exchange:
         self._engine = engine
         self._options = engine.options
         self._scope = scope
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._raw_path = _raw_path(scope)
         self._receive = receive
         self._server_send = send
         self._link = ClientLink(receive, send)
@@ -170,13 +166,13 @@ class Exchange:
         options, scope = self._options, self._scope
         endpoint = options.endpoint.of(scope)
         who: tuple[str | bytes, ...] = ("anonymous", "") if identity is None else ("caller", identity)
-        what: tuple[str | bytes, ...] = (endpoint,) if endpoint is not None else (scope["method"], _raw_path(scope))
+        what: tuple[str | bytes, ...] = (endpoint,) if endpoint is not None else (scope["method"], self._raw_path)
         return Admitted(
             id=record_id((options.name, *who, *what), key, pepper=options.pepper),
             fingerprint=fingerprint,
             policy=self._policy,
             tenant=b"" if identity is None else tenant_digest(identity, pepper=options.pepper),
-            trace=self._header(b"traceparent").decode("latin-1")[:128],
+            trace=self._headers.get(b"traceparent", b"").decode("latin-1")[:128],
             where=endpoint or "",
             began=began,
             refingerprint=self._refingerprint,
@@ -251,7 +247,7 @@ class Exchange:
         return None
 
     def _announced_length(self) -> int | None:
-        value = self._header(b"content-length")
+        value = self._headers.get(b"content-length", b"")
         return int(value) if value.isdigit() and len(value) < 20 else None
 
     def _too_large(self) -> Problem:
@@ -259,15 +255,9 @@ class Exchange:
             problems.BODY_TOO_LARGE, f"A body may have {self._options.max_body} bytes here. Nothing was done."
         )
 
-    def _header(self, wanted: bytes) -> bytes:
-        for name, value in self._scope["headers"]:
-            if name == wanted:
-                return bytes(value)
-        return b""
-
     def _request(self) -> tuple[str, bytes, bytes, bytes]:
         scope = self._scope
-        return scope["method"], _raw_path(scope), scope.get("query_string", b""), self._header(b"content-type")
+        return scope["method"], self._raw_path, scope.get("query_string", b""), self._headers.get(b"content-type", b"")
 
     def _refingerprint(self, stored: bytes) -> bytes | None:
         """This request's fingerprint by the algorithm that made a stored one (C21)."""
@@ -293,13 +283,13 @@ class Exchange:
             return
         leave: Callable[[], None] | None = opened.background.leave
         try:
-            begun = await engine.begin(admitted, opened, self._link)
-            if isinstance(begun.step, Run):
-                execution = self._execution(admitted, begun.flow, begun.step, opened)
+            flow, step = await engine.begin(admitted, opened, self._link)
+            if isinstance(step, Run):
+                execution = self._execution(admitted, flow, step, opened)
                 leave = None  # the execution's end says so
                 await execution.outlast()
             else:
-                await self._conclude(admitted, begun.step)
+                await self._conclude(admitted, step)
         finally:
             if leave is not None:
                 leave()
@@ -308,6 +298,12 @@ class Exchange:
         engine = self._engine
         own = opened.capabilities.max_result
         most = admitted.policy.max_result
+
+        def ended(task: asyncio.Task[None]) -> None:
+            engine.running.discard(task)
+            opened.background.leave()
+            self._link.close()
+
         execution = Execution(
             engine.app,
             _app_scope(self._scope),
@@ -320,16 +316,11 @@ class Exchange:
             max_result=most if own is None else min(own, most),
             answer=lambda conclusion: self._answer(admitted, conclusion),
             told=lambda conclusion: engine.concluded(admitted, conclusion),
+            ended=ended,
         )
-
-        def ended(task: asyncio.Task[None]) -> None:
-            engine.running.discard(task)
-            opened.background.leave()
-            self._link.close()
-
         engine.listen(run.hold, admitted.where)
         opened.background.watch(run.hold)
-        engine.running.add(execution.start(ended))
+        engine.running.add(execution.start())
         self._running = True
         return execution
 
@@ -360,7 +351,7 @@ class Exchange:
             self._engine.tell(Event(kind=EventKind.UNREADABLE, digest=digest, where=admitted.where, error=error))
             await self._refuse(Problem(problems.RECORD_UNREADABLE, error.message, retry_after=1, operation=digest))
             return
-        headers, body = adapted(list(response.headers), response.body, self._header(b"accept-encoding"))
+        headers, body = adapted(list(response.headers), response.body, self._headers.get(b"accept-encoding", b""))
         marks = [(self._options.replay_header, b"true")]
         if response.omitted:
             marks.append(OMITTED)

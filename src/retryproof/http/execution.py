@@ -50,6 +50,7 @@ class Execution:
     """The app's run for one request.
 
     answer: sends what a conclusion other than one's own means to the caller. told: hears the conclusion.
+    ended: called once with the app's task, at its end.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Execution:
         max_result: int,
         answer: Callable[[Conclusion], Awaitable[None]],
         told: Callable[[Conclusion], None],
+        ended: Callable[[asyncio.Task[None]], None],
     ) -> None:
         self._app = app
         self._scope = scope
@@ -78,6 +80,7 @@ class Execution:
         self._max_result = max_result
         self._answer = answer
         self._told = told
+        self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._task: asyncio.Task[None] | None = None
@@ -95,16 +98,14 @@ class Execution:
 
     # The server's task
 
-    def start(self, ended: Callable[[asyncio.Task[None]], None]) -> asyncio.Task[None]:
-        """Start the app in its own task, which calls `ended` at its end; the hold must be watched already."""
+    def start(self) -> asyncio.Task[None]:
+        """Start the app in its own task; the hold must be watched already."""
         if self._policy.on_lease_lost == "cancel":
             self._hold.on_lost = self._on_lost
-        task = self._task = self._loop.create_task(self._run())
-        task.add_done_callback(ended)
-        task.add_done_callback(self._ended)
+        self._task = self._loop.create_task(self._run())
         if self._hold.lost:
-            self._cancel_overtaken()
-        return task
+            self._loop.call_soon(self._cancel_overtaken)
+        return self._task
 
     async def outlast(self) -> None:
         """Wait for the end of the run, or for the cut of its connection; raises what the app raised.
@@ -115,28 +116,28 @@ class Execution:
         try:
             await self._over
         except asyncio.CancelledError:
-            if not self._ended_already():
+            if self._task is not None and not self._task.done():
                 self._over = self._loop.create_future()
                 try:
-                    await self._over
+                    await asyncio.wait({self._task, self._over}, return_when=asyncio.FIRST_COMPLETED)
                 except asyncio.CancelledError:
-                    self._link.detached = not self._ended_already()
-                except Exception:
-                    logger.exception("The request's handler failed after the server had cancelled it.")
+                    self._link.detached = not self._task.done()
             raise
 
-    def _ended_already(self) -> bool:
-        return self._task is not None and self._task.done()
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
+    def _end(self, error: BaseException | None) -> None:
+        """The app has returned or raised."""
+        self._hold.on_lost = None  # leaves no cycle to the garbage collector
+        if self._task is not None:
+            self._ended(self._task)
         if not self._over.done():
-            if error is not None:
-                self._over.set_exception(error)
-            else:
+            if error is None:
                 self._over.set_result(None)
-        elif error is not None and (self._link.detached or self._over.cancelled()):
-            logger.error("The request's handler failed after its server had left.", exc_info=error)
+            elif isinstance(error, asyncio.CancelledError):
+                self._over.cancel()
+            else:
+                self._over.set_exception(error)
+        elif isinstance(error, Exception):
+            logger.error("A handler failed after its request was over.", exc_info=error)
 
     def _on_lost(self) -> None:
         """Another attempt took over; called from the keeper's thread."""
@@ -155,6 +156,14 @@ class Execution:
     async def _run(self) -> None:
         operation.enter(operation.LoopOperation(self._hold, self._store, self._policy, self._loop))
         try:
+            await self._run_and_settle()
+        except BaseException as error:  # noqa: BLE001  # handed to the server's task, which raises it
+            self._end(error)
+        else:
+            self._end(None)
+
+    async def _run_and_settle(self) -> None:
+        try:
             await self._app(self._scope, self._link.receive, self._send)
         except asyncio.CancelledError:
             await self._after_cancellation()
@@ -164,7 +173,8 @@ class Execution:
             await self._after_error(error)
             raise
         else:
-            await self._after_return()
+            if self._conclusion is None:
+                await self._after_return()
 
     async def _after_return(self) -> None:
         if await self._settled_elsewhere():
