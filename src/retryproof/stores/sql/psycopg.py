@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import struct
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -52,19 +52,31 @@ class DeadlineConnection(psycopg.Connection[Row]):
     deadline = float("inf")
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
-        """Pump psycopg's generator, as psycopg does, until the deadline."""
-        return super().wait(self._until_deadline(gen), *args, **kwargs)
+        """Pump one of psycopg's generators, as psycopg does, until the deadline.
 
-    def _until_deadline(self, gen: Any) -> Generator[Any, Any, Any]:
+        It yields and is sent bits: 1 to read, 2 to write, as those of `selectors`.
+        """
         try:
             wanted = next(gen)
             while True:
-                ready = yield wanted
-                if not ready and monotonic() >= self.deadline:  # psycopg wakes up ten times a second
-                    raise _OutOfTime
-                wanted = gen.send(ready)
+                wanted = gen.send(_ready(self.pgconn.socket, int(wanted), self.deadline))
         except StopIteration as stop:
             return stop.value
+
+
+def _ready(socket: int, wanted: int, deadline: float) -> int:
+    """Wait for a socket; what it is ready for."""
+    seconds = None if deadline == float("inf") else max(0.0, deadline - monotonic())
+    with _Selector() as selector:
+        selector.register(socket, wanted)
+        ready = selector.select(seconds)
+    if not ready:
+        raise _OutOfTime
+    return ready[0][1]
+
+
+# Neither opens a descriptor of its own for each wait.
+_Selector = selectors.PollSelector if hasattr(selectors, "PollSelector") else selectors.SelectSelector
 
 
 class _Bytes(list[Any]):
@@ -176,16 +188,9 @@ def _finish_connecting(connecting: pq.abc.PGconn, deadline: float) -> None:
     while status != pq.PollingStatus.OK:
         if connecting.status == pq.ConnStatus.BAD or status == pq.PollingStatus.FAILED:
             raise OperationalError(connecting.get_error_message().strip())
-        _wait_for(connecting.socket, status, deadline)
+        reading = status == pq.PollingStatus.READING
+        _ready(connecting.socket, selectors.EVENT_READ if reading else selectors.EVENT_WRITE, deadline)
         status = connecting.connect_poll()
-
-
-def _wait_for(socket: int, status: int, deadline: float) -> None:
-    wanted = selectors.EVENT_READ if status == pq.PollingStatus.READING else selectors.EVENT_WRITE
-    with selectors.DefaultSelector() as selector:
-        selector.register(socket, wanted)
-        if not selector.select(max(0.0, deadline - monotonic())):
-            raise _OutOfTime
 
 
 def from_url(url: str, *, timeout: float = TIMEOUT) -> PsycopgStore:
