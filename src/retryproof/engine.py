@@ -140,11 +140,15 @@ class Engine:
             self.tell(event_of(conclusion, kind, short_digest(id), where, clock() - began))
 
     def _overran(self, hold: Hold) -> None:
-        self.tell(Event(kind=Kind.OVERRUN, digest=short_digest(hold.id), where=hold.where, attempt=hold.attempt))
+        self.tell(_event_of_hold(Kind.OVERRUN, hold))
 
     def _settled_late(self, hold: Hold, stored: bool) -> None:
-        kind = Kind.STORED_LATE if stored else Kind.NEVER_STORED
-        self.tell(Event(kind=kind, digest=short_digest(hold.id), where=hold.where, attempt=hold.attempt))
+        self.tell(_event_of_hold(Kind.STORED_LATE if stored else Kind.NEVER_STORED, hold))
+
+
+def _event_of_hold(kind: Kind, hold: Hold) -> Event:
+    digest = short_digest(hold.id)
+    return Event(kind=kind, digest=digest, where=hold.where, attempt=hold.attempt, trace=hold.trace)
 
 
 def _limit(policy: Policy, opened: Opened | AsyncOpened | AsyncView) -> int:

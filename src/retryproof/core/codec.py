@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias
 
 from retryproof.core.convert import converter_for
 from retryproof.core.errors import Unreadable
-from retryproof.core.scalars import Converter, Unencodable
+from retryproof.core.scalars import Converter, Unencodable, unchanged
 
 __all__ = [
     "Codec",
@@ -114,14 +114,17 @@ class Codec(Protocol):
 
 def encode_value(codec: Codec, value: object) -> bytes:
     """Return a value as it is stored; raise Unencodable, and nothing else, where the codec cannot write it."""
-    name = codec.name.encode("ascii")
     try:
         payload = codec.encode(value)
     except Unencodable:
         raise
     except Exception as error:  # The effect has happened: whatever a codec raises must end as a tombstone (C17).
         raise Unencodable(f"codec {codec.name} failed: {error!r}") from error
-    return b"%c%c%c%b%b" % (VERSION, _VALUE, len(name), name, payload)
+    return _envelope(codec.name, payload)
+
+
+def _envelope(name: str, payload: bytes) -> bytes:
+    return b"%c%c%c%b%b" % (VERSION, _VALUE, len(name), name.encode("ascii"), payload)
 
 
 def decode_value(codec: Codec, data: bytes) -> Any:
@@ -148,6 +151,10 @@ def encode_and_replay(codec: Codec, value: object) -> tuple[bytes, Any]:
 
     Raises Unencodable, and nothing else, for a value that the codec cannot write or could not read back.
     """
+    if isinstance(codec, JsonCodec) and codec.is_plain:
+        # Plain JSON is read back as it was written, so there is nothing to read.
+        value, payload = codec.encode_plain(value)
+        return _envelope(codec.name, payload), value
     data = encode_value(codec, value)
     try:
         return data, decode_value(codec, data)
@@ -162,11 +169,17 @@ class JsonCodec:
 
     def __init__(self, annotation: object = Any) -> None:
         self._converter: Converter = converter_for(annotation)
+        self.is_plain = self._converter.decode is unchanged
 
     def encode(self, value: Any, /) -> bytes:
         """Return the bytes of a value, or raise Unencodable."""
+        return self.encode_plain(value)[1]
+
+    def encode_plain(self, value: Any) -> tuple[Any, bytes]:
+        """Return the plain JSON that a value is written as, and its bytes; raise Unencodable where there is none."""
         try:
-            return _to_text(self._converter.encode(value)).encode("utf-8", "surrogatepass")
+            plain = self._converter.encode(value)
+            return plain, _to_text(plain).encode("utf-8", "surrogatepass")
         except (RecursionError, ValueError) as error:
             if isinstance(error, Unencodable):
                 raise

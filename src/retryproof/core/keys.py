@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -185,17 +186,25 @@ def record_id(scope: Sequence[str | bytes], key: str | bytes, *, pepper: bytes =
 
     Every part is framed by its type and length, so that no two different pairs share an id (C11).
     """
-    return _hash(b"".join([b"retryproof record 1\n", *map(_frame, scope), _frame(key)]), pepper)
+    if pepper:
+        return hmac.digest(pepper, _framed(tuple(scope)) + _frame(key), "sha256")
+    return hashlib.sha256(_framed(tuple(scope)) + _frame(key)).digest()
 
 
 def tenant_digest(part: str | bytes, *, pepper: bytes = b"") -> bytes:
     """Return the 16 bytes under which all records of one tenant can be purged."""
-    return _hash(b"retryproof tenant 1\n" + _frame(part), pepper)[:16]
+    message = b"retryproof tenant 1\n" + _frame(part)
+    return (hmac.digest(pepper, message, "sha256") if pepper else hashlib.sha256(message).digest())[:16]
 
 
 def short_digest(record: bytes) -> str:
     """Return the 16 hexadecimal characters that stand for a record id in logs and messages."""
     return record[:8].hex()
+
+
+@lru_cache(maxsize=1_024)
+def _framed(scope: tuple[str | bytes, ...]) -> bytes:
+    return b"".join([b"retryproof record 1\n", *map(_frame, scope)])
 
 
 def _frame(part: str | bytes) -> bytes:
@@ -204,9 +213,3 @@ def _frame(part: str | bytes) -> bytes:
         encoded = part.encode("utf-8", "surrogatepass")
         return b"s%d:%b" % (len(encoded), encoded)
     return b"b%d:%b" % (len(part), part)
-
-
-def _hash(message: bytes, pepper: bytes) -> bytes:
-    if pepper:
-        return hmac.digest(pepper, message, "sha256")
-    return hashlib.sha256(message).digest()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from math import isfinite
+from operator import is_
 from typing import Any, NamedTuple, get_args
 from uuid import UUID
 
@@ -49,7 +50,7 @@ def name_of(annotation: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a plain JSON value unchanged, a tuple among them: every caller is given a list in its place (C16).
+    """Return a plain JSON value itself, or with lists in place of its tuples, as every caller is given it (C16).
 
     Raises Unencodable for all others.
     """
@@ -58,16 +59,17 @@ def _plain(value: Any) -> Any:
         return value
     if kind is float:
         return _finite(value)
-    if kind is list or kind is tuple:
-        for item in value:
-            _plain(item)
-        return value
+    if kind is list:
+        items = [_plain(item) for item in value]
+        return value if all(map(is_, items, value)) else items
+    if kind is tuple:
+        return [_plain(item) for item in value]
     if kind is dict:
-        for name, item in value.items():
+        for name in value:
             if type(name) is not str:
                 raise Unencodable(f"a dict with a name of type {name_of(type(name))} is not JSON")
-            _plain(item)
-        return value
+        items = [_plain(item) for item in value.values()]
+        return value if all(map(is_, items, value.values())) else dict(zip(value, items, strict=True))
     raise Unencodable(f"{name_of(kind)} is not plain JSON; annotate the result with its type")
 
 

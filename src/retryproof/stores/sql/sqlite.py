@@ -10,6 +10,7 @@ sit in the tree that every claim descends. It has no other index: reaping reads 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +187,8 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = None
         try:
+            if self.path != ":memory:":  # what is stored may be anybody's response: it is its owner's alone to read
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             connection = sqlite3.connect(
                 self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
             )
@@ -195,7 +198,7 @@ class SqliteStore:
         except BaseException as error:
             if connection is not None:
                 connection.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | OSError):
                 raise self._unavailable(error) from error
             raise
         return connection
@@ -216,7 +219,7 @@ class SqliteStore:
         connection.execute(f"PRAGMA user_version = {plans.SCHEMA_VERSION}")
         connection.execute("COMMIT")
 
-    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
+    def _unavailable(self, error: sqlite3.Error | OSError) -> StoreUnavailable:
         busy = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
         what = (
             f"is locked by another writer for longer than {self._timeout:g} s" if busy else f"cannot be used: {error}"
