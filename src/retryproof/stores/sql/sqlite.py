@@ -10,11 +10,13 @@ sit in the tree that every claim descends. It has no other index: reaping reads 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -122,7 +124,7 @@ class SqliteStore:
         unsettled = [record for record in removed if not record.settled]
         return Reaped(len(removed) - len(unsettled), unsettled, more=len(over) > limit)
 
-    @contextmanager
+    @contextlib.contextmanager
     def commit_group(self) -> Iterator[None]:
         """All calls inside are one commit."""
         with self._lock:
@@ -148,7 +150,7 @@ class SqliteStore:
         with self._writing():
             return self._perform(plan())
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """The write lock until the end; inside a group, until the group's."""
         with self._lock:
@@ -187,12 +189,12 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = None
         try:
-            if self.path != ":memory:":  # what is stored may be anybody's response: it is its owner's alone to read
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            if self.path != ":memory:" and not os.path.exists(self.path):
+                _make_private_file(self.path)
             connection = sqlite3.connect(
                 self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
             )
-            connection.execute("PRAGMA journal_mode = WAL")
+            self._use_wal(connection)
             connection.execute(f"PRAGMA synchronous = {self.synchronous}")
             self._make_schema(connection)
         except BaseException as error:
@@ -202,6 +204,18 @@ class SqliteStore:
                 raise self._unavailable(error) from error
             raise
         return connection
+
+    def _use_wal(self, connection: sqlite3.Connection) -> None:
+        """Switch to WAL. For that alone SQLite does not wait while others open the file, so this does."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
 
     def _make_schema(self, connection: sqlite3.Connection) -> None:
         """Make what is missing; several processes may do it at once."""
@@ -220,11 +234,30 @@ class SqliteStore:
         connection.execute("COMMIT")
 
     def _unavailable(self, error: sqlite3.Error | OSError) -> StoreUnavailable:
-        busy = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
-        what = (
-            f"is locked by another writer for longer than {self._timeout:g} s" if busy else f"cannot be used: {error}"
-        )
+        locked = f"is locked by another writer for longer than {self._timeout:g} s"
+        what = locked if _is_busy(error) else f"cannot be used: {error}"
         return StoreUnavailable(f"The SQLite database {self.path} {what}; try again.")
+
+
+def _is_busy(error: Exception) -> bool:
+    name: str = getattr(error, "sqlite_errorname", "")
+    return name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+
+
+def _make_private_file(path: str) -> None:
+    """Make the file, for its owner alone to read: what is stored may be anybody's response.
+
+    It gets its name only once it is closed here: closing a file drops the locks that this process has on it, and
+    SQLite holds its own so.
+    """
+    folder, name = os.path.split(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder or ".")
+    os.close(descriptor)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
 
 
 def from_url(url: str, *, timeout: float = 2.0) -> SqliteStore:
