@@ -61,7 +61,7 @@ def test_without_a_schema_tables_go_where_the_search_path_says(postgres_url: str
 async def test_asyncpg_migrates_where_psycopg_is_not_installed(url: str) -> None:
     from retryproof.stores.sql import migrate as module
 
-    plan: Callable[[], Any] = lambda: module._migrate_plan(parse(url), lambda step: None)  # noqa: E731
+    plan: Callable[[], Any] = lambda: module.migrate_plan(parse(url), lambda step: None)  # noqa: E731
     assert await on_asyncpg.transaction(parse(url), plan) == NAMES
     assert pending(url) == []
 

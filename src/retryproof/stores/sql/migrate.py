@@ -47,16 +47,17 @@ def migrate(url: str, *, progress: Callable[[str], None] = lambda step: None) ->
     Raises StoreUnavailable, ConfigurationError for a URL without migrations.
     """
     target = parse(url)
-    return transaction(target, lambda: _migrate_plan(target, progress))
+    return transaction(target, lambda: migrate_plan(target, progress))
 
 
 def pending(url: str) -> list[str]:
     """The names of the migrations that the database has not seen."""
     target = parse(url)
-    return transaction(target, lambda: _pending_plan(target))
+    return transaction(target, lambda: pending_plan(target))
 
 
-def _migrate_plan(target: Target, progress: Callable[[str], None]) -> Plan[list[str]]:
+def migrate_plan(target: Target, progress: Callable[[str], None]) -> Plan[list[str]]:
+    """Apply what is missing, inside a transaction."""
     progress("waiting for other migrations")
     yield Statement("SELECT pg_advisory_xact_lock($1::bigint)", (LOCK,))
     if target.schema:
@@ -77,7 +78,8 @@ def _migrate_plan(target: Target, progress: Callable[[str], None]) -> Plan[list[
     return [migration.name for migration in missing]
 
 
-def _pending_plan(target: Target) -> Plan[list[str]]:
+def pending_plan(target: Target) -> Plan[list[str]]:
+    """What is missing."""
     ((exists,),) = yield Statement("SELECT to_regclass($1::text) IS NOT NULL", (target.versions,))
     missing = (yield from _missing(target)) if exists else migrations()
     return [migration.name for migration in missing]

@@ -19,7 +19,11 @@ from its answer does a second one look why: done before (C3), lost, or locked, w
 that two of them cannot deadlock.
 
 Every subquery for one row is a LATERAL one with LIMIT or FOR UPDATE, which the planner cannot turn into a scan of the
-whole table. `clock` is read once a statement (C9). Parameters are in the server's own style ($1), for both drivers.
+whole table. `clock` is read once a statement (C9). Parameters are in the server's own style ($1), for both drivers: an
+array a column, or plain values for one item, which halves the cost of the statement's start.
+
+Measured on the server's CPU in batches of 64: 17 µs a claim (2 of them the advisory lock) and 14 a completion, against
+100 and 75 for one item in a plain INSERT and UPDATE. The index on expires_at and a lower fillfactor changed nothing.
 """
 
 from __future__ import annotations
