@@ -1,0 +1,1 @@
+"""Work that commits with the caller's own transaction."""
