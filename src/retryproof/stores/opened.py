@@ -9,6 +9,7 @@ abandoned, never closed. Who passes a URL has it closed by `close` or `aclose`; 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import weakref
@@ -24,6 +25,7 @@ from retryproof.stores.threaded import InThread
 from retryproof.stores.url import is_async_url, open_async, open_store
 
 T = TypeVar("T")
+logger = logging.getLogger("retryproof")
 
 _fork_generation = 0
 
@@ -104,7 +106,10 @@ class AsyncOpened:
 
     def _keeper_store(self) -> Store:
         if isinstance(self.store, HasKeeper):
-            return self.store.keeper()
+            try:
+                return self.store.keeper()
+            except ConfigurationError as error:
+                logger.warning("Leases are renewed through the event loop, and are lost where it blocks: %s", error)
         return cast(Store, _OnLoop(self.store, self.loop))
 
     def check_usable(self) -> None:
