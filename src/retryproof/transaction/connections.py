@@ -77,6 +77,6 @@ def adapt(connection: Any) -> BlockingConnection | LoopConnection:
             adapted: BlockingConnection | LoopConnection = importlib.import_module(module).adapt(connection)
             return adapted
     raise ConfigurationError(
-        f"{type(connection).__module__}.{type(connection).__qualname__} is no connection that is known here. Pass one of "
-        "psycopg, asyncpg, SQLAlchemy (Connection, Session, AsyncConnection, AsyncSession), Django or sqlite3."
+        f"{type(connection).__module__}.{type(connection).__qualname__} is no connection that is known here. Pass one "
+        "of psycopg, asyncpg, SQLAlchemy (Connection, Session, AsyncConnection, AsyncSession), Django or sqlite3."
     )
