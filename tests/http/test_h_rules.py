@@ -151,10 +151,12 @@ async def test_h3_rejects_a_bad_key_in_the_body(layer: MakeLayer, body: bytes) -
 
 
 async def test_h2_a_callable_can_find_the_key(layer: MakeLayer) -> None:
-    covered = layer(Counting(), key=lambda scope: scope["query_string"].decode() or None)
+    app = Counting()
+    covered = layer(app, key=lambda scope: scope["query_string"].decode() or None)
     await call(covered, query=b"abc")
     assert (await call(covered, query=b"abc")).replayed
-    assert not (await call(covered)).replayed
+    assert not (await call(covered, body=b"without")).replayed
+    assert app.bodies == [b"{}", b"without"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ that has left is dropped while the response can still be stored whole, so that t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from retryproof.http.body import Body
 from retryproof.http.types import Message, Receive, Send
@@ -18,6 +18,7 @@ DISCONNECT = "http.disconnect"
 class ClientLink:
     """Receives from and sends to one client.
 
+    body: as it was read; bytes when it came in one message.
     left: the client is known to have gone.
     detached: the server is done with this request; nothing is sent any more.
     keeps_going: whether the response goes on without its client; otherwise sending to one that left is an OSError.
@@ -29,6 +30,7 @@ class ClientLink:
         "_receive",
         "_receiving",
         "_send",
+        "_unread",
         "_watch",
         "body",
         "detached",
@@ -42,15 +44,24 @@ class ClientLink:
         self._chunks: Iterator[bytes] | None = None
         self._given = 0
         self._receiving = 0
+        self._unread = True
         self._watch: asyncio.Future[Message] | None = None
-        self.body = Body()
+        self.body: bytes | Body = b""
         self.left = False
         self.detached = False
         self.keeps_going = True
 
+    def whole_body(self) -> bytes:
+        """All of the body, in memory."""
+        return self.body if isinstance(self.body, bytes) else self.body.read()
+
+    def body_chunks(self) -> Iterable[bytes]:
+        """The body in order."""
+        return (self.body,) if isinstance(self.body, bytes) else self.body.chunks()
+
     async def receive(self) -> Message:
         """The body, then what the server has to say."""
-        if self._given <= self.body.size:
+        if self._unread:
             return self._next_chunk()
         if self._watch is not None:
             return await self._from_watch(self._watch)
@@ -64,15 +75,18 @@ class ClientLink:
         return message
 
     def _next_chunk(self) -> Message:
+        body = self.body
+        if isinstance(body, bytes):
+            self._unread = False
+            return {"type": "http.request", "body": body, "more_body": False}
         if self._chunks is None:
-            self._chunks = self.body.chunks()
+            self._chunks = body.chunks()
         chunk = next(self._chunks, b"")
         self._given += len(chunk)
-        more = self._given < self.body.size
-        if not more:
-            self._given = self.body.size + 1
-            self.body.close()
-        return {"type": "http.request", "body": chunk, "more_body": more}
+        self._unread = self._given < body.size
+        if not self._unread:
+            body.close()
+        return {"type": "http.request", "body": chunk, "more_body": self._unread}
 
     async def _from_watch(self, watch: asyncio.Future[Message]) -> Message:
         message = watch.result() if watch.done() else await asyncio.shield(watch)
@@ -121,6 +135,7 @@ class ClientLink:
 
     def close(self) -> None:
         """Let go of the body and of what is still awaited."""
-        self.body.close()
+        if not isinstance(self.body, bytes):
+            self.body.close()
         if self._watch is not None:
             self._watch.cancel()

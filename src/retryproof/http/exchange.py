@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -28,13 +28,13 @@ from retryproof.core.flow import (
 from retryproof.core.keys import record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import abegin, clock
-from retryproof.engine import AsyncIdempotency, Refingerprint
+from retryproof.engine import AsyncIdempotency
 from retryproof.http import problem as problems
-from retryproof.http.body import OverBudget
+from retryproof.http.body import Body, OverBudget
 from retryproof.http.client_link import DISCONNECT, ClientLink
 from retryproof.http.execution import Execution
 from retryproof.http.key_source import CallableKey, HeaderKey, JsonFieldKey
-from retryproof.http.options import Options
+from retryproof.http.options import Authorize, Options
 from retryproof.http.problem import Kind, Problem, render
 from retryproof.http.scope import Identity
 from retryproof.http.semantics import Header, adapted, replayed_headers, retry_after
@@ -59,24 +59,6 @@ class HttpEngine(AsyncIdempotency):
         self.options = options
         self.running: set[asyncio.Task[None]] = set()
 
-    async def begin(
-        self, claimed: Admitted, opened: AsyncOpened | AsyncView, link: ClientLink
-    ) -> tuple[Flow, Run | Conclusion]:
-        """Claim an operation; its flow, with its conclusion or what is to be run."""
-        policy = claimed.policy
-        flow: Flow = self.flow(
-            opened, claimed.id, claimed.fingerprint, policy, claimed.tenant, claimed.trace, claimed.refingerprint
-        )
-
-        async def pause(command: Pause) -> Paused:
-            return await self.pause(command, policy, link.stays)
-
-        return flow, await abegin(flow, opened, policy.store_timeout, pause)
-
-    def concluded(self, admitted: Admitted, conclusion: Conclusion) -> None:
-        """Tell the listeners."""
-        self.conclude(conclusion, admitted.id, admitted.where, admitted.began)
-
 
 @dataclass(slots=True)  # not frozen: that costs more than the rest of it
 class Admitted:
@@ -84,17 +66,17 @@ class Admitted:
 
     id: bytes
     fingerprint: bytes
-    policy: Policy
     tenant: bytes
     trace: str
     where: str
     began: float
-    refingerprint: Refingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class NotCovered:
-    """A request whose body had to be read to find that it has no key."""
+    """A request without a key; `read` says that its body had to be read to find that."""
+
+    read: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,24 +84,45 @@ class Gone:
     """The client left before its body was complete."""
 
 
-NOT_COVERED = NotCovered()
 GONE = Gone()
 
 
 class Exchange:
     """One request and its answer. `respond` is called once."""
 
+    __slots__ = (
+        "_admitted_as",
+        "_engine",
+        "_headers",
+        "_opened",
+        "_raw_path",
+        "_receive",
+        "_running",
+        "_scope",
+        "_server_send",
+        "link",
+        "options",
+        "policy",
+    )
+
     def __init__(self, engine: HttpEngine, scope: Scope, receive: Receive, send: Send, policy: Policy) -> None:
         self._engine = engine
-        self._options = engine.options
+        self.options = engine.options
         self._scope = scope
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._raw_path = _raw_path(scope)
         self._receive = receive
         self._server_send = send
-        self._link = ClientLink(receive, send)
-        self._policy = policy
+        self.link = ClientLink(receive, send)
+        self.policy = policy
         self._running = False
+        self._admitted_as: Admitted
+        self._opened: AsyncOpened | AsyncView
+
+    @property
+    def app(self) -> App:
+        """The app behind the layer."""
+        return self._engine.app
 
     async def respond(self, key_lines: Sequence[bytes]) -> None:
         """Run the operation, replay it, or say why not."""
@@ -129,19 +132,20 @@ class Exchange:
                     await self._attempt(admitted)
                 case Problem() as problem:
                     await self._refuse(problem)
-                case NotCovered():
-                    await self._engine.app(self._scope, self._link.receive, self._server_send)
+                case NotCovered(read):
+                    receive = self.link.receive if read else self._receive
+                    await self._engine.app(self._scope, receive, self._server_send)
                 case Gone():
                     return  # nothing was claimed, nothing runs, and nobody is there to be told
         finally:
             if not self._running:
-                self._link.close()
+                self.link.close()
 
     # Admission: key, identity, body
 
     async def _admit(self, key_lines: Sequence[bytes]) -> Admitted | Problem | NotCovered | Gone:
         began = clock()
-        options = self._options
+        options = self.options
         identity = self._identity()
         try:
             key = self._early_key(key_lines, identity)
@@ -155,7 +159,7 @@ class Exchange:
             return unread
         if isinstance(options.key, JsonFieldKey):
             try:
-                key = options.key.find(self._link.body.read(), self._strength(identity))
+                key = options.key.find(self.link.whole_body(), self._strength(identity))
             except InvalidKey as error:
                 return self._invalid_key(error, identity)
         if key is None:
@@ -163,23 +167,21 @@ class Exchange:
         return self._admitted(key, identity, hasher.digest(), began)
 
     def _admitted(self, key: str, identity: Identity, fingerprint: bytes, began: float) -> Admitted:
-        options, scope = self._options, self._scope
+        options, scope = self.options, self._scope
         endpoint = options.endpoint.of(scope)
         who: tuple[str | bytes, ...] = ("anonymous", "") if identity is None else ("caller", identity)
         what: tuple[str | bytes, ...] = (endpoint,) if endpoint is not None else (scope["method"], self._raw_path)
         return Admitted(
             id=record_id((options.name, *who, *what), key, pepper=options.pepper),
             fingerprint=fingerprint,
-            policy=self._policy,
             tenant=b"" if identity is None else tenant_digest(identity, pepper=options.pepper),
             trace=self._headers.get(b"traceparent", b"").decode("latin-1")[:128],
             where=endpoint or "",
             began=began,
-            refingerprint=self._refingerprint,
         )
 
     def _identity(self) -> Identity:
-        identity: object = self._options.scope(self._scope)
+        identity: object = self.options.scope(self._scope)
         if identity is None or identity in ("", b""):
             return None
         if isinstance(identity, str | bytes):
@@ -192,10 +194,10 @@ class Exchange:
         )
 
     def _strength(self, identity: Identity) -> Any:
-        return "strong" if identity is None else self._options.strength
+        return "strong" if identity is None else self.options.strength
 
     def _early_key(self, lines: Sequence[bytes], identity: Identity) -> str | None:
-        match self._options.key:
+        match self.options.key:
             case HeaderKey() as source:
                 return source.find(list(lines), self._strength(identity)) if lines else None
             case CallableKey() as source:
@@ -204,9 +206,9 @@ class Exchange:
                 return None
 
     def _no_key(self) -> Problem | NotCovered:
-        if not self._options.required.of(self._scope):
-            return NOT_COVERED
-        where = self._options.key.place
+        if not self.options.required.of(self._scope):
+            return NotCovered(isinstance(self.options.key, JsonFieldKey))
+        where = self.options.key.place
         return Problem(
             problems.KEY_MISSING,
             f"Put a new random key, such as a UUIDv4, in {where}, and send the same key when you retry.",
@@ -214,37 +216,53 @@ class Exchange:
 
     def _invalid_key(self, error: InvalidKey, identity: Identity) -> Problem:
         self._engine.tell(Event(kind=EventKind.WEAK_KEY, note=error.message))
-        anonymous = identity is None and self._options.strength == "any"
+        anonymous = identity is None and self.options.strength == "any"
         why = " This caller is anonymous to the service, and then only keys that cannot be guessed are taken."
         return Problem(problems.KEY_INVALID, error.message + (why if anonymous else ""))
 
     async def _read_body(self, hasher: Hasher) -> Problem | Gone | None:
         announced = self._announced_length()
-        limit = self._options.max_body
+        limit = self.options.max_body
         if announced is not None and announced > limit:
             return self._too_large()
-        body = self._link.body
-        more = True
-        while more:
+        message = await self._receive()
+        if message["type"] == DISCONNECT:
+            return GONE
+        chunk = message.get("body", b"")
+        if message.get("more_body", False):
+            size = await self._read_chunks(message, hasher)
+            if not isinstance(size, int):
+                return size
+        else:
+            size = len(chunk)
+            if size > limit:
+                return self._too_large()
+            hasher.update(chunk)
+            self.link.body = bytes(chunk)
+        if announced is not None and announced != size:
+            return Problem(
+                problems.BODY_MISMATCH,
+                f"Content-Length says {announced} bytes and {size} came. Nothing was done; send it again.",
+            )
+        return None
+
+    async def _read_chunks(self, message: Message, hasher: Hasher) -> int | Problem | Gone:
+        """Take a body that comes in several messages, of which this is the first; its size."""
+        body = self.link.body = Body()
+        while True:
+            chunk = message.get("body", b"")
+            if body.size + len(chunk) > self.options.max_body:
+                return self._too_large()
+            try:
+                body.append(chunk)
+            except OverBudget:
+                return Problem(problems.BUSY, "Try again in a moment, with the same key.", retry_after=1)
+            hasher.update(chunk)
+            if not message.get("more_body", False):
+                return body.size
             message = await self._receive()
             if message["type"] == DISCONNECT:
                 return GONE
-            chunk = message.get("body", b"")
-            more = message.get("more_body", False)
-            if chunk:
-                if body.size + len(chunk) > limit:
-                    return self._too_large()
-                try:
-                    body.append(chunk)
-                except OverBudget:
-                    return Problem(problems.BUSY, "Try again in a moment, with the same key.", retry_after=1)
-                hasher.update(chunk)
-        if announced is not None and announced != body.size:
-            return Problem(
-                problems.BODY_MISMATCH,
-                f"Content-Length says {announced} bytes and {body.size} came. Nothing was done; send it again.",
-            )
-        return None
 
     def _announced_length(self) -> int | None:
         value = self._headers.get(b"content-length", b"")
@@ -252,7 +270,7 @@ class Exchange:
 
     def _too_large(self) -> Problem:
         return Problem(
-            problems.BODY_TOO_LARGE, f"A body may have {self._options.max_body} bytes here. Nothing was done."
+            problems.BODY_TOO_LARGE, f"A body may have {self.options.max_body} bytes here. Nothing was done."
         )
 
     def _request(self) -> tuple[str, bytes, bytes, bytes]:
@@ -262,13 +280,13 @@ class Exchange:
     def _refingerprint(self, stored: bytes) -> bytes | None:
         """This request's fingerprint by the algorithm that made a stored one (C21)."""
         try:
-            strategy = comparable(stored, self._options.fingerprint)
+            strategy = comparable(stored, self.options.fingerprint)
         except Unreadable:
             return None
         if strategy is None:
             return None
         hasher = strategy.begin(*self._request())
-        for chunk in self._link.body.chunks():
+        for chunk in self.link.body_chunks():
             hasher.update(chunk)
         return hasher.digest()
 
@@ -281,86 +299,99 @@ class Exchange:
         except StoreUnavailable as error:
             await self._conclude(admitted, Down(error))
             return
-        leave: Callable[[], None] | None = opened.background.leave
+        flow = engine.flow(
+            opened,
+            admitted.id,
+            admitted.fingerprint,
+            self.policy,
+            admitted.tenant,
+            admitted.trace,
+            self._refingerprint,
+        )
+        execution: Execution | None = None
         try:
-            flow, step = await engine.begin(admitted, opened, self._link)
-            if isinstance(step, Run):
-                execution = self._execution(admitted, flow, step, opened)
-                leave = None  # the execution's end says so
-                await execution.outlast()
-            else:
+            step = await abegin(flow, opened, self.policy.store_timeout, self._pause)
+            if not isinstance(step, Run):
                 await self._conclude(admitted, step)
+                return
+            execution = self._execution(admitted, flow, step, opened)
         finally:
-            if leave is not None:
-                leave()
+            if execution is None:  # otherwise its end says so
+                opened.background.leave()
+        await execution.outlast()
+
+    async def _pause(self, command: Pause) -> Paused:
+        return await self._engine.pause(command, self.policy, self.link.stays)
 
     def _execution(self, admitted: Admitted, flow: Flow, run: Run, opened: AsyncOpened | AsyncView) -> Execution:
-        engine = self._engine
+        engine, policy = self._engine, self.policy
         own = opened.capabilities.max_result
-        most = admitted.policy.max_result
-
-        def ended(task: asyncio.Task[None]) -> None:
-            engine.running.discard(task)
-            opened.background.leave()
-            self._link.close()
-
+        self._admitted_as, self._opened, self._running = admitted, opened, True
         execution = Execution(
-            engine.app,
+            self,
             _app_scope(self._scope),
-            self._link,
-            options=self._options,
-            policy=admitted.policy,
             flow=flow,
             hold=run.hold,
             store=opened,
-            max_result=most if own is None else min(own, most),
-            answer=lambda conclusion: self._answer(admitted, conclusion),
-            told=lambda conclusion: engine.concluded(admitted, conclusion),
-            ended=ended,
+            max_result=policy.max_result if own is None else min(own, policy.max_result),
         )
         engine.listen(run.hold, admitted.where)
         opened.background.watch(run.hold)
         engine.running.add(execution.start())
-        self._running = True
         return execution
+
+    # What an execution asks of its exchange
+
+    def told(self, conclusion: Conclusion) -> None:
+        """The execution has come to this conclusion."""
+        admitted = self._admitted_as
+        self._engine.conclude(conclusion, admitted.id, admitted.where, admitted.began)
+
+    async def answer(self, conclusion: Conclusion) -> None:
+        """Answer for another attempt."""
+        await self._answer(self._admitted_as, conclusion)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """The app has returned or raised."""
+        self._engine.running.discard(task)
+        self._opened.background.leave()
+        self.link.close()
 
     # Answers
 
     async def _conclude(self, admitted: Admitted, conclusion: Conclusion) -> None:
-        if isinstance(conclusion, Down) and self._options.fail_open.of(self._scope):
+        if isinstance(conclusion, Down) and self.options.fail_open.of(self._scope):
             await self._run_unprotected(admitted, conclusion)
             return
-        self._engine.concluded(admitted, conclusion)
+        self._engine.conclude(conclusion, admitted.id, admitted.where, admitted.began)
         await self._answer(admitted, conclusion)
 
     async def _answer(self, admitted: Admitted, conclusion: Conclusion) -> None:
         if isinstance(conclusion, Replayed):
             await self._replay(admitted, conclusion.finished)
         else:
-            await self._refuse(_problem_of(conclusion, admitted))
+            await self._refuse(_problem_of(conclusion, admitted, self.policy))
 
     async def _replay(self, admitted: Admitted, finished: Finished) -> None:
-        digest = short_digest(admitted.id)
-        if not await self._authorized():
+        if self.options.authorize is not None and not await self._authorized(self.options.authorize):
             detail = "The request was done before, and this caller may not have its response."
-            await self._refuse(Problem(problems.REPLAY_DENIED, detail, operation=digest))
+            await self._refuse(Problem(problems.REPLAY_DENIED, detail, operation=short_digest(admitted.id)))
             return
         try:
             response = _NOTHING_KEPT if finished.result is None else decode_response(finished.result)
         except Unreadable as error:
+            digest = short_digest(admitted.id)
             self._engine.tell(Event(kind=EventKind.UNREADABLE, digest=digest, where=admitted.where, error=error))
             await self._refuse(Problem(problems.RECORD_UNREADABLE, error.message, retry_after=1, operation=digest))
             return
         headers, body = adapted(list(response.headers), response.body, self._headers.get(b"accept-encoding", b""))
-        marks = [(self._options.replay_header, b"true")]
+        marks = [(self.options.replay_header, b"true")]
         if response.omitted:
             marks.append(OMITTED)
         await self._send(response.status, replayed_headers(response.status, headers, len(body), marks), body)
 
-    async def _authorized(self) -> bool:
-        if self._options.authorize is None:
-            return True
-        answer = self._options.authorize(self._scope)
+    async def _authorized(self, authorize: Authorize) -> bool:
+        answer = authorize(self._scope)
         if inspect.isawaitable(answer):
             answer = await answer
         return answer is True
@@ -376,18 +407,19 @@ class Exchange:
                 message = {**message, "headers": [*message.get("headers", ()), UNPROTECTED]}
             await self._server_send(message)
 
-        await self._engine.app(self._scope, self._link.receive, send)
+        await self._engine.app(self._scope, self.link.receive, send)
 
     async def _refuse(self, problem: Problem) -> None:
-        await self._send(*render(problem, self._options.docs_url))
+        await self._send(*render(problem, self.options.docs_url))
 
     async def _send(self, status: int, headers: Sequence[Header], body: bytes) -> None:
-        await self._link.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._link.send({"type": "http.response.body", "body": body})
+        send = self.link.send if self._running else self._server_send
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
 
-def _problem_of(conclusion: Conclusion, admitted: Admitted) -> Problem:
-    kind, detail, seconds = _explained(conclusion, admitted.policy)
+def _problem_of(conclusion: Conclusion, admitted: Admitted, policy: Policy) -> Problem:
+    kind, detail, seconds = _explained(conclusion, policy)
     return Problem(kind, detail, seconds, short_digest(admitted.id))
 
 

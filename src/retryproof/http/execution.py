@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from retryproof import operation
 from retryproof.core.codec import StoredResponse, Unencodable, encode_response
@@ -46,41 +45,65 @@ logger = logging.getLogger("retryproof.http")
 _UNSTORABLE_END = ("http.response.pathsend", "http.response.trailers")
 
 
-class Execution:
-    """The app's run for one request.
+class Owner(Protocol):
+    """The exchange that an execution belongs to."""
 
-    answer: sends what a conclusion other than one's own means to the caller. told: hears the conclusion.
-    ended: called once with the app's task, at its end.
-    """
+    options: Options
+    policy: Policy
+    link: ClientLink
+
+    @property
+    def app(self) -> App: ...
+
+    def told(self, conclusion: Conclusion) -> None:
+        """Hear the conclusion."""
+
+    async def answer(self, conclusion: Conclusion) -> None:
+        """Send what a conclusion other than one's own means to the caller."""
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """The app has returned or raised; called once, in its task."""
+
+
+class Execution:
+    """The app's run for one request."""
+
+    __slots__ = (
+        "_conclusion",
+        "_copied",
+        "_copy",
+        "_flow",
+        "_head",
+        "_head_sent",
+        "_hold",
+        "_last",
+        "_link",
+        "_loop",
+        "_lost",
+        "_max_result",
+        "_options",
+        "_over",
+        "_owner",
+        "_policy",
+        "_rest",
+        "_scope",
+        "_settling",
+        "_store",
+        "_task",
+    )
 
     def __init__(
-        self,
-        app: App,
-        scope: Scope,
-        link: ClientLink,
-        *,
-        options: Options,
-        policy: Policy,
-        flow: Flow,
-        hold: Hold,
-        store: AsyncPerformer,
-        max_result: int,
-        answer: Callable[[Conclusion], Awaitable[None]],
-        told: Callable[[Conclusion], None],
-        ended: Callable[[asyncio.Task[None]], None],
+        self, owner: Owner, scope: Scope, *, flow: Flow, hold: Hold, store: AsyncPerformer, max_result: int
     ) -> None:
-        self._app = app
+        self._owner = owner
         self._scope = scope
-        self._link = link
-        self._options = options
-        self._policy = policy
+        self._link = owner.link
+        self._options = owner.options
+        self._policy = owner.policy
         self._flow = flow
         self._hold = hold
         self._store = store
         self._max_result = max_result
-        self._answer = answer
-        self._told = told
-        self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._task: asyncio.Task[None] | None = None
@@ -128,7 +151,7 @@ class Execution:
         """The app has returned or raised."""
         self._hold.on_lost = None  # leaves no cycle to the garbage collector
         if self._task is not None:
-            self._ended(self._task)
+            self._owner.ended(self._task)
         if not self._over.done():
             if error is None:
                 self._over.set_result(None)
@@ -164,7 +187,7 @@ class Execution:
 
     async def _run_and_settle(self) -> None:
         try:
-            await self._app(self._scope, self._link.receive, self._send)
+            await self._owner.app(self._scope, self._link.receive, self._send)
         except asyncio.CancelledError:
             await self._after_cancellation()
         except OutcomeUnknown as error:
@@ -249,7 +272,7 @@ class Execution:
         """Whether the last message has come before; one whose sender was cancelled on the way is seen to its end."""
         if self._rest is not None and self._conclusion is None:
             self._conclusion = await self._rest
-            self._told(self._conclusion)
+            self._owner.told(self._conclusion)
             await self._conclude()
         return self._settling
 
@@ -350,7 +373,7 @@ class Execution:
         self._conclusion = await afinish(
             self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
         )
-        self._told(self._conclusion)
+        self._owner.told(self._conclusion)
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest
@@ -372,7 +395,7 @@ class Execution:
             return
         if not self._head_sent:
             self._head_sent = True
-            await self._answer(conclusion)
+            await self._owner.answer(conclusion)
         elif not self._over.done():
             self._over.set_exception(_cut(conclusion, self._hold))
 
