@@ -5,6 +5,8 @@ from tests.interleavings.explorer import Scenario
 
 TWICE = tuple(Caller(name) for name in "AB")
 REFUSE = tuple(Caller(name, policy(on_abandoned="refuse")) for name in "AB")
+BRIEF = policy(complete_timeout=0.0)
+WAITING = policy(complete_timeout=0.0, wait=10.0)
 
 PAIRS: dict[str, Scenario] = {
     "the same request twice": Scenario(TWICE, faults=1, lapses=1),
@@ -36,6 +38,9 @@ TRIOS: dict[str, Scenario] = {
     "policies that refuse": Scenario((*REFUSE, Caller("C", policy(on_abandoned="refuse"))), faults=1, lapses=1),
     "one with other input": Scenario((*TWICE, Caller("C", fingerprint=b"\1\1other")), faults=1, lapses=1),
     "one that waits": Scenario((*TWICE, Caller("C", policy(wait=10.0))), faults=0, lapses=1),
+    "two that wait, and a late claim": Scenario(
+        (Caller("A", BRIEF), Caller("B", WAITING), Caller("C", WAITING)), faults=1, lapses=0
+    ),
     "two with steps, past two leases": Scenario(TWICE, faults=0, lapses=2, steps=2, renewals=True),
     "two with steps, and one fault": Scenario(TWICE, faults=1, lapses=1, steps=2, renewals=True),
     "two, two faults": Scenario(TWICE, faults=2, lapses=1),

@@ -84,6 +84,15 @@ def test_c6_the_lease_counts_from_before_the_first_sending() -> None:
     assert run.hold.deadline == 10.0
 
 
+def test_c6_a_waiter_counts_its_lease_from_its_first_sending_which_may_have_been_applied_late() -> None:
+    attempt = Attempt(Policy(wait=60.0, poll=6.0))
+    attempt.tell(Running(3.0), 0.0)
+    attempt.tell(Paused(), 6.0)
+    run = attempt.tell(ACQUIRED, 6.0)
+    assert isinstance(run, Run)
+    assert run.hold.deadline == 10.0
+
+
 def test_c6_a_holder_past_its_lease_renews_before_it_completes() -> None:
     attempt = Attempt()
     attempt.tell(ACQUIRED)

@@ -186,7 +186,8 @@ def _claim(
         reply, now = yield claim
         match reply:
             case Acquired():
-                return Hold(claim, reply, sent, policy.max_run)
+                # Any sending under this nonce may be the one that was applied, on its way for as long as it liked.
+                return Hold(claim, reply, began, policy.max_run)
             case Running(left):
                 if now - began >= policy.wait:
                     return Busy(left)
@@ -207,8 +208,7 @@ def _claim(
                 return Refused(reason, number)
             case Unreachable(error):
                 # Once more under the same nonce: a pooled connection may have died idle, a reply may have been lost.
-                # The lease counts from the first sending, which may be the one that was applied. A store that took
-                # all its time is not asked again: the caller has waited enough.
+                # A store that took all its time is not asked again: the caller has waited enough.
                 if doubted or now - sent >= policy.store_timeout:
                     yield Disown(claim)
                     return Down(error)
