@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from retryproof.core.commands import Claim, Complete
-from retryproof.core.errors import LeaseLost, StoreUnavailable
+from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.policy import Policy
 from retryproof.http.types import App, Message, Receive, Scope, Send
 from retryproof.operation import current_operation
@@ -317,6 +317,21 @@ async def test_c10_after_the_effect_the_caller_gets_the_real_result(layer: MakeL
     await replayed(covered, key)
     assert app.effects == 1
     assert "stored_late" in events.kinds
+
+
+class NotSetUp(Slow):
+    """A store whose schema is too old."""
+
+    def _check(self, what: str) -> None:
+        raise ConfigurationError("The schema is old; run `retryproof migrate`.")
+
+
+async def test_a_store_that_is_not_set_up_refuses_even_where_the_route_fails_open(layer: MakeLayer) -> None:
+    app, events = Counting(), Events()
+    covered = layer(app, store=NotSetUp(), fail_open=True, events=(events,))
+    answer = await call(covered, key=new_key())
+    assert (answer.status, answer.code, app.effects, events.kinds) == (503, "store-unavailable", 0, ["store_error"])
+    assert "migrate" in str(events[0].error)
 
 
 # C8

@@ -188,6 +188,16 @@ async def test_h3_strong_keys_refuse_what_can_be_guessed(layer: MakeLayer, key: 
     assert (answer.code, app.effects) == ("key-invalid", 0)
 
 
+async def test_h3_a_weak_key_is_an_event_and_a_malformed_one_is_not(layer: MakeLayer) -> None:
+    events = Events()
+    covered = layer(Counting(), keys="strong", events=(events,))
+    await call(covered, key=b"\x00")
+    assert events.kinds == []
+    await call(covered, key="order-1")
+    assert events.kinds == ["weak_key"]
+    assert "order-1" not in repr(events)
+
+
 async def test_h3_strong_keys_accept_a_random_uuid(layer: MakeLayer) -> None:
     assert (await call(layer(Counting(), keys="strong"), key=new_key())).status == 201
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from retryproof.core.codec import StoredResponse, decode_response
 from retryproof.core.commands import Finished, Pause, Paused, Run
-from retryproof.core.errors import ConfigurationError, InvalidKey, StoreUnavailable, Unreadable
+from retryproof.core.errors import ConfigurationError, IdempotencyError, InvalidKey, Unreadable
 from retryproof.core.fingerprint import Hasher, comparable
 from retryproof.core.flow import (
     Busy,
@@ -25,7 +25,7 @@ from retryproof.core.flow import (
     Refused,
     Replayed,
 )
-from retryproof.core.keys import record_id, short_digest, tenant_digest
+from retryproof.core.keys import Strength, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import abegin, clock
 from retryproof.engine import AsyncIdempotency
@@ -148,9 +148,9 @@ class Exchange:
         options = self.options
         identity = self._identity()
         try:
-            key = self._early_key(key_lines, identity)
+            key = self._early_key(key_lines, self._strength(identity))
         except InvalidKey as error:
-            return self._invalid_key(error, identity)
+            return self._invalid_key(error, identity, lambda: self._early_key(key_lines, "any"))
         if key is None and not isinstance(options.key, JsonFieldKey):
             return self._no_key()
         hasher = options.fingerprint.begin(*self._request())
@@ -158,10 +158,11 @@ class Exchange:
         if unread is not None:
             return unread
         if isinstance(options.key, JsonFieldKey):
+            find, body = options.key.find, self.link.whole_body()
             try:
-                key = options.key.find(self.link.whole_body(), self._strength(identity))
+                key = find(body, self._strength(identity))
             except InvalidKey as error:
-                return self._invalid_key(error, identity)
+                return self._invalid_key(error, identity, lambda: find(body, "any"))
         if key is None:
             return self._no_key()
         return self._admitted(key, identity, hasher.digest(), began)
@@ -193,17 +194,15 @@ class Exchange:
             "or None for an anonymous caller, and no coroutine."
         )
 
-    def _strength(self, identity: Identity) -> Any:
+    def _strength(self, identity: Identity) -> Strength:
         return "strong" if identity is None else self.options.strength
 
-    def _early_key(self, lines: Sequence[bytes], identity: Identity) -> str | None:
-        match self.options.key:
-            case HeaderKey() as source:
-                return source.find(list(lines), self._strength(identity)) if lines else None
-            case CallableKey() as source:
-                return source.find(self._scope, self._strength(identity))
-            case JsonFieldKey():
-                return None
+    def _early_key(self, lines: Sequence[bytes], strength: Strength) -> str | None:
+        """The key, if it is found without the body."""
+        source = self.options.key
+        if isinstance(source, HeaderKey):
+            return source.find(lines, strength) if lines else None
+        return source.find(self._scope, strength) if isinstance(source, CallableKey) else None
 
     def _no_key(self) -> Problem | NotCovered:
         if not self.options.required.of(self._scope):
@@ -214,8 +213,10 @@ class Exchange:
             f"Put a new random key, such as a UUIDv4, in {where}, and send the same key when you retry.",
         )
 
-    def _invalid_key(self, error: InvalidKey, identity: Identity) -> Problem:
-        self._engine.tell(Event(kind=EventKind.WEAK_KEY, note=error.message))
+    def _invalid_key(self, error: InvalidKey, identity: Identity, find_any: Callable[[], str | None]) -> Problem:
+        """The refusal of a key; one that would do where any key does is an event: clients must learn to make others."""
+        if self._strength(identity) == "strong" and _finds(find_any):
+            self._engine.tell(Event(kind=EventKind.WEAK_KEY, note=error.message))
         anonymous = identity is None and self.options.strength == "any"
         why = " This caller is anonymous to the service, and then only keys that cannot be guessed are taken."
         return Problem(problems.KEY_INVALID, error.message + (why if anonymous else ""))
@@ -296,7 +297,7 @@ class Exchange:
         engine = self._engine
         try:
             opened = engine.opened()
-        except StoreUnavailable as error:
+        except IdempotencyError as error:  # out of reach, or not set up; the event has it
             await self._conclude(admitted, Down(error))
             return
         flow = engine.flow(
@@ -360,7 +361,7 @@ class Exchange:
     # Answers
 
     async def _conclude(self, admitted: Admitted, conclusion: Conclusion) -> None:
-        if isinstance(conclusion, Down) and self.options.fail_open.of(self._scope):
+        if isinstance(conclusion, Down) and self._fails_open(conclusion):
             await self._run_unprotected(admitted, conclusion)
             return
         self._engine.conclude(conclusion, admitted.id, admitted.where, admitted.began)
@@ -396,6 +397,10 @@ class Exchange:
             answer = await answer
         return answer is True
 
+    def _fails_open(self, down: Down) -> bool:
+        """A store that was never set up is no outage: it would stay open for good."""
+        return not isinstance(down.error, ConfigurationError) and self.options.fail_open.of(self._scope)
+
     async def _run_unprotected(self, admitted: Admitted, down: Down) -> None:
         """The route would rather double an effect than refuse (C10)."""
         self._engine.tell(
@@ -418,6 +423,13 @@ class Exchange:
         await send({"type": "http.response.body", "body": body})
 
 
+def _finds(find: Callable[[], str | None]) -> bool:
+    try:
+        return find() is not None
+    except InvalidKey:
+        return False
+
+
 def _problem_of(conclusion: Conclusion, admitted: Admitted, policy: Policy) -> Problem:
     kind, detail, seconds = _explained(conclusion, policy)
     return Problem(kind, detail, seconds, short_digest(admitted.id))
@@ -434,6 +446,9 @@ def _explained(conclusion: Conclusion, policy: Policy) -> tuple[Kind, str, int |
             why = "too many attempts died" if reason == "poisoned" else "an attempt died"
             detail = f"It is held back because {why} (attempt {number}). Retrying does not help; ask the operator."
             return problems.OUTCOME_UNKNOWN, detail, None
+        case Down(ConfigurationError()):
+            detail = "The idempotency store of this service is not set up; its log says what to do. Nothing was done."
+            return problems.STORE_UNAVAILABLE, detail, 1
         case Down(_, overtaken):
             done = "What was done is not known yet" if overtaken else "Nothing was done"
             return problems.STORE_UNAVAILABLE, f"{done}. Try again with the same key.", 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ class HeaderKey:
         """Where clients put the key, in words."""
         return f"the header {self.name.decode()}"
 
-    def find(self, lines: list[bytes], strength: Strength) -> str:
+    def find(self, lines: Sequence[bytes], strength: Strength) -> str:
         """The key in the header's lines; raises InvalidKey."""
         return parse_key(lines, strict=self.strict, strength=strength)
 
