@@ -231,3 +231,17 @@ async def closing(layer: IdempotencyMiddleware) -> AsyncIterator[IdempotencyMidd
         yield layer
     finally:
         await layer.aclose(drain=1.0)
+
+
+@asynccontextmanager
+async def serving(app: App) -> AsyncIterator[App]:
+    """The app between its startup and its shutdown, as a server runs it."""
+    lifespan = Conversation(app, {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}})
+    lifespan.put({"type": "lifespan.startup"})
+    await lifespan.until(lambda conversation: len(conversation.sent) == 1)
+    try:
+        yield app
+    finally:
+        lifespan.put({"type": "lifespan.shutdown"})
+        await lifespan.end()
+    assert [message["type"] for message in lifespan.sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx
@@ -24,7 +25,7 @@ from starlette.routing import Mount, Route
 from retryproof.http import by_user, single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.operation import current_operation
-from tests.http.harness import new_key
+from tests.http.harness import new_key, serving
 
 Effects = list[str]
 
@@ -52,13 +53,16 @@ def make_app(request: pytest.FixtureRequest) -> MakeApp:
 
 
 @pytest.fixture
-def idempotency(store_url: str) -> Middleware:
-    return Middleware(IdempotencyMiddleware, store=store_url, scope=single_tenant)
+def idempotency(store_url: str, unique: str) -> Middleware:
+    return Middleware(IdempotencyMiddleware, store=store_url, scope=single_tenant, name=unique)
 
 
-def client(app: Any, **options: Any) -> httpx.AsyncClient:
+@asynccontextmanager
+async def client(app: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an app that is being served."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test", **options)
+    async with serving(app), httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http
 
 
 async def twice(app: Any, path: str = "/", *, headers: dict[str, str] | None = None) -> list[httpx.Response]:
@@ -200,11 +204,13 @@ class Tokens(AuthenticationBackend):
         return (AuthCredentials(["authenticated"]), SimpleUser(name)) if name else None
 
 
-async def test_h5_by_user_takes_the_user_of_the_authentication_outside(make_app: MakeApp, store_url: str) -> None:
+async def test_h5_by_user_takes_the_user_of_the_authentication_outside(
+    make_app: MakeApp, store_url: str, unique: str
+) -> None:
     async def endpoint(request: Request) -> Response:
         return PlainTextResponse(request.user.display_name)
 
-    layer = Middleware(IdempotencyMiddleware, store=store_url, scope=by_user)
+    layer = Middleware(IdempotencyMiddleware, store=store_url, scope=by_user, name=unique)
     app = make_app({"/": endpoint}, [Middleware(AuthenticationMiddleware, backend=Tokens()), layer])
     async with client(app) as http:
         answers = [
@@ -215,7 +221,7 @@ async def test_h5_by_user_takes_the_user_of_the_authentication_outside(make_app:
     assert [replayed(answer) for answer in answers] == [False, False, True]
 
 
-async def test_apps_mounted_under_different_paths_do_not_meet(store_url: str) -> None:
+async def test_apps_mounted_under_different_paths_do_not_meet(store_url: str, unique: str) -> None:
     async def endpoint(request: Request) -> Response:
         return PlainTextResponse(request.scope["root_path"])
 
@@ -256,9 +262,9 @@ class Charge(BaseModel):
     amount: int
 
 
-async def test_fastapi_validation_and_http_errors_are_stored_by_their_status(store_url: str) -> None:
+async def test_fastapi_validation_and_http_errors_are_stored_by_their_status(store_url: str, unique: str) -> None:
     app = FastAPI()
-    app.add_middleware(IdempotencyMiddleware, store=store_url, scope=single_tenant)
+    app.add_middleware(IdempotencyMiddleware, store=store_url, scope=single_tenant, name=unique)
     effects: Effects = []
 
     @app.post("/charges")
@@ -288,9 +294,9 @@ async def session() -> AsyncIterator[str]:
     events.append("close")
 
 
-async def test_fastapi_dependencies_with_yield_are_left_as_without_the_layer(store_url: str) -> None:
+async def test_fastapi_dependencies_with_yield_are_left_as_without_the_layer(store_url: str, unique: str) -> None:
     app = FastAPI()
-    app.add_middleware(IdempotencyMiddleware, store=store_url, scope=single_tenant)
+    app.add_middleware(IdempotencyMiddleware, store=store_url, scope=single_tenant, name=unique)
 
     @app.post("/charges")
     def charge(opened: Annotated[str, Depends(session)]) -> None:
