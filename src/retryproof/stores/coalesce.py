@@ -15,7 +15,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,6 +54,19 @@ def overdue(name: str, timeout: float) -> Unreachable:
 def overfull(name: str) -> Unreachable:
     """Too much is waiting for the store."""
     return Unreachable(StoreUnavailable(f"Too many operations wait for the {name} store; try again later."))
+
+
+def interrupted(name: str) -> Unreachable:
+    """The call was broken off; what was asked may have been done."""
+    return Unreachable(StoreUnavailable(f"A call of the {name} store was interrupted; try again."))
+
+
+def is_orphan(command: object, reply: Reply) -> bool:
+    """Whether this is a claim that stands or may stand, for a caller who has gone without a word.
+
+    Not one who was told that the time was over: that one asks again under the same nonce, or disowns the claim itself.
+    """
+    return isinstance(command, Claim) and isinstance(reply, Acquired | Unreachable)
 
 
 def as_reply(name: str, answer: Any) -> Reply:
@@ -100,7 +113,7 @@ class _Waiter:
 class _Lane:
     """All commands of one kind for one async store: at most one batch on its way."""
 
-    __slots__ = ("_call", "_coalescer", "_flying", "_later", "_loop", "_pending", "_size", "_task", "_timer")
+    __slots__ = ("_call", "_coalescer", "_flying", "_later", "_loop", "_pending", "_size", "_task", "_timer", "_twins")
 
     def __init__(self, coalescer: TaskCoalescer, call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]) -> None:
         self._coalescer = coalescer
@@ -109,6 +122,7 @@ class _Lane:
         self._loop = coalescer.loop
         self._pending: dict[bytes, _Waiter] = {}
         self._later: deque[_Waiter] = deque()
+        self._twins = 0  # of those in line and on their way
         self._flying: Sequence[_Waiter] = ()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -116,16 +130,15 @@ class _Lane:
     def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """Put a command on its way."""
         future: asyncio.Future[Reply] = self._loop.create_future()
-        deadline = self._loop.time() + timeout
-        waiter = _Waiter(command, future, deadline, timeout)
-        if len(self._pending) + len(self._later) >= MAX_WAITING:
+        waiter = _Waiter(command, future, clock() + timeout, timeout)
+        if len(self._pending) + len(self._later) + self._twins >= MAX_WAITING:
             future.set_result(overfull(self._coalescer.name))
             return future
         self._queue(waiter)
         if self._task is None:
             self._task = self._loop.create_task(self._run())
         if self._timer is None:
-            self._timer = self._loop.call_at(deadline, self._expire)
+            self._timer = self._loop.call_later(timeout, self._expire)
         return future
 
     def _queue(self, waiter: _Waiter) -> None:
@@ -133,7 +146,10 @@ class _Lane:
         if standing is waiter:
             return
         if are_twins(standing.command, waiter.command):
-            standing.twins = [*(standing.twins or ()), waiter]
+            self._twins += 1
+            if standing.twins is None:
+                standing.twins = []
+            standing.twins.append(waiter)
         else:
             self._later.append(waiter)
 
@@ -150,8 +166,8 @@ class _Lane:
                 self._flying = ()
         finally:
             self._task = None
-            if self._pending:  # only when this task was cancelled, as its loop shuts down
-                self._abandon(self._pending.values())
+            if self._flying or self._pending:  # only when this task was cancelled, as its loop shuts down
+                self._abandon()
 
     def _next_batch(self) -> Sequence[_Waiter]:
         if len(self._pending) <= self._size:
@@ -166,9 +182,17 @@ class _Lane:
         """Whether this is a claim whose caller left before it was sent; a twin of it takes its place."""
         if not waiter.future.done() or not isinstance(waiter.command, Claim):
             return False
-        for twin in waiter.twins or ():
+        for twin in self._twins_of(waiter):
             self._queue(twin)
         return True
+
+    def _twins_of(self, waiter: _Waiter) -> Sequence[_Waiter]:
+        """Its twins, which from now on are on their own."""
+        if waiter.twins is None:
+            return ()
+        twins, waiter.twins = waiter.twins, None
+        self._twins -= len(twins)
+        return twins
 
     async def _send(self, commands: Sequence[Any]) -> Sequence[Any]:
         try:
@@ -185,9 +209,9 @@ class _Lane:
         gone = waiter.future.done()
         if not gone:
             waiter.future.set_result(reply)
-        elif isinstance(waiter.command, Claim) and isinstance(reply, Acquired | Unreachable):
+        elif waiter.future.cancelled() and is_orphan(waiter.command, reply):
             self._coalescer.orphaned(waiter.command)
-        for twin in waiter.twins or ():
+        for twin in self._twins_of(waiter):
             told = None if gone else twin_reply(reply, waiter.command.lease)
             if twin.future.done():
                 continue
@@ -199,7 +223,7 @@ class _Lane:
     def _expire(self) -> None:
         """Tell everybody who has waited for too long; come again when the next is due."""
         self._timer = None
-        now = self._loop.time()
+        now = clock()  # not the loop's time, which on uvloop is that of the round's beginning
         earliest = float("inf")
         leaders = [*self._flying, *self._pending.values(), *self._later]
         for waiter in [*leaders, *(twin for leader in leaders for twin in leader.twins or ())]:
@@ -210,12 +234,18 @@ class _Lane:
             else:
                 earliest = min(earliest, waiter.deadline)
         if earliest < float("inf"):
-            self._timer = self._loop.call_at(earliest, self._expire)
+            self._timer = self._loop.call_later(earliest - now + 0.001, self._expire)
 
-    def _abandon(self, waiters: Iterable[_Waiter]) -> None:
+    def _abandon(self) -> None:
+        """The loop shuts down: who still waits gets a definite answer, and may ask again."""
+        waiters = [*self._flying, *self._pending.values(), *self._later]
+        self._flying, self._pending, self._later = (), {}, deque()
         for waiter in waiters:
-            if not waiter.future.done():
-                waiter.future.set_result(overdue(self._coalescer.name, 0.0))
+            for one in (waiter, *self._twins_of(waiter)):
+                if not one.future.done():
+                    one.future.set_result(interrupted(self._coalescer.name))
+                elif one.future.cancelled() and isinstance(one.command, Claim):
+                    self._coalescer.orphaned(one.command)
 
 
 class TaskCoalescer:
@@ -248,25 +278,38 @@ class TaskCoalescer:
         return [Found(record) for record in await self._store.get([look.id for look in looks])]
 
 
-class _Entry:
-    """A thread's command on its way; `ready` is released when its reply is there or when it is to lead."""
+class _Caller:
+    """A thread that waits for its commands; `ready` is released when a reply is there or when it is to lead."""
 
-    __slots__ = ("command", "done", "gone", "leads", "ready", "reply", "twins")
+    __slots__ = ("leads", "ready")
 
-    def __init__(self, command: Any) -> None:
-        self.command = command
-        self.reply: Reply = None
-        self.done = False
+    def __init__(self) -> None:
         self.leads = False
-        self.gone = False
-        self.twins: list[_Entry] = []
         self.ready = threading.Lock()
         self.ready.acquire()
 
     def wake(self) -> None:
-        """Let the thread that waits look again. Called under the coalescer's mutex."""
+        """Let the thread look again. Called under the coalescer's mutex."""
         if self.ready.locked():
             self.ready.release()
+
+
+class _Entry:
+    """A thread's command on its way.
+
+    gone: its caller does not wait any more. left: and has not been told anything, since it was interrupted.
+    """
+
+    __slots__ = ("caller", "command", "done", "gone", "left", "reply", "twins")
+
+    def __init__(self, command: Any, caller: _Caller) -> None:
+        self.command = command
+        self.caller = caller
+        self.reply: Reply = None
+        self.done = False
+        self.gone = False
+        self.left = False
+        self.twins: list[_Entry] | None = None
 
 
 class ThreadCoalescer:
@@ -281,7 +324,7 @@ class ThreadCoalescer:
         self.name = store.capabilities.name
         self._orphaned = orphaned
         self._store = store
-        self._size = store.capabilities.max_batch
+        self.max_batch = self._size = store.capabilities.max_batch
         self._group: Callable[[], AbstractContextManager[None]] = (
             store.commit_group if isinstance(store, HasCommitGroup) else nullcontext
         )
@@ -310,54 +353,59 @@ class ThreadCoalescer:
 
     def perform_many(self, commands: Sequence[Any], timeout: float) -> list[Reply]:
         """Each command's reply, in order."""
-        entries = [_Entry(command) for command in commands]
+        caller = _Caller()
+        entries = [_Entry(command, caller) for command in commands]
         with self._mutex:
             if len(self._pending) >= MAX_WAITING:
                 return [overfull(self.name)] * len(entries)
             self._pending.extend(entries)
             if entries:
-                entries[0].leads, self._leading = not self._leading, True
+                caller.leads, self._leading = not self._leading, True
         deadline = clock() + timeout
         try:
-            return [self._await(entry, deadline, timeout) for entry in entries]
-        except BaseException:  # interrupted: claims of nobody
-            for entry in entries:
-                self._quit(entry)
+            replies = [self._await(entry, caller, deadline, timeout) for entry in entries]
+        except BaseException:  # interrupted
+            self._quit(entries, caller)
             raise
-
-    def _await(self, entry: _Entry, deadline: float, timeout: float) -> Reply:
-        while not entry.done:
-            if entry.leads:
-                self._lead(entry)
-            elif not entry.ready.acquire(timeout=max(0.0, deadline - clock())) and self._give_up(entry):
-                return overdue(self.name, timeout)
-        if entry.leads:  # promoted while its reply was on the way
+        if caller.leads:  # promoted while its last reply was on the way
             with self._mutex:
-                entry.leads = False
-                self._pass_on()
+                self._pass_on(caller)
+        return replies
+
+    def _await(self, entry: _Entry, caller: _Caller, deadline: float, timeout: float) -> Reply:
+        while not entry.done:
+            if caller.leads:
+                self._lead(caller)
+            elif not caller.ready.acquire(timeout=max(0.0, deadline - clock())) and self._give_up(entry):
+                return overdue(self.name, timeout)
         return entry.reply
 
     def _give_up(self, entry: _Entry) -> bool:
         """After a time-out: whether neither the reply nor the lead came in the last moment."""
         with self._mutex:
-            if entry.done or entry.leads:
+            if entry.done or entry.caller.leads:
                 return False
-            entry.gone = True
-            if entry in self._pending:
-                self._pending.remove(entry)
+            self._drop(entry)
             return True
 
-    def _quit(self, entry: _Entry) -> None:
-        """The caller was interrupted: its command goes on without it."""
-        self._give_up(entry)
-        with self._mutex:
-            if entry.leads:
-                entry.leads = False
-                self._pass_on()
-            if not entry.gone and isinstance(entry.command, Claim):
-                self._orphaned(entry.command)
+    def _drop(self, entry: _Entry) -> None:
+        entry.gone = True
+        if entry in self._pending:
+            self._pending.remove(entry)
 
-    def _lead(self, leader: _Entry) -> None:
+    def _quit(self, entries: Sequence[_Entry], caller: _Caller) -> None:
+        """The caller was interrupted: what is on its way goes on without it, the rest does not leave."""
+        with self._mutex:
+            for entry in entries:
+                if not entry.done:
+                    entry.left = True
+                    self._drop(entry)
+                elif is_orphan(entry.command, entry.reply):
+                    self._orphaned(entry.command)
+            if caller.leads:
+                self._pass_on(caller)
+
+    def _lead(self, leader: _Caller) -> None:
         """Send one batch, then pass the lead on."""
         batch: list[_Entry] = []
         try:
@@ -366,15 +414,16 @@ class ThreadCoalescer:
         finally:
             with self._mutex:
                 self._hand_out(batch)
-                leader.leads = False
-                self._pass_on()
+                self._pass_on(leader)
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, leader: _Caller) -> None:
         """Hand the lead to the first in line; without one it lies where the next to come finds it."""
+        leader.leads = False
         self._leading = bool(self._pending)
         if self._leading:
-            self._pending[0].leads = True
-            self._pending[0].wake()
+            first = self._pending[0].caller
+            first.leads = True
+            first.wake()
 
     def _next_batch(self) -> list[_Entry]:
         """What is pending, bounded, each id once a kind; twins go with their claim, the rest stays in line."""
@@ -386,38 +435,47 @@ class ThreadCoalescer:
                 standing = batch.setdefault((type(entry.command), entry.command.id), entry)
                 if standing is entry:
                     continue
-                (standing.twins if are_twins(standing.command, entry.command) else left).append(entry)
+                if not are_twins(standing.command, entry.command):
+                    left.append(entry)
+                elif standing.twins is None:
+                    standing.twins = [entry]
+                else:
+                    standing.twins.append(entry)
             self._pending.extendleft(reversed(left))
         return list(batch.values())
 
     def _send(self, batch: list[_Entry]) -> None:
+        replies: list[tuple[_Entry, Reply]] = []  # nobody's before the group is committed
         try:
             with self._group() if len(batch) > 1 else nullcontext():
                 for kind, call in self._calls.items():
                     entries = [entry for entry in batch if type(entry.command) is kind]
                     answers = call([entry.command for entry in entries]) if entries else ()
                     for entry, answer in zip(entries, answers, strict=True):
-                        entry.reply = as_reply(self.name, answer)
+                        replies.append((entry, as_reply(self.name, answer)))
         except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
-            for entry in batch:
-                entry.reply = as_reply(self.name, error)
+            replies = [(entry, as_reply(self.name, error)) for entry in batch]
+        for entry, reply in replies:
+            entry.reply = reply
 
     def _hand_out(self, batch: list[_Entry]) -> None:
         for entry in batch:
             if entry.reply is None:  # the leader was interrupted
-                entry.reply = as_reply(self.name, StoreUnavailable("The call was interrupted; try again."))
-            if entry.gone and isinstance(entry.command, Claim) and isinstance(entry.reply, Acquired | Unreachable):
+                entry.reply = interrupted(self.name)
+            if entry.left and is_orphan(entry.command, entry.reply):
                 self._orphaned(entry.command)
             entry.done = True
-            entry.wake()
-            for twin in entry.twins:
+            entry.caller.wake()
+            twins, entry.twins = entry.twins, None
+            for twin in twins or ():
                 told = None if entry.gone else twin_reply(entry.reply, entry.command.lease)
+                if twin.gone:
+                    continue
                 if told is None:
                     self._pending.append(twin)
                 else:
                     twin.reply, twin.done = told, True
-                    twin.wake()
-            entry.twins = []
+                    twin.caller.wake()
 
     def _look(self, looks: Sequence[Look]) -> Sequence[Found]:
         return [Found(record) for record in self._store.get([look.id for look in looks])]
@@ -454,6 +512,10 @@ class BridgeCoalescer:
         timer = loop.call_later(timeout, _expire, future, self.name, timeout)
         try:
             return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():  # the reply had come, and nobody will read it
+                self._undo(command, future.result())
+            raise
         finally:
             timer.cancel()
 
@@ -473,11 +535,12 @@ class BridgeCoalescer:
                     if self._closing or (not self._work.wait(IDLE_SECONDS) and not self._waiting):
                         self._thread = None
                         return
-                taken, self._waiting = self._waiting, deque()
+                # One batch at a time, so that nobody waits for the batches behind theirs.
+                taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._threads.max_batch))]
             wanted = [
                 (command, loop, future)
                 for command, loop, future in taken
-                if not (future.cancelled() and isinstance(command, Claim))
+                if not (future.done() and isinstance(command, Claim))
             ]
             replies = self._threads.perform_many([command for command, _, _ in wanted], self._hang_limit)
             by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Any, asyncio.Future[Reply], Reply]]] = {}
@@ -497,13 +560,13 @@ class BridgeCoalescer:
 
     def _set_results(self, answers: list[tuple[Any, asyncio.Future[Reply], Reply]]) -> None:
         for command, future, reply in answers:
-            if future.done():
-                self._undo(command, reply)
-            else:
+            if not future.done():
                 future.set_result(reply)
+            elif future.cancelled():
+                self._undo(command, reply)
 
     def _undo(self, command: Any, reply: Reply) -> None:
-        if isinstance(command, Claim) and isinstance(reply, Acquired | Unreachable):
+        if is_orphan(command, reply):
             self._orphaned(command)
 
 
