@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from inspect import iscoroutinefunction
 from typing import Protocol, TypeAlias
 
@@ -289,6 +290,7 @@ def _tag(method: Method) -> bytes:
     return b"retryproof fingerprint %d.%d\n" % (VERSION, method)
 
 
+@lru_cache(maxsize=128)  # apps have few routes
 def _head(kind: Method, method: str, path: bytes, query: bytes, content_type: bytes) -> bytes:
     name = method.encode("utf-8", "surrogatepass")
     return _tag(kind) + _frame(name, path, query, canonical_media_type(content_type))
