@@ -17,7 +17,7 @@ from retryproof.operation import current_operation
 from retryproof.stores.memory import MemoryStore
 from retryproof.testing.clock import ManualClock
 from tests.http.conftest import MakeLayer
-from tests.http.harness import Answer, Conversation, Counting, Events, call, new_key, read_body, start
+from tests.http.harness import Answer, Conversation, Counting, Events, call, layered, new_key, read_body, start
 from tests.http.test_streams import Script, head, part, sent
 
 
@@ -162,6 +162,46 @@ async def test_h11_a_second_cancellation_leaves_the_operation_in_the_background(
     app.gate.set()
     await covered.aclose()
     assert (conversation.sent, app.effects) == ([], 1)
+
+
+@pytest.mark.parametrize("cancellations", [1, 2])
+async def test_h11_a_handler_that_fails_after_its_server_left_is_logged(
+    layer: MakeLayer, cancellations: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        began.set()
+        await go_on.wait()
+        raise ZeroDivisionError
+
+    covered = layer(app)
+    conversation = start(covered, key=new_key())
+    conversation.give()
+    await asyncio.wait_for(began.wait(), 10)
+    for _ in range(cancellations):
+        conversation.task.cancel()
+        await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await conversation.end()
+    await covered.aclose()
+    [failure] = [record for record in caplog.records if record.name == "retryproof.http"]
+    assert failure.exc_info is not None
+    assert failure.exc_info[0] is ZeroDivisionError
+
+
+async def test_a_loop_that_shuts_down_ends_everything_and_the_record_stays_in_progress() -> None:
+    store = MemoryStore()
+
+    async def serve() -> None:
+        app = Counting(gate=asyncio.Event())
+        start(layered(app, store=store), key="k").give()
+        await app.began.wait()
+
+    await asyncio.to_thread(asyncio.run, serve())
+    [record] = store.scan()
+    assert not record.settled
 
 
 async def test_h11_a_cancel_scope_that_cancels_again_and_again_does_not_stop_it(layer: MakeLayer) -> None:

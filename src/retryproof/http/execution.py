@@ -72,6 +72,7 @@ class Execution:
         "_conclusion",
         "_copied",
         "_copy",
+        "_deserted",
         "_flow",
         "_head",
         "_head_sent",
@@ -106,6 +107,7 @@ class Execution:
         self._max_result = max_result
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
+        self._deserted = False  # by its server: nobody waits for what the app raises
         self._task: asyncio.Task[None] | None = None
         # The response as the app makes it.
         self._head: Message | None = None
@@ -139,12 +141,12 @@ class Execution:
         try:
             await self._over
         except asyncio.CancelledError:
+            self._deserted = True
             if self._task is not None and not self._task.done():
-                self._over = self._loop.create_future()
                 try:
-                    await asyncio.wait({self._task, self._over}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({self._task})
                 except asyncio.CancelledError:
-                    self._link.detached = not self._task.done()
+                    self._link.detached = True
             raise
 
     def _end(self, error: BaseException | None) -> None:
@@ -152,15 +154,15 @@ class Execution:
         self._hold.on_lost = None  # leaves no cycle to the garbage collector
         if self._task is not None:
             self._owner.ended(self._task)
-        if not self._over.done():
-            if error is None:
-                self._over.set_result(None)
-            elif isinstance(error, asyncio.CancelledError):
-                self._over.cancel()
-            else:
-                self._over.set_exception(error)
-        elif isinstance(error, Exception):
-            logger.error("A handler failed after its request was over.", exc_info=error)
+        if self._deserted or self._over.done():
+            if isinstance(error, Exception):
+                logger.error("A handler failed after its request was over.", exc_info=error)
+        elif error is None:
+            self._over.set_result(None)
+        elif isinstance(error, asyncio.CancelledError):
+            self._over.cancel()
+        else:
+            self._over.set_exception(error)
 
     def _on_lost(self) -> None:
         """Another attempt took over; called from the keeper's thread."""
@@ -396,7 +398,7 @@ class Execution:
         if not self._head_sent:
             self._head_sent = True
             await self._owner.answer(conclusion)
-        elif not self._over.done():
+        elif not self._deserted and not self._over.done():
             self._over.set_exception(_cut(conclusion, self._hold))
 
 
