@@ -25,6 +25,7 @@ from retryproof.core.commands import (
     Claim,
     ClaimReply,
     Command,
+    Committed,
     Complete,
     Disown,
     Done,
@@ -67,6 +68,7 @@ class Scenario:
     """What may happen, and how often: unanswered or doubled commands, lapses of a lease, ends of a retention.
 
     steps: how many of the callers, the first ones, may keep a checkpoint.
+    commits: whether a handler may commit its work and its result together, in its own transaction.
     """
 
     callers: tuple[Caller, ...]
@@ -75,6 +77,7 @@ class Scenario:
     expiries: int = 0
     steps: int = 0
     renewals: bool = False
+    commits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +263,11 @@ class Explorer:
         ]
         if not holds(world.record, hold):
             outcomes.append((LeaseLost(), world))
+        elif self.scenario.commits:
+            result = caller.name.encode()
+            committed, _ = self._apply(clean, hold.complete(result))
+            outcomes.append((Committed(result), committed))
+            yield ("commits and dies",), self._with(committed, number, DEAD)
         for outcome, after in outcomes:
             yield (outcome,), self._tell(after, number, Told(outcome, world.now))
         if worker.may_step:

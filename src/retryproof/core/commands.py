@@ -93,7 +93,7 @@ class Checkpoint:
 
 @value
 class Run:
-    """Run the caller's work under this hold; answered with Returned, Raised, Cancelled or LeaseLost."""
+    """Run the caller's work under this hold; answered with an Outcome."""
 
     hold: Hold
 
@@ -225,6 +225,13 @@ class Returned:
 
 
 @value
+class Committed:
+    """The work is done, and its encoded result is stored: both were one commit in the caller's own transaction (T1)."""
+
+    result: bytes | None
+
+
+@value
 class Raised:
     """The work failed; `unknown` says that its effect may have happened all the same."""
 
@@ -248,4 +255,7 @@ class Paused:
     on: bool = True
 
 
-Reply = ClaimReply | FenceReply | Unreachable | Found | Returned | Raised | Cancelled | LeaseLost | Paused | None
+Outcome = Returned | Committed | Raised | Cancelled | LeaseLost
+"""What came of the work."""
+
+Reply = ClaimReply | FenceReply | Unreachable | Found | Outcome | Paused | None

@@ -23,6 +23,7 @@ from retryproof.core.commands import (
     Checkpoint,
     Claim,
     Command,
+    Committed,
     Complete,
     Disown,
     Done,
@@ -136,6 +137,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     (START, "Abandoned"): ("Refused",),
     (START, "Unreachable"): (START, "Down"),
     (RUNNING, "Returned"): (SETTLING,),
+    (RUNNING, "Committed"): ("Completed",),
     (RUNNING, "Raised"): (SETTLING, "Failed"),
     (RUNNING, "Cancelled"): (SETTLING, "Failed"),
     (RUNNING, "LeaseLost"): (OVERTAKEN,),
@@ -166,6 +168,8 @@ def attempt(
     match outcome:
         case Returned(result):
             return (yield from _complete(claimed, result, policy, now))
+        case Committed(result):
+            return Completed(claimed, result)
         case Raised(unknown):
             return (yield from _fail(claimed, not unknown, policy, now))
         case Cancelled():
