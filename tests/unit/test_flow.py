@@ -210,3 +210,14 @@ def test_the_table_leads_only_to_states_and_conclusions() -> None:
         "Completed", "Replayed", "Busy", "Failed", "Mismatched", "Refused", "Down", "Foreign",
     }  # fmt: skip
     assert {state for state, _ in flow.TABLE} == states
+
+
+def test_c3_a_claim_that_went_unanswered_is_disowned_before_its_caller_is_told_busy() -> None:
+    """Its sending may still arrive once the holder has gone, and would then hold the operation for nobody."""
+    steps = flow.attempt(CLAIM, Policy(), 0.0)
+    assert next(steps) == CLAIM
+    assert steps.send((DOWN, 0.1)) == CLAIM
+    assert steps.send((Running(5.0), 0.2)) == Disown(CLAIM)
+    with pytest.raises(StopIteration) as stop:
+        steps.send((None, 0.2))
+    assert stop.value.value == flow.Busy(5.0)

@@ -86,3 +86,8 @@ def test_a_policy_cannot_be_changed() -> None:
 
 def test_equal_policies_are_equal_and_hash_alike() -> None:
     assert {Policy(lease=5), Policy(lease=5.0)} == {Policy(lease=5)}
+
+
+def test_a_run_that_outlasts_the_unsettled_retention_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="must not be reaped"):
+        Policy(max_run=7200.0, unsettled_retention=3600.0)

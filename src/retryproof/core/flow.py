@@ -185,7 +185,7 @@ def _claim(
 ) -> Generator[Command, tuple[Reply, float], Hold | Conclusion]:
     """Claim until there is an answer; a duplicate waits for as long as the policy lets it (C18)."""
     began = sent = now
-    doubted = False
+    doubted = unanswered = False
     while True:
         reply, now = yield claim
         match reply:
@@ -193,12 +193,14 @@ def _claim(
                 # Any sending under this nonce may be the one that was applied, on its way for as long as it liked.
                 return Hold(claim, reply, began, policy.max_run)
             case Running(left):
-                if now - began >= policy.wait:
-                    return Busy(left)
-                paused, now = yield Pause(min(policy.poll, began + policy.wait - now), waiting=True)
-                if paused != Paused():
-                    return Busy(left)
-                sent, doubted = now, False
+                if now - began < policy.wait:
+                    paused, now = yield Pause(min(policy.poll, began + policy.wait - now), waiting=True)
+                    if paused == Paused():
+                        sent, doubted = now, False
+                        continue
+                if unanswered:  # a sending of this claim may still arrive, after the holder has gone
+                    yield Disown(claim)
+                return Busy(left)
             case Finished():
                 return Replayed(reply)
             case Mismatch(stored):
@@ -216,7 +218,7 @@ def _claim(
                 if doubted or now - sent >= policy.store_timeout:
                     yield Disown(claim)
                     return Down(error)
-                doubted = True
+                doubted = unanswered = True
             case _:
                 _unexpected(reply)
 

@@ -72,6 +72,11 @@ class Policy:
                 f"Policy(lease={self.lease}, unsettled_retention={self.unsettled_retention}): a record must outlive "
                 "the lease; raise unsettled_retention."
             )
+        if self.max_run > self.unsettled_retention:
+            raise ConfigurationError(
+                f"Policy(max_run={self.max_run}, unsettled_retention={self.unsettled_retention}): an attempt that "
+                "still runs must not be reaped; raise unsettled_retention or shorten max_run."
+            )
         if self.lease > self.max_run:
             raise ConfigurationError(
                 f"Policy(lease={self.lease}, max_run={self.max_run}): max_run bounds how long a lease is renewed and "

@@ -220,10 +220,13 @@ class Keeper:
                 due.append(hold)
         for batch in _chunks(due, self._max_batch):
             sent = clock()
-            alone = self._active <= 1
-            commands = [hold.renew(alone=alone and not hold.demoted) for hold in batch]
+            commands = [hold.renew(alone=self._is_alone(hold)) for hold in batch]
             for hold, reply in zip(batch, _replies(store.renew, commands), strict=True):
                 self._renewed(hold, reply, sent)
+
+    def _is_alone(self, hold: Hold) -> bool:
+        """Whether the death of this attempt would count (C15): as `enter` says, for as long as it has been so."""
+        return not hold.demoted and (hold.attempt > 1 or self._active <= 1)
 
     def _renewed(self, hold: Hold, reply: FenceReply | Exception, sent: float) -> None:
         if isinstance(reply, Done):
