@@ -1,0 +1,84 @@
+"""What the documentation says is so: its code runs, its links lead somewhere, and its pages can be read in one go."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT, SERVERS, anchors, blocks, code_of, links, name_of, pages, program
+
+LONG = {"docs/reference/rules.md", "docs/reference/api.md"}
+WITH_CODE = [page for page in pages() if code_of(page.read_text())]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    code = code_of(page.read_text())
+    environment = dict(os.environ)
+    for server in {block.needs for block in code if block.needs}:
+        environment[SERVERS[server]] = request.getfixturevalue(f"{server}_url")
+    for block in code:
+        if block.file is not None:
+            (tmp_path / block.file).write_text(block.code)
+    (tmp_path / "page.py").write_text(program(code))
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "page.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert run.returncode == 0, f"{name_of(page)}, by its own lines:\n{run.stdout}{run.stderr}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in links(page.read_text()):
+        target, _, anchor = link.partition("#")
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file.read_text())):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_a_page_can_be_read_in_one_go(page: Path) -> None:
+    assert name_of(page) in LONG or len(page.read_text().splitlines()) <= 250
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    reached, ahead = {index}, [index]
+    while ahead:
+        page = ahead.pop()
+        near = {
+            (page.parent / link.partition("#")[0]).resolve() for link in links(page.read_text()) if "://" not in link
+        }
+        new = {found for found in near if found.suffix == ".md" and found.is_file()} - reached
+        reached |= new
+        ahead += new
+    assert {name_of(page) for page in ROOT.glob("docs/**/*.md")} - {name_of(page) for page in reached} == set()
+
+
+def test_a_marker_says_what_a_block_needs_or_why_it_is_not_run() -> None:
+    text = "<!-- test: needs redis -->\n```python\na\n```\n<!-- test: skip no such server -->\n```python\nb\n```\n"
+    assert [(block.needs, block.skipped) for block in blocks(text)] == [("redis", None), (None, "no such server")]
+    assert [block.code for block in code_of(text)] == ["a\n"]
+
+
+@pytest.mark.parametrize("marker", ["skip", "needs oracle", "later"])
+def test_a_marker_that_says_nothing_known_is_refused(marker: str) -> None:
+    with pytest.raises(ValueError, match="marker"):
+        blocks(f"<!-- test: {marker} -->\n```python\n```\n")
+
+
+def test_lines_of_the_program_are_those_of_the_page() -> None:
+    text = "# A page\n\n```python\na = 1\n```\n\n1. A list\n   ```python\n   b = 2\n   ```\n"
+    lines = program(code_of(text)).splitlines()
+    assert [(number, line) for number, line in enumerate(lines, 1) if line] == [(4, "a = 1"), (9, "b = 2")]
