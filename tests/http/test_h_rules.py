@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from retryproof.core import fingerprint
+from retryproof.core.commands import Acquired, Claim, Complete
 from retryproof.core.errors import OutcomeUnknown
 from retryproof.core.policy import Policy
 from retryproof.http import by_header, by_user
+from retryproof.http.asgi import IdempotencyMiddleware
+from retryproof.http.body import BUDGET, SPOOL_BUDGET
 from retryproof.http.key_source import json_field
 from retryproof.http.types import Message, Receive, Scope, Send
+from retryproof.stores.memory import MemoryStore
 from tests.http.conftest import MakeLayer
 from tests.http.harness import (
     Answer,
@@ -630,3 +634,60 @@ async def test_h6_a_multipart_retry_draws_a_new_boundary(layer: MakeLayer) -> No
         headers = [(b"content-type", b"multipart/form-data; boundary=" + boundary)]
         assert (await call(covered, key=key, body=body, headers=headers)).status == 201
     assert app.effects == 1
+
+
+async def settled_by_hand(covered: IdempotencyMiddleware, store: MemoryStore, key: str, result: bytes | None) -> Answer:
+    """What a retry gets of an operation that was settled with this result, as an operator may do."""
+    await call(covered, key=key)
+    [record] = store.scan()
+    store.evict([record.id])
+    claim = Claim(
+        id=record.id,
+        fingerprint=record.fingerprint,
+        nonce=b"n" * 16,
+        lease=10.0,
+        retention=60.0,
+        unsettled_retention=60.0,
+    )
+    [held] = store.claim([claim])
+    assert isinstance(held, Acquired)
+    store.complete([Complete(record.id, claim.nonce, held.token, result)])
+    return await call(covered, key=key)
+
+
+async def test_c21_a_result_that_cannot_be_read_is_an_error_and_never_a_run(layer: MakeLayer) -> None:
+    app, store, events = Counting(), MemoryStore(), Events()
+    covered = layer(app, store=store, events=(events,))
+    answer = await settled_by_hand(covered, store, new_key(), b"\xff unheard of")
+    assert (answer.status, answer.code, app.effects) == (503, "record-unreadable", 1)
+    assert "unreadable" in events.kinds
+
+
+async def test_o1_an_operation_that_an_operator_settled_without_a_result_is_done(layer: MakeLayer) -> None:
+    app, store = Counting(), MemoryStore()
+    answer = await settled_by_hand(layer(app, store=store), store, new_key(), None)
+    assert (answer.status, answer.body, answer.replayed, app.effects) == (200, b"", True, 1)
+    assert answer.values(b"idempotency-replay") == [b"omitted"]
+
+
+async def test_h7_large_bodies_past_the_budget_of_the_process_are_asked_to_come_again(layer: MakeLayer) -> None:
+    app = Counting()
+    covered, key = layer(app), new_key()
+
+    async def upload() -> Answer:
+        conversation = start(covered, key=key)
+        for _ in range(3):
+            conversation.give(b"a" * 1_000_000, more=True)
+        conversation.give(b"")
+        return await conversation.end()
+
+    taken = SPOOL_BUDGET - 2_500_000
+    BUDGET.take(taken)
+    try:
+        busy = await upload()
+    finally:
+        BUDGET.give(taken)
+    assert (busy.status, busy.code, busy.values(b"retry-after"), app.effects) == (503, "too-busy", [b"1"], 0)
+    assert (await upload()).status == 201
+    BUDGET.take(SPOOL_BUDGET)  # every byte was given back
+    BUDGET.give(SPOOL_BUDGET)
