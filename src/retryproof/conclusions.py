@@ -22,6 +22,8 @@ def kind_of(conclusion: Conclusion) -> Kind:
             return Kind.MISMATCH
         case Refused():
             return Kind.ABANDONED
+        case Down(errors.Unreadable()):
+            return Kind.UNREADABLE
         case Down():
             return Kind.STORE_ERROR
         case Foreign():
@@ -71,8 +73,17 @@ def error_of(conclusion: Conclusion, digest: str) -> errors.IdempotencyError:
                 "with `retryproof keys settle`.",
                 digest=digest,
             )
-        case Down(errors.ConfigurationError() as error):
+        case Down(errors.ConfigurationError() | errors.Unreadable() as error):
             return error
+        case Down(error, True):
+            lost = errors.LeaseLost(
+                "Another attempt took this operation over, and the store did not say what came of it; ask again with "
+                "the same key.",
+                digest=digest,
+                retry_after=1.0,
+            )
+            lost.__cause__ = error
+            return lost
         case Down(error):
             unavailable = errors.StoreUnavailable(
                 f"{error.message if isinstance(error, errors.IdempotencyError) else error}",

@@ -11,7 +11,21 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Protocol, TypeVar
 
-from retryproof.core.commands import Claim, Command, Complete, Disown, Linger, Pause, Paused, Release, Reply, Run
+from retryproof.core.commands import (
+    Claim,
+    Command,
+    Complete,
+    Disown,
+    Linger,
+    Pause,
+    Paused,
+    Raised,
+    Release,
+    Reply,
+    Returned,
+    Run,
+    Unreachable,
+)
 from retryproof.core.hold import Hold
 
 T = TypeVar("T")
@@ -66,9 +80,13 @@ def drive(
     run: Callable[[Hold], Reply],
     pause: Callable[[Pause], Paused],
 ) -> T:
-    """Pump a flow to its conclusion in this thread."""
+    """Pump a flow to its conclusion in this thread.
+
+    An interruption while the attempt is being settled cannot lose its result: the keeper goes on.
+    """
     background = store.background
     hold: Hold | None = None
+    outcome: Reply = None
     try:
         command = next(flow)
         while True:
@@ -77,7 +95,7 @@ def drive(
             if isinstance(command, Run):
                 hold = command.hold
                 background.watch(hold)
-                reply = run(hold)
+                reply = outcome = run(hold)
             elif isinstance(command, Pause):
                 reply = pause(command)
             elif kind is Disown or kind is Linger:
@@ -88,6 +106,10 @@ def drive(
     except StopIteration as stop:
         result: T = stop.value
         return result
+    except BaseException:
+        if hold is not None:
+            _leave_settling_to(background, hold, outcome)
+        raise
     finally:
         if hold is not None:
             background.unwatch(hold)
@@ -146,6 +168,7 @@ async def afinish(
     A cancellation cannot lose it: the rest then goes on in a task of its own, which is handed to `adopt`.
     """
     command: Command | None = None
+    outcome = reply
     try:
         while True:
             command = flow.send((reply, clock()))
@@ -166,19 +189,25 @@ async def afinish(
             store.background.unwatch(hold)
         else:
             # What was on its way is sent again: commands are idempotent by nonce (C3).
-            adopt(_in_background(_settle(flow, command, hold, store, timeout)))
+            adopt(_in_background(_settle(flow, command, hold, outcome, store, timeout)))
         raise
     except BaseException:
         store.background.unwatch(hold)
         raise
 
 
-async def _settle(flow: Steps[T], command: Command, hold: Hold, store: AsyncPerformer, timeout: float) -> T:
+async def _settle(
+    flow: Steps[T], command: Command, hold: Hold, outcome: Reply, store: AsyncPerformer, timeout: float
+) -> T:
+    """Perform this command and what follows; when the loop shuts down meanwhile, the keeper goes on."""
     try:
         conclusion = await _pump(flow, command, store, timeout, _sleep)
         if isinstance(conclusion, Run):
             raise RuntimeError("A flow runs once.")
         return conclusion
+    except BaseException:
+        _leave_settling_to(store.background, hold, outcome)
+        raise
     finally:
         store.background.unwatch(hold)
 
@@ -191,10 +220,10 @@ async def _pump(
     pause: Callable[[Pause], Awaitable[Paused]],
 ) -> T | Run:
     """Perform this command and what follows, up to `Run` or the conclusion."""
+    reply: Reply = None
     try:
         while True:
-            kind = type(command)
-            reply: Reply = None
+            kind, before, reply = type(command), reply, None
             if isinstance(command, Run):
                 return command
             if isinstance(command, Pause):
@@ -202,11 +231,31 @@ async def _pump(
             elif kind is Disown or kind is Linger:
                 _leave_to(store.background, command)
             else:
-                reply = await store.perform(command, timeout)
+                asked = store.perform(command, timeout)
+                try:
+                    reply = await asked
+                except asyncio.CancelledError:
+                    # The store sees to a claim that is on its way. Nobody else knows of one whose reply has come and
+                    # is not read, or whose first sending went unanswered.
+                    if isinstance(command, Claim) and (isinstance(before, Unreachable) or _is_answered(asked)):
+                        store.background.disown(command)
+                    raise
             command = flow.send((reply, clock()))
     except StopIteration as stop:
         result: T = stop.value
         return result
+
+
+def _is_answered(asked: Awaitable[Reply]) -> bool:
+    return isinstance(asked, asyncio.Future) and asked.done() and not asked.cancelled()
+
+
+def _leave_settling_to(background: Background, hold: Hold, outcome: Reply) -> None:
+    """Who was settling this attempt has been interrupted: what it came to must not be lost (C4)."""
+    if isinstance(outcome, Returned):
+        background.linger(hold, hold.complete(outcome.result))
+    elif isinstance(outcome, Raised) and not outcome.unknown:
+        background.linger(hold, hold.release())
 
 
 def _leave_to(background: Background, command: Command) -> None:

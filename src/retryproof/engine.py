@@ -11,12 +11,13 @@ import contextlib
 import inspect
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, overload
 
 from retryproof.conclusions import error_of, event_of, kind_of
 from retryproof.core import errors
@@ -90,6 +91,7 @@ class Engine:
         self._traces = tracing(self._events)
         self._pepper = pepper
         self._waiters = 0
+        self._counting = threading.Lock()
         _say_what_rerun_means(self.policy)
 
     def id_of(self, scope: Scope, key: str) -> bytes:
@@ -220,13 +222,15 @@ class Idempotency(Engine):
         if not pause.waiting:
             time.sleep(pause.seconds)
             return Paused()
-        if self._waiters >= policy.max_waiters:
-            return Paused(on=False)
-        self._waiters += 1
+        with self._counting:
+            if self._waiters >= policy.max_waiters:
+                return Paused(on=False)
+            self._waiters += 1
         try:
             time.sleep(pause.seconds)
         finally:
-            self._waiters -= 1
+            with self._counting:
+                self._waiters -= 1
         return Paused()
 
     def close(self, drain: float = 5.0) -> None:
@@ -243,16 +247,40 @@ class Idempotency(Engine):
 class AsyncIdempotency(Engine):
     """Runs functions once, in the tasks of event loops. The arguments are those of Idempotency."""
 
+    @overload
     async def run(
         self,
         key: str,
-        fn: Callable[[], T] | Callable[[], Awaitable[T]],
+        fn: Callable[[], Awaitable[T]],
         *,
         scope: Scope,
         fingerprint: bytes = b"",
         policy: Policy | None = None,
         codec: Codec | None = None,
-    ) -> Outcome[T]:
+    ) -> Outcome[T]: ...
+
+    @overload
+    async def run(
+        self,
+        key: str,
+        fn: Callable[[], T],
+        *,
+        scope: Scope,
+        fingerprint: bytes = b"",
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+    ) -> Outcome[T]: ...
+
+    async def run(
+        self,
+        key: str,
+        fn: Callable[[], Any],
+        *,
+        scope: Scope,
+        fingerprint: bytes = b"",
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+    ) -> Outcome[Any]:
         """`Idempotency.run`, awaited; `fn` may be a plain function or a coroutine function.
 
         Cancelled while `fn` runs, it cancels `fn`, and the record stays in progress unless the policy says

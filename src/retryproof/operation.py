@@ -75,6 +75,7 @@ class Operation:
         Raises ConfigurationError when the name was used before in this attempt, LeaseLost when another attempt took
         over, StoreUnavailable when the result could not be kept.
         """
+        self._check_step()
         known, value = self._begin_step(name, codec)
         if known:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
@@ -84,12 +85,19 @@ class Operation:
 
     async def astep(self, name: str, fn: Callable[[UUID], Awaitable[T]], *, codec: Codec | None = None) -> T:
         """`step` for a coroutine function."""
+        self._check_astep()
         known, value = self._begin_step(name, codec)
         if known:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
         data = encode_value(codec or _PLAIN, await fn(self.derive(name)))
         await self._akeep(name, data)
         return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
+
+    def _check_step(self) -> None:
+        """Refuse a step whose result could not be kept from here, before it runs."""
+
+    def _check_astep(self) -> None:
+        """The same for `astep`."""
 
     def _keep(self, name: str, value: bytes) -> None:
         raise NotImplementedError
@@ -159,7 +167,7 @@ class BlockingOperation(Operation):
         except StopIteration as stop:
             _kept(stop.value, self._hold, name, value)
 
-    async def _akeep(self, name: str, value: bytes) -> None:
+    def _check_astep(self) -> None:
         raise ConfigurationError("This operation is run by a sync engine: use step, not astep.")
 
 
@@ -172,6 +180,14 @@ class LoopOperation(Operation):
         super().__init__(hold, store, policy)
         self._loop = loop
 
+    def _check_step(self) -> None:
+        if asyncio._get_running_loop() is self._loop:
+            raise ConfigurationError("step would block the event loop: await astep instead.")
+
+    def _check_astep(self) -> None:
+        if asyncio._get_running_loop() is not self._loop:
+            raise ConfigurationError("This operation belongs to another event loop: use step here, not astep.")
+
     async def _akeep(self, name: str, value: bytes) -> None:
         steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
         try:
@@ -183,12 +199,6 @@ class LoopOperation(Operation):
 
     def _keep(self, name: str, value: bytes) -> None:
         """From a thread that the handler runs in."""
-        try:
-            running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            running = None
-        if running is self._loop:
-            raise ConfigurationError("step would block the event loop: await astep instead.")
         asyncio.run_coroutine_threadsafe(self._akeep(name, value), self._loop).result()
 
 

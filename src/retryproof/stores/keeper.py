@@ -108,7 +108,9 @@ class Keeper:
                 return
         for hold in list(self._holds):
             if hold.attempt > 1 and not hold.demoted:
-                hold.demoted, hold.due = True, 0.0
+                hold.demoted = True
+                if hold.due < NEVER:  # one that overran is not renewed again
+                    hold.due = 0.0
         newcomer.due = 0.0
 
     # Chores
@@ -204,7 +206,7 @@ class Keeper:
         """After an error that no store should raise: look again in a while."""
         later = clock() + 0.5
         for hold in list(self._holds):
-            hold.due = max(hold.due, later)
+            hold.due, hold.end = max(hold.due, later), max(hold.end, later)
         for chore in list(self._chores.values()):
             chore.due = max(chore.due, later)
 

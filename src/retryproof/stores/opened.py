@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 import threading
-import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
@@ -33,11 +32,11 @@ _fork_generation = 0
 def _forked() -> None:
     global _fork_generation, _opening
     _fork_generation += 1
-    _opening = threading.Lock()
+    _opening = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forked)
-_opening = threading.Lock()
+_opening = threading.RLock()
 
 
 class Opened:
@@ -46,6 +45,7 @@ class Opened:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.capabilities = store.capabilities
+        self.users = 0  # sources that opened it from a URL and have not closed it
         self._generation = _fork_generation
         self._threads = ThreadCoalescer(store, self._orphaned)
         self._bridge = BridgeCoalescer(self._threads, self._orphaned)
@@ -188,6 +188,23 @@ def open_on_loop(store: AsyncStore) -> AsyncOpened:
     return opened
 
 
+def _shared(store: Store) -> Opened:
+    """The opened store of a store from a URL, which memory with a name has in common with others."""
+    with _opening:
+        opened = open_blocking(store)
+        opened.users += 1
+    return opened
+
+
+def _is_last_user(opened: Opened) -> bool:
+    """Whether nobody else uses it any more; the next to open the same store starts anew."""
+    with _opening:
+        opened.users -= 1
+        if opened.users == 0:
+            del opened.store._retryproof_opened  # type: ignore[attr-defined]  # as `_attached`
+        return opened.users == 0
+
+
 def _attached(store: object, make: Callable[[], T]) -> T:
     """What a store carries with it, so that all who share the store share its batches, and it ends with the store."""
     with _opening:
@@ -220,17 +237,21 @@ class Source:
         self._timeout = timeout
         self._generation = _fork_generation
         self._process: Opened | None = None
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncOpened | AsyncView]
-        self._loops = weakref.WeakKeyDictionary()
+        self._opening = threading.RLock()
+        self._loops: dict[asyncio.AbstractEventLoop, AsyncOpened | AsyncView] = {}
         self._last: tuple[asyncio.AbstractEventLoop | None, AsyncOpened | AsyncView | None] = (None, None)
 
     def opened(self) -> Opened:
         """The opened store for threads of this process."""
         if self._generation != _fork_generation:
             self._forget()
-        if self._process is None:
-            self._process = self._open_blocking()
-        return self._process
+        process = self._process
+        if process is None:
+            with self._opening:
+                process = self._process
+                if process is None:
+                    process = self._process = self._open_blocking()
+        return process
 
     def aopened(self) -> AsyncOpened | AsyncView:
         """The opened store for the running event loop."""
@@ -239,26 +260,37 @@ class Source:
         loop = asyncio.get_running_loop()
         known, opened = self._last
         if known is not loop or opened is None:
-            opened = self._loops.get(loop)
-            if opened is None:
-                opened = self._loops[loop] = self._open_for_loop()
+            with self._opening:
+                self._forget_closed_loops()
+                opened = self._loops.get(loop)
+                if opened is None:
+                    opened = self._loops[loop] = self._open_for_loop()
             self._last = (loop, opened)
         return opened
 
+    def _forget_closed_loops(self) -> None:
+        """What belongs to a loop that is closed is of no use, and would keep it in memory."""
+        for loop in [loop for loop in self._loops if loop.is_closed()]:
+            del self._loops[loop]
+
     def close(self, drain: float = 0.0) -> None:
         """Close what was opened from a URL; a store object belongs to its caller."""
+        if self._generation != _fork_generation:
+            self._forget()
         process, self._process = self._process, None
-        if process is None or self._generation != _fork_generation:
-            return
-        if self._url is not None:
+        if process is not None and self._url is not None and _is_last_user(process):
             process.close(drain)
             process.store.close()
 
     async def aclose(self, drain: float = 0.0) -> None:
         """Close what was opened from a URL for the running event loop; a store object belongs to its caller."""
-        opened = self._loops.pop(asyncio.get_running_loop(), None)
+        if self._generation != _fork_generation:
+            self._forget()
+        with self._opening:
+            self._forget_closed_loops()
+            opened = self._loops.pop(asyncio.get_running_loop(), None)
         self._last = (None, None)
-        if opened is None or self._generation != _fork_generation or self._url is None:
+        if opened is None or self._url is None:
             return
         if isinstance(opened, AsyncOpened):
             await opened.aclose(drain)
@@ -268,7 +300,7 @@ class Source:
 
     def _open_blocking(self) -> Opened:
         if self._url is not None:
-            return open_blocking(open_store(self._url, timeout=self._timeout))
+            return _shared(open_store(self._url, timeout=self._timeout))
         if isinstance(self.given, InThread):
             return open_blocking(self.given.blocking)
         if self._async:
@@ -286,9 +318,9 @@ class Source:
 
     def _forget(self) -> None:
         """After a fork: what the parent opened is its own, and is neither used nor closed here."""
-        abandoned.append((self._process, dict(self._loops)))
-        self._process, self._last = None, (None, None)
-        self._loops = weakref.WeakKeyDictionary()
+        abandoned.append((self._process, self._loops))
+        self._process, self._last, self._loops = None, (None, None), {}
+        self._opening = threading.RLock()
         self._generation = _fork_generation
 
 

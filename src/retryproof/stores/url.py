@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 _named_memory: dict[str, MemoryStore] = {}
+os.register_at_fork(after_in_child=_named_memory.clear)  # shared in one process
 
 
 def open_store(url: str, *, timeout: float = 2.0) -> Store:
