@@ -27,7 +27,8 @@ bench:
 
 docs:
 	@scripts/setup dev
-	@test ! -d tests/docs || $(BIN)/python -m pytest tests/docs
+	@for page in draw_protocol api_reference rules_index; do $(BIN)/python scripts/$$page.py --write || exit 1; done
+	@$(BIN)/python -m pytest tests/docs
 
 clean:
 	@scripts/services down

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
 from collections.abc import Callable
 from enum import EnumType
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_overloads
 
@@ -114,8 +116,19 @@ def _entry(name: str, thing: Any) -> str:
         text += "```text\n" + "\n".join(signatures) + "\n```\n"
     text += f"{_prose(inspect.getdoc(thing) or '')}\n"
     if isinstance(thing, EnumType):
-        text += f"\nKinds: {', '.join(f'`{kind}`' for kind in thing.__members__)}.\n"
+        text += _values(thing)
     return text + "".join(_member(thing, member) for member in MEMBERS.get(name, ()))
+
+
+def _values(thing: EnumType) -> str:
+    """The values of an enumeration, each with the docstring that follows it in the source."""
+    body = ast.parse(inspect.cleandoc(inspect.getsource(thing))).body[0]
+    lines = ["\n| value | |\n|---|---|\n"]
+    for node, after in pairwise(body.body if isinstance(body, ast.ClassDef) else ()):
+        match node, after:
+            case ast.Assign(value=ast.Constant(value)), ast.Expr(value=ast.Constant(meaning)):
+                lines.append(f"| `{value}` | {str(meaning).rstrip('.')} |\n")
+    return "".join(lines)
 
 
 def _member(thing: type, name: str) -> str:

@@ -27,7 +27,7 @@ _FENCE = re.compile(
 _FILE = re.compile(r"# (\w+\.py)\n")
 _LINK = re.compile(r"(?<!!)\[[^\]\n]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
-_MARKER = re.compile(r"<!-- test: ")
+_MARKER = re.compile(r"^[ ]*<!-- test: ", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,15 @@ def test_a_page_can_be_read_in_one_go(page: Path) -> None:
     assert name_of(page) in LONG or len(page.read_text().splitlines()) <= 250
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/explain/pitfalls/[!i]*.md")), ids=lambda page: page.stem)
+def test_a_pitfall_is_short_shows_its_fault_and_names_its_rule(page: Path) -> None:
+    text = page.read_text()
+    assert len(text.splitlines()) < 80
+    assert code_of(text)
+    assert [link for link in links(text) if "reference/rules.md#" in link]
+    assert f"]({page.name})" in page.with_name("index.md").read_text()
+
+
 def test_every_page_is_reached_from_the_index() -> None:
     index = ROOT / "docs" / "index.md"
     reached, ahead = {index}, [index]
