@@ -122,12 +122,12 @@ def _entry(name: str, thing: Any) -> str:
 
 def _values(thing: EnumType) -> str:
     """The values of an enumeration, each with the docstring that follows it in the source."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(thing))).body[0]
+    body = ast.parse(inspect.getsource(thing)).body[0]
     lines = ["\n| value | |\n|---|---|\n"]
     for node, after in pairwise(body.body if isinstance(body, ast.ClassDef) else ()):
         match node, after:
-            case ast.Assign(value=ast.Constant(value)), ast.Expr(value=ast.Constant(meaning)):
-                lines.append(f"| `{value}` | {str(meaning).rstrip('.')} |\n")
+            case ast.Assign(value=ast.Constant(str(value))), ast.Expr(value=ast.Constant(str(meaning))):
+                lines.append(f"| `{value}` | {meaning.rstrip('.')} |\n")
     return "".join(lines)
 
 
