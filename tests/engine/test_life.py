@@ -88,7 +88,7 @@ def test_a_url_is_opened_once_however_many_threads_come_first(monkeypatch: pytes
     assert effects == [1]
 
 
-def test_engines_on_one_url_share_nothing_but_records(tmp_path: Path) -> None:
+def test_c20_engines_on_one_url_share_nothing_but_records(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'keys.db'}"
     with Idempotency(url) as one, Idempotency(url) as other:
         assert one.run("k", lambda: 1, scope="a").value == 1
@@ -153,7 +153,7 @@ def test_one_engine_serves_several_loops_one_after_the_other(url: str, unique: s
     assert [asyncio.run(once(value)) for value in (1, 2, 3)] == [(1, False), (1, True), (1, True)]
 
 
-def test_one_engine_serves_several_loops_at_once(url: str, unique: str) -> None:
+def test_c20_one_engine_serves_several_loops_at_once(url: str, unique: str) -> None:
     engine = AsyncIdempotency(url, policy=Policy(wait=5.0, poll=0.02))
     effects: list[int] = []
 

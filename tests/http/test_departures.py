@@ -463,7 +463,7 @@ async def test_c8_a_handler_that_lost_its_lease_is_cancelled(layer: MakeLayer) -
 # The operation that the handler sees
 
 
-async def test_the_handler_sees_its_operation_and_a_retry_the_same_ids(layer: MakeLayer) -> None:
+async def test_c13_the_handler_sees_its_operation_and_a_retry_the_same_ids(layer: MakeLayer) -> None:
     seen: list[Any] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -480,7 +480,7 @@ async def test_the_handler_sees_its_operation_and_a_retry_the_same_ids(layer: Ma
     assert current_operation(default=None) is None
 
 
-async def test_layers_of_two_apps_on_one_store_object_keep_their_own_settings(layer: MakeLayer) -> None:
+async def test_c20_layers_of_two_apps_on_one_store_object_keep_their_own_settings(layer: MakeLayer) -> None:
     store = MemoryStore()
     one = layer(Counting(201), store=store, endpoint="one")
     two = layer(Counting(409), store=store, endpoint="two", store_when="stripe")
