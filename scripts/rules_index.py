@@ -26,6 +26,7 @@ _NUMBER = re.compile(r"\b([CHKOTFM]\d{1,2})\b(?: to ([CHKOTFM]\d{1,2})\b)?")
 _IN_NAME = re.compile(r"(?:^|_)([chkotfm]\d{1,2})(?=_|$)")
 _SECTION = re.compile(r"^### (?P<rule>[CHKOTFM]\d{1,2}) (?P<title>.+)\n(?P<text>(?:(?!^#).*\n?)*)", re.MULTILINE)
 _HELD = re.compile(r"^Held by: .*\n(?:(?!\n).+\n)*", re.MULTILINE)
+_FILES = re.compile(r"`((?:tests|src)/[\w/]+\.py)`")
 _ELSEWHERE = "Not in this release"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -100,6 +101,11 @@ def updated(page: str) -> str:
         return f"### {match['rule']} {match['title']}\n{text}{held}\n\n"
 
     return _SECTION.sub(section, page).rstrip() + "\n"
+
+
+def listed(page: str) -> dict[str, set[str]]:
+    """The files that the page lists for each rule."""
+    return {match["rule"]: set(_FILES.findall(match["text"])) for match in _SECTION.finditer(page)}
 
 
 def unheld(page: str) -> list[str]:

@@ -1,8 +1,10 @@
 """What the documentation says is so: its code runs, its links lead somewhere, and its pages can be read in one go."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tests.docs.pages import ROOT, SERVERS, anchors, blocks, code_of, links, name_of, pages, program
 
 LONG = {"docs/reference/rules.md", "docs/reference/api.md"}
+SECONDS = 50
 WITH_CODE = [page for page in pages() if code_of(page.read_text())]
 
 
@@ -23,15 +26,30 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, request: pytest.Fix
         if block.file is not None:
             (tmp_path / block.file).write_text(block.code)
     (tmp_path / "page.py").write_text(program(code))
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "page.py"],
-        cwd=tmp_path,
+    status, said = run_alone([sys.executable, "-W", "error", "page.py"], tmp_path, environment)
+    assert status == 0, f"{name_of(page)}, by its own lines:\n{said}"
+
+
+def run_alone(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """The status of a program and what it said; whatever it started ends with it."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=50,
+        start_new_session=True,
     )
-    assert run.returncode == 0, f"{name_of(page)}, by its own lines:\n{run.stdout}{run.stderr}"
+    try:
+        said, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said = f"{process.communicate()[0]}\nIt ran for more than {SECONDS} s."
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)

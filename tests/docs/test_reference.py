@@ -52,9 +52,12 @@ def test_the_reference_has_every_public_name() -> None:
     assert wanted - listed == set()
 
 
-def test_the_rules_page_lists_the_tests_that_name_a_rule() -> None:
-    page = rules_index.PAGE.read_text()
-    assert rules_index.updated(page) == page, "run scripts/rules_index.py --write"
+def test_the_rules_page_lists_files_that_name_the_rule_and_at_least_one() -> None:
+    """A file that names a rule since the page was written may be missing: `make docs` adds it."""
+    tests, listed = rules_index.index(), rules_index.listed(rules_index.PAGE.read_text())
+    stale = {rule: files - {test.file for test in tests.get(rule, [])} for rule, files in listed.items()}
+    assert {rule: files for rule, files in stale.items() if files} == {}, "run scripts/rules_index.py --write"
+    assert [rule for rule in tests if not listed[rule]] == [], "run scripts/rules_index.py --write"
 
 
 def test_every_rule_of_this_release_is_named_by_a_test() -> None:
