@@ -55,7 +55,8 @@ def test_without_a_schema_tables_go_where_the_search_path_says(postgres_url: str
     assert store.get([b""]) == [None]
     store.close()
     with psycopg.connect(postgres_url) as connection:
-        connection.execute("DROP TABLE public.retryproof_operations, public.retryproof_schema")
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
 
 
 async def test_asyncpg_migrates_where_psycopg_is_not_installed(url: str) -> None:

@@ -1,1 +1,6 @@
 """Work that commits with the caller's own transaction."""
+
+from retryproof.transaction.outbox import Outbox
+from retryproof.transaction.relay import Relay, RelayPolicy
+
+__all__ = ["Outbox", "Relay", "RelayPolicy"]

@@ -62,7 +62,7 @@ class AsyncpgStore:
         self._url = target if isinstance(target, str) else keeper_url
         self._timeout = timeout
         parsed = parse(self._url) if self._url else None
-        self._table = parsed.table if parsed else TABLE
+        self._table = self.table = parsed.table if parsed else TABLE
         self._connections = (
             _Connections(target, timeout)
             if isinstance(target, str)
@@ -116,6 +116,10 @@ class AsyncpgStore:
     async def reap(self, limit: int = 1_000) -> Reaped:
         """Remove records whose time is over."""
         return await self._perform(lambda: postgres.reap_plan(limit, self._table))
+
+    async def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan over other tables than the records'; as it may be run twice, it has to bear that."""
+        return await self._perform(plan)
 
     async def aclose(self) -> None:
         """Close what is idle; what is in use is closed when its call ends. A caller's pool stays open."""

@@ -22,7 +22,7 @@ PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1)
 is next to never; behind a transaction pooler the server's default may be SERIALIZABLE, where rivals undo each other."""
 VERSIONS = "retryproof_schema"
 """The table of applied migrations."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 """The number of the newest migration that this code needs."""
 
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg")
@@ -46,14 +46,19 @@ class Target:
     pool_size: int = POOL_SIZE
 
     @property
+    def prefix(self) -> str:
+        """What stands before each table in SQL."""
+        return f'"{self.schema}".' if self.schema else ""
+
+    @property
     def table(self) -> str:
         """The table as it stands in SQL."""
-        return f'"{self.schema}".{TABLE}' if self.schema else TABLE
+        return f"{self.prefix}{TABLE}"
 
     @property
     def versions(self) -> str:
         """The table of applied migrations as it stands in SQL."""
-        return f'"{self.schema}".{VERSIONS}' if self.schema else VERSIONS
+        return f"{self.prefix}{VERSIONS}"
 
     @property
     def check(self) -> str:

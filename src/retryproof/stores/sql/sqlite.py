@@ -124,6 +124,10 @@ class SqliteStore:
         unsettled = [record for record in removed if not record.settled]
         return Reaped(len(removed) - len(unsettled), unsettled, more=len(over) > limit)
 
+    def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan over other tables than the records', in one transaction that holds the write lock."""
+        return self._write(plan)
+
     @contextlib.contextmanager
     def commit_group(self) -> Iterator[None]:
         """All calls inside are one commit."""

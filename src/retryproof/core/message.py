@@ -1,0 +1,101 @@
+"""An outgoing message: what an outbox keeps and a relay hands to a publisher (T5).
+
+Messages of one ordering key are a **chain**: they are published in order, and one that fails holds back the others.
+A message without a key is a chain of its own. A chain belongs to one partition, and a partition to one relay at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+PARTITIONS = 64
+"""Partitions of a new outbox; the number is kept in the database."""
+CHAIN_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message; `id` is the same however often it is sent.
+
+    attempts: how often publishing it was tried before. created_at: µs since the epoch, by the database's clock.
+    xid, sequence: its place; the sequence alone does not follow the order of commits.
+    """
+
+    id: UUID
+    topic: str
+    payload: bytes
+    key: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content_type: str | None = None
+    trace: str | None = None
+    attempts: int = 0
+    created_at: int = 0
+    xid: int = 0
+    sequence: int = 0
+    partition: int = 0
+    chain: bytes = b""
+    parked: bool = False
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the outbox."""
+        return self.xid, self.sequence
+
+    @property
+    def line(self) -> tuple[int, bytes]:
+        """Its chain, with the partition that it is in."""
+        return self.partition, self.chain
+
+
+def chain_of(key: str | None, id: UUID) -> bytes:
+    """The chain of a key, or of a message without one."""
+    if key is None:
+        return id.bytes
+    return hashlib.blake2b(key.encode(), digest_size=CHAIN_BYTES).digest()
+
+
+def partition_of(chain: bytes, partitions: int) -> int:
+    """The partition of a chain; by its last bytes, which are random in a UUIDv7 too."""
+    return int.from_bytes(chain[-4:]) % partitions
+
+
+def uuid7() -> UUID:
+    """A UUIDv7 (RFC 9562): milliseconds since the epoch, and 74 random bits."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = secrets.randbits(74)
+    number = milliseconds << 80 | 0x7 << 76 | random >> 62 << 64 | 0b10 << 62 | random & (1 << 62) - 1
+    return UUID(int=number)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A message that could not be published; delay: µs until it is tried again."""
+
+    message: Message
+    attempts: int
+    reason: str
+    delay: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """How a batch ended; what is in none of the three was not tried, and stays as it was.
+
+    dead: to dead letters, each with its reason. chains: those that were held back and whose messages of this batch
+    ended, so that they may go on.
+    """
+
+    done: Sequence[Message] = ()
+    dead: Sequence[tuple[Message, int, str]] = ()
+    failed: Sequence[Failure] = ()
+    chains: Sequence[tuple[int, bytes]] = ()
+
+    @property
+    def plain(self) -> bool:
+        """All is done, and nothing was held back."""
+        return not (self.dead or self.failed or self.chains)

@@ -1,0 +1,111 @@
+"""Where a relay sends: the contract of a publisher, and what its kinds have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from retryproof.core.message import Message
+
+CONCURRENCY = 32
+"""Chains that are sent at the same time by publishers that send one message at a time."""
+EMPTY_CHECK: Callable[[], bool] = lambda: True  # noqa: E731
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The other side has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Not delivered, as far as is known.
+
+    permanent: trying again makes no sense; it goes to dead letters. retry_after: seconds the other side asked for.
+    """
+
+    reason: str
+    permanent: bool = False
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Untried:
+    """Not sent: an earlier message of its chain failed, or the relay's lease is over. It counts no attempt."""
+
+
+Outcome: TypeAlias = Delivered | Failed | Untried
+DELIVERED = Delivered()
+UNTRIED = Untried()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Messages to publish, those of a chain in their order.
+
+    live: whether the relay may still publish; to be asked before each message that is sent by itself.
+    """
+
+    messages: Sequence[Message]
+    live: Callable[[], bool] = EMPTY_CHECK
+
+
+class Publisher(Protocol):
+    """Sends messages. `publish` may be a coroutine function; else it is called in a thread.
+
+    It gives one outcome a message, in their order. After a message failed, later ones of its chain are not sent.
+    A message may come again, with the same id: after a crash, or when it was sent and the answer was lost.
+    An exception counts as the failure of everything in the batch.
+    """
+
+    max_payload: int | None
+    """Bytes that a payload may have, or None."""
+
+    def publish(self, batch: Batch) -> Sequence[Outcome] | Awaitable[Sequence[Outcome]]:
+        """Send a batch."""
+
+    def close(self) -> Awaitable[None] | None:
+        """Close connections."""
+
+
+def chains(messages: Sequence[Message]) -> list[list[int]]:
+    """The places of the messages by chain, in order."""
+    found: dict[bytes, list[int]] = {}
+    for place, message in enumerate(messages):
+        found.setdefault(message.chain, []).append(place)
+    return list(found.values())
+
+
+async def one_by_one(
+    batch: Batch, send: Callable[[Message], Awaitable[Outcome]], concurrency: int = CONCURRENCY
+) -> Sequence[Outcome]:
+    """Send messages one at a time within a chain, chains side by side; a failure ends its chain."""
+    outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
+    places = asyncio.Semaphore(concurrency)
+
+    async def send_chain(chain: list[int]) -> None:
+        async with places:
+            for place in chain:
+                if not batch.live():
+                    return
+                outcomes[place] = await guarded(send, batch.messages[place])
+                if outcomes[place] is not DELIVERED:
+                    return
+
+    await asyncio.gather(*(send_chain(chain) for chain in chains(batch.messages)))
+    return outcomes
+
+
+async def guarded(send: Callable[[Message], Awaitable[Outcome]], message: Message) -> Outcome:
+    """Send, any exception as a failure."""
+    try:
+        return await send(message)
+    except Exception as error:  # noqa: BLE001 - whatever a publisher raises, the message was not delivered
+        return Failed(described(error))
+
+
+def described(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".strip()[:500]

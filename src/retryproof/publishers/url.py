@@ -1,0 +1,42 @@
+"""Publishers by URL, for the command line; each is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.publishers.base import Publisher
+from retryproof.publishers.function import from_path
+
+_SCHEMES = {
+    "http": ("retryproof.publishers.httpx", "httpx"),
+    "https": ("retryproof.publishers.httpx", "httpx"),
+    "smtp": ("retryproof.publishers.smtp", None),
+    "smtps": ("retryproof.publishers.smtp", None),
+    "redis": ("retryproof.publishers.redis", "redis"),
+    "rediss": ("retryproof.publishers.redis", "redis"),
+}
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def open_publisher(url: str, **options: Any) -> Publisher:
+    """The publisher of https://…, smtp://…, redis://…/stream or module:function; it connects when it first sends."""
+    scheme, separator, _ = url.partition("://")
+    if not separator and _FUNCTION.fullmatch(url):
+        return from_path(url)
+    module, extra = _SCHEMES.get(scheme.lower(), ("", None))
+    if not separator or not module:
+        raise ConfigurationError(
+            f"There is no publisher for {scheme + '://' if separator else url!r}. Known: https://, http://, smtp://, "
+            "smtps://, redis://…/stream, rediss://…/stream, and module:function."
+        )
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if extra is None or (error.name or "").startswith("retryproof"):
+            raise
+        raise ConfigurationError(f"This publisher needs {extra!r}: pip install 'retryproof[{extra}]'.") from error
+    publisher: Publisher = loaded.from_url(url, **options)
+    return publisher

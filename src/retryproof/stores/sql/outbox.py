@@ -1,0 +1,136 @@
+"""What an outbox asks of its database; each dialect says how (T5 to T7). All of it is plans.
+
+A relay is fenced by its own row: what it does, it does in a statement that locks the row, and changes nothing where
+the row is gone. Who finds a lease that is over removes the row, frees its partitions and marks what was on its way,
+all at once. A relay's id is new each time it joins, so a relay that slept cannot come back as itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+from retryproof.core.message import Conclusion, Message
+from retryproof.stores.sql.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a claim found.
+
+    held: whether the relay is still one. suspects: whether there are messages to be tried alone.
+    fence: the transaction id below which nothing can still appear; 0 where there is no such thing.
+    """
+
+    held: bool
+    suspects: bool = False
+    fence: int = 0
+    messages: Sequence[Message] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the database says of its outbox. foreign: why its transaction ids are not this server's, or ""."""
+
+    partitions: int
+    foreign: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How an outbox stands. Ages are seconds.
+
+    pending: messages that are visible, parked among them. blocked: chains that are held back.
+    lag: age of the oldest pending message. fenced: pending messages that strict order cannot publish yet, because an
+    older transaction is still open; fence_age: how long the oldest such transaction has been open, as far as seen.
+    """
+
+    pending: int
+    parked: int
+    blocked: int
+    dead: int
+    relays: int
+    partitions: int
+    lag: float
+    fenced: int
+    fence_age: float
+
+    def as_document(self) -> Mapping[str, float]:
+        """For `--json`."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that was given up; died_at: µs."""
+
+    message: Message
+    reason: str
+    died_at: int
+
+
+class OutboxPlans(Protocol):
+    """The plans of one dialect. Each is one transaction; `lease` and `delay` are µs."""
+
+    def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
+        """Insert into the caller's transaction; None, or the database's number of partitions where it is another."""
+
+    def notify(self) -> Plan[None]:
+        """Wake relays when the caller's transaction commits."""
+
+    def settings(self, partitions: int) -> Plan[Settings]:
+        """What the database says; where tables are made on the way, they get so many partitions."""
+
+    def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
+        """Become a relay; False where relays of the other order are alive."""
+
+    def renew(self, relay: UUID, lease: int) -> Plan[bool]:
+        """Extend the lease; False where it was lost."""
+
+    def bury(self) -> Plan[int]:
+        """Remove relays whose lease is over; what they had on its way is to be tried alone."""
+
+    def balance(self, relay: UUID, strict: bool) -> Plan[Sequence[int] | None]:
+        """Take or give up partitions until all live relays have as many; those it has, or None where it is gone."""
+
+    def leave(self, relay: UUID) -> Plan[None]:
+        """Give the partitions back; nothing may be on its way."""
+
+    def claim(
+        self,
+        relay: UUID,
+        floors: Mapping[int, int],
+        *,
+        batch: int,
+        share: int,
+        lease: int,
+        alone: bool,
+        strict: bool,
+    ) -> Plan[Taken]:
+        """Take a batch: at most `share` of each partition, in the order of `floors`, which are where to begin.
+
+        alone: one message that a dead relay left, its attempt counted.
+        """
+
+    def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
+        """End a batch; False, and nothing changed, where the relay is gone."""
+
+    def stats(self) -> Plan[Stats]:
+        """How it stands."""
+
+    def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
+        """Dead letters, the oldest first."""
+
+    def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
+        """Put dead letters back, at the end, with their ids; how many there were."""
+
+    def drop(self, ids: Sequence[UUID]) -> Plan[int]:
+        """Forget dead letters."""
+
+    def purge(self, older_than: int, limit: int) -> Plan[int]:
+        """Forget a bounded number of dead letters that died more than so many µs ago."""
+
+    def adopt(self) -> Plan[int]:
+        """Make messages of another cluster's backup this server's own, in their order; how many."""

@@ -1,0 +1,459 @@
+"""The outbox on PostgreSQL: each step is one statement, so that it is one commit and one round trip.
+
+A batch is found without locking or marking its messages: a partition has one relay, and a relay one batch at a time.
+What is on its way is written in the relay's own row, for whoever has to bury it.
+
+Claims begin at a floor for each partition, a transaction id below which everything was taken and nothing can appear
+any more: `least(pg_snapshot_xmin, the last one taken)`. It spares the walk over what was deleted and not yet vacuumed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from retryproof.core.message import Conclusion, Message
+from retryproof.stores.sql.outbox import DeadLetter, Settings, Stats, Taken
+from retryproof.stores.sql.plan import Plan, Row, Statement
+
+CHANNEL = "retryproof_outbox"
+NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+XMIN = "pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+GATE = -1
+"""The partition that stands for all of them where the order is strict, with an empty chain."""
+
+_SENT = "id, chain, topic, payload, key, headers, content_type, trace"
+_MESSAGE = f"xid, sequence, partition, attempts, created_at, {_SENT}"
+_KEPT = f"sequence, created_at, partition, attempts, {_SENT}"
+
+
+class PostgresOutbox:
+    """The plans of PostgreSQL; prefix: the schema as it stands in SQL, with its dot, or ""."""
+
+    def __init__(self, prefix: str = "") -> None:
+        names = {
+            name: f"{prefix}retryproof_outbox{suffix}"
+            for name, suffix in (
+                ("outbox", ""),
+                ("blocked", "_blocked"),
+                ("letters", "_dead"),
+                ("relays", "_relays"),
+                ("partitions", "_partitions"),
+                ("settings", "_settings"),
+            )
+        }
+        self._sql = {name: sql.format(**names) for name, sql in _STATEMENTS.items()}
+
+    def _statement(self, name: str, *parameters: Any) -> Statement:
+        return Statement(self._sql[name], parameters)
+
+    # In the caller's transaction
+
+    def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
+        """Insert, one statement whatever the number."""
+        if len(messages) == 1:
+            rows = yield self._statement("add", partitions, *_columns(messages[0]))
+        else:
+            columns = zip(*(_columns(message) for message in messages), strict=True)
+            rows = yield self._statement("add_many", partitions, *(list(column) for column in columns))
+        if rows:
+            return None
+        ((found,),) = yield self._statement("partition_number")
+        return int(found)
+
+    def notify(self) -> Plan[None]:
+        """Wake relays when the caller's transaction commits."""
+        yield Statement(f"SELECT pg_notify('{CHANNEL}', '')")
+
+    # A relay's life
+
+    def settings(self, partitions: int) -> Plan[Settings]:
+        """What the database says, and whether its transaction ids are this server's."""
+        ((partitions, cluster, server, last, following),) = yield self._statement("settings")
+        if cluster is None:
+            yield self._statement("own", server)
+        elif cluster != server:
+            return Settings(partitions, f"its messages were written on the cluster {cluster}, and this is {server}")
+        if last is not None and last >= following:
+            return Settings(partitions, f"a message has the transaction id {last}, and this server is at {following}")
+        return Settings(partitions)
+
+    def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
+        """Become a relay."""
+        rows = yield self._statement("join", relay, lease, strict)
+        return bool(rows)
+
+    def renew(self, relay: UUID, lease: int) -> Plan[bool]:
+        """Extend the lease."""
+        rows = yield self._statement("renew", relay, lease)
+        return bool(rows)
+
+    def bury(self) -> Plan[int]:
+        """Remove relays whose lease is over."""
+        ((buried,),) = yield self._statement("bury")
+        return int(buried)
+
+    def balance(self, relay: UUID, strict: bool) -> Plan[Sequence[int] | None]:
+        """Take or give up partitions; strict order has all or none."""
+        rows = yield self._statement("target", relay)
+        if not rows:
+            return None
+        ((total, relays, mine),) = rows
+        target = total if strict else -(-total // relays)
+        if mine > target:
+            yield self._statement("give_up", relay, target)
+        elif mine < target:
+            yield self._statement("take", relay, target - mine)
+        owned = yield self._statement("mine", relay)
+        if strict and 0 < len(owned) < total:
+            yield self._statement("give_up", relay, 0)
+            return []
+        return [row[0] for row in owned]
+
+    def leave(self, relay: UUID) -> Plan[None]:
+        """Give the partitions back."""
+        yield self._statement("leave", relay)
+
+    # A batch
+
+    def claim(
+        self,
+        relay: UUID,
+        floors: Mapping[int, int],
+        *,
+        batch: int,
+        share: int,
+        lease: int,
+        alone: bool,
+        strict: bool,
+    ) -> Plan[Taken]:
+        """Take a batch."""
+        if strict:
+            rows = yield self._statement("claim_strict", relay, max(floors.values(), default=0), batch, lease)
+        else:
+            rows = yield self._statement(
+                "claim", relay, list(floors), list(floors.values()), batch, share, lease, alone
+            )
+        held, suspects, fence = rows[0][:3]
+        return Taken(held, suspects, fence, [_message(row[3:]) for row in rows if row[3] is not None])
+
+    def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
+        """End a batch."""
+        places = _places(conclusion.done)
+        if conclusion.plain and not strict:
+            ((held,),) = yield self._statement("finish_plain", relay, lease, *places)
+            return bool(held)
+        dead, failed = conclusion.dead, conclusion.failed
+        parameters = (
+            *places,
+            *_places([message for message, _, _ in dead]),
+            [attempts for _, attempts, _ in dead],
+            [_clean(reason) for _, _, reason in dead],
+            *_places([failure.message for failure in failed]),
+            [failure.attempts for failure in failed],
+            [_clean(failure.reason) for failure in failed],
+            [failure.delay for failure in failed],
+        )
+        if strict:
+            rows = yield self._statement("finish_strict", relay, lease, *parameters)
+        else:
+            partitions, chains = [line[0] for line in conclusion.chains], [line[1] for line in conclusion.chains]
+            rows = yield self._statement("finish", relay, lease, *parameters, partitions, chains, passing)
+        return bool(rows[0][0])
+
+    # For operators
+
+    def stats(self) -> Plan[Stats]:
+        """How it stands."""
+        ((pending, parked, blocked, dead, relays, partitions, lag, fenced, fence_age),) = yield self._statement("stats")
+        return Stats(pending, parked, blocked, dead, relays, partitions, float(lag), fenced, float(fence_age))
+
+    def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
+        """Dead letters, the oldest first."""
+        rows = yield self._statement("letters", topic, limit, [str(id) for id in ids])
+        return [DeadLetter(_message((0, *row[:12])), row[12], row[13]) for row in map(_reordered, rows)]
+
+    def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
+        """Put dead letters back, at the end."""
+        ((count,),) = yield self._statement("requeue", [str(id) for id in ids])
+        return int(count)
+
+    def drop(self, ids: Sequence[UUID]) -> Plan[int]:
+        """Forget dead letters."""
+        ((count,),) = yield self._statement("drop", [str(id) for id in ids])
+        return int(count)
+
+    def purge(self, older_than: int, limit: int) -> Plan[int]:
+        """Forget a bounded number of old dead letters."""
+        ((count,),) = yield self._statement("purge", older_than, limit)
+        return int(count)
+
+    def adopt(self) -> Plan[int]:
+        """Make messages of another cluster this server's own."""
+        ((count,),) = yield self._statement("adopt")
+        return int(count)
+
+
+def _columns(message: Message) -> tuple[Any, ...]:
+    return (
+        str(message.id),
+        message.partition,
+        message.chain,
+        message.topic,
+        message.payload,
+        message.key,
+        json.dumps(dict(message.headers)) if message.headers else None,
+        message.content_type,
+        message.trace,
+    )
+
+
+def _places(messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    return [message.xid for message in messages], [message.sequence for message in messages]
+
+
+def _clean(reason: str) -> str:
+    return reason.replace("\0", "")[:2_000]
+
+
+def _reordered(row: Row) -> tuple[Any, ...]:
+    """A dead letter's row, its message first as `_MESSAGE` has it."""
+    sequence, created_at, partition, attempts, *rest = row
+    return (sequence, partition, attempts, created_at, *rest)
+
+
+def _message(row: Sequence[Any]) -> Message:
+    xid, sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, kind, trace, *parked = row
+    return Message(
+        id=UUID(bytes=id.bytes) if isinstance(id, UUID) else UUID(str(id)),
+        topic=topic,
+        payload=bytes(payload),
+        key=key,
+        headers=json.loads(headers) if headers else {},
+        content_type=kind,
+        trace=trace,
+        attempts=attempts,
+        created_at=created_at,
+        xid=xid,
+        sequence=sequence,
+        partition=partition,
+        chain=bytes(chain),
+        parked=bool(parked and parked[0]),
+    )
+
+
+_HELD = f"""held AS MATERIALIZED (
+    UPDATE {{relays}} SET flight_xids = '{{{{}}}}', flight = '{{{{}}}}', lease_until = {NOW} + $2::bigint
+    WHERE id = $1::uuid RETURNING id
+)"""
+_ENDED = """gone AS (
+    DELETE FROM {outbox} o USING held, unnest($3::bigint[], $4::bigint[]) d(xid, sequence)
+    WHERE o.xid = d.xid AND o.sequence = d.sequence
+)"""
+_BURIED = f"""dead AS (
+    DELETE FROM {{outbox}} o
+    USING held, unnest($5::bigint[], $6::bigint[], $7::int[], $8::text[]) d(xid, sequence, tried, why)
+    WHERE o.xid = d.xid AND o.sequence = d.sequence RETURNING o.*, d.tried, d.why
+), buried AS (
+    INSERT INTO {{letters}} ({_KEPT}, reason, died_at)
+    SELECT {_KEPT.replace("attempts", "tried")}, why, {NOW} FROM dead
+    ON CONFLICT (id) DO UPDATE SET reason = excluded.reason, died_at = excluded.died_at, attempts = excluded.attempts
+), fails AS MATERIALIZED (
+    SELECT f.* FROM held,
+    unnest($9::bigint[], $10::bigint[], $11::int[], $12::text[], $13::bigint[]) f(xid, sequence, tried, why, delay)
+), ended AS MATERIALIZED (
+    SELECT unnest($3::bigint[] || $5::bigint[]) AS xid, unnest($4::bigint[] || $6::bigint[]) AS sequence
+)"""
+_ADD = "id, partition, chain, topic, payload, key, headers, content_type, trace"
+
+_STATEMENTS = {
+    "add": f"""INSERT INTO {{outbox}} ({_ADD})
+SELECT $2::uuid, $3::int, $4::bytea, $5::text, $6::bytea, $7::text, $8::text, $9::text, $10::text
+FROM {{settings}} WHERE partitions = $1::int RETURNING 1""",
+    "add_many": f"""INSERT INTO {{outbox}} ({_ADD})
+SELECT m.id, m.partition, m.chain, m.topic, m.payload, m.key, m.headers, m.content_type, m.trace
+FROM {{settings}}, unnest($2::text[]::uuid[], $3::int[], $4::bytea[], $5::text[], $6::bytea[], $7::text[], $8::text[],
+    $9::text[], $10::text[]) WITH ORDINALITY AS m({_ADD}, place)
+WHERE partitions = $1::int ORDER BY m.place RETURNING 1""",
+    "partition_number": "SELECT partitions FROM {settings}",
+    "settings": """SELECT partitions, cluster, (SELECT system_identifier::text FROM pg_control_system()),
+(SELECT max(xid) FROM {outbox}), pg_snapshot_xmax(pg_current_snapshot())::text::bigint FROM {settings}""",
+    "own": "UPDATE {settings} SET cluster = $1::text WHERE cluster IS NULL RETURNING 1",
+    "join": f"""INSERT INTO {{relays}} (id, lease_until, strict)
+SELECT $1::uuid, {NOW} + $2::bigint, $3::boolean
+WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> $3::boolean AND lease_until > {NOW}) RETURNING 1""",
+    "renew": f"UPDATE {{relays}} SET lease_until = {NOW} + $2::bigint WHERE id = $1::uuid RETURNING 1",
+    "bury": f"""WITH over AS MATERIALIZED (
+    SELECT id FROM {{relays}} WHERE lease_until < {NOW} FOR UPDATE SKIP LOCKED
+), buried AS (
+    DELETE FROM {{relays}} r USING over WHERE r.id = over.id RETURNING r.*
+), suspects AS (
+    UPDATE {{outbox}} o SET parked = NOT f.strict, alone = true
+    FROM (SELECT strict, unnest(flight_xids) AS xid, unnest(flight) AS sequence FROM buried) f
+    WHERE o.xid = f.xid AND o.sequence = f.sequence
+    RETURNING CASE WHEN f.strict THEN {GATE} ELSE o.partition END AS partition,
+        CASE WHEN f.strict THEN ''::bytea ELSE o.chain END AS chain
+), marked AS (
+    INSERT INTO {{blocked}} (partition, chain, due_at, alone)
+    SELECT DISTINCT partition, chain, 0, true FROM suspects
+    ON CONFLICT (partition, chain) DO UPDATE SET alone = true
+)
+SELECT count(*) FROM buried""",
+    "target": f"""SELECT (SELECT partitions FROM {{settings}}),
+(SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW} OR id = $1::uuid),
+(SELECT count(*) FROM {{partitions}} WHERE relay = $1::uuid)
+FROM {{relays}} WHERE id = $1::uuid""",
+    "give_up": """UPDATE {partitions} SET relay = NULL WHERE partition IN (
+    SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition OFFSET $2::bigint
+) AND relay = $1::uuid RETURNING 1""",
+    "take": """WITH held AS MATERIALIZED (SELECT id FROM {relays} WHERE id = $1::uuid FOR UPDATE)
+UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.partition IN (
+    SELECT partition FROM {partitions} WHERE relay IS NULL ORDER BY partition LIMIT $2::bigint FOR UPDATE SKIP LOCKED
+) RETURNING 1""",
+    "mine": "SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition",
+    "leave": "DELETE FROM {relays} WHERE id = $1::uuid AND flight = '{{}}' RETURNING 1",
+    "claim": f"""WITH held AS MATERIALIZED (
+    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+), owned AS MATERIALIZED (
+    SELECT p.* FROM held, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
+), due AS MATERIALIZED (
+    SELECT b.* FROM owned, LATERAL (
+        SELECT partition, chain FROM {{blocked}} b
+        WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
+        ORDER BY b.due_at LIMIT $5::bigint
+    ) b LIMIT $4::bigint
+), retried AS MATERIALIZED (
+    SELECT o.* FROM due, LATERAL (
+        SELECT {_MESSAGE}, true AS was_parked FROM {{outbox}} o
+        WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
+        ORDER BY o.xid, o.sequence LIMIT $5::bigint
+    ) o LIMIT $4::bigint
+), found AS MATERIALIZED (
+    SELECT o.*, EXISTS (SELECT FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain) AS waits
+    FROM owned, LATERAL (
+        SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
+        WHERE o.partition = owned.partition AND NOT o.parked AND o.xid >= owned.floor
+        ORDER BY o.xid, o.sequence LIMIT $5::bigint
+    ) o WHERE NOT $7::boolean LIMIT $4::bigint
+), parking AS (
+    UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.xid = f.xid AND o.sequence = f.sequence
+), counted AS (
+    UPDATE {{outbox}} o SET attempts = o.attempts + 1 FROM retried r
+    WHERE $7::boolean AND o.xid = r.xid AND o.sequence = r.sequence
+), taken AS MATERIALIZED (
+    SELECT {_MESSAGE}, was_parked FROM retried
+    UNION ALL SELECT {_MESSAGE}, was_parked FROM found WHERE NOT waits
+), flight AS (
+    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint, flight_xids = f.xids, flight = f.sequences
+    FROM held, (
+        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
+        FROM taken
+    ) f
+    WHERE r.id = held.id
+)
+SELECT EXISTS (SELECT FROM held),
+    EXISTS (SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}),
+    {XMIN}, taken.*
+FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
+    "claim_strict": f"""WITH held AS MATERIALIZED (
+    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+), gate AS MATERIALIZED (
+    SELECT due_at, alone FROM {{blocked}} WHERE partition = {GATE}
+), found AS MATERIALIZED (
+    SELECT {_MESSAGE}, false AS was_parked, alone FROM held, {{outbox}} o
+    WHERE o.xid >= $2::bigint AND o.xid < {XMIN} AND NOT EXISTS (SELECT FROM gate WHERE due_at > {NOW})
+    ORDER BY o.xid, o.sequence LIMIT $3::bigint
+), first_alone AS MATERIALIZED (
+    SELECT xid, sequence FROM found WHERE alone ORDER BY xid, sequence LIMIT 1
+), single AS MATERIALIZED (
+    SELECT f.* FROM (SELECT * FROM found ORDER BY xid, sequence LIMIT 1) f WHERE f.alone
+), counted AS (
+    UPDATE {{outbox}} o SET attempts = o.attempts + 1 FROM single s WHERE o.xid = s.xid AND o.sequence = s.sequence
+), taken AS MATERIALIZED (
+    SELECT {_MESSAGE}, true AS was_parked FROM single
+    UNION ALL
+    SELECT {_MESSAGE}, was_parked FROM found f
+    WHERE NOT EXISTS (SELECT FROM first_alone a WHERE (f.xid, f.sequence) >= (a.xid, a.sequence))
+), flight AS (
+    UPDATE {{relays}} r SET lease_until = {NOW} + $4::bigint, flight_xids = f.xids, flight = f.sequences
+    FROM held, (
+        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
+        FROM taken
+    ) f
+    WHERE r.id = held.id
+)
+SELECT EXISTS (SELECT FROM held), false, {XMIN}, taken.*
+FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequence""",
+    "finish_plain": f"WITH {_HELD}, {_ENDED} SELECT count(*) FROM held",
+    "finish": f"""WITH {_HELD}, {_ENDED}, {_BURIED}, failing AS (
+    UPDATE {{outbox}} o SET parked = true, alone = false, attempts = f.tried, reason = f.why,
+        chain = CASE WHEN $16::boolean THEN uuid_send(o.id) ELSE o.chain END
+    FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence
+    RETURNING o.partition, o.chain, o.xid, o.sequence, f.delay
+), lines AS MATERIALIZED (
+    SELECT t.partition, t.chain, count(o.xid) AS more, coalesce(bool_or(o.alone), false) AS alone
+    FROM held CROSS JOIN unnest($14::int[], $15::bytea[]) AS t(partition, chain)
+    LEFT JOIN LATERAL (
+        SELECT o.xid, EXISTS (
+            SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = t.partition AND a.chain = t.chain
+            AND NOT EXISTS (SELECT FROM ended e WHERE e.xid = a.xid AND e.sequence = a.sequence)
+            AND NOT EXISTS (SELECT FROM fails f WHERE f.xid = a.xid AND f.sequence = a.sequence)) AS alone
+        FROM {{outbox}} o WHERE o.parked AND o.partition = t.partition AND o.chain = t.chain
+        AND NOT EXISTS (SELECT FROM ended e WHERE e.xid = o.xid AND e.sequence = o.sequence)
+        AND NOT EXISTS (SELECT FROM fails f WHERE f.xid = o.xid AND f.sequence = o.sequence)
+        LIMIT 1
+    ) o ON true GROUP BY t.partition, t.chain
+), unblocked AS (
+    DELETE FROM {{blocked}} b USING lines l WHERE b.partition = l.partition AND b.chain = l.chain AND l.more = 0
+), again AS (
+    UPDATE {{blocked}} b SET due_at = 0, alone = l.alone FROM lines l
+    WHERE b.partition = l.partition AND b.chain = l.chain AND l.more > 0
+), blocking AS (
+    INSERT INTO {{blocked}} (partition, chain, due_at, alone)
+    SELECT f.partition, f.chain, {NOW} + f.delay, EXISTS (
+        SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = f.partition AND a.chain = f.chain
+        AND (a.xid, a.sequence) <> (f.xid, f.sequence)
+        AND NOT EXISTS (SELECT FROM ended e WHERE e.xid = a.xid AND e.sequence = a.sequence))
+    FROM failing f
+    ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone
+)
+SELECT count(*) FROM held""",
+    "finish_strict": f"""WITH {_HELD}, {_ENDED}, {_BURIED}, failing AS (
+    UPDATE {{outbox}} o SET alone = false, attempts = f.tried, reason = f.why
+    FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence RETURNING f.delay
+), opened AS (
+    DELETE FROM {{blocked}} b USING held WHERE b.partition = {GATE} AND NOT EXISTS (SELECT FROM fails)
+), closed AS (
+    INSERT INTO {{blocked}} (partition, chain, due_at, alone)
+    SELECT {GATE}, ''::bytea, {NOW} + min(delay), false FROM failing HAVING count(*) > 0
+    ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
+)
+SELECT count(*) FROM held""",
+    "stats": f"""SELECT (SELECT count(*) FROM {{outbox}}), (SELECT count(*) FROM {{outbox}} WHERE parked),
+(SELECT count(*) FROM {{blocked}}), (SELECT count(*) FROM {{letters}}),
+(SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW}), (SELECT partitions FROM {{settings}}),
+greatest(0, coalesce(({NOW} - (SELECT min(created_at) FROM {{outbox}})) / 1e6, 0))::float8,
+(SELECT count(*) FROM {{outbox}} WHERE xid >= {XMIN}),
+coalesce((SELECT extract(epoch FROM clock_timestamp() - min(xact_start)) FROM pg_stat_activity
+    WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()), 0)::float8""",
+    "letters": f"""SELECT {_KEPT}, reason, died_at FROM {{letters}}
+WHERE ($1::text IS NULL OR topic = $1::text) AND (cardinality($3::text[]) = 0 OR id = ANY($3::text[]::uuid[]))
+ORDER BY died_at, id LIMIT $2::bigint""",
+    "requeue": f"""WITH back AS (
+    DELETE FROM {{letters}} WHERE id = ANY($1::text[]::uuid[]) RETURNING {_ADD}, created_at, sequence
+), added AS (INSERT INTO {{outbox}} ({_ADD}, created_at) SELECT {_ADD}, created_at FROM back ORDER BY sequence)
+SELECT count(*) FROM back""",
+    "drop": """WITH dropped AS (DELETE FROM {letters} WHERE id = ANY($1::text[]::uuid[]) RETURNING 1)
+SELECT count(*) FROM dropped""",
+    "purge": f"""WITH old AS (
+    SELECT id FROM {{letters}} WHERE died_at < {NOW} - $1::bigint ORDER BY died_at, id LIMIT $2::bigint
+    FOR UPDATE SKIP LOCKED
+), purged AS (DELETE FROM {{letters}} l USING old WHERE l.id = old.id RETURNING 1)
+SELECT count(*) FROM purged""",
+    "adopt": """WITH owned AS (
+    UPDATE {settings} SET cluster = (SELECT system_identifier::text FROM pg_control_system())
+), moved AS (UPDATE {outbox} SET xid = 0 RETURNING 1)
+SELECT count(*) FROM moved""",
+}

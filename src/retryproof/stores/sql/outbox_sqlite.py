@@ -1,0 +1,441 @@
+"""The outbox on SQLite: the same tables and steps as on PostgreSQL, each step a transaction that holds the write lock.
+
+With one writer at a time sequences follow the commits, so that the order is always strict in the order of commits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from retryproof.core.message import Conclusion, Message
+from retryproof.stores.memory import wall_clock
+from retryproof.stores.sql.outbox import DeadLetter, Settings, Stats, Taken
+from retryproof.stores.sql.plan import Plan, Row, Statement
+
+GATE = -1
+"""The partition that stands for all of them where the order is strict, with an empty chain."""
+
+SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS retryproof_outbox (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    created_at INTEGER NOT NULL,
+    partition INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    parked INTEGER NOT NULL DEFAULT 0,
+    alone INTEGER NOT NULL DEFAULT 0,
+    id TEXT NOT NULL,
+    chain BLOB NOT NULL,
+    topic TEXT NOT NULL,
+    key TEXT,
+    headers TEXT,
+    content_type TEXT,
+    trace TEXT,
+    reason TEXT,
+    payload BLOB NOT NULL
+)""",
+    "CREATE INDEX IF NOT EXISTS retryproof_outbox_ready ON retryproof_outbox (partition, sequence) WHERE NOT parked",
+    """CREATE INDEX IF NOT EXISTS retryproof_outbox_parked ON retryproof_outbox (partition, chain, sequence)
+    WHERE parked""",
+    "CREATE INDEX IF NOT EXISTS retryproof_outbox_alone ON retryproof_outbox (partition, chain) WHERE alone",
+    """CREATE TABLE IF NOT EXISTS retryproof_outbox_blocked (
+    partition INTEGER NOT NULL,
+    chain BLOB NOT NULL,
+    due_at INTEGER NOT NULL,
+    alone INTEGER NOT NULL,
+    PRIMARY KEY (partition, chain)
+) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS retryproof_outbox_blocked_due ON retryproof_outbox_blocked (partition, alone, due_at)",
+    """CREATE TABLE IF NOT EXISTS retryproof_outbox_dead (
+    id TEXT PRIMARY KEY,
+    sequence INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    died_at INTEGER NOT NULL,
+    partition INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    chain BLOB NOT NULL,
+    topic TEXT NOT NULL,
+    key TEXT,
+    headers TEXT,
+    content_type TEXT,
+    trace TEXT,
+    reason TEXT NOT NULL,
+    payload BLOB NOT NULL
+)""",
+    "CREATE INDEX IF NOT EXISTS retryproof_outbox_dead_died_at ON retryproof_outbox_dead (died_at, id)",
+    """CREATE TABLE IF NOT EXISTS retryproof_outbox_relays (
+    id TEXT PRIMARY KEY,
+    lease_until INTEGER NOT NULL,
+    strict INTEGER NOT NULL,
+    flight TEXT NOT NULL DEFAULT '[]'
+)""",
+    "CREATE TABLE IF NOT EXISTS retryproof_outbox_partitions (partition INTEGER PRIMARY KEY, relay TEXT)",
+    """CREATE TABLE IF NOT EXISTS retryproof_outbox_settings (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    partitions INTEGER NOT NULL
+)""",
+)
+
+_MESSAGE = "sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace"
+_ADD = "created_at, partition, id, chain, topic, payload, key, headers, content_type, trace"
+_INSERT = f"INSERT INTO retryproof_outbox ({_ADD}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_AMONG = "(SELECT value FROM json_each(?))"
+
+
+class SqliteOutbox:
+    """The plans of SQLite; clock: µs since the epoch."""
+
+    def __init__(self, clock: Callable[[], int] = wall_clock) -> None:
+        self._clock = clock
+
+    # In the caller's transaction
+
+    def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
+        """Insert; the tables are made, in this transaction, where there are none."""
+        found = yield from self._partitions(partitions)
+        if found != partitions:
+            return found
+        now = self._clock()
+        for message in messages:
+            yield Statement(_INSERT, _columns(message, now))
+        return None
+
+    def notify(self) -> Plan[None]:
+        """Nothing: who looks at a file needs no message that it changed."""
+        yield from ()
+
+    def _partitions(self, partitions: int) -> Plan[int]:
+        made = yield Statement("SELECT 1 FROM sqlite_schema WHERE name = 'retryproof_outbox_settings'")
+        if not made:
+            for statement in SCHEMA:
+                yield Statement(statement)
+        rows = yield Statement("SELECT partitions FROM retryproof_outbox_settings")
+        if rows:
+            return int(rows[0][0])
+        yield Statement("INSERT INTO retryproof_outbox_settings (one, partitions) VALUES (1, ?)", (partitions,))
+        yield Statement(
+            "INSERT OR IGNORE INTO retryproof_outbox_partitions (partition) "
+            "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?) SELECT i FROM n",
+            (partitions,),
+        )
+        return partitions
+
+    # A relay's life
+
+    def settings(self, partitions: int) -> Plan[Settings]:
+        """What the database says."""
+        found = yield from self._partitions(partitions)
+        return Settings(found)
+
+    def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
+        """Become a relay."""
+        now = self._clock()
+        others = yield Statement(
+            "SELECT 1 FROM retryproof_outbox_relays WHERE strict <> ? AND lease_until > ? LIMIT 1", (strict, now)
+        )
+        if others:
+            return False
+        yield Statement(
+            "INSERT INTO retryproof_outbox_relays (id, lease_until, strict) VALUES (?, ?, ?)",
+            (str(relay), now + lease, strict),
+        )
+        return True
+
+    def renew(self, relay: UUID, lease: int) -> Plan[bool]:
+        """Extend the lease."""
+        rows = yield Statement(
+            "UPDATE retryproof_outbox_relays SET lease_until = ? WHERE id = ? RETURNING 1",
+            (self._clock() + lease, str(relay)),
+        )
+        return bool(rows)
+
+    def bury(self) -> Plan[int]:
+        """Remove relays whose lease is over."""
+        over = yield Statement(
+            "DELETE FROM retryproof_outbox_relays WHERE lease_until < ? RETURNING id, strict, flight", (self._clock(),)
+        )
+        for relay, strict, flight in over:
+            yield Statement("UPDATE retryproof_outbox_partitions SET relay = NULL WHERE relay = ?", (relay,))
+            suspects = yield Statement(
+                f"UPDATE retryproof_outbox SET parked = NOT ?, alone = 1 WHERE sequence IN {_AMONG} "
+                "RETURNING partition, chain",
+                (strict, flight),
+            )
+            lines = {(GATE, b"") if strict else (row[0], row[1]) for row in suspects}
+            for partition, chain in lines:
+                yield from _block(partition, chain, 0, alone=True)
+        return len(over)
+
+    def balance(self, relay: UUID, strict: bool) -> Plan[Sequence[int] | None]:
+        """Take or give up partitions; strict order has all or none."""
+        relays = yield Statement("SELECT id FROM retryproof_outbox_relays")
+        if str(relay) not in {row[0] for row in relays}:
+            return None
+        rows = yield Statement("SELECT partition, relay FROM retryproof_outbox_partitions ORDER BY partition")
+        mine = [row[0] for row in rows if row[1] == str(relay)]
+        free = [row[0] for row in rows if row[1] is None]
+        target = len(rows) if strict else -(-len(rows) // len(relays))
+        owned = sorted([*mine, *free][:target])
+        if strict and len(owned) < len(rows):
+            owned = []
+        given, taken = sorted(set(mine) - set(owned)), sorted(set(owned) - set(mine))
+        for value, places in ((None, given), (str(relay), taken)):
+            if places:
+                yield Statement(
+                    f"UPDATE retryproof_outbox_partitions SET relay = ? WHERE partition IN {_AMONG}",
+                    (value, json.dumps(places)),
+                )
+        return owned
+
+    def leave(self, relay: UUID) -> Plan[None]:
+        """Give the partitions back."""
+        yield Statement("UPDATE retryproof_outbox_partitions SET relay = NULL WHERE relay = ?", (str(relay),))
+        yield Statement("DELETE FROM retryproof_outbox_relays WHERE id = ?", (str(relay),))
+
+    # A batch
+
+    def claim(
+        self,
+        relay: UUID,
+        floors: Mapping[int, int],
+        *,
+        batch: int,
+        share: int,
+        lease: int,
+        alone: bool,
+        strict: bool,
+    ) -> Plan[Taken]:
+        """Take a batch."""
+        now = self._clock()
+        held = yield Statement("SELECT 1 FROM retryproof_outbox_relays WHERE id = ?", (str(relay),))
+        if not held:
+            return Taken(False)
+        if strict:
+            taken = yield from self._strict(batch, now)
+        elif alone:
+            taken = yield from self._due(floors, 1, 1, now, alone=True)
+        else:
+            taken = yield from self._due(floors, batch, share, now, alone=False)
+            taken += yield from self._ready(floors, batch, share)
+        if taken and taken[0].parked and (alone or strict):
+            yield Statement(
+                "UPDATE retryproof_outbox SET attempts = attempts + 1 WHERE sequence = ?", (taken[0].sequence,)
+            )
+        yield Statement(
+            "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = ? WHERE id = ?",
+            (now + lease, json.dumps([message.sequence for message in taken]), str(relay)),
+        )
+        suspects = yield Statement(
+            f"SELECT 1 FROM retryproof_outbox_blocked WHERE partition IN {_AMONG} AND alone AND due_at <= ? LIMIT 1",
+            (json.dumps(list(floors)), now),
+        )
+        return Taken(True, bool(suspects) and not strict, 0, taken)
+
+    def _due(self, floors: Mapping[int, int], batch: int, share: int, now: int, *, alone: bool) -> Plan[list[Message]]:
+        lines = yield Statement(
+            f"SELECT partition, chain FROM retryproof_outbox_blocked WHERE partition IN {_AMONG} AND alone = ? "
+            "AND due_at <= ? ORDER BY due_at LIMIT ?",
+            (json.dumps(list(floors)), alone, now, batch),
+        )
+        taken: list[Message] = []
+        for partition, chain in lines:
+            if len(taken) >= batch:
+                break
+            rows = yield Statement(
+                f"SELECT {_MESSAGE} FROM retryproof_outbox WHERE parked AND partition = ? AND chain = ? "
+                "ORDER BY sequence LIMIT ?",
+                (partition, chain, min(share, batch - len(taken))),
+            )
+            taken += [_message(row, parked=True) for row in rows]
+        return taken
+
+    def _ready(self, floors: Mapping[int, int], batch: int, share: int) -> Plan[list[Message]]:
+        """Ready messages; those of chains that are held back are parked."""
+        taken: list[Message] = []
+        seen = 0
+        for partition in floors:
+            if seen >= batch:
+                break
+            rows = yield Statement(
+                f"SELECT {_MESSAGE}, EXISTS (SELECT 1 FROM retryproof_outbox_blocked b "
+                "WHERE b.partition = o.partition AND b.chain = o.chain) FROM retryproof_outbox o "
+                "WHERE NOT parked AND partition = ? ORDER BY sequence LIMIT ?",
+                (partition, min(share, batch - seen)),
+            )
+            seen += len(rows)
+            taken += [_message(row[:-1]) for row in rows if not row[-1]]
+            waiting = [row[0] for row in rows if row[-1]]
+            if waiting:
+                yield Statement(
+                    f"UPDATE retryproof_outbox SET parked = 1 WHERE sequence IN {_AMONG}", (json.dumps(waiting),)
+                )
+        return taken
+
+    def _strict(self, batch: int, now: int) -> Plan[list[Message]]:
+        gate = yield Statement("SELECT due_at FROM retryproof_outbox_blocked WHERE partition = ?", (GATE,))
+        if gate and gate[0][0] > now:
+            return []
+        rows = yield Statement(f"SELECT {_MESSAGE}, alone FROM retryproof_outbox ORDER BY sequence LIMIT ?", (batch,))
+        if rows and rows[0][-1]:
+            return [_message(rows[0][:-1], parked=True)]
+        first_alone = next((place for place, row in enumerate(rows) if row[-1]), len(rows))
+        return [_message(row[:-1]) for row in rows[:first_alone]]
+
+    def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
+        """End a batch."""
+        now = self._clock()
+        held = yield Statement(
+            "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = '[]' WHERE id = ? RETURNING 1",
+            (now + lease, str(relay)),
+        )
+        if not held:
+            return False
+        for message, attempts, reason in conclusion.dead:
+            yield Statement(
+                f"INSERT OR REPLACE INTO retryproof_outbox_dead ({_ADD}, sequence, attempts, reason, died_at) "
+                f"SELECT {_ADD}, sequence, ?, ?, ? FROM retryproof_outbox WHERE sequence = ?",
+                (attempts, reason[:2_000], now, message.sequence),
+            )
+        ended = [message.sequence for message in (*conclusion.done, *(dead[0] for dead in conclusion.dead))]
+        if ended:
+            yield Statement(f"DELETE FROM retryproof_outbox WHERE sequence IN {_AMONG}", (json.dumps(ended),))
+        for failure in conclusion.failed:
+            message = failure.message
+            chain = message.id.bytes if passing and not strict else message.chain
+            yield Statement(
+                "UPDATE retryproof_outbox SET parked = ?, alone = 0, attempts = ?, reason = ?, chain = ? "
+                "WHERE sequence = ?",
+                (not strict, failure.attempts, failure.reason[:2_000], chain, message.sequence),
+            )
+            if not strict:
+                alone = yield from _has_alone(message.partition, chain)
+                yield from _block(message.partition, chain, now + failure.delay, alone=alone)
+        if strict:
+            yield from self._gate(conclusion, now)
+        for partition, chain in () if strict else conclusion.chains:
+            yield from self._go_on(partition, chain)
+        return True
+
+    def _gate(self, conclusion: Conclusion, now: int) -> Plan[None]:
+        if conclusion.failed:
+            yield from _block(GATE, b"", now + conclusion.failed[0].delay, alone=False)
+        else:
+            yield Statement("DELETE FROM retryproof_outbox_blocked WHERE partition = ?", (GATE,))
+
+    def _go_on(self, partition: int, chain: bytes) -> Plan[None]:
+        more = yield Statement(
+            "SELECT 1 FROM retryproof_outbox WHERE parked AND partition = ? AND chain = ? LIMIT 1", (partition, chain)
+        )
+        if more:
+            alone = yield from _has_alone(partition, chain)
+            yield from _block(partition, chain, 0, alone=alone)
+        else:
+            yield Statement(
+                "DELETE FROM retryproof_outbox_blocked WHERE partition = ? AND chain = ?", (partition, chain)
+            )
+
+    # For operators
+
+    def stats(self) -> Plan[Stats]:
+        """How it stands."""
+        ((pending, parked, blocked, dead, relays, partitions, oldest),) = yield Statement(
+            "SELECT (SELECT count(*) FROM retryproof_outbox), (SELECT count(*) FROM retryproof_outbox WHERE parked), "
+            "(SELECT count(*) FROM retryproof_outbox_blocked), (SELECT count(*) FROM retryproof_outbox_dead), "
+            "(SELECT count(*) FROM retryproof_outbox_relays WHERE lease_until > ?), "
+            "(SELECT partitions FROM retryproof_outbox_settings), (SELECT min(created_at) FROM retryproof_outbox)",
+            (self._clock(),),
+        )
+        lag = max(0.0, (self._clock() - oldest) / 1e6) if oldest is not None else 0.0
+        return Stats(pending, parked, blocked, dead, relays, partitions, lag, 0, 0.0)
+
+    def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
+        """Dead letters, the oldest first."""
+        rows = yield Statement(
+            f"SELECT {_MESSAGE}, reason, died_at FROM retryproof_outbox_dead WHERE (? IS NULL OR topic = ?) "
+            f"AND (? OR id IN {_AMONG}) ORDER BY died_at, id LIMIT ?",
+            (topic, topic, not ids, _texts(ids), limit),
+        )
+        return [DeadLetter(_message(row[:-2]), row[-2], row[-1]) for row in rows]
+
+    def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
+        """Put dead letters back, at the end."""
+        yield Statement(
+            f"INSERT INTO retryproof_outbox ({_ADD}) SELECT {_ADD} FROM retryproof_outbox_dead "
+            f"WHERE id IN {_AMONG} ORDER BY sequence",
+            (_texts(ids),),
+        )
+        return (yield from self.drop(ids))
+
+    def drop(self, ids: Sequence[UUID]) -> Plan[int]:
+        """Forget dead letters."""
+        rows = yield Statement(f"DELETE FROM retryproof_outbox_dead WHERE id IN {_AMONG} RETURNING 1", (_texts(ids),))
+        return len(rows)
+
+    def purge(self, older_than: int, limit: int) -> Plan[int]:
+        """Forget a bounded number of old dead letters."""
+        rows = yield Statement(
+            "DELETE FROM retryproof_outbox_dead WHERE id IN (SELECT id FROM retryproof_outbox_dead "
+            "WHERE died_at < ? ORDER BY died_at, id LIMIT ?) RETURNING 1",
+            (self._clock() - older_than, limit),
+        )
+        return len(rows)
+
+    def adopt(self) -> Plan[int]:
+        """Nothing: a copy of the file is complete."""
+        yield from ()
+        return 0
+
+
+def _has_alone(partition: int, chain: bytes) -> Plan[bool]:
+    rows = yield Statement(
+        "SELECT 1 FROM retryproof_outbox WHERE alone AND partition = ? AND chain = ? LIMIT 1", (partition, chain)
+    )
+    return bool(rows)
+
+
+def _block(partition: int, chain: bytes, due_at: int, *, alone: bool) -> Plan[None]:
+    yield Statement(
+        "INSERT INTO retryproof_outbox_blocked (partition, chain, due_at, alone) VALUES (?, ?, ?, ?) "
+        "ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone",
+        (partition, chain, due_at, alone),
+    )
+
+
+def _texts(ids: Sequence[UUID]) -> str:
+    return json.dumps([str(id) for id in ids])
+
+
+def _columns(message: Message, now: int) -> tuple[Any, ...]:
+    return (
+        now,
+        message.partition,
+        str(message.id),
+        message.chain,
+        message.topic,
+        message.payload,
+        message.key,
+        json.dumps(dict(message.headers)) if message.headers else None,
+        message.content_type,
+        message.trace,
+    )
+
+
+def _message(row: Row, *, parked: bool = False) -> Message:
+    sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace = row
+    return Message(
+        id=UUID(id),
+        topic=topic,
+        payload=payload,
+        key=key,
+        headers=json.loads(headers) if headers else {},
+        content_type=content_type,
+        trace=trace,
+        attempts=attempts,
+        created_at=created_at,
+        sequence=sequence,
+        partition=partition,
+        chain=chain,
+        parked=parked,
+    )

@@ -1,0 +1,203 @@
+"""The outbox: what is to be sent is written in the caller's own transaction, and sent by a relay afterwards (T5)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.message import PARTITIONS, Message, chain_of, partition_of, uuid7
+from retryproof.stores.sql.outbox import OutboxPlans
+from retryproof.stores.sql.outbox_postgres import PostgresOutbox
+from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
+from retryproof.stores.sql.plan import Plan, aperform, perform
+from retryproof.transaction.connections import BlockingConnection, LoopConnection, adapt
+
+MAX_PAYLOAD = 1 << 20
+"""Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""
+MAX_TOPIC = 255
+_SCHEMA = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+
+
+class Outbox:
+    """Writes messages into the caller's transaction.
+
+    topics: those that may be used, or None for any. max_payload: bytes; give the broker's own limit.
+    partitions: must be the database's number. schema: of the tables on PostgreSQL, unless the search path finds them.
+    """
+
+    def __init__(
+        self,
+        *,
+        topics: Collection[str] | None = None,
+        max_payload: int = MAX_PAYLOAD,
+        partitions: int = PARTITIONS,
+        schema: str | None = None,
+    ) -> None:
+        if schema is not None and not _SCHEMA.fullmatch(schema):
+            raise ConfigurationError("schema= must be letters, digits and underscores, not beginning with a digit")
+        if partitions < 1 or max_payload < 0:
+            raise ConfigurationError("partitions= must be 1 or more, and max_payload= not negative")
+        self._topics = None if topics is None else frozenset(topics)
+        self._max_payload = max_payload
+        self._partitions = partitions
+        self._postgres = PostgresOutbox(f'"{schema}".' if schema else "")
+        self._sqlite = SqliteOutbox()
+
+    def message(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        content_type: str | None = None,
+        trace: str | None = None,
+        id: UUID | None = None,
+    ) -> Message:
+        """A message for `add_many`; raises ConfigurationError for what could not be sent."""
+        self._check(topic, payload, key, headers, content_type, trace)
+        id = id or uuid7()
+        chain = chain_of(key, id)
+        return Message(
+            id=id,
+            topic=topic,
+            payload=bytes(payload),
+            key=key,
+            headers=dict(headers or {}),
+            content_type=content_type,
+            trace=trace,
+            partition=partition_of(chain, self._partitions),
+            chain=chain,
+        )
+
+    def add(
+        self,
+        connection: Any,
+        *,
+        topic: str,
+        payload: bytes,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        content_type: str | None = None,
+        trace: str | None = None,
+    ) -> UUID:
+        """Write a message into the transaction that is open on a connection that blocks; its id, a UUIDv7.
+
+        key: messages of one key are sent in their order. trace: a `traceparent`.
+        Refused before anything is written, by ConfigurationError: no open transaction, a failed one, autocommit, a
+        payload over the limit, a topic that was not declared.
+        """
+        message = self.message(topic, payload, key=key, headers=headers, content_type=content_type, trace=trace)
+        self.add_many(connection, [message])
+        return message.id
+
+    async def aadd(
+        self,
+        connection: Any,
+        *,
+        topic: str,
+        payload: bytes,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        content_type: str | None = None,
+        trace: str | None = None,
+    ) -> UUID:
+        """`add` on a connection of the event loop."""
+        message = self.message(topic, payload, key=key, headers=headers, content_type=content_type, trace=trace)
+        await self.aadd_many(connection, [message])
+        return message.id
+
+    def add_many(self, connection: Any, messages: Sequence[Message]) -> None:
+        """Write messages of `message`, in their order, by one statement."""
+        if not messages:
+            return
+        adapted = _blocking(connection)
+        adapted.check_open()
+        self._check_partitions(perform(self._plans(adapted).add(messages, self._partitions), adapted.execute))
+
+    async def aadd_many(self, connection: Any, messages: Sequence[Message]) -> None:
+        """`add_many` on a connection of the event loop."""
+        if not messages:
+            return
+        adapted = _on_loop(connection)
+        await adapted.check_open()
+        plan = self._plans(adapted).add(messages, self._partitions)
+        self._check_partitions(await aperform(plan, adapted.execute))
+
+    def notify(self, connection: Any) -> None:
+        """Wake relays as soon as this transaction commits, instead of at their next look.
+
+        PostgreSQL commits transactions that notify one after the other; busy systems are better off without.
+        """
+        adapted = _blocking(connection)
+        perform(self._notify(adapted), adapted.execute)
+
+    async def anotify(self, connection: Any) -> None:
+        """`notify` on a connection of the event loop."""
+        adapted = _on_loop(connection)
+        await aperform(self._notify(adapted), adapted.execute)
+
+    def _notify(self, connection: BlockingConnection | LoopConnection) -> Plan[None]:
+        return self._plans(connection).notify()
+
+    def _plans(self, connection: BlockingConnection | LoopConnection) -> OutboxPlans:
+        match connection.dialect:
+            case "postgresql":
+                return self._postgres
+            case "sqlite":
+                return self._sqlite
+            case other:
+                raise ConfigurationError(f"The outbox is for PostgreSQL and SQLite; this connection is {other}.")
+
+    def _check(
+        self,
+        topic: str,
+        payload: object,
+        key: str | None,
+        headers: Mapping[str, str] | None,
+        content_type: str | None,
+        trace: str | None,
+    ) -> None:
+        if not isinstance(payload, bytes | bytearray | memoryview):
+            raise ConfigurationError(f"payload= must be bytes, and is {type(payload).__name__}; encode it first")
+        if len(payload) > self._max_payload:
+            raise ConfigurationError(
+                f"The payload has {len(payload)} bytes, and at most {self._max_payload} can be sent. "
+                "Store it elsewhere and send where it is, or raise max_payload= to the broker's limit."
+            )
+        if not topic or len(topic) > MAX_TOPIC:
+            raise ConfigurationError(f"topic= must have 1 to {MAX_TOPIC} characters")
+        if self._topics is not None and topic not in self._topics:
+            known = ", ".join(sorted(self._topics))
+            raise ConfigurationError(f"The topic {topic!r} is unknown. Declared are: {known}.")
+        texts: Sequence[object] = (topic, key, content_type, trace, *(headers or {}), *(headers or {}).values())
+        for text in texts:
+            if text is not None and (not isinstance(text, str) or "\0" in text):
+                raise ConfigurationError("topic, key, content type, trace and headers are text without NUL")
+
+    def _check_partitions(self, found: int | None) -> None:
+        if found is not None:
+            raise ConfigurationError(
+                f"This outbox has partitions={self._partitions}, and the database {found}: messages of one key would "
+                f"lose their order. Nothing was written; make it Outbox(partitions={found})."
+            )
+
+
+def _blocking(connection: Any) -> BlockingConnection:
+    adapted = adapt(connection)
+    if inspect.iscoroutinefunction(adapted.execute):
+        raise ConfigurationError(
+            "This connection belongs to an event loop: await outbox.aadd(…), aadd_many or anotify."
+        )
+    return adapted  # type: ignore[return-value] # its colour was just checked
+
+
+def _on_loop(connection: Any) -> LoopConnection:
+    adapted = adapt(connection)
+    if not inspect.iscoroutinefunction(adapted.execute):
+        raise ConfigurationError("This connection blocks: use outbox.add(…), add_many or notify.")
+    return adapted  # type: ignore[return-value] # its colour was just checked

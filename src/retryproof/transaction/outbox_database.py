@@ -1,0 +1,84 @@
+"""The database that a relay or an operator works on: by URL, with connections of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.stores.sql.outbox import OutboxPlans
+from retryproof.stores.sql.outbox_postgres import PostgresOutbox
+from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
+from retryproof.stores.sql.plan import Plan
+from retryproof.stores.sql.postgres_url import parse
+from retryproof.stores.sql.sqlite import SqliteStore, from_url
+
+T = TypeVar("T")
+POSTGRES = ("postgresql", "postgres", "postgresql+asyncpg")
+TIMEOUT = 5.0
+
+
+class Database(Protocol):
+    """Runs plans, each as one transaction, within a time-out; raises StoreUnavailable."""
+
+    plans: OutboxPlans
+
+    async def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan; it may be run again where the connection was dead."""
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+
+
+class PostgresDatabase:
+    """PostgreSQL, on asyncpg."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        try:
+            module = importlib.import_module("retryproof.stores.sql.asyncpg")
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                "A relay on PostgreSQL needs asyncpg: pip install 'retryproof[postgres]'"
+            ) from error
+        self.plans: OutboxPlans = PostgresOutbox(parse(url).prefix)
+        self._store = module.AsyncpgStore(url, timeout=timeout)
+
+    async def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan."""
+        result: T = await self._store.perform(plan)
+        return result
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._store.aclose()
+
+
+class SqliteDatabase:
+    """A SQLite file, in a thread of its own."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self.plans: OutboxPlans = SqliteOutbox()
+        self._store = store
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retryproof-outbox")
+
+    async def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._store.perform(plan))
+
+    async def aclose(self) -> None:
+        """Close the file and end the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
+        self._thread.shutdown(wait=False)
+
+
+def open_database(url: str, *, timeout: float = TIMEOUT) -> Database:
+    """The database of a URL; nothing is connected before the first plan."""
+    scheme = url.partition("://")[0].lower()
+    if scheme in POSTGRES:
+        return PostgresDatabase(url, timeout)
+    if scheme == "sqlite":
+        return SqliteDatabase(from_url(url, timeout=timeout))
+    raise ConfigurationError("An outbox is in PostgreSQL or SQLite: postgresql://user@host/database, sqlite:///file.db")
