@@ -24,7 +24,7 @@ from retryproof.core import errors
 from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
 from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused, Raised, Reply, Returned
 from retryproof.core.fingerprint import Method, seal
-from retryproof.core.flow import Completed, Conclusion, Flow, Replayed, attempt
+from retryproof.core.flow import Busy, Completed, Conclusion, Down, Flow, Replayed, attempt
 from retryproof.core.hold import Hold
 from retryproof.core.keys import check_key, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
@@ -388,13 +388,14 @@ class _Work:
 
     def outcome(self, conclusion: Conclusion, id: bytes) -> Outcome[Any]:
         """What the caller gets; raises what the function raised, or the error that the conclusion is."""
-        if self._error is not None:
-            raise self._error
+        error = self._error
+        if error is not None and not (isinstance(error, Exception) and _is_overtaken(conclusion)):
+            raise error
         if isinstance(conclusion, Completed):
             hold = conclusion.hold
             return Outcome(self._value, False, hold.attempt, hold.first_seen)
         if not isinstance(conclusion, Replayed):
-            raise error_of(conclusion, short_digest(id))
+            raise error_of(conclusion, short_digest(id)) from error
         finished = conclusion.finished
         if finished.result is None:
             raise errors.ResultOmitted(
@@ -403,6 +404,11 @@ class _Work:
                 digest=short_digest(id),
             )
         return Outcome(decode_value(self._codec, finished.result), True, finished.attempt, finished.first_seen)
+
+
+def _is_overtaken(conclusion: Conclusion) -> bool:
+    """Whether another attempt took over: then its result counts, whatever this one came to (C8)."""
+    return isinstance(conclusion, Replayed | Busy | Down) and conclusion.overtaken
 
 
 class Overtaking:

@@ -142,7 +142,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     (RUNNING, "Cancelled"): (SETTLING, "Failed"),
     (RUNNING, "LeaseLost"): (OVERTAKEN,),
     (SETTLING, "Done"): ("Completed", "Failed"),
-    (SETTLING, "Lost"): (OVERTAKEN, "Failed"),
+    (SETTLING, "Lost"): (OVERTAKEN,),
     (SETTLING, "Unreachable"): (SETTLING, "Completed", "Failed"),
     (OVERTAKEN, "Found"): ("Replayed", "Busy"),
     (OVERTAKEN, "Unreachable"): ("Down",),
@@ -243,9 +243,14 @@ def _fail(hold: Hold, release: bool, policy: Policy, now: float) -> Flow:
         return Failed(hold, released=False)
     command = hold.release()
     reply = yield from _settle(hold, command, policy, now)
-    if isinstance(reply, Unreachable):
-        yield Linger(hold, command)
-    return Failed(hold, released=isinstance(reply, Done))
+    match reply:
+        case Done():
+            return Failed(hold, released=True)
+        case Lost():  # what this attempt came to is no answer any more: two callers never see two results (C8)
+            return (yield from _overtaken(hold))
+        case _:
+            yield Linger(hold, command)
+            return Failed(hold, released=False)
 
 
 def _settle(
