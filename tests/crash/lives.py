@@ -102,14 +102,14 @@ def say(message: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    lives = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # read no further than a line
-    while line := lives.readline():
-        pid = os.fork()
-        if pid == 0:
-            life = json.loads(line)
-            (serve if life["kind"] == "http" else call)(life)
-            sys.exit()
-        say({"exit": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as lives:  # reads no further than a line
+        while line := lives.readline():
+            pid = os.fork()
+            if pid == 0:
+                life = json.loads(line)
+                (serve if life["kind"] == "http" else call)(life)
+                sys.exit()
+            say({"exit": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
 
 
 if __name__ == "__main__":
