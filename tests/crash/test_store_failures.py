@@ -73,7 +73,11 @@ def dead_postgres(start: PrivateServer) -> Trouble:
 def locked_sqlite(path: Path) -> Trouble:
     file = path / "keys.db"
     rival = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
-    return Trouble(f"sqlite:///{file}", lambda: rival.execute("BEGIN EXCLUSIVE") and None, lambda: rival.rollback())
+
+    def lock() -> None:
+        rival.execute("BEGIN EXCLUSIVE")
+
+    return Trouble(f"sqlite:///{file}", lock, rival.rollback)
 
 
 KINDS = ["hung redis", "dead redis", "hung postgres", "dead postgres", "locked sqlite"]
