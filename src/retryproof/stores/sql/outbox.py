@@ -96,7 +96,7 @@ class OutboxPlans(Protocol):
         """Take or give up partitions until all live relays have as many; those it has, or None where it is gone."""
 
     def leave(self, relay: UUID) -> Plan[None]:
-        """Give the partitions back; nothing may be on its way."""
+        """Give the partitions back; with something on its way nothing is done, and the lease has to run out."""
 
     def claim(
         self,

@@ -362,9 +362,11 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
 ), gate AS MATERIALIZED (
     SELECT due_at, alone FROM {{blocked}} WHERE partition = {GATE}
 ), found AS MATERIALIZED (
-    SELECT {_MESSAGE}, false AS was_parked, alone FROM held, {{outbox}} o
-    WHERE o.xid >= $2::bigint AND o.xid < {XMIN} AND NOT EXISTS (SELECT FROM gate WHERE due_at > {NOW})
-    ORDER BY o.xid, o.sequence LIMIT $3::bigint
+    SELECT o.* FROM held, LATERAL (
+        SELECT {_MESSAGE}, false AS was_parked, alone FROM {{outbox}}
+        WHERE xid >= $2::bigint AND xid < {XMIN} AND NOT EXISTS (SELECT FROM gate WHERE due_at > {NOW})
+        ORDER BY xid, sequence LIMIT $3::bigint
+    ) o
 ), first_alone AS MATERIALIZED (
     SELECT xid, sequence FROM found WHERE alone ORDER BY xid, sequence LIMIT 1
 ), single AS MATERIALIZED (

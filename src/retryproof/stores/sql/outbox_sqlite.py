@@ -191,8 +191,11 @@ class SqliteOutbox:
 
     def leave(self, relay: UUID) -> Plan[None]:
         """Give the partitions back."""
-        yield Statement("UPDATE retryproof_outbox_partitions SET relay = NULL WHERE relay = ?", (str(relay),))
-        yield Statement("DELETE FROM retryproof_outbox_relays WHERE id = ?", (str(relay),))
+        left = yield Statement(
+            "DELETE FROM retryproof_outbox_relays WHERE id = ? AND flight = '[]' RETURNING 1", (str(relay),)
+        )
+        if left:
+            yield Statement("UPDATE retryproof_outbox_partitions SET relay = NULL WHERE relay = ?", (str(relay),))
 
     # A batch
 

@@ -1,0 +1,84 @@
+"""Redis Streams: each message is an entry with the fields id, topic, payload, and where given key, headers, …
+
+The entry's own id is Redis's and differs on a resend; consumers go by the field `id`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.message import Message
+from retryproof.publishers.base import DELIVERED, UNTRIED, Batch, Failed, Outcome, described
+
+TIMEOUT = 5.0
+
+
+class RedisStreamPublisher:
+    """Appends to a stream; a batch is one MULTI, so that it is there as a whole or not at all.
+
+    stream: its name, or None for one named as the topic. max_length: entries to keep, roughly.
+    """
+
+    max_payload: int | None = 512 << 20
+
+    def __init__(
+        self, url: str, stream: str | None = None, *, max_length: int | None = None, timeout: float = TIMEOUT
+    ) -> None:
+        self._stream = stream
+        self._max_length = max_length
+        # No retries of its own: whether a batch came through is the relay's business.
+        self._client = Redis.from_url(
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
+        )
+
+    async def publish(self, batch: Batch) -> Sequence[Outcome]:
+        """Append the messages in their order."""
+        if not batch.live():
+            return [UNTRIED] * len(batch.messages)
+        pipeline = self._client.pipeline(transaction=True)
+        for message in batch.messages:
+            pipeline.xadd(self._stream or message.topic, fields(message), maxlen=self._max_length)
+        answers = await pipeline.execute(raise_on_error=False)
+        return [Failed(described(answer)) if isinstance(answer, RedisError) else DELIVERED for answer in answers]
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._client.aclose()
+
+
+def fields(message: Message) -> dict[Any, Any]:
+    """An entry's fields."""
+    kept = {
+        "id": str(message.id),
+        "topic": message.topic,
+        "payload": message.payload,
+        "key": message.key,
+        "content-type": message.content_type,
+        "traceparent": message.trace,
+        "headers": json.dumps(dict(message.headers)) if message.headers else None,
+    }
+    return {name: value for name, value in kept.items() if value is not None}
+
+
+def from_url(url: str, *, timeout: float = TIMEOUT, **_: object) -> RedisStreamPublisher:
+    """The publisher of redis://host:6379/stream or redis://host:6379/0/stream, with ?maxlen= where wanted."""
+    parts = urlsplit(url)
+    path = [unquote(part) for part in parts.path.split("/") if part]
+    database = path.pop(0) if len(path) == 2 else "0"
+    options = dict(parse_qsl(parts.query))
+    maxlen = options.pop("maxlen", None)
+    if len(path) != 1 or not database.isdigit() or not (maxlen is None or maxlen.isdigit()):
+        raise ConfigurationError(
+            "A stream's URL is redis://host:6379/stream or redis://host:6379/0/stream?maxlen=1000."
+        )
+    server = urlunsplit(parts._replace(path=f"/{database}", query=urlencode(options)))
+    return RedisStreamPublisher(server, path[0], max_length=int(maxlen) if maxlen else None, timeout=timeout)

@@ -1,0 +1,172 @@
+"""E-mail: each payload is a whole message (RFC 5322), as `EmailMessage.as_bytes()` gives it.
+
+Its Message-ID is made of the outbox's id, so that it is the same on every resend and mail systems that look at it keep
+one copy. SMTP has no other way to say that a message comes again: between the server's "250" and the relay's finish, a
+crash sends it twice.
+"""
+
+from __future__ import annotations
+
+import smtplib
+import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email import policy
+from email.message import EmailMessage
+from email.parser import BytesParser
+from email.utils import format_datetime, getaddresses
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.message import Message
+from retryproof.publishers.base import DELIVERED, UNTRIED, Batch, Failed, Outcome, chains, described
+
+TIMEOUT = 30.0
+
+
+class SmtpPublisher:
+    """Hands messages to one SMTP server, over one connection a batch.
+
+    tls: "starttls" (asked of the server, and required), "implicit" or "off", which sends all in the clear.
+    domain: of Message-IDs. timeout: seconds for each step. context: for TLS, else the system's authorities.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int = 587,
+        *,
+        user: str | None = None,
+        password: str | None = None,
+        tls: str = "starttls",
+        domain: str = "retryproof.invalid",
+        timeout: float = TIMEOUT,
+        max_payload: int | None = None,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        if tls not in ("starttls", "implicit", "off"):
+            raise ConfigurationError("tls= is 'starttls', 'implicit' or 'off'")
+        if user is not None and tls == "off":
+            raise ConfigurationError("a password is not sent without TLS")
+        self.max_payload = max_payload
+        self._address = (host, port)
+        self._login = (user, password or "") if user is not None else None
+        self._tls = tls
+        self._domain = domain
+        self._timeout = timeout
+        self._context = context
+
+    def publish(self, batch: Batch) -> Sequence[Outcome]:
+        """Send the messages one after another; where the server cannot be reached, the first of each key fails."""
+        outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
+        order = chains(batch.messages)
+        try:
+            with self._connected() as server:
+                for chain in order:
+                    self._send_chain(server, batch, chain, outcomes)
+        except (OSError, smtplib.SMTPException) as error:
+            for chain in order:
+                if outcomes[chain[0]] is UNTRIED:
+                    outcomes[chain[0]] = Failed(described(error))
+        return outcomes
+
+    def close(self) -> None:
+        """Nothing: connections end with their batch."""
+
+    def _send_chain(self, server: smtplib.SMTP, batch: Batch, chain: list[int], outcomes: list[Outcome]) -> None:
+        for place in chain:
+            if not batch.live():
+                return
+            try:
+                outcomes[place] = self._send(server, batch.messages[place])
+            except smtplib.SMTPServerDisconnected as error:
+                outcomes[place] = Failed(described(error))
+                raise
+            except smtplib.SMTPException as error:
+                outcomes[place] = _refused(error)
+                with suppress(smtplib.SMTPException):
+                    server.rset()
+            except ValueError as error:
+                outcomes[place] = Failed(described(error), permanent=True)
+            if outcomes[place] is not DELIVERED:
+                return
+
+    @contextmanager
+    def _connected(self) -> Iterator[smtplib.SMTP]:
+        host, port = self._address
+        context = self._context or ssl.create_default_context()
+        if self._tls == "implicit":
+            server: smtplib.SMTP = smtplib.SMTP_SSL(host, port, timeout=self._timeout, context=context)
+        else:
+            server = smtplib.SMTP(host, port, timeout=self._timeout)
+        try:
+            if self._tls == "starttls":
+                server.starttls(context=context)
+            if self._login is not None:
+                server.login(*self._login)
+            yield server
+        finally:
+            with suppress(OSError, smtplib.SMTPException):
+                server.quit()
+            server.close()
+
+    def _send(self, server: smtplib.SMTP, message: Message) -> Outcome:
+        mail = _parsed(message, self._domain)
+        sender, recipients = _envelope(mail)
+        del mail["Bcc"]
+        server.sendmail(sender, recipients, mail.as_bytes(policy=policy.SMTP))
+        return DELIVERED
+
+
+def message_id(message: Message, domain: str) -> str:
+    """The Message-ID of a message, on every attempt."""
+    return f"<{message.id}@{domain}>"
+
+
+def _parsed(message: Message, domain: str) -> EmailMessage:
+    mail = BytesParser(policy=policy.SMTP).parsebytes(message.payload)
+    del mail["Message-ID"]
+    mail["Message-ID"] = message_id(message, domain)
+    if "Date" not in mail:  # when it was written, not when it was sent: the same on every attempt
+        mail["Date"] = format_datetime(datetime.fromtimestamp(message.created_at / 1e6, UTC))
+    return mail
+
+
+def _envelope(mail: EmailMessage) -> tuple[str, list[str]]:
+    """The sender's and the recipients' addresses; raises ValueError where one is missing."""
+    senders = getaddresses([str(mail["Sender"] or mail["From"] or "")])
+    fields: list[Any] = [value for name in ("To", "Cc", "Bcc") for value in mail.get_all(name, [])]
+    recipients = [address for _, address in getaddresses([str(field) for field in fields]) if address]
+    if not senders or not senders[0][1] or not recipients:
+        raise ValueError("the payload is no e-mail with a sender (From) and recipients (To, Cc or Bcc)")
+    return senders[0][1], recipients
+
+
+def _refused(error: smtplib.SMTPException) -> Failed:
+    """A 5xx is for good; with several recipients, only where all of them are."""
+    codes = [getattr(error, "smtp_code", 0)]
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        codes = [code for code, _ in error.recipients.values()]
+    return Failed(described(error), permanent=bool(codes) and all(code >= 500 for code in codes))
+
+
+def from_url(url: str, *, timeout: float = TIMEOUT, **_: object) -> SmtpPublisher:
+    """The publisher of smtp://user:password@host:587?domain=example.com, smtps://…, or smtp://host:25?tls=off."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    implicit = parts.scheme == "smtps"
+    tls = options.pop("tls", "implicit" if implicit else "starttls")
+    domain = options.pop("domain", parts.hostname or "")
+    if not parts.hostname or options:
+        raise ConfigurationError("An SMTP URL is smtp://user:password@host:587?domain=example.com&tls=starttls.")
+    return SmtpPublisher(
+        parts.hostname,
+        parts.port or (465 if implicit else 587),
+        user=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        tls=tls,
+        domain=domain,
+        timeout=timeout,
+    )

@@ -1,0 +1,63 @@
+"""What people do to an outbox: look at it, and decide about its dead letters (O1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from retryproof.core.message import PARTITIONS
+from retryproof.stores.sql.outbox import DeadLetter, Stats
+from retryproof.transaction.outbox_database import Database, open_database
+
+MICROSECONDS = 1_000_000
+PURGE_BATCH = 1_000
+
+
+class Operator:
+    """The outbox of a database, by URL; for one event loop."""
+
+    def __init__(self, store: str, *, timeout: float = 5.0, partitions: int = PARTITIONS) -> None:
+        self._database: Database = open_database(store, timeout=timeout)
+        self._partitions = partitions
+        self._ready = False
+
+    async def stats(self) -> Stats:
+        """How it stands."""
+        await self._prepare()
+        return await self._database.perform(self._database.plans.stats)
+
+    async def dead(self, *, topic: str | None = None, limit: int = 100, ids: Sequence[UUID] = ()) -> list[DeadLetter]:
+        """Dead letters, the oldest first."""
+        await self._prepare()
+        return list(await self._database.perform(lambda: self._database.plans.dead(topic=topic, limit=limit, ids=ids)))
+
+    async def requeue(self, ids: Sequence[UUID]) -> int:
+        """Have dead letters tried again, after all that is pending; their ids stay. How many there were."""
+        await self._prepare()
+        return await self._database.perform(lambda: self._database.plans.requeue(ids))
+
+    async def drop(self, ids: Sequence[UUID]) -> int:
+        """Forget dead letters."""
+        await self._prepare()
+        return await self._database.perform(lambda: self._database.plans.drop(ids))
+
+    async def purge(self, older_than: float) -> int:
+        """Forget a bounded number of dead letters that died more than so many seconds ago; 0 when all are gone."""
+        await self._prepare()
+        age = round(older_than * MICROSECONDS)
+        return await self._database.perform(lambda: self._database.plans.purge(age, PURGE_BATCH))
+
+    async def adopt(self) -> int:
+        """Have messages sent that were restored from another cluster; relays must not run meanwhile."""
+        await self._prepare()
+        return await self._database.perform(self._database.plans.adopt)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._database.aclose()
+
+    async def _prepare(self) -> None:
+        """Make SQLite's tables, where there are none."""
+        if not self._ready:
+            await self._database.perform(lambda: self._database.plans.settings(self._partitions))
+            self._ready = True
