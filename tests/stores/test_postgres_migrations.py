@@ -1,12 +1,14 @@
 """Migrations of PostgreSQL: once each, at the same time too, and their sum is the schema that was agreed on (O4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.stores.sql import asyncpg as on_asyncpg
@@ -49,14 +51,24 @@ def test_migrating_at_the_same_time_applies_each_once(url: str) -> None:
     assert sorted(applied) == [[], [], [], NAMES]
 
 
-def test_without_a_schema_tables_go_where_the_search_path_says(postgres_url: str) -> None:
-    assert migrate(postgres_url) == NAMES
-    store = PsycopgStore(postgres_url)
+@pytest.fixture
+def fresh_database(postgres_url: str, unique: str) -> Iterator[str]:
+    """The URL of a database that nothing was done in."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(unique)))
+        yield urlunsplit(urlsplit(postgres_url)._replace(path=f"/{unique}"))
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(unique)))
+
+
+def test_without_a_schema_tables_go_where_the_search_path_says(fresh_database: str) -> None:
+    assert migrate(fresh_database) == NAMES
+    store = PsycopgStore(fresh_database)
     assert store.get([b""]) == [None]
     store.close()
-    with psycopg.connect(postgres_url) as connection:
-        connection.execute("DROP SCHEMA public CASCADE")
-        connection.execute("CREATE SCHEMA public")
+    with psycopg.connect(fresh_database) as connection:
+        assert connection.execute("SELECT to_regclass('public.retryproof_operations') IS NOT NULL").fetchone() == (
+            True,
+        )
 
 
 async def test_asyncpg_migrates_where_psycopg_is_not_installed(url: str) -> None:
