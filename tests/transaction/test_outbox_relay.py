@@ -172,6 +172,7 @@ async def test_t6_partitions_are_shared_among_live_relays_and_come_back(database
         await member.balance()
         return len(member._floors)
 
+    shares: list[int] = []
     for _ in range(3):
         shares = [await owned(relay) for relay in relays]
     assert sum(shares) == 64

@@ -12,7 +12,9 @@ from retryproof.cli.doctor import doctor
 from retryproof.cli.exits import HELP
 from retryproof.cli.keys import keys
 from retryproof.cli.migrate import migrate
+from retryproof.cli.outbox import outbox
 from retryproof.cli.reap import reap
+from retryproof.cli.relay import relay
 
 
 @click.group(epilog=HELP, context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,5 +27,5 @@ def retryproof() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
 
 
-for command in (demo, doctor, keys, migrate, reap):
+for command in (demo, doctor, keys, migrate, outbox, reap, relay):
     retryproof.add_command(command)

@@ -194,6 +194,15 @@ class Relay:
         await self.aclose()
         return self.totals
 
+    async def run_until_idle(self) -> Totals:
+        """Work until nothing is due or `stop` is called; what waits for its next attempt stays."""
+        try:
+            while not self._stopping.is_set() and (await self.run_once()) is not None:
+                pass
+        finally:
+            await self.aclose()
+        return self.totals
+
     def stop(self) -> None:
         """Take no more messages; a batch that is on its way has `policy.drain` seconds to end. Safe in a handler."""
         self._stop_at = min(self._stop_at, monotonic() + self.policy.drain)

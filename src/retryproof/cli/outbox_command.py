@@ -1,0 +1,83 @@
+"""What the outbox's commands have in common: the outbox by URL, and which dead letters are meant."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+from uuid import UUID
+
+import click
+
+from retryproof.cli.command import Function, Refused, no_url
+from retryproof.cli.output import Output
+from retryproof.cli.redact import redacted
+from retryproof.core.message import PARTITIONS
+from retryproof.transaction.operator import Operator
+
+T = TypeVar("T")
+PAGE = 1_000
+
+
+def with_operator(url: str, work: Callable[[Operator], Awaitable[T]], partitions: int = PARTITIONS) -> T:
+    """Do something to the outbox of a database."""
+
+    async def run() -> T:
+        operator = Operator(url, partitions=partitions)
+        try:
+            return await work(operator)
+        finally:
+            await operator.aclose()
+
+    return asyncio.run(run())
+
+
+def letters_argument(function: Function) -> Function:
+    """`[URL] [ID]…` and `--all`; read by `act`."""
+    for option in (
+        click.option("--topic", help="With --all: those of one topic."),
+        click.option("--all", "everything", is_flag=True, help="All dead letters."),
+        click.argument("targets", metavar="[URL] [ID]...", nargs=-1, envvar="RETRYPROOF_STORE"),
+    ):
+        function = option(function)
+    return function
+
+
+def act(
+    targets: Sequence[str],
+    everything: bool,
+    topic: str | None,
+    output: Output,
+    action: Callable[[Operator, Sequence[UUID]], Awaitable[int]],
+    word: str,
+) -> None:
+    """Do something to the dead letters that are meant, and say to how many."""
+    urls = [target for target in targets if "://" in target]
+    ids = _ids([target for target in targets if "://" not in target])
+    if len(urls) > 1:
+        raise click.UsageError("Give one URL at most.")
+    if bool(ids) == everything or (topic is not None and not everything):
+        raise click.UsageError("Name dead letters by their ids, or all of them: --all, with --topic where wanted.")
+    url = urls[0] if urls else no_url()
+
+    async def work(operator: Operator) -> int:
+        if not everything:
+            return await action(operator, ids)
+        done = 0
+        while letters := await operator.dead(topic=topic, limit=PAGE):
+            done += await action(operator, [letter.message.id for letter in letters])
+            tell(f"{done} done")
+        return done
+
+    with output.progress(word) as tell:
+        count = with_operator(url, work)
+    output.answer({"store": redacted(url), word: count}, f"{word}: {count}")
+    if count < len(ids):
+        raise Refused(f"{len(ids) - count} of {len(ids)} ids name no dead letter; the others are {word}.")
+
+
+def _ids(texts: Sequence[str]) -> list[UUID]:
+    try:
+        return [UUID(text) for text in texts]
+    except ValueError as error:
+        raise click.UsageError("A dead letter's id is a UUID, as `outbox list` shows it.") from error

@@ -1,0 +1,20 @@
+"""`retryproof outbox requeue`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from retryproof.cli import exits
+from retryproof.cli.command import json_option
+from retryproof.cli.outbox_command import act, letters_argument
+from retryproof.cli.output import Output
+
+
+@click.command(epilog=exits.HELP)
+@letters_argument
+@json_option
+def requeue(targets: Sequence[str], everything: bool, topic: str | None, output: Output) -> None:
+    """Have dead letters sent again, after what is pending; their ids stay the same."""
+    act(targets, everything, topic, output, lambda operator, ids: operator.requeue(ids), "requeued")

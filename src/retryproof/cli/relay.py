@@ -1,0 +1,111 @@
+"""`retryproof relay`: send what an outbox holds (T6)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from dataclasses import asdict
+from typing import Literal
+
+import click
+
+from retryproof.cli import exits
+from retryproof.cli.command import json_option, url_argument
+from retryproof.cli.output import Output, Tell
+from retryproof.cli.redact import redacted
+from retryproof.core.message import PARTITIONS
+from retryproof.publishers import open_publisher
+from retryproof.transaction.relay import Relay, RelayPolicy, Totals
+
+DEFAULTS = RelayPolicy()
+
+
+@click.command(epilog=exits.HELP)
+@url_argument
+@click.option("--to", required=True, metavar="URL", help="https://…, smtp://…, redis://…/stream or module:function.")
+@click.option("--batch", type=click.IntRange(1, 1_000), default=DEFAULTS.batch, show_default=True)
+@click.option(
+    "--lease",
+    type=click.FloatRange(0.1, 3_600.0),
+    default=DEFAULTS.lease,
+    show_default=True,
+    help="Seconds until others take over from a relay that died.",
+)
+@click.option("--max-attempts", type=click.IntRange(1), default=DEFAULTS.max_attempts, show_default=True)
+@click.option(
+    "--backoff",
+    type=click.FloatRange(0.0, min_open=True),
+    default=DEFAULTS.backoff,
+    show_default=True,
+    help="Longest pause after a first failure, in seconds; doubled after each.",
+)
+@click.option(
+    "--on-failure",
+    type=click.Choice(["block", "pass"]),
+    default="block",
+    show_default=True,
+    help="Whether a failing message holds later ones of its key back.",
+)
+@click.option("--strict-order", is_flag=True, help="All messages in the order of commits; one relay works at a time.")
+@click.option("--partitions", type=click.IntRange(1), default=PARTITIONS, show_default=True)
+@click.option("--public-only", is_flag=True, help="Refuse webhooks at addresses that are not public.")
+@click.option("--once", is_flag=True, help="End when nothing is due, instead of waiting for more.")
+@click.option("--drain", type=click.FloatRange(0.0), default=DEFAULTS.drain, show_default=True, help="Seconds at most.")
+@json_option
+def relay(
+    url: str,
+    to: str,
+    batch: int,
+    lease: float,
+    max_attempts: int,
+    backoff: float,
+    on_failure: Literal["block", "pass"],
+    strict_order: bool,
+    partitions: int,
+    public_only: bool,
+    once: bool,
+    drain: float,
+    output: Output,
+) -> None:
+    """Send what the outbox in the database at URL holds to another place, until SIGTERM or Ctrl-C.
+
+    What is on its way is finished first. Run as many as you like: messages of one key stay in order, none is lost, and
+    one that is sent twice has the same id. Webhooks are signed with the secrets in RETRYPROOF_WEBHOOK_SECRET.
+    """
+    policy = RelayPolicy(
+        batch=batch,
+        lease=lease,
+        max_attempts=max_attempts,
+        backoff=backoff,
+        max_backoff=max(DEFAULTS.max_backoff, backoff),
+        on_failure=on_failure,
+        order="strict" if strict_order else "key",
+        drain=drain,
+        partitions=partitions,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a message, otherwise
+    with output.progress("relaying") as tell:
+        totals = asyncio.run(_run(url, to, policy, public_only=public_only, once=once, tell=tell))
+    document = {"store": redacted(url), "to": redacted(to), **asdict(totals)}
+    output.answer(document, f"Sent {totals.delivered}, failed {totals.failed}, dead letters {totals.dead}.")
+
+
+async def _run(url: str, to: str, policy: RelayPolicy, *, public_only: bool, once: bool, tell: Tell) -> Totals:
+    options = {"public_only": True} if public_only else {}
+    working = Relay(url, open_publisher(to, **options), policy=policy)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, working.stop)
+    showing = asyncio.create_task(_show(working, tell))
+    try:
+        return await (working.run_until_idle() if once else working.run())
+    finally:
+        showing.cancel()
+
+
+async def _show(working: Relay, tell: Tell) -> None:
+    while True:
+        totals = working.totals
+        tell(f"{totals.delivered} sent, {totals.failed} failed, {totals.dead} dead letters")
+        await asyncio.sleep(0.5)
