@@ -290,7 +290,7 @@ def test_c14_an_async_step_of_a_sync_engine_is_refused_before_it_runs() -> None:
     def fn() -> None:
         asyncio.run(current_operation().astep("charge", charge))
 
-    with pytest.raises(errors.ConfigurationError, match="use step"):
+    with pytest.raises(errors.ConfigurationError, match="sync engine"):
         Idempotency(MemoryStore()).run("k", fn, scope="s")
     assert ran == []
 

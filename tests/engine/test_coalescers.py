@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import uvloop
 
 from retryproof.core.commands import Acquired, Claim, Complete, Done, Finished, Mismatch, Running, Unreachable
 from retryproof.stores import coalesce
@@ -295,6 +297,22 @@ async def test_c3_a_task_that_is_told_it_is_too_late_disowns_its_claim_itself() 
     await settle_down()
     assert store.store.get([make_claim().id])[0] is not None
     assert lanes.orphans == []
+
+
+def test_c10_a_time_out_is_not_early_on_uvloop() -> None:
+    """Its clock is that of the round's beginning; who is told too early asks again, and waits twice."""
+
+    async def main() -> float:
+        store = OnLoop()
+        Held(store)
+        lanes = Lanes(store)
+        time.sleep(0.05)  # noqa: ASYNC251  # a busy round of the loop
+        began = time.monotonic()
+        assert isinstance(await lanes.perform(make_claim(), 0.1), Unreachable)
+        return time.monotonic() - began
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(main()) >= 0.1
 
 
 async def test_the_twins_of_one_key_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:

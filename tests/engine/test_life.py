@@ -21,7 +21,7 @@ from retryproof.stores.memory import MemoryStore
 from retryproof.stores.redis.asynchronous import AsyncRedisStore
 from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.url import aopen_store
-from tests.engine.support import SECONDS, in_thread
+from tests.engine.support import SECONDS, OnLoop, in_thread
 
 
 @pytest.fixture(params=["sqlite", "redis", "postgres"])
@@ -206,6 +206,50 @@ async def test_a_store_object_in_another_loop_says_so(redis_url: str, unique: st
         await asyncio.to_thread(elsewhere)
     assert (await engine.run("k", lambda: 2, scope=unique)).replayed
     await store.aclose()
+
+
+class Keeperless(OnLoop):
+    """As a third party's store that was written for tasks alone."""
+
+    keeper = None  # type: ignore[assignment]  # it has none
+
+
+async def test_c6_a_store_without_a_keeper_is_renewed_through_its_loop(unique: str) -> None:
+    store = Keeperless()
+    engine = AsyncIdempotency(store, policy=Policy(lease=0.15))
+    running = asyncio.ensure_future(engine.run("k", lambda: asyncio.sleep(0.5), scope=unique))
+    while not running.done():
+        await asyncio.sleep(0.02)
+        assert running.done() or await is_in_progress(engine, unique)
+    assert ("renew", 1) in store.sent
+
+
+async def is_in_progress(engine: AsyncIdempotency, scope: str) -> bool:
+    try:
+        await engine.run("k", lambda: 0, scope=scope)
+    except errors.InProgress:
+        return True
+    return False
+
+
+def test_a_store_without_a_keeper_whose_loop_is_closed_leaves_nothing_unawaited(unique: str) -> None:
+    """What lingers there can be stored no more; that is an error to the keeper, and no warning from the collector."""
+    store = Keeperless()
+
+    async def main() -> None:
+        engine = AsyncIdempotency(store, policy=Policy(complete_timeout=0.0, store_timeout=0.1))
+
+        async def fail(name: str, commands: object) -> None:
+            if name == "complete":
+                raise OSError("gone")
+
+        store.before = fail
+        await engine.run("k", lambda: 0, scope=unique)
+
+    asyncio.run(main())
+
+    threading.Event().wait(0.8)  # the keeper's first try at what lingers comes after half a second
+    gc.collect()
 
 
 # Forks

@@ -166,7 +166,16 @@ class _OnLoop:
 
     def _blocking(self, call: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., T]:
         def wait(*args: Any, **options: Any) -> T:
-            return asyncio.run_coroutine_threadsafe(call(*args, **options), self._loop).result(self.SECONDS)
+            work = call(*args, **options)
+            try:
+                future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            except RuntimeError:  # the loop is closed
+                work.close()
+                raise
+            try:
+                return future.result(self.SECONDS)
+            finally:
+                future.cancel()  # one that has not ended in time
 
         return wait
 
@@ -318,10 +327,13 @@ class Source:
 
     def _forget(self) -> None:
         """After a fork: what the parent opened is its own, and is neither used nor closed here."""
-        abandoned.append((self._process, self._loops))
-        self._process, self._last, self._loops = None, (None, None), {}
-        self._opening = threading.RLock()
-        self._generation = _fork_generation
+        with _opening:
+            if self._generation == _fork_generation:  # another thread was first
+                return
+            abandoned.append((self._process, self._loops))
+            self._process, self._last, self._loops = None, (None, None), {}
+            self._opening = threading.RLock()
+            self._generation = _fork_generation
 
 
 abandoned: list[object] = []
