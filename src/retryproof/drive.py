@@ -145,14 +145,14 @@ async def adrive(
         raise
 
 
-async def abegin(
+def abegin(
     flow: Steps[T], store: AsyncPerformer, timeout: float, pause: Callable[[Pause], Awaitable[Paused]]
-) -> T | Run:
+) -> Awaitable[T | Run]:
     """Pump a flow up to its `Run`, which the caller then performs and hands to `afinish`; or to its conclusion.
 
     The caller watches the hold; `afinish` unwatches it.
     """
-    return await _pump(flow, next(flow), store, timeout, pause)
+    return _pump(flow, next(flow), store, timeout, pause)
 
 
 async def afinish(

@@ -164,6 +164,7 @@ def attempt(
     claimed = yield from _claim(claim, policy, now, refingerprint)
     if not isinstance(claimed, Hold):
         return claimed
+    del claim, refingerprint  # what outlives the claim is seen by every garbage collection while the work runs
     outcome, now = yield Run(claimed)
     match outcome:
         case Returned(result):
@@ -258,7 +259,11 @@ def _settle(
 ) -> Generator[Command, tuple[Reply, float], Done | Lost | Unreachable]:
     began, delay = now, FIRST_BACKOFF
     while True:
-        reply, now = yield from fenced(hold, command, now)
+        if now < hold.deadline:  # nearly always, and then `fenced` has nothing to add
+            answer, now = yield command
+            reply = _fence_reply(answer)
+        else:
+            reply, now = yield from fenced(hold, command, now)
         if not isinstance(reply, Unreachable) or now - began + delay > policy.complete_timeout:
             return reply
         _, now = yield Pause(delay)

@@ -43,6 +43,7 @@ from retryproof.http.types import App, Message, Scope
 logger = logging.getLogger("retryproof.http")
 
 _UNSTORABLE_END = ("http.response.pathsend", "http.response.trailers")
+_PARTS = ("http.response.body", "http.response.zerocopysend", *_UNSTORABLE_END)
 
 
 class Owner(Protocol):
@@ -181,25 +182,22 @@ class Execution:
     async def _run(self) -> None:
         operation.enter(operation.LoopOperation(self._hold, self._store, self._policy, self._loop))
         try:
-            await self._run_and_settle()
+            try:
+                await self._owner.app(self._scope, self._link.receive, self._send)
+            except asyncio.CancelledError:
+                await self._after_cancellation()
+            except OutcomeUnknown as error:
+                await self._after_unknown(error)
+            except Exception as error:
+                await self._after_error(error)
+                raise
+            else:
+                if self._conclusion is None:
+                    await self._after_return()
         except BaseException as error:  # noqa: BLE001  # handed to the server's task, which raises it
             self._end(error)
         else:
             self._end(None)
-
-    async def _run_and_settle(self) -> None:
-        try:
-            await self._owner.app(self._scope, self._link.receive, self._send)
-        except asyncio.CancelledError:
-            await self._after_cancellation()
-        except OutcomeUnknown as error:
-            await self._after_unknown(error)
-        except Exception as error:
-            await self._after_error(error)
-            raise
-        else:
-            if self._conclusion is None:
-                await self._after_return()
 
     async def _after_return(self) -> None:
         if await self._settled_elsewhere():
@@ -285,31 +283,37 @@ class Execution:
         if self._settling:
             if self._conclusion is None or isinstance(self._conclusion, Completed | Failed):
                 await self._link.send(message)  # after the end; the server knows what to say
-        elif kind == "http.response.body" and self._head is not None:
-            await self._take(message, last=not message.get("more_body", False) and not self._head.get("trailers"))
         elif kind == "http.response.start" and self._head is None:
             self._take_head(message)
-        elif kind == "http.response.zerocopysend" and self._head is not None:
-            self._keep_nothing()
-            await self._take(message, last=not message.get("more_body", False) and not self._head.get("trailers"))
-        elif kind in _UNSTORABLE_END and self._head is not None:
-            self._keep_nothing()
-            await self._take(message, last=not message.get("more_trailers", False))
-        else:
+        elif self._head is None or kind not in _PARTS:
             await self._link.send(message)  # early hints, pushes, debug; and what is out of order
+        elif self._take(kind, message, self._head):
+            await self._settle(self._outcome())
+            await self._conclude()
+        else:
+            await self._stream(message)
 
     def _take_head(self, message: Message) -> None:
         self._head = message
         if message.get("trailers") or is_event_stream(message.get("headers", ())):
             self._keep_nothing()
 
-    async def _take(self, message: Message, *, last: bool) -> None:
-        self._keep(message.get("body", b""))
+    def _take(self, kind: str, message: Message, head: Message) -> bool:
+        """Keep a part of the response, where it can be kept; whether it is the last."""
+        if kind == "http.response.body":
+            self._keep(message.get("body", b""))
+        else:
+            self._keep_nothing()
+        if kind in _UNSTORABLE_END:
+            last = not message.get("more_trailers", False)
+        else:
+            last = not message.get("more_body", False) and not head.get("trailers")
         if last:
             self._last = message
-            await self._settle(self._outcome())
-            await self._conclude()
-            return
+        return last
+
+    async def _stream(self, message: Message) -> None:
+        """Let go of a part that is not the last."""
         if not self._head_sent:
             if not self._settles():
                 self._keep_nothing()
