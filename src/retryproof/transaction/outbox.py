@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
@@ -14,11 +15,20 @@ from retryproof.stores.sql.outbox import OutboxPlans
 from retryproof.stores.sql.outbox_postgres import PostgresOutbox
 from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
 from retryproof.stores.sql.plan import Plan, aperform, perform
-from retryproof.transaction.connections import BlockingConnection, LoopConnection, adapt
+from retryproof.transaction.connections import (
+    FAILED,
+    BlockingConnection,
+    LoopConnection,
+    adapt,
+    missing_table,
+    refused,
+    sqlstate_of,
+)
 
 MAX_PAYLOAD = 1 << 20
 """Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""
 MAX_TOPIC = 255
+FAILED_STATE = "25P02"  # in_failed_sql_transaction
 _SCHEMA = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
@@ -117,7 +127,9 @@ class Outbox:
             return
         adapted = _blocking(connection)
         adapted.check_open()
-        self._check_partitions(perform(self._plans(adapted).add(messages, self._partitions), adapted.execute))
+        with _explained():
+            found = perform(self._plans(adapted).add(messages, self._partitions), adapted.execute)
+        self._check_partitions(found)
 
     async def aadd_many(self, connection: Any, messages: Sequence[Message]) -> None:
         """`add_many` on a connection of the event loop."""
@@ -125,8 +137,9 @@ class Outbox:
             return
         adapted = _on_loop(connection)
         await adapted.check_open()
-        plan = self._plans(adapted).add(messages, self._partitions)
-        self._check_partitions(await aperform(plan, adapted.execute))
+        with _explained():
+            found = await aperform(self._plans(adapted).add(messages, self._partitions), adapted.execute)
+        self._check_partitions(found)
 
     def notify(self, connection: Any) -> None:
         """Wake relays as soon as this transaction commits, instead of at their next look.
@@ -185,6 +198,22 @@ class Outbox:
                 f"This outbox has partitions={self._partitions}, and the database {found}: messages of one key would "
                 f"lose their order. Nothing was written; make it Outbox(partitions={found})."
             )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """The driver's errors that mean a wrong use, in our words; nothing was written then."""
+    try:
+        yield
+    except Exception as error:
+        if missing_table(error):
+            raise ConfigurationError(
+                "The database has no outbox; run `retryproof migrate URL`, and give Outbox(schema=…) where its tables "
+                "are in a schema of their own."
+            ) from error
+        if sqlstate_of(error) == FAILED_STATE:
+            raise refused(FAILED, "Nothing was written.") from error
+        raise
 
 
 def _blocking(connection: Any) -> BlockingConnection:

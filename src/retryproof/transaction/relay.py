@@ -179,20 +179,26 @@ class Relay:
         A database that gives no answer is tried again. Raises ConfigurationError for one that must not be worked on.
         """
         pause = 0.0
-        while not self._stopping.is_set():
-            try:
-                totals = await self.run_once()
-                pause = 0.0 if totals is None or totals.ended or totals.failed else self._longer(pause)
-            except StoreUnavailable as error:
-                log.warning("the outbox's database gives no answer: %s", error)
-                pause = min(LONGEST_PAUSE, max(0.1, 2 * pause)) * random.uniform(0.5, 1.0)
-            except LeaseLost as error:
-                log.warning("%s", error)
-                self._member = None
-                pause = 0.0
-            await self._idle(pause)
-        await self.aclose()
+        try:
+            while not self._stopping.is_set():
+                pause = await self._next_pause(pause)
+                await self._idle(pause)
+        finally:
+            await self.aclose()
         return self.totals
+
+    async def _next_pause(self, pause: float) -> float:
+        """Do one batch; seconds to wait after it."""
+        try:
+            totals = await self.run_once()
+        except StoreUnavailable as error:
+            log.warning("the outbox's database gives no answer: %s", error)
+            return min(LONGEST_PAUSE, max(0.1, 2 * pause)) * random.uniform(0.5, 1.0)
+        except LeaseLost as error:
+            log.warning("%s", error)
+            self._member = None
+            return 0.0
+        return self._longer(pause) if totals is None else 0.0
 
     async def run_until_idle(self) -> Totals:
         """Work until nothing is due or `stop` is called; what waits for its next attempt stays."""

@@ -1,0 +1,164 @@
+"""Strict order on PostgreSQL: sixteen writers, transactions that are held open, a restored cluster."""
+
+import asyncio
+import random
+import time
+from dataclasses import replace
+from uuid import UUID
+
+import asyncpg
+import psycopg
+import pytest
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.stores.sql.migrate import migrate
+from retryproof.transaction import Outbox, Relay
+from retryproof.transaction.operator import Operator
+from tests.transaction.outboxes import QUICK, Database, Noting, until_empty
+
+STRICT = replace(QUICK, order="strict")
+
+
+@pytest.fixture
+def database(postgres_url: str, unique: str) -> Database:
+    url = f"{postgres_url}?schema={unique}"
+    migrate(url)
+    return Database(url)
+
+
+async def test_t6_strict_order_skips_nothing_under_sixteen_writers(database: Database) -> None:
+    """Messages go out by (xid, sequence), and so in the order of transactions that did not overlap."""
+    spans: list[tuple[float, float, list[UUID]]] = []
+
+    def write() -> None:
+        connection = database.connect()
+        for _ in range(25):
+            begun = time.monotonic()
+            messages = [database.outbox.message("t", b"") for _ in range(random.randint(1, 3))]
+            for message in messages:
+                database.outbox.add_many(begin(connection), [message])
+                time.sleep(random.uniform(0.0, 0.004))  # so that sequences do not commit in order
+            connection.commit()
+            spans.append((begun, time.monotonic(), [message.id for message in messages]))
+        connection.close()
+
+    publisher = Noting()
+    relay = Relay(database.url, publisher, policy=STRICT)
+    running = asyncio.create_task(relay.run())
+    await asyncio.gather(*(asyncio.to_thread(write) for _ in range(16)))
+    relay.stop()
+    await running
+    rest = Relay(database.url, publisher, policy=STRICT)
+    await until_empty(rest)
+    await rest.aclose()
+    places = [message.place for message in publisher.published]
+    assert places == sorted(places)
+    assert len(places) == sum(len(ids) for _, _, ids in spans)
+    at = {message.id: place for place, message in enumerate(publisher.published)}
+    assert set(at) == {id for _, _, ids in spans for id in ids}
+    for _, committed, before in spans:
+        for begun, _, after in spans:
+            if committed < begun:
+                assert max(at[id] for id in before) < min(at[id] for id in after)
+
+
+def begin(connection: psycopg.Connection[tuple[object, ...]]) -> psycopg.Connection[tuple[object, ...]]:
+    """A transaction on the connection, as a caller's first statement opens it."""
+    connection.execute("SELECT 1")
+    return connection
+
+
+async def test_t6_a_held_transaction_holds_strict_order_back_and_the_metric_says_so(database: Database) -> None:
+    connection = begin(database.connect())
+    held = database.outbox.add(connection, topic="t", payload=b"held")
+    later = database.send("a", "b")
+    publisher = Noting()
+    relay = Relay(database.url, publisher, policy=STRICT)
+    assert await relay.run_once() is None
+    stats = await relay.stats()
+    assert (stats.pending, stats.fenced) == (2, 2)
+    assert stats.lag > 0
+    assert stats.fence_age > 0
+    connection.commit()
+    connection.close()
+    await until_empty(relay)
+    assert [message.id for message in publisher.published] == [held, *(message.id for message in later)]
+    assert (await relay.stats()).fenced == 0
+    await relay.aclose()
+
+
+async def test_t6_a_held_transaction_does_not_hold_order_by_key_back_and_is_not_skipped(database: Database) -> None:
+    connection = begin(database.connect())
+    held = database.outbox.add(connection, topic="t", payload=b"held", key="a")
+    publisher = Noting()
+    relay = Relay(database.url, publisher, policy=QUICK)
+    for _ in range(5):
+        database.send(*"ab" * 50)
+        await until_empty(relay)
+    assert len(publisher.published) == 500
+    connection.commit()
+    connection.close()
+    await until_empty(relay)
+    assert publisher.published[-1].id == held
+    await relay.aclose()
+
+
+async def test_t6_messages_of_a_restored_cluster_are_refused_until_adopted(database: Database) -> None:
+    database.send("a", "b")
+    publisher = Noting()
+    connection = database.connect()
+    connection.execute("UPDATE retryproof_outbox SET xid = xid + 1000000000")
+    connection.commit()
+    with pytest.raises(ConfigurationError, match="restored"):
+        await Relay(database.url, publisher, policy=STRICT).run()
+    connection.execute("UPDATE retryproof_outbox SET xid = 3")
+    connection.execute("UPDATE retryproof_outbox_settings SET cluster = '1'")
+    connection.commit()
+    connection.close()
+    with pytest.raises(ConfigurationError, match="outbox adopt"):
+        await Relay(database.url, publisher, policy=STRICT).run()
+    operator = Operator(database.url)
+    assert await operator.adopt() == 2
+    await operator.aclose()
+    relay = Relay(database.url, publisher, policy=STRICT)
+    await until_empty(relay)
+    assert publisher.payloads == ["a:0", "b:1"]
+    await relay.aclose()
+
+
+async def test_t5_on_an_event_loop_it_is_awaited(database: Database, unique: str) -> None:
+    outbox = Outbox(schema=unique)
+    connection = await asyncpg.connect(database.url.partition("?")[0])
+    with pytest.raises(ConfigurationError, match="no transaction is open"):
+        await outbox.aadd(connection, topic="t", payload=b"")
+    with pytest.raises(ConfigurationError, match="retryproof migrate"):
+        async with connection.transaction():
+            await Outbox(schema="elsewhere").aadd(connection, topic="t", payload=b"")
+    async with connection.transaction():
+        with pytest.raises(ConfigurationError, match="aadd"):
+            outbox.add(connection, topic="t", payload=b"")
+        id = await outbox.aadd(connection, topic="t", payload=b"1", key="k")
+        await outbox.aadd_many(connection, [outbox.message("t", b"2", key="k"), outbox.message("t", b"3", key="k")])
+        await outbox.anotify(connection)
+    transaction = connection.transaction()
+    await transaction.start()
+    with pytest.raises(asyncpg.PostgresError):
+        await connection.execute("SELECT 1 / 0")
+    with pytest.raises(ConfigurationError, match="failed"):
+        await outbox.aadd(connection, topic="t", payload=b"")
+    await transaction.rollback()
+    await connection.close()
+    publisher = Noting()
+    relay = Relay(database.url, publisher, policy=QUICK)
+    await until_empty(relay)
+    assert publisher.published[0].id == id
+    assert publisher.payloads == ["1", "2", "3"]
+    await relay.aclose()
+
+
+def test_t5_autocommit_is_refused(database: Database) -> None:
+    connection = database.connect()
+    connection.autocommit = True
+    with pytest.raises(ConfigurationError, match="autocommit"):
+        database.outbox.add(connection, topic="t", payload=b"")
+    connection.close()
