@@ -31,7 +31,7 @@ from retryproof.core.policy import Policy
 from retryproof.drive import adrive, clock, drive
 from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
 from retryproof.observe.logging import log_event
-from retryproof.operation import EPOCH, BlockingOperation, LoopOperation, enter, leave
+from retryproof.operation import EPOCH, BlockingOperation, LoopOperation, Settled, asettle, enter, leave, settle
 from retryproof.stores.base import AsyncStore, Store
 from retryproof.stores.opened import AsyncOpened, AsyncView, Opened, Source
 
@@ -197,17 +197,18 @@ class Idempotency(Engine):
 
         def run_fn(hold: Hold) -> Reply:
             self.listen(hold, where)
-            token = enter(BlockingOperation(hold, opened, policy))
+            operation = BlockingOperation(hold, opened, policy)
+            token = enter(operation)
             try:
                 value = fn()
                 if inspect.iscoroutine(value):
                     value.close()
                     raise errors.ConfigurationError("The function returned a coroutine; use AsyncIdempotency.")
             except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
-                return work.failed(error)
+                return work.settled(settle(operation, work.failed(error)))
             finally:
                 leave(token)
-            return work.returned(value)
+            return work.settled(settle(operation, work.returned(value)))
 
         began = clock()
         flow = self.flow(opened, id, _seal(fingerprint), policy, _tenant(scope, self._pepper))
@@ -294,17 +295,19 @@ class AsyncIdempotency(Engine):
         async def run_fn(hold: Hold) -> Reply:
             self.listen(hold, where)
             overtaking = Overtaking(hold, cancels=policy.on_lease_lost == "cancel")
-            token = enter(LoopOperation(hold, opened, policy, overtaking.loop))
+            operation = LoopOperation(hold, opened, policy, overtaking.loop)
+            token = enter(operation)
             try:
                 with overtaking:
                     value: Any = fn()
                     if inspect.isawaitable(value):
                         value = await value
             except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
-                return LeaseLost() if overtaking.cancelled(error) else work.failed(error)
+                outcome = LeaseLost() if overtaking.cancelled(error) else work.failed(error)
+                return work.settled(await asettle(operation, outcome))
             finally:
                 leave(token)
-            return work.returned(value)
+            return work.settled(await asettle(operation, work.returned(value)))
 
         async def pause(command: Pause) -> Paused:
             return await self.pause(command, policy)
@@ -385,6 +388,13 @@ class _Work:
         if isinstance(error, errors.OutcomeUnknown):
             return Raised(unknown=True)
         return Raised() if isinstance(error, Exception) else Cancelled()
+
+    def settled(self, settled: Settled) -> Reply:
+        """What came of the work after its transaction; the error of that is what the caller is raised."""
+        outcome, error = settled
+        if error is not None:
+            self._error = error
+        return outcome
 
     def outcome(self, conclusion: Conclusion, id: bytes) -> Outcome[Any]:
         """What the caller gets; raises what the function raised, or the error that the conclusion is."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 from uuid import UUID
 
 from retryproof.core.codec import Codec, JsonCodec, decode_value, encode_value
-from retryproof.core.commands import Command, Done, Lost, Reply, Unreachable
+from retryproof.core.commands import Command, Done, Lost, Outcome, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, StoreUnavailable
 from retryproof.core.flow import fenced
 from retryproof.core.hold import Hold
@@ -20,6 +22,8 @@ from retryproof.core.policy import Policy
 from retryproof.drive import Steps, clock
 
 T = TypeVar("T")
+Settled: TypeAlias = tuple[Outcome, BaseException | None]
+"""What came of the work once its transaction is over, and what its caller is raised."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLAIN = JsonCodec()
 
@@ -30,13 +34,15 @@ class Operation:
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = ("_hold", "_names", "_policy", "_store")
+    __slots__ = ("_hold", "_joined", "_names", "_policy", "_store", "refuses_transactions")
 
     def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
         self._hold = hold
         self._store = store
         self._policy = policy
         self._names: set[str] | None = None
+        self._joined: Any = None
+        self.refuses_transactions = ""
 
     @property
     def key_digest(self) -> str:
@@ -92,6 +98,65 @@ class Operation:
         data = encode_value(codec or _PLAIN, await fn(self.derive(name)))
         await self._akeep(name, data)
         return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
+
+    @overload
+    def transaction(self, connection: AbstractContextManager[T]) -> T: ...
+
+    @overload
+    def transaction(self, connection: T) -> T: ...
+
+    def transaction(self, connection: Any) -> Any:
+        """Make the transaction of this connection the operation's: what is done in it commits with the result, or not.
+
+        connection: of psycopg, SQLAlchemy, Django or sqlite3, to the database that the store is in, with its
+            transaction open and left open; or a context manager that gives one, such as `pool.connection()`, which is
+            entered now and left after the end. Returns the connection.
+        After the handler returns, its result is stored in this transaction, fenced, and the transaction is committed;
+        only then anybody sees the result. When the handler raises, when its result is not kept, or when another attempt
+        took over, it is rolled back.
+        Raises ConfigurationError for a connection without a transaction that could be used, or to another database,
+        LeaseLost when another attempt took over. Nothing was written then.
+        """
+        if self._known(connection):
+            return self._joined.connection
+        self._joined = _joining().join(self, connection, self._ask)
+        return self._joined.connection
+
+    @overload
+    async def atransaction(self, connection: AbstractAsyncContextManager[T]) -> T: ...
+
+    @overload
+    async def atransaction(self, connection: T) -> T: ...
+
+    async def atransaction(self, connection: Any) -> Any:
+        """`transaction` for a connection that is awaited: of psycopg, asyncpg, SQLAlchemy or aiosqlite."""
+        self._check_astep()
+        if self._known(connection):
+            return self._joined.connection
+        self._joined = await _joining().ajoin(self, connection, self._aask)
+        return self._joined.connection
+
+    def _known(self, connection: Any) -> bool:
+        """Whether the operation has joined that connection already."""
+        if self.refuses_transactions:
+            raise ConfigurationError(self.refuses_transactions, digest=self.key_digest)
+        if self._hold.lost:
+            raise lease_lost(self._hold)
+        if self._joined is None:
+            return False
+        if self._joined.given is connection or self._joined.connection is connection:
+            return True
+        raise ConfigurationError(
+            "This operation has a transaction already; all that it does commits in one.", digest=self.key_digest
+        )
+
+    def _ask(self, command: Any) -> Reply:
+        """The store's reply to one command, for a thread."""
+        raise NotImplementedError
+
+    async def _aask(self, command: Any) -> Reply:
+        """The store's reply to one command, for a task."""
+        raise NotImplementedError
 
     def _check_step(self) -> None:
         """Refuse a step whose result could not be kept from here, before it runs."""
@@ -168,7 +233,11 @@ class BlockingOperation(Operation):
             _kept(stop.value, self._hold, name, value)
 
     def _check_astep(self) -> None:
-        raise ConfigurationError("This operation is run by a sync engine: use step, not astep.")
+        raise ConfigurationError("This operation is run by a sync engine: use the blocking call, not the awaited one.")
+
+    def _ask(self, command: Any) -> Reply:
+        reply: Reply = self._store.perform(command, self._policy.store_timeout)
+        return reply
 
 
 class LoopOperation(Operation):
@@ -187,6 +256,16 @@ class LoopOperation(Operation):
     def _check_astep(self) -> None:
         if asyncio._get_running_loop() is not self._loop:
             raise ConfigurationError("This operation belongs to another event loop: use step here, not astep.")
+
+    async def _aask(self, command: Any) -> Reply:
+        reply: Reply = await self._store.perform(command, self._policy.store_timeout)
+        return reply
+
+    def _ask(self, command: Any) -> Reply:
+        """From a thread that the handler runs in; on the loop itself there is no answer to be had without blocking."""
+        if asyncio._get_running_loop() is self._loop:
+            return Unreachable(ConfigurationError("A blocking call on the event loop cannot ask an async store."))
+        return asyncio.run_coroutine_threadsafe(self._aask(command), self._loop).result()
 
     async def _akeep(self, name: str, value: bytes) -> None:
         steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
@@ -235,3 +314,41 @@ def enter(operation: Operation) -> Token[Operation]:
 def leave(token: Token[Operation]) -> None:
     """Make the operation before it current again."""
     _current.reset(token)
+
+
+def settle(operation: Operation, outcome: Outcome) -> Settled:
+    """What came of the work, and of the transaction that it joined, which is over then. In the handler's thread."""
+    if operation._joined is None:
+        return outcome, None
+    settled: Settled = operation._joined.settle(outcome, operation._ask)
+    return settled
+
+
+async def asettle(operation: Operation, outcome: Outcome) -> Settled:
+    """`settle` on the event loop. A cancellation does not part the result from its commit: it is handed back as the
+    error, after the end. A second one does not wait.
+    """
+    if operation._joined is None:
+        return outcome, None
+    task = asyncio.get_running_loop().create_task(_asettled(operation._joined, outcome, operation._aask))
+    _settling.add(task)
+    task.add_done_callback(_settling.discard)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError as cancellation:
+        await asyncio.wait({task})
+        return task.result()[0], cancellation
+
+
+_settling: set[asyncio.Task[Settled]] = set()
+"""Tasks that the loop must not lose."""
+
+
+async def _asettled(joined: Any, outcome: Outcome, ask: Callable[[Any], Awaitable[Reply]]) -> Settled:
+    settled: Settled = await joined.asettle(outcome, ask)
+    return settled
+
+
+def _joining() -> Any:
+    """Loaded when it is first used: it stands on this module, and few operations need it."""
+    return importlib.import_module("retryproof.transaction.joined")

@@ -1,7 +1,7 @@
 """The caller's own connection: what runs inside the caller's transaction, whatever library opened it.
 
 `adapt` takes a connection of psycopg 3 (sync or async), asyncpg, SQLAlchemy 2 (Connection, Session, AsyncConnection,
-AsyncSession), Django or sqlite3, and gives the same three things for each: which dialect it speaks, whether a
+AsyncSession), Django, sqlite3 or aiosqlite, and gives the same few things for each: which dialect it speaks, whether a
 transaction is open on it, and how to execute a statement in it. Nothing here begins, commits or rolls back unless the
 caller asked for that.
 """
@@ -9,13 +9,21 @@ caller asked for that.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.sql.plan import Row, Statement
 
 Dialect = Literal["postgresql", "sqlite", "mysql"]
+
+NOT_OPEN = "no transaction is open on it"
+AUTOCOMMIT = "it commits each statement by itself (autocommit)"
+FAILED = "its transaction has already failed; roll it back"
+SAVEPOINT = "it is inside a savepoint, which would hide a failure from the transaction around it"
+CLOSED = "it is closed"
 
 
 @runtime_checkable
@@ -25,14 +33,24 @@ class BlockingConnection(Protocol):
     @property
     def dialect(self) -> Dialect: ...
 
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """Why no statement can be part of the caller's transaction, as far as the client knows; None when it can.
+
+        to_commit: also why the transaction cannot be committed from here.
+        """
+
     def check_open(self) -> None:
         """Raise ConfigurationError, saying what to do, unless a usable transaction is open.
 
-        Refused: none open, autocommit, one that already failed, a savepoint that would hide a failure.
+        Refused: none open, autocommit, one that already failed, a savepoint that would hide a failure. Where the
+        library opens one by itself at the next statement, that one counts as open.
         """
 
     def execute(self, statement: Statement) -> Sequence[Row]:
         """Execute a statement, `$1` style for PostgreSQL and `?` style for the others; its rows, or none."""
+
+    def begin(self) -> None:
+        """Begin a transaction unless one is open; for connections that are ours for as long as an operation runs."""
 
     def commit(self) -> None:
         """Commit the caller's transaction; for transactional mode, which was asked to."""
@@ -48,9 +66,13 @@ class LoopConnection(Protocol):
     @property
     def dialect(self) -> Dialect: ...
 
+    def unusable(self, *, to_commit: bool = False) -> str | None: ...
+
     async def check_open(self) -> None: ...
 
     async def execute(self, statement: Statement) -> Sequence[Row]: ...
+
+    async def begin(self) -> None: ...
 
     async def commit(self) -> None: ...
 
@@ -65,18 +87,110 @@ _ADAPTERS = {
     "sqlmodel": "retryproof.transaction.sqlalchemy",
     "django": "retryproof.transaction.django",
     "sqlite3": "retryproof.transaction.sqlite",
+    "aiosqlite": "retryproof.transaction.aiosqlite",
+    "pymysql": "retryproof.transaction.mysql",
+    "MySQLdb": "retryproof.transaction.mysql",
+    "mysql": "retryproof.transaction.mysql",
 }
 """By the package that a connection's class, or a class that it inherits from, comes from."""
 
 
 def adapt(connection: Any) -> BlockingConnection | LoopConnection:
     """The caller's connection in our terms; raises ConfigurationError for one that is not known."""
+    adapted = find_adapter(connection)
+    if adapted is None:
+        raise unknown(connection)
+    return adapted
+
+
+def find_adapter(connection: Any) -> BlockingConnection | LoopConnection | None:
+    """The caller's connection in our terms, or None for one that is not known."""
     for base in type(connection).__mro__:
         module = _ADAPTERS.get(base.__module__.partition(".")[0])
         if module is not None:
-            adapted: BlockingConnection | LoopConnection = importlib.import_module(module).adapt(connection)
+            adapted: BlockingConnection | LoopConnection | None = importlib.import_module(module).adapt(connection)
             return adapted
-    raise ConfigurationError(
+    return None
+
+
+def unknown(connection: Any) -> ConfigurationError:
+    """The error of something that is no connection."""
+    return ConfigurationError(
         f"{type(connection).__module__}.{type(connection).__qualname__} is no connection that is known here. Pass one "
-        "of psycopg, asyncpg, SQLAlchemy (Connection, Session, AsyncConnection, AsyncSession), Django or sqlite3."
+        "of psycopg, asyncpg, SQLAlchemy (Connection, Session, AsyncConnection, AsyncSession), Django, sqlite3 or "
+        "aiosqlite; not an engine or a pool."
     )
+
+
+def refused(reason: str, advice: str) -> ConfigurationError:
+    """The error of a connection whose transaction is of no use."""
+    return ConfigurationError(f"This connection cannot be used: {reason}. {advice}")
+
+
+class Blocking:
+    """What the adapters of libraries that block have in common."""
+
+    ADVICE = "Open a transaction first, and leave it open."
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        raise NotImplementedError
+
+    def check_open(self) -> None:
+        """See BlockingConnection."""
+        reason = self.unusable()
+        if reason is not None:
+            raise refused(reason, self.ADVICE)
+
+
+class OnLoop:
+    """What the adapters of libraries for event loops have in common."""
+
+    ADVICE = Blocking.ADVICE
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        raise NotImplementedError
+
+    async def check_open(self) -> None:
+        """See BlockingConnection."""
+        reason = self.unusable()
+        if reason is not None:
+            raise refused(reason, self.ADVICE)
+
+
+_DOLLARS = re.compile(r"\$(\d+)")
+
+
+def percent(statement: Statement) -> tuple[str, Sequence[Any]]:
+    """A statement in `%s` style, with its parameters, or the rows of them, in the order of their places."""
+    sql, order = _percent(statement.sql)
+    if order is None:
+        return sql, statement.parameters
+    if statement.many:
+        return sql, [[row[place] for place in order] for row in statement.parameters]
+    return sql, [statement.parameters[place] for place in order]
+
+
+@lru_cache(maxsize=512)
+def _percent(sql: str) -> tuple[str, tuple[int, ...] | None]:
+    escaped = sql.replace("%", "%%")
+    order = tuple(int(place) - 1 for place in _DOLLARS.findall(escaped))
+    if order:
+        return _DOLLARS.sub("%s", escaped), order
+    return escaped.replace("?", "%s"), None
+
+
+def sqlstate_of(error: BaseException | None) -> str | None:
+    """The SQLSTATE that a driver's error carries, or the error that a library wrapped around it."""
+    while error is not None:
+        state = getattr(error, "sqlstate", None)
+        if isinstance(state, str):
+            return state
+        error = getattr(error, "orig", None) or error.__cause__
+    return None
+
+
+def missing_table(error: BaseException) -> bool:
+    """Whether the database has no such table."""
+    return sqlstate_of(error) in ("42P01", "3F000") or "no such table" in str(error)

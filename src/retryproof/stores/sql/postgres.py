@@ -51,6 +51,7 @@ from retryproof.core.commands import (
     Running,
 )
 from retryproof.core.errors import StoreUnavailable
+from retryproof.core.hold import Hold
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 from retryproof.stores.base import Batch, Capabilities, Reaped
 from retryproof.stores.sql import postgres_statements as statements
@@ -139,6 +140,29 @@ def complete_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Sequ
     return [DONE if command.id in done else LOST for command in commands]
 
 
+def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool]:
+    """Make the transaction that is open the one of this attempt; False where no record says that it is current."""
+    return bool((yield Statement(statements.join(table), (hold.id, hold.nonce, hold.token))))
+
+
+def complete_joined_plan(command: Complete, table: str = TABLE) -> Plan[FenceReply]:
+    """Settle the operation in the transaction that was joined; in another one it is lost."""
+    sql = statements.complete(table, one=True, wait=True, joined=True)
+    rows = yield Statement(sql, (command.id, command.nonce, command.token, command.result))
+    return DONE if rows else LOST
+
+
+def checkpoint_joined_plan(command: Checkpoint, table: str = TABLE) -> Plan[FenceReply]:
+    """Keep a value in the transaction that was joined; in another one it is lost."""
+    rows = yield Statement(statements.checkpoint(table, one=True, joined=True), checkpoint_values(command))
+    return DONE if rows else LOST
+
+
+def checkpoint_values(command: Checkpoint) -> list[Any]:
+    """The parameters of one checkpoint."""
+    return [column[0] for column in _checkpoint_columns([command])]
+
+
 def settle_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Batch[FenceReply]]:
     """Settle each operation in a commit of the batch's own, never waiting for a lock."""
     return _fenced_plan(commands, lambda some: _complete(some, table), table)
@@ -220,9 +244,13 @@ def _renew(commands: Sequence[Renew], table: str) -> Statement:
 
 
 def _checkpoint(commands: Sequence[Checkpoint], table: str) -> Statement:
+    return _batch(lambda one: statements.checkpoint(table, one=one), _checkpoint_columns(commands))
+
+
+def _checkpoint_columns(commands: Sequence[Checkpoint]) -> tuple[list[Any], ...]:
     names = [b64encode(_bytes(command.name)).decode() for command in commands]
     values = [b64encode(command.value).decode() for command in commands]
-    return _batch(lambda one: statements.checkpoint(table, one=one), (*_fence(commands), names, values))
+    return (*_fence(commands), names, values)
 
 
 def _look(commands: Sequence[Fenced], table: str, nap: float) -> Statement:

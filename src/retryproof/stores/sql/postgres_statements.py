@@ -99,6 +99,9 @@ SELECT id, found, CASE found WHEN 6 THEN greatest(seen_lease - now, 0) ELSE seen
 FROM seen WHERE found >= 5
 """
 
+_MARK = "retryproof.joined"
+"""A setting that lasts as long as its transaction."""
+
 _FENCED = """
 WITH clock AS MATERIALIZED ({clock})
 UPDATE {table} AS o SET {changes}
@@ -108,7 +111,7 @@ FROM (
     CROSS JOIN clock
     CROSS JOIN LATERAL (
         SELECT o.ctid AS place FROM {table} AS o
-        WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token AND o.state = 1
+        WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token AND o.state = 1 {joined}
         FOR NO KEY UPDATE {skip}
     ) AS locked
 ) AS s
@@ -221,11 +224,11 @@ def claim(table: str, *, one: bool = False) -> str:
 
 
 @cache
-def complete(table: str, *, one: bool = False, wait: bool = False) -> str:
-    """Settle a batch with results; `wait` for rows that are locked."""
+def complete(table: str, *, one: bool = False, wait: bool = False, joined: bool = False) -> str:
+    """Settle a batch with results; `wait` for locked rows; `joined`: only in the transaction that `join` marked."""
     changes = """state = CASE WHEN s.result IS NULL THEN 4 ELSE 3 END, result = s.result, checkpoints = NULL,
         expires_at = s.now + o.retention, lease_until = s.now"""
-    return _fenced(table, changes, {"result": "bytea"}, one=one, wait=wait)
+    return _fenced(table, changes, {"result": "bytea"}, one=one, wait=wait, joined=joined)
 
 
 @cache
@@ -243,13 +246,16 @@ def renew(table: str, *, one: bool = False) -> str:
 
 
 @cache
-def checkpoint(table: str, *, one: bool = False) -> str:
-    """Keep a value for each item of a batch."""
+def checkpoint(table: str, *, one: bool = False, joined: bool = False) -> str:
+    """Keep a value for each item of a batch; `joined`: in the transaction that `join` marked, waiting for the row."""
     changes = "checkpoints = coalesce(o.checkpoints, '{}') || jsonb_build_object(s.name, s.value)"
-    return _fenced(table, changes, {"name": "text", "value": "text"}, one=one)
+    columns = {"name": "text", "value": "text"}
+    return _fenced(table, changes, columns, one=one, wait=joined, joined=joined)
 
 
-def _fenced(table: str, changes: str, columns: dict[str, str], *, one: bool, wait: bool = False) -> str:
+def _fenced(
+    table: str, changes: str, columns: dict[str, str], *, one: bool, wait: bool = False, joined: bool = False
+) -> str:
     return _FENCED.format(
         clock=_CLOCK,
         table=table,
@@ -260,6 +266,16 @@ def _fenced(table: str, changes: str, columns: dict[str, str], *, one: bool, wai
         # statement's snapshot, and has to go by the id, where PostgreSQL looks at the newest version.
         skip="" if wait else "SKIP LOCKED",
         join="o.id = s.id" if wait else "o.ctid = s.place",
+        joined=f"AND current_setting('{_MARK}', true) = asked.token::text" if joined else "",
+    )
+
+
+@cache
+def join(table: str) -> str:
+    """Mark the transaction as the one of a current attempt, until it ends; a row where the attempt is current."""
+    return (
+        f"SELECT set_config('{_MARK}', o.token::text, true) FROM {table} AS o "
+        "WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1"
     )
 
 

@@ -210,7 +210,7 @@ class PsycopgStore:
     def __init__(self, url: str, *, timeout: float = TIMEOUT) -> None:
         self._target = parse(url)
         self._timeout = timeout
-        self._table = self._target.table
+        self._table = self.table = self._target.table
         self._idle: list[DeadlineConnection] = []
         self._places = threading.BoundedSemaphore(self._target.pool_size)
         self._closed = False

@@ -19,6 +19,7 @@ from retryproof.core.commands import (
     Release,
     Renew,
 )
+from retryproof.core.hold import Hold
 from retryproof.core.record import Record, State
 from retryproof.stores.sql.plan import Plan, Row, Statement
 
@@ -116,6 +117,16 @@ def complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
     if (yield _CHANGES)[0][0] == len(commands):
         return [DONE] * len(commands)
     return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
+
+
+def join(hold: Hold) -> Plan[bool]:
+    """Whether the record says that this attempt is current, as the transaction that is open sees it."""
+    rows = yield Statement(
+        "SELECT 1 FROM retryproof_operations WHERE id = ? AND nonce = ? AND token = ? "
+        f"AND state = {State.IN_PROGRESS:d}",
+        (hold.id, hold.nonce, hold.token),
+    )
+    return bool(rows)
 
 
 def release(commands: Sequence[Release], now: int) -> Plan[list[FenceReply]]:

@@ -1,0 +1,55 @@
+"""aiosqlite: its Connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import aiosqlite
+
+from retryproof.stores.sql.plan import Row, Statement
+from retryproof.transaction.connections import CLOSED, NOT_OPEN, OnLoop
+
+
+def adapt(connection: Any) -> Aiosqlite | None:
+    """The adapter of a connection; None for anything else of the library's."""
+    return Aiosqlite(connection) if isinstance(connection, aiosqlite.Connection) else None
+
+
+class Aiosqlite(OnLoop):
+    """An aiosqlite connection."""
+
+    ADVICE = 'Begin one (`await connection.execute("BEGIN IMMEDIATE")`), and leave it open.'
+    dialect: Literal["sqlite"] = "sqlite"
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._connection = connection
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        try:
+            return None if self._connection.in_transaction else NOT_OPEN
+        except ValueError:
+            return CLOSED
+
+    async def execute(self, statement: Statement) -> Sequence[Row]:
+        """See BlockingConnection."""
+        if statement.many:
+            async with self._connection.executemany(statement.sql, statement.parameters):
+                return ()
+        async with self._connection.execute(statement.sql, statement.parameters) as cursor:
+            return [tuple(row) for row in await cursor.fetchall()]
+
+    async def begin(self) -> None:
+        """See BlockingConnection."""
+        if not self._connection.in_transaction:
+            await self._connection.execute("BEGIN IMMEDIATE")
+
+    async def commit(self) -> None:
+        """See BlockingConnection."""
+        await self._connection.execute("COMMIT")
+
+    async def rollback(self) -> None:
+        """See BlockingConnection."""
+        if self._connection.in_transaction:
+            await self._connection.execute("ROLLBACK")

@@ -1,0 +1,64 @@
+"""asyncpg: its Connection, also from a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+from asyncpg.transaction import Transaction
+
+from retryproof.stores.sql.plan import Row, Statement
+from retryproof.transaction.connections import CLOSED, NOT_OPEN, OnLoop
+
+
+def adapt(connection: Any) -> Asyncpg | None:
+    """The adapter of a connection; None for anything else of the library's."""
+    if isinstance(connection, asyncpg.Connection | PoolConnectionProxy):
+        return Asyncpg(connection)
+    return None
+
+
+class Asyncpg(OnLoop):
+    """An asyncpg connection. asyncpg does not tell a savepoint from a transaction, nor one that has failed."""
+
+    ADVICE = "Start a transaction on it (`await connection.transaction().start()`), and leave it open."
+    dialect: Literal["postgresql"] = "postgresql"
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        if self._connection.is_closed():
+            return CLOSED
+        return None if self._connection.is_in_transaction() else NOT_OPEN
+
+    async def execute(self, statement: Statement) -> Sequence[Row]:
+        """See BlockingConnection."""
+        if statement.many:
+            await self._connection.executemany(statement.sql, statement.parameters)
+            return ()
+        rows: Sequence[Row] = await self._connection.fetch(statement.sql, *statement.parameters)
+        return rows
+
+    async def begin(self) -> None:
+        """See BlockingConnection."""
+        if not self._connection.is_in_transaction():
+            await self._connection.transaction().start()
+
+    async def commit(self) -> None:
+        """See BlockingConnection."""
+        started = self._started()
+        await (self._connection.execute("COMMIT") if started is None else started.commit())
+
+    async def rollback(self) -> None:
+        """See BlockingConnection."""
+        started = self._started()
+        await (self._connection.execute("ROLLBACK") if started is None else started.rollback())
+
+    def _started(self) -> Transaction | None:
+        """The transaction that was started by hand, which has to be told of its end; a block forgives not being."""
+        found = getattr(self._connection, "_top_xact", None)
+        return None if found is None or getattr(found, "_managed", False) else found

@@ -1,0 +1,114 @@
+"""psycopg 3: Connection and AsyncConnection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import psycopg
+from psycopg import AsyncRawCursor, RawCursor
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
+
+from retryproof.stores.sql.plan import Row, Statement
+from retryproof.transaction.connections import AUTOCOMMIT, CLOSED, FAILED, SAVEPOINT, Blocking, OnLoop
+
+ADVICE = "Use a connection with autocommit off, or open a transaction on it, and leave it open."
+
+
+def adapt(connection: Any) -> Psycopg | AsyncPsycopg | None:
+    """The adapter of a connection; None for anything else of the library's."""
+    if isinstance(connection, psycopg.Connection):
+        return Psycopg(connection)
+    if isinstance(connection, psycopg.AsyncConnection):
+        return AsyncPsycopg(connection)
+    return None
+
+
+def _unusable(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], to_commit: bool) -> str | None:
+    if connection.closed:
+        return CLOSED
+    status = connection.info.transaction_status
+    if status == TransactionStatus.INERROR:
+        return FAILED
+    if status == TransactionStatus.IDLE and connection.autocommit:
+        return AUTOCOMMIT
+    # psycopg does not say in public how many `transaction()` blocks are around.
+    blocks: int = getattr(connection, "_num_transactions", 0)
+    if blocks > 1:
+        return SAVEPOINT
+    if blocks and to_commit:
+        return "a `transaction()` block is around, which commits by itself"
+    return None
+
+
+class Psycopg(Blocking):
+    """A psycopg Connection."""
+
+    ADVICE = ADVICE
+    dialect: Literal["postgresql"] = "postgresql"
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        return _unusable(self._connection, to_commit)
+
+    def execute(self, statement: Statement) -> Sequence[Row]:
+        """See BlockingConnection."""
+        with RawCursor(self._connection, row_factory=tuple_row) as cursor:
+            if statement.many:
+                cursor.executemany(statement.sql.encode(), statement.parameters)
+                return ()
+            cursor.execute(statement.sql.encode(), statement.parameters)
+            return cursor.fetchall() if cursor.description else ()
+
+    def begin(self) -> None:
+        """See BlockingConnection."""
+        if self._connection.info.transaction_status == TransactionStatus.IDLE and self._connection.autocommit:
+            self._connection.execute("BEGIN")
+
+    def commit(self) -> None:
+        """See BlockingConnection."""
+        self._connection.commit()
+
+    def rollback(self) -> None:
+        """See BlockingConnection."""
+        self._connection.rollback()
+
+
+class AsyncPsycopg(OnLoop):
+    """A psycopg AsyncConnection."""
+
+    ADVICE = ADVICE
+    dialect: Literal["postgresql"] = "postgresql"
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        return _unusable(self._connection, to_commit)
+
+    async def execute(self, statement: Statement) -> Sequence[Row]:
+        """See BlockingConnection."""
+        async with AsyncRawCursor(self._connection, row_factory=tuple_row) as cursor:
+            if statement.many:
+                await cursor.executemany(statement.sql.encode(), statement.parameters)
+                return ()
+            await cursor.execute(statement.sql.encode(), statement.parameters)
+            return await cursor.fetchall() if cursor.description else ()
+
+    async def begin(self) -> None:
+        """See BlockingConnection."""
+        if self._connection.info.transaction_status == TransactionStatus.IDLE and self._connection.autocommit:
+            await self._connection.execute("BEGIN")
+
+    async def commit(self) -> None:
+        """See BlockingConnection."""
+        await self._connection.commit()
+
+    async def rollback(self) -> None:
+        """See BlockingConnection."""
+        await self._connection.rollback()

@@ -1,0 +1,58 @@
+"""The standard library's sqlite3: its Connection."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from retryproof.stores.sql.plan import Row, Statement
+from retryproof.transaction.connections import CLOSED, NOT_OPEN, Blocking
+
+
+def adapt(connection: Any) -> Sqlite | None:
+    """The adapter of a connection; None for anything else of the library's."""
+    return Sqlite(connection) if isinstance(connection, sqlite3.Connection) else None
+
+
+class Sqlite(Blocking):
+    """A sqlite3 connection."""
+
+    ADVICE = 'Begin one (`connection.execute("BEGIN IMMEDIATE")`), and leave it open.'
+    dialect: Literal["sqlite"] = "sqlite"
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        try:
+            return None if self._connection.in_transaction else NOT_OPEN
+        except sqlite3.ProgrammingError:
+            return CLOSED
+
+    def execute(self, statement: Statement) -> Sequence[Row]:
+        """See BlockingConnection."""
+        cursor = self._connection.cursor()
+        cursor.row_factory = None
+        if statement.many:
+            cursor.executemany(statement.sql, statement.parameters)
+            return ()
+        return cursor.execute(statement.sql, statement.parameters).fetchall()
+
+    def begin(self) -> None:
+        """See BlockingConnection."""
+        if not self._connection.in_transaction:
+            self._connection.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        """See BlockingConnection."""
+        if getattr(self._connection, "autocommit", False) is True:  # since Python 3.12; then commit() does nothing
+            self._connection.execute("COMMIT")
+        else:
+            self._connection.commit()
+
+    def rollback(self) -> None:
+        """See BlockingConnection."""
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")

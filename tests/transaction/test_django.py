@@ -1,0 +1,94 @@
+"""Transactional mode and its refusals on Django's connection."""
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import django  # type: ignore[import-untyped]  # Django has no types of its own
+import pytest
+from django.conf import settings  # type: ignore[import-untyped]  # Django has no types of its own
+
+from retryproof import Idempotency, current_operation, errors
+from tests.transaction.support import Database, insert
+
+
+@pytest.fixture
+def connection(database: Database) -> Iterator[Any]:
+    """The connection of an alias that leads to the database."""
+    if not settings.configured:
+        settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
+        django.setup()
+    from django.db import connections  # type: ignore[import-untyped]  # as above
+
+    parts = urlsplit(database.store)
+    given: dict[str, Any] = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(database.path)}
+    if database.postgres:
+        given = {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": parts.path[1:],
+            "USER": parts.username,
+            "HOST": parts.hostname,
+            "PORT": parts.port,
+        }
+    alias = uuid.uuid4().hex
+    connections.settings[alias] = given
+    connections.settings = connections.configure_settings(connections.settings)
+    connections[alias].alias = alias
+    yield connections[alias]
+    connections[alias].close()
+    del connections[alias], connections.settings[alias]
+
+
+def test_t1_work_and_result_commit_together(database: Database, connection: Any) -> None:
+    from retryproof.transaction.django import transaction
+
+    said: list[str] = []
+
+    def charge() -> str:
+        from django.db import transaction as of_django
+
+        own = current_operation().transaction(transaction(connection.alias))
+        with of_django.atomic(using=connection.alias), own.cursor() as cursor:
+            cursor.execute(insert(1))
+            of_django.on_commit(lambda: said.append("committed"), using=connection.alias)
+        assert (database.charges(), said) == ([], [])
+        return "charged"
+
+    with Idempotency(database.store) as engine:
+        assert [engine.run("k", charge, scope="s").replayed for _ in range(2)] == [False, True]
+    assert (database.charges(), said) == ([1], ["committed"])
+    assert connection.get_autocommit()
+
+
+def test_t1_what_raises_rolls_back(database: Database, connection: Any) -> None:
+    from retryproof.transaction.django import transaction
+
+    def charge() -> None:
+        with current_operation().transaction(transaction(connection.alias)).cursor() as cursor:
+            cursor.execute(insert(1))
+        raise ValueError("refused")
+
+    with Idempotency(database.store) as engine, pytest.raises(ValueError, match="refused"):
+        engine.run("k", charge, scope="s")
+    assert database.charges() == []
+    assert connection.get_autocommit()
+
+
+def test_autocommit_and_atomic_blocks_are_refused(database: Database, connection: Any) -> None:
+    from django.db import transaction
+
+    def refusal() -> str:
+        def charge() -> None:
+            current_operation().transaction(connection)
+
+        with Idempotency(database.store) as engine, pytest.raises(errors.ConfigurationError) as caught:
+            engine.run(uuid.uuid4().hex, charge, scope="s")
+        return caught.value.message
+
+    assert "autocommit" in refusal()
+    if database.postgres:  # on SQLite nothing can be claimed beside a transaction that writes
+        with transaction.atomic(using=connection.alias):
+            assert "commits by itself" in refusal()
+            with transaction.atomic(using=connection.alias):
+                assert "savepoint" in refusal()
