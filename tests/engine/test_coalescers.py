@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -153,6 +153,33 @@ def test_c4_an_interrupted_commit_is_nobodys_answer() -> None:
         interrupted.result(SECONDS)
     assert isinstance(completing.result(SECONDS), Unreachable)
     assert [orphan.id for orphan in queue.orphans] == [make_claim("second").id]
+
+
+class InterruptingMutex:
+    """A lock after whose nth use its thread is interrupted, as Ctrl-C or a task queue's time limit may do."""
+
+    def __init__(self, number: int) -> None:
+        self._lock = threading.Lock()
+        self._left = number
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+        self._left -= 1
+        if self._left == 0:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_an_interruption_anywhere_leaves_the_lead_with_somebody(number: int) -> None:
+    queue = Queue(Turnstile())
+    queue._mutex = InterruptingMutex(number)  # type: ignore[assignment]  # as much of a lock as it takes
+    for name in ("first", "second"):
+        with suppress(Interrupted):
+            queue.perform(make_claim(name), 1.0)
+    assert isinstance(queue.perform(make_claim("later"), 1.0), Acquired)
 
 
 def test_c3_a_thread_that_is_told_it_is_too_late_disowns_its_claim_itself() -> None:

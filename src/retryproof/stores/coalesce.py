@@ -281,10 +281,9 @@ class TaskCoalescer:
 class _Caller:
     """A thread that waits for its commands; `ready` is released when a reply is there or when it is to lead."""
 
-    __slots__ = ("leads", "ready")
+    __slots__ = ("ready",)
 
     def __init__(self) -> None:
-        self.leads = False
         self.ready = threading.Lock()
         self.ready.acquire()
 
@@ -338,7 +337,8 @@ class ThreadCoalescer:
         }
         self._pending: deque[_Entry] = deque()
         self._mutex = threading.Lock()
-        self._leading = False
+        self._leader: _Caller | None = None
+        """Whose turn it is to send. One reference, so that an interruption at any point leaves it with somebody."""
 
     def perform(self, command: Any, timeout: float) -> Reply:
         """One command's reply; Unreachable when there was none in time."""
@@ -355,27 +355,27 @@ class ThreadCoalescer:
         """Each command's reply, in order."""
         caller = _Caller()
         entries = [_Entry(command, caller) for command in commands]
-        with self._mutex:
-            if len(self._pending) >= MAX_WAITING:
-                return [overfull(self.name)] * len(entries)
-            self._pending.extend(entries)
-            if entries:
-                caller.leads, self._leading = not self._leading, True
         deadline = clock() + timeout
         try:
+            with self._mutex:
+                if len(self._pending) >= MAX_WAITING:
+                    return [overfull(self.name)] * len(entries)
+                self._pending.extend(entries)
+                if self._leader is None:
+                    self._leader = caller
             replies = [self._await(entry, caller, deadline, timeout) for entry in entries]
+            if self._leader is caller:  # promoted while its last reply was on the way
+                with self._mutex:
+                    self._pass_on()
         except BaseException:  # interrupted
             self._quit(entries, caller)
             raise
-        if caller.leads:  # promoted while its last reply was on the way
-            with self._mutex:
-                self._pass_on(caller)
         return replies
 
     def _await(self, entry: _Entry, caller: _Caller, deadline: float, timeout: float) -> Reply:
         while not entry.done:
-            if caller.leads:
-                self._lead(caller)
+            if self._leader is caller:
+                self._lead()
             elif not caller.ready.acquire(timeout=max(0.0, deadline - clock())) and self._give_up(entry):
                 return overdue(self.name, timeout)
         return entry.reply
@@ -383,7 +383,7 @@ class ThreadCoalescer:
     def _give_up(self, entry: _Entry) -> bool:
         """After a time-out: whether neither the reply nor the lead came in the last moment."""
         with self._mutex:
-            if entry.done or entry.caller.leads:
+            if entry.done or self._leader is entry.caller:
                 return False
             self._drop(entry)
             return True
@@ -402,10 +402,12 @@ class ThreadCoalescer:
                     self._drop(entry)
                 elif is_orphan(entry.command, entry.reply):
                     self._orphaned(entry.command)
-            if caller.leads:
-                self._pass_on(caller)
+            if self._leader is caller:
+                self._pass_on()
+            elif self._leader is not None:
+                self._leader.wake()  # the interruption may have come just before we did that
 
-    def _lead(self, leader: _Caller) -> None:
+    def _lead(self) -> None:
         """Send one batch, then pass the lead on."""
         batch: list[_Entry] = []
         try:
@@ -414,16 +416,13 @@ class ThreadCoalescer:
         finally:
             with self._mutex:
                 self._hand_out(batch)
-                self._pass_on(leader)
+                self._pass_on()
 
-    def _pass_on(self, leader: _Caller) -> None:
+    def _pass_on(self) -> None:
         """Hand the lead to the first in line; without one it lies where the next to come finds it."""
-        leader.leads = False
-        self._leading = bool(self._pending)
-        if self._leading:
-            first = self._pending[0].caller
-            first.leads = True
-            first.wake()
+        self._leader = leader = self._pending[0].caller if self._pending else None
+        if leader is not None:
+            leader.wake()
 
     def _next_batch(self) -> list[_Entry]:
         """What is pending, bounded, each id once a kind; twins go with their claim, the rest stays in line."""
