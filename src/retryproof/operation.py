@@ -136,6 +136,11 @@ class Operation:
         self._joined = await _joining().ajoin(self, connection, self._aask)
         return self._joined.connection
 
+    @property
+    def joined(self) -> bool:
+        """Whether it commits in a transaction of the caller's."""
+        return self._joined is not None
+
     def _known(self, connection: Any) -> bool:
         """Whether the operation has joined that connection already."""
         if self.refuses_transactions:

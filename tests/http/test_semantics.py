@@ -164,7 +164,7 @@ def test_h5_by_header_refuses_what_is_no_headers_name(name: str) -> None:
 
 
 def test_h7_every_problem_has_a_code_of_its_own() -> None:
-    assert len(problem.KINDS) == 12
+    assert len(problem.KINDS) == 13
     for kind in problem.KINDS.values():
         status, headers, body = problem.render(problem.Problem(kind, "What to do.", 3, "ab"), "https://example.org/d")
         document = json.loads(body)

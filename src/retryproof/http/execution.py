@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Protocol, assert_never
 
 from retryproof import operation
 from retryproof.core.codec import StoredResponse, Unencodable, encode_response
-from retryproof.core.commands import Cancelled, LeaseLost, Raised, Reply, Returned
+from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.flow import (
     Busy,
@@ -36,7 +37,14 @@ from retryproof.core.policy import Policy
 from retryproof.drive import AsyncPerformer, afinish
 from retryproof.http.client_link import ClientLink
 from retryproof.http.options import Options
-from retryproof.http.problem import HANDLER_FAILED, OUTCOME_UNKNOWN, Problem, render
+from retryproof.http.problem import (
+    HANDLER_FAILED,
+    OUTCOME_UNKNOWN,
+    STORE_UNAVAILABLE,
+    TRANSACTION_FAILED,
+    Problem,
+    render,
+)
 from retryproof.http.semantics import Header, Headers, headers_without_body, is_event_stream, kept_headers
 from retryproof.http.types import App, Message, Scope
 
@@ -44,6 +52,24 @@ logger = logging.getLogger("retryproof.http")
 
 _UNSTORABLE_END = ("http.response.pathsend", "http.response.trailers")
 _PARTS = ("http.response.body", "http.response.zerocopysend", *_UNSTORABLE_END)
+
+_FAIL_OPEN = (
+    "fail_open runs a handler without a record when the store is down, and in a transaction there is no such thing: "
+    "use one or the other on a route."
+)
+_NOT_KEPT = (
+    "The response is one that this service does not keep, so what was done with it was rolled back. Nothing was done."
+)
+
+
+def _refusal(outcome: Outcome, error: Exception) -> Problem:
+    """What a caller is told whose handler succeeded and whose transaction did not."""
+    if not isinstance(outcome, Raised) or not outcome.unknown:
+        return Problem(TRANSACTION_FAILED, "Nothing was done. Try again with the same key.")
+    if isinstance(error, StoreUnavailable):
+        detail = "Whether it was done is not known yet. Ask again with the same key."
+        return Problem(STORE_UNAVAILABLE, detail, retry_after=max(1, round(error.retry_after or 1)))
+    return Problem(TRANSACTION_FAILED, "The service is at fault: whether it was done is not known.")
 
 
 class Owner(Protocol):
@@ -83,10 +109,12 @@ class Execution:
         "_loop",
         "_lost",
         "_max_result",
+        "_operation",
         "_options",
         "_over",
         "_owner",
         "_policy",
+        "_refusal",
         "_rest",
         "_scope",
         "_settling",
@@ -121,6 +149,10 @@ class Execution:
         self._rest: asyncio.Task[Conclusion] | None = None
         self._conclusion: Conclusion | None = None
         self._lost = False
+        self._operation = operation.LoopOperation(self._hold, store, self._policy, self._loop)
+        if self._options.fail_open.of(scope):
+            self._operation.refuses_transactions = _FAIL_OPEN
+        self._refusal: Problem | None = None
 
     # The server's task
 
@@ -180,7 +212,7 @@ class Execution:
     # The app's task
 
     async def _run(self) -> None:
-        operation.enter(operation.LoopOperation(self._hold, self._store, self._policy, self._loop))
+        operation.enter(self._operation)
         try:
             try:
                 await self._owner.app(self._scope, self._link.receive, self._send)
@@ -208,7 +240,9 @@ class Execution:
         # The app stopped in the middle of its response, as frameworks do when the client leaves: its work is done.
         self._copy = None
         await self._settle(self._outcome())
-        if isinstance(self._conclusion, Completed | Failed) and self._head is not None and not self._head_sent:
+        if self._refusal is not None and isinstance(self._conclusion, Completed | Failed):
+            await self._refuse(self._refusal)
+        elif isinstance(self._conclusion, Completed | Failed) and self._head is not None and not self._head_sent:
             await self._send_head()
         elif not isinstance(self._conclusion, Completed | Failed):
             await self._answer_overtaken()
@@ -263,7 +297,7 @@ class Execution:
             self._task.uncancel()
         await self._fail(LeaseLost())
 
-    async def _fail(self, reply: Reply) -> None:
+    async def _fail(self, reply: Outcome) -> None:
         await self._settle(reply)
         if not isinstance(self._conclusion, Completed | Failed):
             await self._answer_overtaken()
@@ -346,7 +380,7 @@ class Execution:
             return True
         return self._options.store_when(self._head["status"], self._head.get("headers", ()))
 
-    def _outcome(self) -> Reply:
+    def _outcome(self) -> Outcome:
         """What the response so far means for the operation."""
         return Returned(self._encoded()) if self._settles() else Raised()
 
@@ -373,13 +407,28 @@ class Execution:
                 return encoded
         return None
 
-    async def _settle(self, reply: Reply) -> None:
+    async def _settle(self, reply: Outcome) -> None:
         self._settling = True
         self._link.keeps_going = True  # the app has nothing left to stop for
+        cancellation: BaseException | None = None
+        if self._operation.joined:
+            reply, cancellation = await self._end_transaction(reply)
         self._conclusion = await afinish(
             self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
         )
         self._owner.told(self._conclusion)
+        if cancellation is not None:
+            raise cancellation
+
+    async def _end_transaction(self, reply: Outcome) -> operation.Settled:
+        """Commit the handler's transaction with its response, or roll it back and call that no success (T1)."""
+        outcome, error = await operation.asettle(self._operation, reply)
+        if isinstance(error, Exception):
+            logger.error("The transaction of operation %s failed.", short_digest(self._hold.id), exc_info=error)
+            self._refusal = _refusal(outcome, error)
+        elif isinstance(reply, Raised) and self._head is not None and self._head["status"] < 400:
+            self._refusal = Problem(TRANSACTION_FAILED, _NOT_KEPT)
+        return outcome, None if isinstance(error, Exception) else error
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest
@@ -389,10 +438,25 @@ class Execution:
         if not isinstance(self._conclusion, Completed | Failed):
             await self._answer_overtaken()
             return
+        if self._refusal is not None:
+            await self._refuse(self._refusal)
+            return
         if not self._head_sent:
             await self._send_head()
         if self._last is not None:
             await self._link.send(self._last)
+
+    async def _refuse(self, problem: Problem) -> None:
+        """Say that the transaction failed, in place of the response that was to go with it."""
+        if self._head_sent:
+            if not self._over.done():
+                self._over.set_exception(StoreUnavailable(f"The response was cut: {problem.detail}"))
+            return
+        self._head_sent = True
+        problem = replace(problem, operation=short_digest(self._hold.id))
+        status, headers, body = render(problem, self._options.docs_url)
+        await self._link.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._link.send({"type": "http.response.body", "body": body})
 
     async def _answer_overtaken(self) -> None:
         """Another attempt took over: the caller gets its answer, or none that could be a second one (C8)."""

@@ -31,6 +31,7 @@ OUTCOME_UNKNOWN = Kind("outcome-unknown", 409, "Whether an earlier attempt took 
 BODY_TOO_LARGE = Kind("body-too-large", 413, "The body is too large")
 KEY_REUSED = Kind("key-reused", 422, "The idempotency key was used with another request")
 HANDLER_FAILED = Kind("handler-failed", 500, "The request failed")
+TRANSACTION_FAILED = Kind("transaction-failed", 500, "The transaction was not committed")
 RECORD_UNREADABLE = Kind("record-unreadable", 503, "The stored response cannot be read")
 STORE_UNAVAILABLE = Kind("store-unavailable", 503, "The idempotency store gave no answer")
 BUSY = Kind("too-busy", 503, "Too many large requests are being received")
@@ -48,6 +49,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             BODY_TOO_LARGE,
             KEY_REUSED,
             HANDLER_FAILED,
+            TRANSACTION_FAILED,
             RECORD_UNREADABLE,
             STORE_UNAVAILABLE,
             BUSY,
