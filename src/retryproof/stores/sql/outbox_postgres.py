@@ -5,6 +5,9 @@ What is on its way is written in the relay's own row, for whoever has to bury it
 
 Claims begin at a floor for each partition, a transaction id below which everything was taken and nothing can appear
 any more: `least(pg_snapshot_xmin, the last one taken)`. It spares the walk over what was deleted and not yet vacuumed.
+
+`xid + 0` is what the indexes by partition hold. With a bare xid the planner may take the primary key instead, which has
+the same order, and read the whole table for a partition that is empty.
 """
 
 from __future__ import annotations
@@ -328,14 +331,16 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     SELECT o.* FROM due, LATERAL (
         SELECT {_MESSAGE}, true AS was_parked FROM {{outbox}} o
         WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
-        ORDER BY o.xid, o.sequence LIMIT $5::bigint
+        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
     ) o LIMIT $4::bigint
 ), found AS MATERIALIZED (
-    SELECT o.*, EXISTS (SELECT FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain) AS waits
+    SELECT o.*, (
+        SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
+    ) IS NOT NULL AS waits
     FROM owned, LATERAL (
         SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
-        WHERE o.partition = owned.partition AND NOT o.parked AND o.xid >= owned.floor
-        ORDER BY o.xid, o.sequence LIMIT $5::bigint
+        WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 >= owned.floor
+        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
     ) o WHERE NOT $7::boolean LIMIT $4::bigint
 ), parking AS (
     UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.xid = f.xid AND o.sequence = f.sequence

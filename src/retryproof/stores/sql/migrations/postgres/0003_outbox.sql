@@ -22,8 +22,10 @@ CREATE TABLE retryproof_outbox (
     reason text,
     CONSTRAINT retryproof_outbox_pkey PRIMARY KEY (xid, sequence)
 );
-CREATE INDEX retryproof_outbox_ready ON retryproof_outbox (partition, xid, sequence) WHERE NOT parked;
-CREATE INDEX retryproof_outbox_parked ON retryproof_outbox (partition, chain, xid, sequence) WHERE parked;
+
+-- xid + 0, so that the planner cannot take the primary key for a partition's order.
+CREATE INDEX retryproof_outbox_ready ON retryproof_outbox (partition, (xid + 0), sequence) WHERE NOT parked;
+CREATE INDEX retryproof_outbox_parked ON retryproof_outbox (partition, chain, (xid + 0), sequence) WHERE parked;
 
 -- Messages whose relay died while it published them beside others: each is tried again by itself.
 CREATE INDEX retryproof_outbox_alone ON retryproof_outbox (partition, chain) WHERE alone;
