@@ -18,9 +18,9 @@ PARTITIONS = 64
 CHAIN_BYTES = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which makes it four times as slow to make: a relay makes them by the thousand
 class Message:
-    """One message; `id` is the same however often it is sent.
+    """One message; `id` is the same however often it is sent. Not to be changed.
 
     attempts: how often publishing it was tried before. created_at: µs since the epoch, by the database's clock.
     xid, sequence: its place; the sequence alone does not follow the order of commits.

@@ -17,6 +17,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from time import monotonic
 from typing import Any, Literal, TypeVar, cast
 from uuid import UUID, uuid4
@@ -24,6 +25,7 @@ from uuid import UUID, uuid4
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.message import PARTITIONS, Conclusion, Failure, Message
 from retryproof.publishers.base import (
+    DELIVERED,
     Batch,
     Delivered,
     Failed,
@@ -121,6 +123,8 @@ def conclude(
     messages: Sequence[Message], outcomes: Sequence[Outcome], policy: RelayPolicy
 ) -> tuple[Conclusion, Totals]:
     """What becomes of each message; only the first failure of a chain counts."""
+    if all(outcome is DELIVERED for outcome in outcomes) and not any(message.parked for message in messages):
+        return Conclusion(messages), Totals(len(messages))
     done: list[Message] = []
     dead: list[tuple[Message, int, str]] = []
     failed: list[Failure] = []
@@ -273,6 +277,9 @@ class Relay:
 
     async def _publish(self, member: _Membership, messages: Sequence[Message]) -> Sequence[Outcome]:
         """Publish with the lease renewed meanwhile; what is too large, or killed its relay too often, is not sent."""
+        limit = self._publisher.max_payload
+        if not member.alone and (limit is None or max(len(message.payload) for message in messages) <= limit):
+            return await self._send(member, messages)
         refused = [self._refusal(message, member.alone) for message in messages]
         left = [message for message, why in zip(messages, refused, strict=True) if why is None]
         published = iter(await self._send(member, left) if left else ())
@@ -320,6 +327,9 @@ def _publisher(given: Publisher | str | Callable[[Message], Any]) -> Publisher:
     if hasattr(given, "publish"):
         return cast(Publisher, given)
     return FunctionPublisher(given)
+
+
+_PLACE = attrgetter("xid", "sequence")
 
 
 class _Membership:
@@ -400,7 +410,7 @@ class _Membership:
         if self.alone and not taken.messages:
             self.alone = False
             taken = await self._claim(alone=False)
-        messages = sorted(taken.messages, key=lambda message: message.place)
+        messages = sorted(taken.messages, key=_PLACE)
         self._ahead = {}
         if self._strict:
             self.alone = bool(messages) and messages[0].parked
@@ -432,9 +442,10 @@ class _Membership:
         """Where the next claim begins, and how much of each partition it takes."""
         found: dict[int, int] = {}
         for message in messages:
-            found[message.partition] = found.get(message.partition, 0) + 1
+            partition = message.partition
+            found[partition] = found.get(partition, 0) + 1
             if not message.parked:
-                self._ahead[message.partition] = min(fence, message.xid)
+                self._ahead[partition] = message.xid if message.xid < fence else fence
         if len(messages) >= self._policy.batch:
             if len(found) < SPREAD < len(self._floors):
                 self._share = max(1, self._policy.batch // SPREAD, self._share // 2)

@@ -140,7 +140,7 @@ class PostgresOutbox:
                 "claim", relay, list(floors), list(floors.values()), batch, share, lease, alone
             )
         held, suspects, fence = rows[0][:3]
-        return Taken(held, suspects, fence, [_message(row[3:]) for row in rows if row[3] is not None])
+        return Taken(held, suspects, fence, [_message(row[3:16], row[16]) for row in rows if row[3] is not None])
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
@@ -227,23 +227,23 @@ def _reordered(row: Row) -> tuple[Any, ...]:
     return (sequence, partition, attempts, created_at, *rest)
 
 
-def _message(row: Sequence[Any]) -> Message:
-    xid, sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, kind, trace, *parked = row
+def _message(row: Sequence[Any], parked: bool = False) -> Message:
+    xid, sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace = row
     return Message(
-        id=UUID(bytes=id.bytes) if isinstance(id, UUID) else UUID(str(id)),
-        topic=topic,
-        payload=bytes(payload),
-        key=key,
-        headers=json.loads(headers) if headers else {},
-        content_type=kind,
-        trace=trace,
-        attempts=attempts,
-        created_at=created_at,
-        xid=xid,
-        sequence=sequence,
-        partition=partition,
-        chain=bytes(chain),
-        parked=bool(parked and parked[0]),
+        id,
+        topic,
+        payload,
+        key,
+        json.loads(headers) if headers else {},
+        content_type,
+        trace,
+        attempts,
+        created_at,
+        xid,
+        sequence,
+        partition,
+        chain,
+        parked,
     )
 
 
