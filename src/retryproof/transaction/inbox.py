@@ -1,0 +1,353 @@
+"""The inbox: a message takes effect once, in the consumer's own transaction (T4).
+
+    inbox = Inbox("billing")
+    with connection.transaction():
+        received = inbox.receive(connection, source="orders", message_id=message.id, payload=message.body)
+        if received.fresh:
+            ...
+            inbox.keep(connection, received, result=b"invoice 7")
+    # commit first, acknowledge afterwards
+
+A message is named by consumer, source and its own id. Its first transaction to commit takes it; one that rolls back
+takes nothing. The same id with another payload is a dead letter, with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from inspect import iscoroutinefunction
+from typing import Any, Literal, TypeVar
+from uuid import UUID
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.message import Message
+from retryproof.stores.sql.inbox import Entry, InboxPlans
+from retryproof.stores.sql.plan import Plan, aperform, perform
+from retryproof.transaction.connections import BlockingConnection, LoopConnection, adapt, missing_table
+
+T = TypeVar("T")
+
+REUSED = "the message's id was used before, with another payload"
+_SCHEMA = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What the inbox says of a message.
+
+    status: `fresh`: run it; `duplicate`: it is done, `result` and `outgoing` are those of its first run; `dead`: the id
+        was used with another payload, and the message is among the dead letters: acknowledge it and do not run it.
+    """
+
+    status: Literal["fresh", "duplicate", "dead"]
+    id: bytes
+    result: bytes | None = None
+    outgoing: Sequence[Message] = ()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is to be run."""
+        return self.status == "fresh"
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that could not be taken."""
+
+    id: bytes
+    fingerprint: bytes
+    consumer: str
+    source: str
+    message_id: str
+    reason: str
+    payload: bytes
+    seen_at: datetime
+
+
+Incoming = tuple[str, bytes]
+"""A message's id and payload."""
+
+
+class Inbox:
+    """The messages that one consumer has taken.
+
+    consumer: its name; two consumers of one message each take it. schema: of the tables on PostgreSQL, unless the
+    search path finds them. On SQLite the tables are made at the first use, in the caller's transaction.
+    """
+
+    def __init__(self, consumer: str, *, schema: str | None = None) -> None:
+        if not consumer:
+            raise ConfigurationError("consumer= names who takes the messages, and must not be empty")
+        if schema is not None and not _SCHEMA.fullmatch(schema):
+            raise ConfigurationError("schema= must be letters, digits and underscores, not beginning with a digit")
+        self.consumer = consumer
+        self._postgres = InboxPlans(sqlite=False, prefix=f'"{schema}".' if schema else "")
+        self._sqlite = InboxPlans(sqlite=True)
+
+    def receive(self, connection: Any, *, source: str, message_id: str, payload: bytes) -> Received:
+        """Take a message, first in the transaction that is open on a connection that blocks.
+
+        Waits while a rival has it in a transaction that is not over. Raises ConfigurationError without an open
+        transaction.
+        """
+        return self.receive_many(connection, source, [(message_id, payload)])[0]
+
+    async def areceive(self, connection: Any, *, source: str, message_id: str, payload: bytes) -> Received:
+        """`receive` on a connection of the event loop."""
+        return (await self.areceive_many(connection, source, [(message_id, payload)]))[0]
+
+    def receive_many(self, connection: Any, source: str, messages: Sequence[Incoming]) -> list[Received]:
+        """Take a batch by one statement, in the order of the ids; an answer for each, in the order given.
+
+        A message that comes twice in the batch is fresh once.
+        """
+        adapted, plans = self._opened(connection)
+        adapted.check_open()
+        return _performed(adapted, self._receiving(plans, source, messages))
+
+    async def areceive_many(self, connection: Any, source: str, messages: Sequence[Incoming]) -> list[Received]:
+        """`receive_many` on a connection of the event loop."""
+        adapted, plans = self._aopened(connection)
+        await adapted.check_open()
+        return await _aperformed(adapted, self._receiving(plans, source, messages))
+
+    def keep(
+        self, connection: Any, received: Received, *, result: bytes | None = None, outgoing: Sequence[Message] = ()
+    ) -> None:
+        """Keep what a fresh message came to and sent, for its duplicates."""
+        adapted, plans = self._opened(connection)
+        _check_kept(_performed(adapted, plans.keep(received.id, result, _encoded(outgoing))))
+
+    async def akeep(
+        self, connection: Any, received: Received, *, result: bytes | None = None, outgoing: Sequence[Message] = ()
+    ) -> None:
+        """`keep` on a connection of the event loop."""
+        adapted, plans = self._aopened(connection)
+        _check_kept(await _aperformed(adapted, plans.keep(received.id, result, _encoded(outgoing))))
+
+    def process(
+        self,
+        transaction: Callable[[], AbstractContextManager[Any]],
+        source: str,
+        messages: Sequence[Incoming],
+        handle: Callable[[Any, Incoming], object],
+    ) -> list[Received | Exception]:
+        """Handle a batch in one transaction; where a message fails, each in one of its own.
+
+        transaction: a context manager that gives a connection and commits at its end. handle: called with it and each
+        fresh message. An answer, or what it raised, for each message; acknowledge those without an exception.
+        """
+        try:
+            return list(self._process(transaction, source, messages, handle))
+        except Exception:
+            if len(messages) == 1:
+                raise
+        answers: list[Received | Exception] = []
+        for message in messages:
+            try:
+                answers += self._process(transaction, source, [message], handle)
+            except Exception as error:  # noqa: BLE001  # handed back, one message's own
+                answers.append(error)
+        return answers
+
+    def _process(
+        self,
+        transaction: Callable[[], AbstractContextManager[Any]],
+        source: str,
+        messages: Sequence[Incoming],
+        handle: Callable[[Any, Incoming], object],
+    ) -> list[Received]:
+        with transaction() as connection:
+            answers = self.receive_many(connection, source, messages)
+            for message, received in zip(messages, answers, strict=True):
+                if received.fresh:
+                    handle(connection, message)
+            return answers
+
+    async def aprocess(
+        self,
+        transaction: Callable[[], AbstractAsyncContextManager[Any]],
+        source: str,
+        messages: Sequence[Incoming],
+        handle: Callable[[Any, Incoming], Any],
+    ) -> list[Received | Exception]:
+        """`process` on the event loop; `handle` is awaited."""
+        try:
+            return list(await self._aprocess(transaction, source, messages, handle))
+        except Exception:
+            if len(messages) == 1:
+                raise
+        answers: list[Received | Exception] = []
+        for message in messages:
+            try:
+                answers += await self._aprocess(transaction, source, [message], handle)
+            except Exception as error:  # noqa: BLE001  # handed back, one message's own
+                answers.append(error)
+        return answers
+
+    async def _aprocess(
+        self,
+        transaction: Callable[[], AbstractAsyncContextManager[Any]],
+        source: str,
+        messages: Sequence[Incoming],
+        handle: Callable[[Any, Incoming], Any],
+    ) -> list[Received]:
+        async with transaction() as connection:
+            answers = await self.areceive_many(connection, source, messages)
+            for message, received in zip(messages, answers, strict=True):
+                if received.fresh:
+                    await handle(connection, message)
+            return answers
+
+    def dead(self, connection: Any, *, limit: int = 100) -> list[DeadLetter]:
+        """The oldest dead letters, of all consumers."""
+        adapted, plans = self._opened(connection)
+        return [_letter(row) for row in _performed(adapted, plans.dead(limit))]
+
+    def drop(self, connection: Any, letter: DeadLetter) -> bool:
+        """Forget a dead letter; whether it was there."""
+        adapted, plans = self._opened(connection)
+        return _performed(adapted, plans.drop(letter.id, letter.fingerprint))
+
+    def purge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
+        """Forget at most `limit` messages that came more than `older_than` seconds ago; how many.
+
+        older_than must exceed the time for which the broker may deliver a message again.
+        """
+        adapted, plans = self._opened(connection)
+        return _performed(adapted, plans.purge(round(older_than * 1_000_000), limit))
+
+    async def apurge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
+        """`purge` on a connection of the event loop."""
+        adapted, plans = self._aopened(connection)
+        return await _aperformed(adapted, plans.purge(round(older_than * 1_000_000), limit))
+
+    def _receiving(self, plans: InboxPlans, source: str, messages: Sequence[Incoming]) -> Plan[list[Received]]:
+        if not messages:
+            return []
+        ids = [_identity(self.consumer, source, message_id) for message_id, _ in messages]
+        prints = [hashlib.sha256(payload).digest() for _, payload in messages]
+        first: dict[bytes, bytes] = {}
+        for id, fingerprint in zip(ids, prints, strict=True):
+            first.setdefault(id, fingerprint)
+        found = yield from plans.take(first)
+        answers = []
+        for (message_id, payload), id, fingerprint in zip(messages, ids, prints, strict=True):
+            entry = found[id]
+            if entry is None:
+                answers.append(Received("fresh", id))
+                found[id] = Entry(fingerprint, None, None)
+            elif entry.fingerprint == fingerprint:
+                answers.append(Received("duplicate", id, entry.result, _decoded(entry.outgoing)))
+            else:
+                yield from plans.bury(id, fingerprint, (self.consumer, source, message_id, REUSED), payload)
+                answers.append(Received("dead", id))
+        return answers
+
+    def _opened(self, connection: Any) -> tuple[BlockingConnection, InboxPlans]:
+        adapted = adapt(connection)
+        if not _blocks(adapted):
+            raise ConfigurationError("This connection is awaited: use the inbox's methods that begin with `a`.")
+        return adapted, self._plans(adapted)  # type: ignore[return-value]  # checked just before
+
+    def _aopened(self, connection: Any) -> tuple[LoopConnection, InboxPlans]:
+        adapted = adapt(connection)
+        if _blocks(adapted):
+            raise ConfigurationError("This connection blocks: use the inbox's methods without the `a` before them.")
+        return adapted, self._plans(adapted)  # type: ignore[return-value]  # checked just before
+
+    def _plans(self, adapted: BlockingConnection | LoopConnection) -> InboxPlans:
+        match adapted.dialect:
+            case "postgresql":
+                return self._postgres
+            case "sqlite":
+                return self._sqlite
+            case other:
+                raise ConfigurationError(f"The inbox is for PostgreSQL and SQLite; this connection is {other}.")
+
+
+def _blocks(adapted: BlockingConnection | LoopConnection) -> bool:
+    return not iscoroutinefunction(adapted.execute)
+
+
+def _performed(adapted: BlockingConnection, plan: Plan[T]) -> T:
+    try:
+        return perform(plan, adapted.execute)
+    except Exception as error:
+        raise _explained(error) from error
+
+
+async def _aperformed(adapted: LoopConnection, plan: Plan[T]) -> T:
+    try:
+        return await aperform(plan, adapted.execute)
+    except Exception as error:
+        raise _explained(error) from error
+
+
+def _explained(error: Exception) -> Exception:
+    if missing_table(error):
+        return ConfigurationError("The database has no inbox yet: run `retryproof migrate URL`. Nothing was written.")
+    return error
+
+
+def _check_kept(taken: bool) -> None:
+    if not taken:
+        raise ConfigurationError("The message was not taken in this database; receive it first, in this transaction.")
+
+
+def _identity(*parts: str) -> bytes:
+    digest = hashlib.sha256(b"retryproof inbox 1\0")
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.digest()
+
+
+def _letter(row: Sequence[Any]) -> DeadLetter:
+    return DeadLetter(
+        bytes(row[0]),
+        bytes(row[1]),
+        row[2],
+        row[3],
+        row[4],
+        row[5],
+        bytes(row[6]),
+        _EPOCH + timedelta(microseconds=row[7]),
+    )
+
+
+def _encoded(messages: Sequence[Message]) -> bytes | None:
+    if not messages:
+        return None
+    kept = [
+        {
+            "id": str(message.id),
+            "topic": message.topic,
+            "payload": b64encode(message.payload).decode(),
+            "key": message.key,
+            "headers": dict(message.headers),
+            "content_type": message.content_type,
+            "trace": message.trace,
+            "partition": message.partition,
+            "chain": b64encode(message.chain).decode(),
+        }
+        for message in messages
+    ]
+    return json.dumps(kept).encode()
+
+
+def _decoded(data: bytes | None) -> list[Message]:
+    return [] if data is None else [_message(kept) for kept in json.loads(data)]
+
+
+def _message(kept: Mapping[str, Any]) -> Message:
+    given = {**kept, "id": UUID(kept["id"])}
+    return Message(**{**given, "payload": b64decode(kept["payload"]), "chain": b64decode(kept["chain"])})
