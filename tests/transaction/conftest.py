@@ -37,7 +37,8 @@ def postgres(postgres_database: str) -> Iterator[Database]:
         ).fetchall()
         ours = {name for (name,) in rows if name.startswith("retryproof_")}
         connection.execute(f"TRUNCATE {', '.join(ours)}".encode())
-        connection.execute(f"DROP TABLE {', '.join(name for (name,) in rows if name not in ours)}".encode())
+        others = ['"' + name.replace('"', '""') + '"' for (name,) in rows if name not in ours]
+        connection.execute(f"DROP TABLE {', '.join(others)}".encode())
 
 
 @pytest.fixture

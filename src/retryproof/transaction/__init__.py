@@ -1,7 +1,8 @@
 """Work that commits with the caller's own transaction."""
 
 from retryproof.transaction.inbox import Inbox, Received
+from retryproof.transaction.insert_once import Inserted, ainsert_once, insert_once
 from retryproof.transaction.outbox import Outbox
 from retryproof.transaction.relay import Relay, RelayPolicy
 
-__all__ = ["Inbox", "Outbox", "Received", "Relay", "RelayPolicy"]
+__all__ = ["Inbox", "Inserted", "Outbox", "Received", "Relay", "RelayPolicy", "ainsert_once", "insert_once"]

@@ -1,0 +1,159 @@
+"""Upserts where the client knows the id: created, or already there, with the row (T8)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import iscoroutinefunction
+from typing import Any
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.stores.sql.plan import Row, Statement
+from retryproof.transaction.connections import adapt
+
+TRIES = 3
+"""A row that was in the way may be gone before it is read."""
+DUPLICATE = 1062
+"""MySQL's and MariaDB's error for a duplicate key."""
+
+Steps = Generator[Statement, Sequence[Row], "Inserted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """created: whether this call made the row. row: its columns by name, as they are in the database."""
+
+    created: bool
+    row: Mapping[str, Any]
+
+
+def insert_once(
+    connection: Any, table: str, values: Mapping[str, Any], *, key: Sequence[str], returning: Sequence[str] = ()
+) -> Inserted:
+    """Insert a row unless one with this key is there, in the transaction that is open; the row either way.
+
+    table: a name, or a schema and a name with a dot between. key: the columns of a primary key or unique constraint.
+    returning: the columns of the row that is given back; those of `values` by default.
+    Two rows with one key and other values are not told apart: compare the row that is given back.
+    """
+    steps = _steps(connection, table, values, key, returning)
+    adapted: Any = adapt(connection)
+    if iscoroutinefunction(adapted.execute):
+        raise ConfigurationError("This connection is awaited: use ainsert_once.")
+    adapted.check_open()
+    try:
+        statement = next(steps)
+        while True:
+            try:
+                rows = adapted.execute(statement)
+            except Exception as error:  # noqa: BLE001  # the steps know which one means that the row is there
+                statement = steps.throw(error)
+            else:
+                statement = steps.send(rows)
+    except StopIteration as stop:
+        result: Inserted = stop.value
+        return result
+
+
+async def ainsert_once(
+    connection: Any, table: str, values: Mapping[str, Any], *, key: Sequence[str], returning: Sequence[str] = ()
+) -> Inserted:
+    """`insert_once` on a connection of the event loop."""
+    steps = _steps(connection, table, values, key, returning)
+    adapted: Any = adapt(connection)
+    if not iscoroutinefunction(adapted.execute):
+        raise ConfigurationError("This connection blocks: use insert_once.")
+    await adapted.check_open()
+    try:
+        statement = next(steps)
+        while True:
+            try:
+                rows = await adapted.execute(statement)
+            except Exception as error:  # noqa: BLE001  # as above
+                statement = steps.throw(error)
+            else:
+                statement = steps.send(rows)
+    except StopIteration as stop:
+        result: Inserted = stop.value
+        return result
+
+
+def _steps(
+    connection: Any, table: str, values: Mapping[str, Any], key: Sequence[str], returning: Sequence[str]
+) -> Steps:
+    missing = [name for name in key if name not in values]
+    if not key or missing or isinstance(key, str):
+        raise ConfigurationError(f"key={key!r} must name columns that have a value: a tuple such as ('id',).")
+    names = list(returning) or list(values)
+    match adapt(connection).dialect:
+        case "mysql":
+            return _mysql(table, values, key, names)
+        case "postgresql":
+            return _standard(table, values, key, names, dollars=True)
+        case _:
+            return _standard(table, values, key, names, dollars=False)
+
+
+def _standard(
+    table: str, values: Mapping[str, Any], key: Sequence[str], names: Sequence[str], *, dollars: bool
+) -> Steps:
+    place = [f"${number}" if dollars else "?" for number in range(1, len(values) + 1)]
+    insert = (  # names are quoted, values are parameters
+        f"INSERT INTO {quoted(table, dots=True)} ({_list(values)}) VALUES ({', '.join(place)}) "  # noqa: S608  # above
+        f"ON CONFLICT ({_list(key)}) DO NOTHING RETURNING {_list(names)}"
+    )
+    where = " AND ".join(f"{quoted(name)} = {place[number]}" for number, name in enumerate(key))
+    select = f"SELECT {_list(names)} FROM {quoted(table, dots=True)} WHERE {where}"  # noqa: S608  # as above
+    for _ in range(TRIES):
+        for created, sql, given in ((True, insert, values.values()), (False, select, (values[name] for name in key))):
+            rows = yield Statement(sql, tuple(given))
+            if rows:
+                return Inserted(created, dict(zip(names, rows[0], strict=True)))
+    raise _vanished()
+
+
+def _mysql(table: str, values: Mapping[str, Any], key: Sequence[str], names: Sequence[str]) -> Steps:
+    """A plain INSERT: IGNORE would hide other errors, and ON DUPLICATE KEY would take any unique key for this one."""
+    into, places = quoted(table, "`", dots=True), ", ".join("?" * len(values))
+    insert = f"INSERT INTO {into} ({_list(values, '`')}) VALUES ({places})"  # noqa: S608  # names are quoted
+    where = " AND ".join(f"{quoted(name, '`')} = ?" for name in key)
+    # A locking read sees what is committed, whatever snapshot the transaction has.
+    select = f"SELECT {_list(names, '`')} FROM {into} WHERE {where} LOCK IN SHARE MODE"  # noqa: S608  # as above
+    for _ in range(TRIES):
+        created, in_the_way = True, None
+        try:
+            yield Statement(insert, tuple(values.values()))
+        except Exception as error:
+            if _code(error) != DUPLICATE:
+                raise
+            created, in_the_way = False, error
+        rows = yield Statement(select, tuple(values[name] for name in key))
+        if rows:
+            return Inserted(created, dict(zip(names, rows[0], strict=True)))
+        if in_the_way is not None and _ == TRIES - 1:
+            raise in_the_way  # another unique key than this one
+    raise _vanished()
+
+
+def _code(error: BaseException) -> object:
+    found = getattr(error, "orig", None) or error
+    return getattr(found, "errno", None) or (found.args[0] if found.args else None)
+
+
+def _vanished() -> ConfigurationError:
+    return ConfigurationError(
+        "The row is neither inserted nor found: it is hidden from this transaction, or goes away."
+    )
+
+
+def quoted(name: str, mark: str = '"', *, dots: bool = False) -> str:
+    """An identifier, safe in SQL whatever it is; with `dots`, each part of it."""
+    parts = name.split(".") if dots else [name]
+    for part in parts:
+        if not part or any(sign in part for sign in "\0?$%"):
+            raise ConfigurationError(f"{name!r} is no name that is taken here.")
+    return ".".join(f"{mark}{part.replace(mark, mark * 2)}{mark}" for part in parts)
+
+
+def _list(names: Sequence[str] | Mapping[str, Any], mark: str = '"') -> str:
+    return ", ".join(quoted(name, mark) for name in names)
