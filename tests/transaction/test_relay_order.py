@@ -1,10 +1,13 @@
 """Strict order on PostgreSQL: sixteen writers, transactions that are held open, a restored cluster."""
 
 import asyncio
+import json
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import replace
-from uuid import UUID
+from typing import Any
+from uuid import UUID, uuid4
 
 import asyncpg
 import psycopg
@@ -12,6 +15,9 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.sql.migrate import migrate
+from retryproof.stores.sql.outbox_postgres import PostgresOutbox
+from retryproof.stores.sql.plan import Plan
+from retryproof.stores.sql.postgres_url import parse
 from retryproof.transaction import Outbox, Relay
 from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import QUICK, Database, Noting, until_empty
@@ -162,3 +168,35 @@ def test_t5_autocommit_is_refused(database: Database) -> None:
     with pytest.raises(ConfigurationError, match="autocommit"):
         database.outbox.add(connection, topic="t", payload=b"")
     connection.close()
+
+
+async def test_t6_a_claim_reads_what_it_takes_however_much_is_pending(database: Database, unique: str) -> None:
+    """All of one key, so that 63 partitions are empty: none of them may be looked for in the whole table."""
+    database.send(*["hot"] * 3_000)
+    plans, relay = PostgresOutbox(f'"{unique}".'), uuid4()
+    settings = parse(database.url).settings(5.0)
+    connection = await asyncpg.connect(database.url.partition("?")[0], server_settings=settings)
+    await connection.execute(f"ANALYZE {unique}.retryproof_outbox")
+    await connection.fetch(*_call(plans.join(relay, 10_000_000, strict=False)))
+    claim = plans.claim(
+        relay, dict.fromkeys(range(64), 0), batch=100, share=100, lease=10_000_000, alone=False, strict=False
+    )
+    sql, *parameters = _call(claim)
+    ((found,),) = await connection.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", *parameters)
+    await connection.close()
+    removed = [node.get("Rows Removed by Filter", 0) for node in _nodes(json.loads(found)[0]["Plan"])]
+    indexes = {node.get("Index Name") for node in _nodes(json.loads(found)[0]["Plan"])}
+    assert max(removed) <= 100
+    assert "retryproof_outbox_ready" in indexes
+
+
+def _call(plan: Plan[Any]) -> tuple[Any, ...]:
+    """A plan's first statement, as asyncpg takes it."""
+    statement = next(plan)
+    return (statement.sql, *statement.parameters)
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for below in node.get("Plans", ()):
+        yield from _nodes(below)

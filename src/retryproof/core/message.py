@@ -7,7 +7,7 @@ A message without a key is a chain of its own. A chain belongs to one partition,
 from __future__ import annotations
 
 import hashlib
-import secrets
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,10 +66,9 @@ def partition_of(chain: bytes, partitions: int) -> int:
 
 def uuid7() -> UUID:
     """A UUIDv7 (RFC 9562): milliseconds since the epoch, and 74 random bits."""
+    random = int.from_bytes(os.urandom(10))
     milliseconds = time.time_ns() // 1_000_000
-    random = secrets.randbits(74)
-    number = milliseconds << 80 | 0x7 << 76 | random >> 62 << 64 | 0b10 << 62 | random & (1 << 62) - 1
-    return UUID(int=number)
+    return UUID(int=milliseconds << 80 | 0x7 << 76 | (random >> 64 & 0xFFF) << 64 | 0b10 << 62 | random & (1 << 62) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from retryproof.transaction.connections import (
     FAILED,
     BlockingConnection,
     LoopConnection,
+    OnLoop,
     adapt,
     missing_table,
     refused,
@@ -218,7 +218,7 @@ def _explained() -> Iterator[None]:
 
 def _blocking(connection: Any) -> BlockingConnection:
     adapted = adapt(connection)
-    if inspect.iscoroutinefunction(adapted.execute):
+    if isinstance(adapted, OnLoop):
         raise ConfigurationError(
             "This connection belongs to an event loop: await outbox.aadd(…), aadd_many or anotify."
         )
@@ -227,6 +227,6 @@ def _blocking(connection: Any) -> BlockingConnection:
 
 def _on_loop(connection: Any) -> LoopConnection:
     adapted = adapt(connection)
-    if not inspect.iscoroutinefunction(adapted.execute):
+    if not isinstance(adapted, OnLoop):
         raise ConfigurationError("This connection blocks: use outbox.add(…), add_many or notify.")
-    return adapted  # type: ignore[return-value] # its colour was just checked
+    return adapted

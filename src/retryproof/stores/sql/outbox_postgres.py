@@ -23,7 +23,7 @@ from retryproof.stores.sql.plan import Plan, Row, Statement
 
 CHANNEL = "retryproof_outbox"
 NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
-XMIN = "pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+XMIN = "txid_snapshot_xmin(txid_current_snapshot())"  # pg_snapshot_xmin by its older name, as a bigint
 GATE = -1
 """The partition that stands for all of them where the order is strict, with an empty chain."""
 
@@ -282,7 +282,7 @@ FROM {{settings}}, unnest($2::text[]::uuid[], $3::int[], $4::bytea[], $5::text[]
 WHERE partitions = $1::int ORDER BY m.place RETURNING 1""",
     "partition_number": "SELECT partitions FROM {settings}",
     "settings": """SELECT partitions, cluster, (SELECT system_identifier::text FROM pg_control_system()),
-(SELECT max(xid) FROM {outbox}), pg_snapshot_xmax(pg_current_snapshot())::text::bigint FROM {settings}""",
+(SELECT max(xid) FROM {outbox}), txid_snapshot_xmax(txid_current_snapshot()) FROM {settings}""",
     "own": "UPDATE {settings} SET cluster = $1::text WHERE cluster IS NULL RETURNING 1",
     "join": f"""INSERT INTO {{relays}} (id, lease_until, strict)
 SELECT $1::uuid, {NOW} + $2::bigint, $3::boolean
