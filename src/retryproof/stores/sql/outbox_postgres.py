@@ -326,7 +326,7 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
         SELECT partition, chain FROM {{blocked}} b
         WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
         ORDER BY b.due_at LIMIT $5::bigint
-    ) b LIMIT $4::bigint
+    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
 ), retried AS MATERIALIZED (
     SELECT o.* FROM due, LATERAL (
         SELECT {_MESSAGE}, true AS was_parked FROM {{outbox}} o
@@ -359,7 +359,9 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     WHERE r.id = held.id
 )
 SELECT EXISTS (SELECT FROM held),
-    EXISTS (SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}),
+    EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
+        SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}
+    ),
     {XMIN}, taken.*
 FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
     "claim_strict": f"""WITH held AS MATERIALIZED (
