@@ -97,6 +97,9 @@ def seal(method: Method, digest: bytes) -> bytes:
     return bytes((VERSION, method)) + digest
 
 
+_RAW_SEAL = seal(Method.RAW, b"")
+
+
 def canonical_media_type(content_type: bytes) -> bytes:
     """Return the part of a Content-Type that counts: type, subtype and charset; for multipart all but the boundary."""
     if b";" not in content_type:
@@ -128,12 +131,12 @@ class RequestFingerprint:
     __slots__ = ("_hash", "update")
 
     def __init__(self, method: str, path: bytes, query: bytes, content_type: bytes) -> None:
-        self._hash = hashlib.sha256(_head(Method.RAW, method, path, query, content_type))
+        self._hash = _raw_head(method, path, query, content_type).copy()
         self.update = self._hash.update
 
     def digest(self) -> bytes:
         """Return the fingerprint as it is stored."""
-        return seal(Method.RAW, self._hash.digest())
+        return _RAW_SEAL + self._hash.digest()
 
 
 class MultipartFingerprint:
@@ -291,6 +294,12 @@ def _tag(method: Method) -> bytes:
 
 
 @lru_cache(maxsize=128)  # apps have few routes
+def _raw_head(method: str, path: bytes, query: bytes, content_type: bytes) -> "hashlib._Hash":
+    """Return the hash that raw fingerprints of a route begin with; to be copied, not updated."""
+    return hashlib.sha256(_head(Method.RAW, method, path, query, content_type))
+
+
+@lru_cache(maxsize=128)
 def _head(kind: Method, method: str, path: bytes, query: bytes, content_type: bytes) -> bytes:
     name = method.encode("utf-8", "surrogatepass")
     return _tag(kind) + _frame(name, path, query, canonical_media_type(content_type))

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -129,7 +130,9 @@ class Exchange:
         try:
             match await self._admit(key_lines):
                 case Admitted() as admitted:
-                    await self._attempt(admitted)
+                    execution = await self._attempt(admitted)
+                    if execution is not None:
+                        await execution.outlast()
                 case Problem() as problem:
                     await self._refuse(problem)
                 case NotCovered(read):
@@ -150,7 +153,7 @@ class Exchange:
         try:
             key = self._early_key(key_lines, self._strength(identity))
         except InvalidKey as error:
-            return self._invalid_key(error, identity, lambda: self._early_key(key_lines, "any"))
+            return self._invalid_key(error, identity, partial(self._early_key, key_lines, "any"))
         if key is None and not isinstance(options.key, JsonFieldKey):
             return self._no_key()
         hasher = options.fingerprint.begin(*self._request())
@@ -162,7 +165,7 @@ class Exchange:
             try:
                 key = find(body, self._strength(identity))
             except InvalidKey as error:
-                return self._invalid_key(error, identity, lambda: find(body, "any"))
+                return self._invalid_key(error, identity, partial(find, body, "any"))
         if key is None:
             return self._no_key()
         return self._admitted(key, identity, hasher.digest(), began)
@@ -293,13 +296,14 @@ class Exchange:
 
     # The attempt
 
-    async def _attempt(self, admitted: Admitted) -> None:
+    async def _attempt(self, admitted: Admitted) -> Execution | None:
+        """Claim, and start the app; None when there was something else to answer."""
         engine = self._engine
         try:
             opened = engine.opened()
         except IdempotencyError as error:  # out of reach, or not set up; the event has it
             await self._conclude(admitted, Down(error))
-            return
+            return None
         flow = engine.flow(
             opened,
             admitted.id,
@@ -314,12 +318,12 @@ class Exchange:
             step = await abegin(flow, opened, self.policy.store_timeout, self._pause)
             if not isinstance(step, Run):
                 await self._conclude(admitted, step)
-                return
+                return None
             execution = self._execution(admitted, flow, step, opened)
         finally:
             if execution is None:  # otherwise its end says so
                 opened.background.leave()
-        await execution.outlast()
+        return execution
 
     async def _pause(self, command: Pause) -> Paused:
         return await self._engine.pause(command, self.policy, self.link.stays)
