@@ -401,8 +401,8 @@ async def _send_twin(link: FaultLink, chunks: asyncio.Queue[bytes], delay: float
         pass
     finally:
         pouring.cancel()
+        writer.close()  # before anything that a cancellation could end
         await asyncio.gather(pouring, return_exceptions=True)
-        writer.close()
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:
