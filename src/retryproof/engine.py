@@ -287,8 +287,30 @@ class AsyncIdempotency(Engine):
         Cancelled while `fn` runs, it cancels `fn`, and the record stays in progress unless the policy says
         `release_on_cancel`. Cancelled while the result is being stored, it first stores it.
         """
+        id = self.id_of(scope, check_key(key))
+        return await self.run_record(
+            id,
+            fn,
+            where=_name(scope),
+            fingerprint=_seal(fingerprint),
+            tenant=_tenant(scope, self._pepper),
+            policy=policy,
+            codec=codec,
+        )
+
+    async def run_record(
+        self,
+        id: bytes,
+        fn: Callable[[], Any],
+        *,
+        where: str,
+        fingerprint: bytes,
+        tenant: bytes,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+    ) -> Outcome[Any]:
+        """`run` for a record whose id is known, and its fingerprint as it is stored."""
         policy, codec = policy or self.policy, codec or self._codec
-        where, id = _name(scope), self.id_of(scope, check_key(key))
         opened = self._source.aopened()
         work = _Work(codec, _limit(policy, opened))
 
@@ -313,7 +335,7 @@ class AsyncIdempotency(Engine):
             return await self.pause(command, policy)
 
         began = clock()
-        flow = self.flow(opened, id, _seal(fingerprint), policy, _tenant(scope, self._pepper))
+        flow = self.flow(opened, id, fingerprint, policy, tenant)
         try:
             conclusion = await adrive(flow, opened, policy.store_timeout, run_fn, pause)
         finally:
@@ -459,6 +481,16 @@ class Overtaking:
         if self._active and not self._ours and self._task is not None:
             self._ours = True
             self._task.cancel("the lease was lost")
+
+
+def tenant_of(scope: Scope, engine: Engine) -> bytes:
+    """The digest of a scope's tenant, or none."""
+    return _tenant(scope, engine._pepper)
+
+
+def sealed_fingerprint(fingerprint: bytes) -> bytes:
+    """The fingerprint of an input as it is stored."""
+    return _seal(fingerprint)
 
 
 def _name(scope: Scope) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeAlias, TypeVar, overload
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias, TypeVar, overload
 from uuid import UUID
 
 from retryproof.core.codec import Codec, JsonCodec, decode_value, encode_value
@@ -28,13 +29,46 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLAIN = JsonCodec()
 
 
+class Phase(Protocol):
+    """A phase of an operation, entered with `with` or `async with`.
+
+    pending: it is still to be done. result: what is kept with the recovery point; set it inside, None otherwise.
+    After the block, and where the phase is done, it is the value as every attempt sees it.
+    """
+
+    pending: bool
+    result: Any
+
+    @property
+    def connection(self) -> Any:
+        """The connection, in the phase's transaction; ConfigurationError where the phase is done."""
+
+    def run(self, fn: Callable[[Any], T]) -> T:
+        """Do the phase unless it is done: fn is given the connection, and what it returns is the result."""
+
+    async def arun(self, fn: Callable[[Any], Awaitable[T]]) -> T:
+        """`run` for a coroutine function."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
 class Operation:
     """The operation that is running: its identity, and what every attempt at it has in common.
 
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = ("_hold", "_joined", "_names", "_policy", "_store", "refuses_transactions")
+    __slots__ = ("_hold", "_joined", "_names", "_phase", "_phased", "_policy", "_store", "refuses_transactions")
 
     def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
         self._hold = hold
@@ -42,6 +76,8 @@ class Operation:
         self._policy = policy
         self._names: set[str] | None = None
         self._joined: Any = None
+        self._phase: str | None = None
+        self._phased: Any = None
         self.refuses_transactions = ""
 
     @property
@@ -141,8 +177,40 @@ class Operation:
         """Whether it commits in a transaction of the caller's."""
         return self._joined is not None
 
+    def phase(self, name: str, connection: Any = None, *, codec: Codec | None = None) -> Phase:
+        """Local work that commits together with its recovery point; a later attempt does not repeat it (T3).
+
+            async with operation.phase("create_order", pool.acquire()) as phase:     # or `with`
+                if phase.pending:
+                    await phase.connection.execute("INSERT …")
+                    phase.result = order_id
+
+        connection: as for `transaction` and `atransaction`; without one, what `Phased(connect=…)` gives.
+        The transaction is committed at the end of the block, fenced, and rolled back when the block raises. Foreign
+        calls belong between phases, under `derive` or in a `step`. The name is one that no step has either.
+        Raises ConfigurationError for a name used twice, a phase in a phase, a connection without a transaction that
+        could be used; LeaseLost when another attempt took over; StoreUnavailable when the lease could not be renewed,
+        or when the answer to the commit was lost and the record cannot be asked.
+        """
+        # Loaded when it is first used, as in `_joining`.
+        phases = importlib.import_module("retryproof.transaction.phases")
+        phase: Phase = phases.PhaseBlock(self, name, connection, codec)
+        return phase
+
+    @property
+    def principal(self) -> tuple[str, ...]:
+        """For whom a phased function runs: the parts of its scope. Raises NoOperation for any other operation."""
+        if self._phased is None:
+            raise NoOperation("Only functions of Phased have a principal.", digest=self.key_digest)
+        principal: tuple[str, ...] = self._phased.principal
+        return principal
+
     def _known(self, connection: Any) -> bool:
         """Whether the operation has joined that connection already."""
+        if self._phase is not None:
+            raise ConfigurationError(
+                f"{self._phase} has a transaction of its own; leave it first.", digest=self.key_digest
+            )
         if self.refuses_transactions:
             raise ConfigurationError(self.refuses_transactions, digest=self.key_digest)
         if self._hold.lost:
@@ -180,7 +248,7 @@ class Operation:
             self._names = set()
         if name in self._names:
             raise ConfigurationError(
-                f"The step {name!r} was used twice in one attempt; give each step a name of its own.",
+                f"The name {name!r} was used twice in one attempt; give each step and phase a name of its own.",
                 digest=self.key_digest,
             )
         self._names.add(name)
@@ -188,6 +256,11 @@ class Operation:
             raise lease_lost(self._hold)
         kept = self._hold.checkpoints.get(name)
         return (False, None) if kept is None else (True, decode_value(codec or _PLAIN, kept))
+
+    def _forget_name(self, name: str) -> None:
+        """It was not used after all."""
+        if self._names is not None:
+            self._names.discard(name)
 
 
 def lease_lost(hold: Hold) -> LeaseLost:

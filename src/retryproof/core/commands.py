@@ -49,12 +49,16 @@ class Claim:
 
 @value
 class Complete:
-    """Settle the operation with its result; None makes a tombstone: done, with nothing to replay."""
+    """Settle the operation with its result; None makes a tombstone: done, with nothing to replay.
+
+    listed: it is in the completer's worklist, and is to be removed from it (T3).
+    """
 
     id: bytes
     nonce: bytes
     token: int
     result: bytes | None
+    listed: bool = False
 
 
 @value

@@ -11,6 +11,7 @@ class Hold:
     """One attempt's claim. Times are the pump's monotonic seconds, counted from before the claim was sent (C6).
 
     where: the endpoint or function, for events.
+    listed: the operation is in the completer's worklist.
     on_lost: called once, from the keeper's thread, when another attempt took over.
     on_overrun: called once, from the keeper's thread, when renewal ends at `max_run`.
     on_settled: called from the keeper's thread when what lingered was stored (True) or fenced off (False).
@@ -29,6 +30,7 @@ class Hold:
         "id",
         "lease",
         "lingers",
+        "listed",
         "lost",
         "nonce",
         "on_lost",
@@ -54,6 +56,7 @@ class Hold:
         self.lease = lease = claim.lease
         self.deadline = since + lease
         self.lost = False
+        self.listed = False
         self.where = ""
         self.on_lost: Callable[[], None] | None = None
         self.on_overrun: Callable[[Hold], None] | None = None
@@ -65,7 +68,7 @@ class Hold:
 
     def complete(self, result: bytes | None) -> Complete:
         """The command that settles this attempt."""
-        return Complete(self.id, self.nonce, self.token, result)
+        return Complete(self.id, self.nonce, self.token, result, self.listed)
 
     def release(self) -> Release:
         """The command that gives this attempt back."""

@@ -1,8 +1,21 @@
 """Work that commits with the caller's own transaction."""
 
+from retryproof.transaction.completer import Completer
 from retryproof.transaction.inbox import Inbox, Received
 from retryproof.transaction.insert_once import Inserted, ainsert_once, insert_once
 from retryproof.transaction.outbox import Outbox
+from retryproof.transaction.phased import Phased
 from retryproof.transaction.relay import Relay, RelayPolicy
 
-__all__ = ["Inbox", "Inserted", "Outbox", "Received", "Relay", "RelayPolicy", "ainsert_once", "insert_once"]
+__all__ = [
+    "Completer",
+    "Inbox",
+    "Inserted",
+    "Outbox",
+    "Phased",
+    "Received",
+    "Relay",
+    "RelayPolicy",
+    "ainsert_once",
+    "insert_once",
+]

@@ -41,6 +41,7 @@ from retryproof.core.commands import (
     Pause,
     Raised,
     Release,
+    Renew,
     Returned,
 )
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
@@ -81,7 +82,7 @@ class Do(Enum):
 class Ask:
     """A command for the store."""
 
-    command: Release | Look
+    command: Release | Renew | Look
 
 
 Step = Statement | Do | Ask | Pause
@@ -169,28 +170,29 @@ def settling(place: Place, outcome: Outcome, broken: str | None) -> Steps[Settle
     broken: why the transaction that was joined is of no use any more.
     """
     if not isinstance(outcome, Returned):
-        yield from _roll_back()
+        yield from roll_back()
         return outcome, None
     if broken is not None:
-        yield from _roll_back()
+        yield from roll_back()
         return _ended(place, broken)
     try:
         reply = yield from place.complete(place.hold.complete(outcome.result))
     except Exception as error:  # noqa: BLE001  # handed back, to be raised when the record says what it means
-        yield from _roll_back()
+        yield from roll_back()
         return Raised(), error
     if isinstance(reply, Lost):
-        yield from _roll_back()
+        yield from roll_back()
         return (yield from _why_lost(place))
     try:
         yield Do.COMMIT
     except Exception as error:  # noqa: BLE001  # as above
-        yield from _roll_back()
+        yield from roll_back()
         return (yield from _doubted(place, outcome, error))
     return Committed(outcome.result), None
 
 
-def _roll_back() -> Steps[None]:
+def roll_back() -> Steps[None]:
+    """Undo the work, whatever the connection makes of it."""
     try:
         yield Do.ROLLBACK
     except Exception as error:  # noqa: BLE001  # whatever the driver raises
@@ -253,24 +255,24 @@ class BlockingTransaction:
     ) -> None:
         self.given = given
         self.connection = connection
-        self._place = place_of(operation)
-        self._block = block
-        self._adapted: BlockingConnection = _checked(connection, self._place, operation, on_loop=False)
+        self.place = place_of(operation)
+        self.block = block
+        self._adapted: BlockingConnection = _checked(connection, self.place, operation, on_loop=False)
         self._thread = threading.get_ident()
 
     def join(self, ask: Callable[[Any], Any]) -> None:
         """Take the transaction; `ask` gives a command to the store."""
-        if self._block is not None:
+        if self.block is not None:
             self._adapted.begin()
         _check_usable(self._adapted)
-        self._pump(joining(self._place), ask)
+        self.pump(joining(self.place), ask)
 
     def settle(self, outcome: Outcome, ask: Callable[[Any], Any]) -> Settled:
         """Commit the work with its result, or roll it back."""
         with contextlib.ExitStack() as stack:
-            if self._block is not None:
-                stack.push(self._block)
-            return self._pump(settling(self._place, outcome, self._adapted.unusable(to_commit=True)), ask)
+            if self.block is not None:
+                stack.push(self.block)
+            return self.pump(settling(self.place, outcome, self.broken()), ask)
 
     async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Any]]) -> Settled:
         """`settle` for an event loop: what blocks is done in a thread, or here when the handler blocked here too."""
@@ -283,13 +285,17 @@ class BlockingTransaction:
             return await call(self._on_connection, step)
 
         try:
-            steps = settling(self._place, outcome, self._adapted.unusable(to_commit=True))
-            return await _apump(steps, on_connection, ask)
+            return await _apump(settling(self.place, outcome, self.broken()), on_connection, ask)
         finally:
-            if self._block is not None:
-                await call(self._block.__exit__, None, None, None)
+            if self.block is not None:
+                await call(self.block.__exit__, None, None, None)
 
-    def _pump(self, steps: Steps[T], ask: Callable[[Any], Any]) -> T:
+    def broken(self) -> str | None:
+        """Why the transaction is of no use any more."""
+        return self._adapted.unusable(to_commit=True)
+
+    def pump(self, steps: Steps[T], ask: Callable[[Any], Any]) -> T:
+        """Do the steps; `ask` gives a command to the store."""
         return _pump(steps, self._on_connection, ask, time.sleep)
 
     def _on_connection(self, step: Statement | Do) -> Any:
@@ -310,25 +316,32 @@ class LoopTransaction:
     ) -> None:
         self.given = given
         self.connection = connection
-        self._place = place_of(operation)
-        self._block = block
-        self._adapted: LoopConnection = _checked(connection, self._place, operation, on_loop=True)
+        self.place = place_of(operation)
+        self.block = block
+        self._adapted: LoopConnection = _checked(connection, self.place, operation, on_loop=True)
 
     async def join(self, ask: Callable[[Any], Awaitable[Any]]) -> None:
         """Take the transaction; `ask` gives a command to the store."""
-        if self._block is not None:
+        if self.block is not None:
             await self._adapted.begin()
         await self._adapted.check_open()
         _check_usable(self._adapted)
-        await _apump(joining(self._place), self._on_connection, ask)
+        await self.pump(joining(self.place), ask)
 
     async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Any]]) -> Settled:
         """Commit the work with its result, or roll it back."""
         async with contextlib.AsyncExitStack() as stack:
-            if self._block is not None:
-                stack.push_async_exit(self._block)
-            steps = settling(self._place, outcome, self._adapted.unusable(to_commit=True))
-            return await _apump(steps, self._on_connection, ask)
+            if self.block is not None:
+                stack.push_async_exit(self.block)
+            return await self.pump(settling(self.place, outcome, self.broken()), ask)
+
+    def broken(self) -> str | None:
+        """Why the transaction is of no use any more."""
+        return self._adapted.unusable(to_commit=True)
+
+    async def pump(self, steps: Steps[T], ask: Callable[[Any], Awaitable[Any]]) -> T:
+        """Do the steps; `ask` gives a command to the store."""
+        return await _apump(steps, self._on_connection, ask)
 
     async def _on_connection(self, step: Statement | Do) -> Any:
         match step:

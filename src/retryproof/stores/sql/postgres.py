@@ -147,7 +147,7 @@ def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool]:
 
 def complete_joined_plan(command: Complete, table: str = TABLE) -> Plan[FenceReply]:
     """Settle the operation in the transaction that was joined; in another one it is lost."""
-    sql = statements.complete(table, one=True, wait=True, joined=True)
+    sql = statements.complete(table, one=True, wait=True, joined=True, listed=command.listed)
     rows = yield Statement(sql, (command.id, command.nonce, command.token, command.result))
     return DONE if rows else LOST
 
@@ -230,7 +230,10 @@ def _fence(commands: Sequence[Fenced]) -> tuple[list[Any], ...]:
 
 def _complete(commands: Sequence[Complete], table: str, *, wait: bool = False) -> Statement:
     results = [command.result for command in commands]
-    return _batch(lambda one: statements.complete(table, one=one, wait=wait), (*_fence(commands), results))
+    listed = any(command.listed for command in commands)
+    return _batch(
+        lambda one: statements.complete(table, one=one, wait=wait, listed=listed), (*_fence(commands), results)
+    )
 
 
 def _release(commands: Sequence[Release], table: str) -> Statement:

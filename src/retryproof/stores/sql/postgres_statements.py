@@ -6,6 +6,7 @@ from enum import IntEnum
 from functools import cache
 
 TABLE = "retryproof_operations"
+WORKLIST = "retryproof_phased"
 
 
 class Case(IntEnum):
@@ -224,11 +225,23 @@ def claim(table: str, *, one: bool = False) -> str:
 
 
 @cache
-def complete(table: str, *, one: bool = False, wait: bool = False, joined: bool = False) -> str:
-    """Settle a batch with results; `wait` for locked rows; `joined`: only in the transaction that `join` marked."""
+def complete(table: str, *, one: bool = False, wait: bool = False, joined: bool = False, listed: bool = False) -> str:
+    """Settle a batch with results; `wait` for locked rows; `joined`: only in the transaction that `join` marked.
+
+    listed: take them off the completer's worklist as well.
+    """
     changes = """state = CASE WHEN s.result IS NULL THEN 4 ELSE 3 END, result = s.result, checkpoints = NULL,
         expires_at = s.now + o.retention, lease_until = s.now"""
-    return _fenced(table, changes, {"result": "bytea"}, one=one, wait=wait, joined=joined)
+    done = _fenced(table, changes, {"result": "bytea"}, one=one, wait=wait, joined=joined)
+    if not listed:
+        return done
+    gone = f"DELETE FROM {worklist(table)} WHERE id = ANY (ARRAY(SELECT id FROM done))"
+    return f"WITH done AS ({done}), gone AS ({gone}) SELECT id FROM done"
+
+
+def worklist(table: str) -> str:
+    """The completer's worklist beside a table of operations."""
+    return f"{table.removesuffix(TABLE)}{WORKLIST}"
 
 
 @cache

@@ -263,6 +263,10 @@ class PsycopgStore:
         """Remove records whose time is over."""
         return self._perform(lambda: postgres.reap_plan(limit, self._table))
 
+    def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan over other tables than the records'; as it may be run twice, it has to bear that."""
+        return self._perform(plan)
+
     def close(self) -> None:
         """Close what is idle; what is in use is closed when its call ends."""
         self._closed = True

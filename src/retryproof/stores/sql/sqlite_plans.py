@@ -48,6 +48,21 @@ CREATE TABLE IF NOT EXISTS retryproof_operations (
 )
 """
 
+WORKLIST_SCHEMA = """
+CREATE TABLE IF NOT EXISTS retryproof_phased (
+    due_at      INTEGER NOT NULL,
+    listed_at   INTEGER NOT NULL,
+    tries       INTEGER NOT NULL DEFAULT 0,
+    id          BLOB    NOT NULL PRIMARY KEY,
+    birth       BLOB    NOT NULL,
+    fingerprint BLOB    NOT NULL,
+    tenant      BLOB    NOT NULL,
+    function    TEXT    NOT NULL,
+    input       BLOB    NOT NULL,
+    reason      TEXT
+)
+"""
+
 COLUMNS = (
     "id, state, fingerprint, birth, nonce, token, attempt, deaths, counts, first_seen, lease_until, expires_at, "
     "retention, tenant, trace, checkpoints, result"
@@ -101,6 +116,15 @@ def complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
 
     What this statement completed is found so, and is done (C3).
     """
+    replies = yield from _complete(commands, now)
+    gone = [(command.id,) for command, reply in zip(commands, replies, strict=True) if command.listed and reply == DONE]
+    if gone:
+        yield Statement(WORKLIST_SCHEMA)
+        yield Statement("DELETE FROM retryproof_phased WHERE id = ?", gone, many=True)
+    return replies
+
+
+def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
     rows: list[Any] = []
     for command in commands:
         state = State.TOMBSTONE if command.result is None else State.COMPLETED

@@ -1,0 +1,198 @@
+"""The completer: runs phased operations on that were abandoned, without their clients (T3).
+
+    completer = Completer(phased)
+    await completer.run()           # until `completer.stop()`; or `await completer.run_once()`
+
+It reads the worklist only, never the operations: an operation is in it from its first recovery point to its completion,
+and is looked at when its lease should be over. Any number may run: rows are taken with SKIP LOCKED, and what keeps an
+operation from being run twice is its claim, as for any other attempt.
+
+An operation that raises is tried again, later each time, up to an hour; after `give_up_after` it is left to an
+operator, and stays in the list with its reason until its record is settled, evicted or reaped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from retryproof.core.errors import (
+    ConfigurationError,
+    IdempotencyError,
+    InProgress,
+    LeaseLost,
+    OutcomeUnknown,
+    ResultOmitted,
+    StoreUnavailable,
+)
+from retryproof.core.keys import short_digest
+from retryproof.core.record import MICROSECONDS
+from retryproof.stores.sql.plan import Plan
+from retryproof.stores.sql.postgres_statements import TABLE
+from retryproof.stores.sql.worklist import Entry, Taken, Worklist
+from retryproof.transaction.phased import Gone, Phased
+
+T = TypeVar("T")
+logger = logging.getLogger("retryproof")
+
+FIRST_DELAY = 2.0
+"""Seconds before an operation that raised is tried again; doubled each time."""
+LAST_DELAY = 3600.0
+NEVER = 10 * 365 * 86400.0
+"""Seconds that an operation is put off by that was given up; longer than any record lives."""
+SETTLED_BY_HAND = 60.0
+"""Seconds between looks at what only an operator can settle, or a completer of a later release run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one look at the worklist came to.
+
+    taken: rows that were due. completed: operations that have their result now. failed: those that raised, or that
+    nobody here knows how to run. running: those that somebody else is at. dropped: rows whose record is settled, gone.
+    """
+
+    taken: int = 0
+    completed: int = 0
+    failed: int = 0
+    running: int = 0
+    dropped: int = 0
+
+
+class Completer:
+    """Finishes the operations of one Phased.
+
+    batch: operations that are run at a time. poll: seconds between looks when nothing was due.
+    give_up_after: seconds since an operation was listed after which its failures are left to an operator.
+    """
+
+    def __init__(
+        self, phased: Phased, *, batch: int = 16, poll: float = 1.0, give_up_after: float = 7 * 86400.0
+    ) -> None:
+        if batch < 1 or poll <= 0 or give_up_after <= 0:
+            raise ConfigurationError("batch must be 1 or more, poll and give_up_after positive.")
+        self._phased = phased
+        self._batch = batch
+        self._poll = poll
+        self._give_up_after = give_up_after
+        self._stopping: asyncio.Event | None = None
+
+    async def run(self, on_round: Callable[[Round], None] = lambda found: None) -> None:
+        """Look, run what is due, and again, until `stop`; then the running operations are finished first.
+
+        A database that cannot be reached is asked again. on_round: told what each look came to.
+        """
+        self._stopping = asyncio.Event()
+        while not self._stopping.is_set():
+            taken = 0
+            try:
+                found = await self.run_once()
+            except StoreUnavailable as error:
+                logger.warning("The completer's worklist cannot be read, and is tried again: %s", error)
+            else:
+                taken = found.taken
+                on_round(found)
+            if taken < self._batch:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), self._poll * random.uniform(0.75, 1.25))
+
+    def stop(self) -> None:
+        """End `run` once what is running has ended. From the event loop's thread."""
+        if self._stopping is not None:
+            self._stopping.set()
+
+    async def run_once(self) -> Round:
+        """One look: take what is due and run it side by side. Raises StoreUnavailable."""
+        worklist, lease = self._worklist(), self._phased.engine.policy.lease
+        taken = await self._perform(lambda: worklist.take(self._batch, lease))
+        ends = await asyncio.gather(*(self._end(worklist, each) for each in taken))
+        return Round(len(taken), *(ends.count(end) for end in ("completed", "failed", "running", "dropped")))
+
+    async def _end(self, worklist: Worklist, taken: Taken) -> str:
+        entry = taken.entry
+        try:
+            end, seconds, reason = await self._run(taken)
+        except StoreUnavailable as error:
+            logger.warning("An operation could not be completed now: %s", error)
+            return "failed"  # and due again after its lease
+        if end == "dropped":
+            await self._perform(lambda: worklist.drop(entry))
+        elif end != "completed":
+            if end == "failed":
+                seconds = self._before_giving_up(entry, seconds, reason)
+            await self._perform(lambda: worklist.postpone(entry, seconds, reason))
+        return end
+
+    async def _run(self, taken: Taken) -> tuple[str, float, str]:
+        """How it ended, in how many seconds to look again if so, and why."""
+        entry, digest = taken.entry, short_digest(taken.entry.id)
+        if not taken.open:
+            return "dropped", 0.0, ""
+        function = self._phased.functions.get(entry.function)
+        if function is None:
+            known = ", ".join(sorted(self._phased.functions)) or "none"
+            logger.error("No phased function %r is registered here (known: %s) [%s]", entry.function, known, digest)
+            return "failed", SETTLED_BY_HAND, f"no function {entry.function!r} is registered"
+        try:
+            outcome = await function.complete(entry)
+        except (Gone, ResultOmitted):
+            return "dropped", 0.0, ""
+        except InProgress as error:
+            return "running", max(error.retry_after or 0.0, 0.1), entry.reason or ""
+        except LeaseLost as error:
+            return "running", self._phased.engine.policy.lease, str(error.message)
+        except OutcomeUnknown as error:
+            logger.error("An operation is left to an operator: %s", error)
+            return "failed", SETTLED_BY_HAND, error.message
+        except StoreUnavailable:
+            raise
+        except IdempotencyError as error:
+            logger.error("An operation cannot be completed: %s", error)
+            return "failed", SETTLED_BY_HAND, error.message
+        except Exception as error:  # whatever the function raises
+            logger.warning(
+                "The phased function %r raised, and is run again [%s]", entry.function, digest, exc_info=True
+            )
+            return "failed", _delay(entry.tries), f"{type(error).__module__}.{type(error).__qualname__}"
+        return ("dropped" if outcome.replayed else "completed"), 0.0, ""
+
+    def _before_giving_up(self, entry: Entry, seconds: float, reason: str) -> float:
+        # due_at was the database's time of this look, and a lease.
+        age = (entry.due_at - entry.listed_at) / MICROSECONDS - self._phased.engine.policy.lease
+        if age < self._give_up_after:
+            return seconds
+        logger.error("An operation is given up after %.0f s: %s [%s]", age, reason, short_digest(entry.id))
+        return NEVER
+
+    async def entries(self, limit: int = 100) -> list[Entry]:
+        """What is in the worklist, the longest due first."""
+        worklist = self._worklist()
+        return await self._perform(lambda: worklist.entries(limit))
+
+    def _worklist(self) -> Worklist:
+        store = self._store()
+        name = store.capabilities.name
+        if name not in ("postgresql", "sqlite"):
+            raise ConfigurationError(f"Phases are for PostgreSQL and SQLite; this store is {name}.")
+        return Worklist(name, getattr(store, "table", TABLE))
+
+    def _store(self) -> Any:
+        opened: Any = self._phased.engine.opened()
+        return getattr(opened, "opened", opened).store
+
+    async def _perform(self, plan: Callable[[], Plan[T]]) -> T:
+        store = self._store()
+        if asyncio.iscoroutinefunction(store.perform):
+            result: T = await store.perform(plan)
+            return result
+        return await asyncio.get_running_loop().run_in_executor(None, store.perform, plan)
+
+
+def _delay(tries: int) -> float:
+    longest = min(LAST_DELAY, FIRST_DELAY * 2.0 ** min(max(tries - 1, 0), 20))
+    return longest * random.uniform(0.5, 1.0)

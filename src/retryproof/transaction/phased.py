@@ -1,0 +1,240 @@
+"""Phased operations: functions that a completer can finish without their client (T3).
+
+    phased = Phased(AsyncIdempotency("postgresql://…"), connect=pool.acquire)
+
+    @phased.function("create_ride")
+    async def create_ride(ride: Ride) -> Receipt:
+        operation = current_operation()
+        async with operation.phase("order") as phase:
+            …
+
+    outcome = await create_ride.run(key, Ride(…), scope=(tenant, user))
+
+`run` is `AsyncIdempotency.run` with an input. The transaction of the first phase also writes the input, the function's
+name and the scope into the completer's worklist; the completion removes them. A completer (`Completer`, or `retryproof
+completer URL module:phased`) runs what was abandoned or failed on from its last recovery point, and the result that it
+stores is the one that the client's retry is given. What fails before its first phase was committed is the client's to
+repeat: it had no local effect.
+
+The input and the scope are kept as they are given, or sealed. Give no credentials: a function that needs one finds it
+by the principal.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, Protocol, TypeVar, get_type_hints
+
+from retryproof.core.codec import Codec, codec_for, decode_value, encode_value
+from retryproof.core.errors import ConfigurationError, IdempotencyError, Unreadable
+from retryproof.core.hold import Hold
+from retryproof.core.keys import check_key, short_digest
+from retryproof.core.policy import Policy
+from retryproof.engine import AsyncIdempotency, Outcome, Scope, sealed_fingerprint, tenant_of
+from retryproof.operation import current_operation
+from retryproof.stores.sql.worklist import Entry
+
+I = TypeVar("I")  # noqa: E741  # the input
+R = TypeVar("R")
+MAX_NAME = 255
+MAX_INPUT = 1 << 20
+"""Bytes that an input may have, as stored, before it is sealed."""
+
+
+class Sealer(Protocol):
+    """Encrypts what the worklist keeps, bound to its record."""
+
+    def seal(self, data: bytes, id: bytes) -> bytes:
+        """The bytes to store; `id` is the record's, to be authenticated with them."""
+
+    def open(self, data: bytes, id: bytes) -> bytes:
+        """What was sealed; raises where that cannot be told."""
+
+
+class Gone(IdempotencyError):
+    """The record is not the one that was listed: it was settled, evicted or reaped since."""
+
+
+class Phased:
+    """Functions by name, over one engine.
+
+    connect: makes what a phase without a connection of its own uses: a connection, or a context manager that gives one,
+        such as `pool.acquire` or `pool.connection`.
+    sealer: encrypts inputs; without one they are stored as they are.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncIdempotency,
+        *,
+        connect: Callable[[], Any] | None = None,
+        sealer: Sealer | None = None,
+    ) -> None:
+        if not isinstance(engine, AsyncIdempotency):
+            raise ConfigurationError("Phased takes an AsyncIdempotency, over a postgresql:// or sqlite:// store.")
+        self.engine = engine
+        self.connect = connect
+        self.sealer = sealer
+        self.functions: dict[str, PhasedFunction[Any, Any]] = {}
+
+    def function(
+        self, name: str, *, policy: Policy | None = None, input_codec: Codec | None = None, codec: Codec | None = None
+    ) -> Callable[[Callable[[I], Awaitable[R]]], PhasedFunction[I, R]]:
+        """Register a coroutine function of one argument under a name that stays when the code moves.
+
+        input_codec, codec: how input and result are kept; by default what the annotations say.
+        """
+        if not name or len(name) > MAX_NAME or "\0" in name:
+            raise ConfigurationError(f"The name of a phased function has 1 to {MAX_NAME} characters.")
+        if name in self.functions:
+            raise ConfigurationError(f"A phased function {name!r} is registered already.")
+
+        def register(fn: Callable[[I], Awaitable[R]]) -> PhasedFunction[I, R]:
+            made = PhasedFunction(self, name, fn, policy, input_codec, codec)
+            self.functions[name] = made
+            return made
+
+        return register
+
+
+class PhasedFunction(Generic[I, R]):
+    """A registered function. `fn` is the function itself, to be called in tests."""
+
+    def __init__(
+        self,
+        phased: Phased,
+        name: str,
+        fn: Callable[[I], Awaitable[R]],
+        policy: Policy | None,
+        input_codec: Codec | None,
+        codec: Codec | None,
+    ) -> None:
+        if not inspect.iscoroutinefunction(fn):
+            raise ConfigurationError(f"The phased function {name!r} is no coroutine function.")
+        parameters = list(inspect.signature(fn).parameters)
+        if len(parameters) != 1:
+            raise ConfigurationError(
+                f"The phased function {name!r} takes {len(parameters)} arguments, and must take 1."
+            )
+        hints = get_type_hints(fn)
+        self.name = name
+        self.fn = fn
+        self._phased = phased
+        self._policy = policy
+        self._input = input_codec or codec_for(hints.get(parameters[0], Any))
+        self._codec = codec or codec_for(hints.get("return", Any))
+
+    async def run(self, key: str, input: I, *, scope: Scope) -> Outcome[R]:
+        """Run the function unless the operation is done, or go on from its last recovery point.
+
+        scope: as for `AsyncIdempotency.run`; its parts are the operation's `principal`. Another input under the same
+        key raises Mismatch. Raises what `AsyncIdempotency.run` does.
+        """
+        engine = self._phased.engine
+        principal = (scope,) if isinstance(scope, str) else tuple(scope)
+        data = encode_value(self._input, input)
+        if len(data) > MAX_INPUT:
+            raise ConfigurationError(f"The input has {len(data)} bytes; the worklist keeps at most {MAX_INPUT}.")
+        where = (*principal, self.name)
+        id = engine.id_of(where, check_key(key))
+        tenant = tenant_of(where, engine)
+        given = Running(self._phased, self.name, principal, data, sealed_fingerprint(data), tenant)
+        return await self._run(id, given)
+
+    async def complete(self, entry: Entry) -> Outcome[R]:
+        """Run an operation of the worklist on; for completers. Raises Gone where its record is another one now."""
+        principal, data = _unpack(self._phased.sealer, entry)
+        given = Running(self._phased, self.name, principal, data, entry.fingerprint, entry.tenant, listed=entry.birth)
+        return await self._run(entry.id, given)
+
+    async def _run(self, id: bytes, given: Running) -> Outcome[R]:
+        async def work() -> R:
+            operation = current_operation()
+            given.begin(operation._hold)
+            operation._phased = given
+            # As a later attempt sees it, so that the first one does nothing else.
+            return await self.fn(decode_value(self._input, given.data))
+
+        return await self._phased.engine.run_record(
+            id,
+            work,
+            where=self.name,
+            fingerprint=given.fingerprint,
+            tenant=given.tenant,
+            policy=self._policy,
+            codec=self._codec,
+        )
+
+
+class Running:
+    """What a running phased operation knows, and what is written of it into the worklist.
+
+    listed: the birth nonce that its row has, where a completer runs it.
+    """
+
+    __slots__ = ("_function", "_listed", "_phased", "connect", "data", "fingerprint", "principal", "tenant")
+
+    def __init__(
+        self,
+        phased: Phased,
+        function: str,
+        principal: tuple[str, ...],
+        data: bytes,
+        fingerprint: bytes,
+        tenant: bytes,
+        listed: bytes = b"",
+    ) -> None:
+        self._phased = phased
+        self._function = function
+        self._listed = listed
+        self.connect = phased.connect
+        self.principal = principal
+        self.data = data
+        self.fingerprint = fingerprint
+        self.tenant = tenant
+
+    def begin(self, hold: Hold) -> None:
+        """Take note of the attempt; refuse a record that is not the one that was listed."""
+        if self._listed and self._listed != hold.birth:
+            raise Gone("The record was settled, evicted or reaped since.", digest=short_digest(hold.id))
+        hold.listed = bool(self._listed or hold.checkpoints)
+
+    def entry(self, hold: Hold) -> Entry | None:
+        """The row that the next recovery point is to write as well, if any."""
+        if self._listed:
+            return None
+        packed = _pack(self._phased.sealer, hold.id, self.principal, self.data)
+        return Entry(hold.id, hold.birth, self.fingerprint, self.tenant, self._function, packed)
+
+    def was_listed(self, hold: Hold) -> None:
+        """The row is there."""
+        self._listed = hold.birth
+        hold.listed = True
+
+
+_VERSION = 1
+_HEAD = struct.Struct(">BI")
+
+
+def _pack(sealer: Sealer | None, id: bytes, principal: tuple[str, ...], data: bytes) -> bytes:
+    """Version, length of the principal, the principal as JSON, the input."""
+    who = json.dumps(principal).encode()
+    plain = b"".join((_HEAD.pack(_VERSION, len(who)), who, data))
+    return plain if sealer is None else sealer.seal(plain, id)
+
+
+def _unpack(sealer: Sealer | None, entry: Entry) -> tuple[tuple[str, ...], bytes]:
+    try:
+        plain = entry.input if sealer is None else sealer.open(entry.input, entry.id)
+        version, length = _HEAD.unpack_from(plain)
+        if version != _VERSION:
+            raise ValueError(f"version {version}")
+        end = _HEAD.size + length
+        return tuple(json.loads(plain[_HEAD.size : end])), plain[end:]
+    except Exception as error:  # whatever a sealer raises
+        raise Unreadable(
+            "The input in the worklist cannot be read; was it sealed with another key?", digest=short_digest(entry.id)
+        ) from error

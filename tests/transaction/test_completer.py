@@ -1,0 +1,305 @@
+"""The completer runs on what was abandoned, from its last recovery point, without its client (T3)."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiosqlite
+import asyncpg
+import pytest
+
+from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from retryproof.transaction import Completer, Phased
+from tests.transaction.support import Database, insert
+
+NOTHING = {True: r"'\x00'", False: "X'00'"}
+pytestmark = pytest.mark.timeout(60)
+
+
+class Crash(BaseException):
+    """Ends an attempt as its process's death would."""
+
+
+@dataclass(frozen=True)
+class Order:
+    number: int
+    note: str = ""
+
+
+@dataclass
+class Shop:
+    """Orders in two phases, with a foreign call between them that crashes or raises when told to."""
+
+    database: Database
+    engine: AsyncIdempotency
+    phased: Phased
+    calls: list[str] = field(default_factory=list)
+    principals: list[tuple[str, ...]] = field(default_factory=list)
+    failure: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        @self.phased.function("order")
+        async def order(given: Order) -> dict[str, Any]:
+            operation = current_operation()
+            self.principals.append(operation.principal)
+            async with operation.phase("reserve") as phase:
+                if phase.pending:
+                    await phase.connection.execute(insert(given.number))
+                    phase.result = operation.attempt
+            self.calls.append(str(operation.derive("charge")))
+            if self.failure is not None:
+                raise self.failure
+            async with operation.phase("confirm") as confirm:
+                if confirm.pending:
+                    await confirm.connection.execute(insert(given.number + 100))
+            return {"number": given.number, "reserved": phase.result, "finished": operation.attempt}
+
+        self.order = order
+        self.completer = Completer(self.phased)
+
+    async def abandon(self, key: str = "k", number: int = 1) -> None:
+        """An attempt dies between its phases, and its lease is over."""
+        self.failure = Crash()
+        with pytest.raises(Crash):
+            await self.order.run(key, Order(number), scope=("acme", "ann"))
+        self.failure = None
+        self.expire()
+
+    def expire(self) -> None:
+        self.database.execute("UPDATE retryproof_operations SET lease_until = 0 WHERE state = 1")
+        self.due()
+
+    def due(self) -> None:
+        self.database.execute("UPDATE retryproof_phased SET due_at = 0")
+
+
+@contextlib.asynccontextmanager
+async def lent(path: str) -> AsyncIterator[aiosqlite.Connection]:
+    async with aiosqlite.connect(path, isolation_level=None) as connection:
+        yield connection
+
+
+@contextlib.asynccontextmanager
+async def shop_over(database: Database, url: str = "", **options: Any) -> AsyncIterator[Shop]:
+    async with contextlib.AsyncExitStack() as stack:
+        if database.postgres:
+            pool = await stack.enter_async_context(asyncpg.create_pool(database.store, min_size=1, max_size=4))
+            connect: Any = pool.acquire
+        else:
+            connect = lambda: lent(str(database.path))  # noqa: E731
+        engine = await stack.enter_async_context(AsyncIdempotency(url or database.store, **options))
+        yield Shop(database, engine, Phased(engine, connect=connect))
+
+
+@pytest.fixture
+async def shop(database: Database) -> AsyncIterator[Shop]:
+    async with shop_over(database) as made:
+        yield made
+
+
+async def test_t3_a_completer_goes_on_from_the_last_recovery_point(shop: Shop) -> None:
+    """And the client's retry gets what it stored."""
+    await shop.abandon()
+    found = await shop.completer.run_once()
+    assert (found.taken, found.completed) == (1, 1)
+    assert shop.database.charges() == [1, 101]
+    outcome = await shop.order.run("k", Order(1), scope=("acme", "ann"))
+    assert outcome.replayed
+    assert outcome.value == {"number": 1, "reserved": 1, "finished": 2}
+    assert len(set(shop.calls)) == 1, "the foreign call has the same key on every attempt"
+    assert set(shop.principals) == {("acme", "ann")}
+    assert await shop.completer.entries() == []
+
+
+async def test_the_clients_retry_goes_on_as_well_and_leaves_nothing_to_complete(shop: Shop) -> None:
+    await shop.abandon()
+    outcome = await shop.order.run("k", Order(1), scope=("acme", "ann"))
+    assert (outcome.replayed, outcome.attempt) == (False, 2)
+    assert shop.database.charges() == [1, 101]
+    assert await shop.completer.entries() == []
+    assert (await shop.completer.run_once()).taken == 0
+
+
+async def test_what_completes_at_once_leaves_the_worklist_with_its_completion(shop: Shop) -> None:
+    await shop.order.run("k", Order(1), scope="acme")
+    assert await shop.completer.entries() == []
+
+
+async def test_what_is_running_is_left_alone(shop: Shop) -> None:
+    await shop.abandon()
+    shop.database.execute("UPDATE retryproof_operations SET lease_until = lease_until + 60000000000000000")
+    found = await shop.completer.run_once()
+    assert (found.taken, found.running) == (1, 1)
+    assert shop.database.charges() == [1]
+    assert (await shop.completer.run_once()).taken == 0, "it is looked at when its lease should be over"
+
+
+async def test_what_raises_is_released_and_tried_again_later(shop: Shop) -> None:
+    shop.failure = ValueError("card number 4242")
+    with pytest.raises(ValueError, match="card"):
+        await shop.order.run("k", Order(1), scope="acme")
+    shop.due()
+    assert (await shop.completer.run_once()).failed == 1
+    (entry,) = await shop.completer.entries()
+    assert (entry.tries, entry.reason) == (1, "builtins.ValueError")
+    assert entry.due_at > entry.listed_at
+    shop.failure = None
+    shop.due()
+    assert (await shop.completer.run_once()).completed == 1
+    assert shop.database.charges() == [1, 101]
+
+
+async def test_an_unknown_function_is_recorded_and_left(shop: Shop) -> None:
+    await shop.abandon()
+    del shop.phased.functions["order"]
+    assert (await shop.completer.run_once()).failed == 1
+    (entry,) = await shop.completer.entries()
+    assert entry.reason == "no function 'order' is registered"
+    assert shop.database.charges() == [1]
+
+
+async def test_c15_a_poisoned_operation_is_left_to_an_operator_and_goes_when_it_is_settled(database: Database) -> None:
+    async with shop_over(database, policy=Policy(max_attempts=2)) as shop:
+        await shop.abandon()
+        shop.failure = Crash()
+        with pytest.raises(Crash):
+            await shop.completer.run_once()
+        shop.failure = None
+        shop.expire()
+        assert (await shop.completer.run_once()).failed == 1
+        (entry,) = await shop.completer.entries()
+        assert entry.reason
+        assert shop.database.charges() == [1]
+        database.execute("UPDATE retryproof_operations SET state = 4")
+        shop.due()
+        assert (await shop.completer.run_once()).dropped == 1
+        assert await shop.completer.entries() == []
+
+
+async def test_what_fails_for_too_long_is_given_up_and_stays_listed(shop: Shop) -> None:
+    await shop.abandon()
+    shop.failure = ValueError("no")
+    shop.database.execute("UPDATE retryproof_phased SET listed_at = 0")
+    assert (await shop.completer.run_once()).failed == 1
+    (entry,) = await shop.completer.entries()
+    assert entry.due_at - entry.listed_at > 10 * 365 * 86400 * 1_000_000
+
+
+async def test_a_row_whose_record_has_gone_is_dropped_and_never_run(shop: Shop) -> None:
+    await shop.abandon()
+    shop.database.execute("DELETE FROM retryproof_operations")
+    assert (await shop.completer.run_once()).dropped == 1
+    assert shop.database.charges() == [1]
+    assert await shop.completer.entries() == []
+
+
+async def test_a_record_of_a_later_life_is_not_taken_for_the_one_that_was_listed(shop: Shop) -> None:
+    """It was evicted after the completer had seen it, and its key used again."""
+    from retryproof.transaction.phased import Gone
+
+    await shop.abandon()
+    (entry,) = await shop.completer.entries()
+    shop.database.execute("DELETE FROM retryproof_operations")
+    with pytest.raises(Gone):
+        await shop.order.complete(entry)
+    assert shop.database.charges() == [1]
+
+
+async def test_any_number_of_completers_run_each_operation_once(shop: Shop) -> None:
+    for number in range(1, 9):
+        await shop.abandon(f"k{number}", number)
+    rounds = await asyncio.gather(*(Completer(shop.phased, batch=4).run_once() for _ in range(4)))
+    assert sum(found.completed for found in rounds) == 8
+    assert sorted(shop.database.charges()) == sorted([*range(1, 9), *range(101, 109)])
+
+
+async def test_a_completer_runs_until_it_is_stopped(shop: Shop) -> None:
+    await shop.abandon()
+    completer = Completer(shop.phased, poll=0.01)
+    done = asyncio.Event()
+    task = asyncio.create_task(completer.run(lambda found: done.set() if found.completed else None))
+    await done.wait()
+    completer.stop()
+    await task
+    assert shop.database.charges() == [1, 101]
+
+
+async def test_inputs_are_sealed_where_that_is_wished(shop: Shop) -> None:
+    class Rot:
+        def seal(self, data: bytes, id: bytes) -> bytes:
+            return bytes(byte ^ id[0] ^ 255 for byte in data)
+
+        open = seal
+
+    shop.phased.sealer = Rot()
+    shop.failure = Crash()
+    with pytest.raises(Crash):
+        await shop.order.run("k", Order(1, "a secret"), scope=("acme", "ann"))
+    (entry,) = await shop.completer.entries()
+    assert b"secret" not in entry.input
+    assert b"ann" not in entry.input
+    shop.failure = None
+    shop.expire()
+    assert (await shop.completer.run_once()).completed == 1
+
+
+async def test_an_input_that_cannot_be_opened_is_recorded(shop: Shop) -> None:
+    await shop.abandon()
+    shop.database.execute(f"UPDATE retryproof_phased SET input = {NOTHING[shop.database.postgres]}")
+    assert (await shop.completer.run_once()).failed == 1
+    (entry,) = await shop.completer.entries()
+    assert "cannot be read" in (entry.reason or "")
+
+
+async def test_another_input_under_the_same_key_is_a_mismatch(shop: Shop) -> None:
+    await shop.abandon()
+    with pytest.raises(errors.Mismatch):
+        await shop.order.run("k", Order(2), scope=("acme", "ann"))
+
+
+async def test_a_last_part_in_transactional_mode_removes_it_as_well(postgres: Database) -> None:
+    async with shop_over(postgres) as shop:
+
+        @shop.phased.function("short")
+        async def short(given: int) -> int:
+            operation = current_operation()
+            async with operation.phase("one") as phase:
+                if phase.pending:
+                    await phase.connection.execute(insert(given))
+            connection: Any = await operation.atransaction(shop.phased.connect())  # type: ignore[misc]  # it is set
+            await connection.execute(insert(given + 1))
+            return given
+
+        assert (await short.run("k", 1, scope="acme")).value == 1
+        assert postgres.charges() == [1, 2]
+        assert await shop.completer.entries() == []
+
+
+async def test_the_completer_works_over_psycopg_too(postgres: Database) -> None:
+    async with shop_over(postgres, postgres.store.replace("postgresql://", "postgresql+psycopg://")) as shop:
+        await shop.abandon()
+        assert (await shop.completer.run_once()).completed == 1
+
+
+def test_functions_are_refused_that_could_not_be_run_later() -> None:
+    phased = Phased(AsyncIdempotency("memory://"))
+
+    @phased.function("one")
+    async def one(given: int) -> None: ...
+
+    with pytest.raises(errors.ConfigurationError, match="registered already"):
+        phased.function("one")
+    with pytest.raises(errors.ConfigurationError, match="no coroutine function"):
+        phased.function("two")(print)  # type: ignore[arg-type]  # what is refused
+    with pytest.raises(errors.ConfigurationError, match="characters"):
+        phased.function("")
+    with pytest.raises(errors.ConfigurationError, match="AsyncIdempotency"):
+        Phased(Idempotency("memory://"))  # type: ignore[arg-type]  # what is refused
+
+
+async def test_outside_of_phased_functions_there_is_no_principal() -> None:
+    async with AsyncIdempotency("memory://") as engine:
+        with pytest.raises(errors.NoOperation, match="principal"):
+            await engine.run("k", lambda: current_operation().principal, scope="s")

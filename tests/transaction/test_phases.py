@@ -1,0 +1,398 @@
+"""Phases: local work commits with its recovery point, fenced, and is not done again (T3)."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import asyncpg
+import psycopg
+import pytest
+
+from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from tests.transaction.support import Database, insert
+from tests.transaction.test_transactional import BLOCKING, ON_LOOP, Blocking, OnLoop, abegin, begin, of_psycopg
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Crash(BaseException):
+    """Ends an attempt as its process's death would: the record stays in progress."""
+
+
+@pytest.fixture(params=BLOCKING)
+def blocking(request: pytest.FixtureRequest) -> tuple[Database, Callable[[Database], Blocking]]:
+    kind, opened = BLOCKING[request.param]
+    return request.getfixturevalue(kind), opened
+
+
+@pytest.fixture(params=ON_LOOP)
+def on_loop(request: pytest.FixtureRequest) -> tuple[Database, Callable[[Database], OnLoop]]:
+    kind, opened = ON_LOOP[request.param]
+    return request.getfixturevalue(kind), opened
+
+
+def abandon(database: Database) -> None:
+    """The lease is over."""
+    database.execute("UPDATE retryproof_operations SET lease_until = 0 WHERE state = 1")
+
+
+def test_t3_a_phase_that_was_committed_does_not_run_again(
+    blocking: tuple[Database, Callable[[Database], Blocking]],
+) -> None:
+    database, opened = blocking
+    seen = []
+    with Idempotency(database.store) as engine:
+
+        def order(crash: bool) -> Any:
+            operation = current_operation()
+            with opened(database) as (connection, write):
+                begin(connection)
+                with operation.phase("order", connection) as phase:
+                    seen.append(phase.pending)
+                    if phase.pending:
+                        write(1)
+                        phase.result = ("order", operation.attempt)
+            assert database.charges() == [1]
+            if crash:
+                raise Crash
+            return phase.result
+
+        with pytest.raises(Crash):
+            engine.run("k", lambda: order(True), scope="s")
+        abandon(database)
+        outcome = engine.run("k", lambda: order(False), scope="s")
+        assert (outcome.value, outcome.attempt) == (["order", 1], 2)
+    assert (seen, database.charges()) == ([True, False], [1])
+
+
+async def test_t3_the_same_on_a_loop(on_loop: tuple[Database, Callable[[Database], OnLoop]]) -> None:
+    database, opened = on_loop
+    async with AsyncIdempotency(database.store) as engine:
+
+        async def order(crash: bool) -> Any:
+            operation = current_operation()
+            async with opened(database) as (connection, write):
+                await abegin(connection)
+                async with operation.phase("order", connection) as phase:
+                    if phase.pending:
+                        await write(1)
+                        phase.result = operation.attempt
+                assert database.charges() == [1]
+            if crash:
+                raise Crash
+            return phase.result
+
+        with pytest.raises(Crash):
+            await engine.run("k", lambda: order(True), scope="s")
+        abandon(database)
+        outcome = await engine.run("k", lambda: order(False), scope="s")
+        assert (outcome.value, outcome.attempt) == (1, 2)
+    assert database.charges() == [1]
+
+
+def test_t3_what_raises_in_a_phase_rolls_it_back(blocking: tuple[Database, Callable[[Database], Blocking]]) -> None:
+    database, opened = blocking
+    with Idempotency(database.store) as engine:
+        with opened(database) as (connection, write):
+
+            def order() -> None:
+                begin(connection)
+                with current_operation().phase("order", connection):
+                    write(1)
+                    raise ValueError("no")
+
+            with pytest.raises(ValueError, match="no"):
+                engine.run("k", order, scope="s")
+        assert database.charges() == []
+        assert engine.run("k", lambda: "again", scope="s").attempt == 1
+
+
+def test_phases_as_calls(postgres: Database) -> None:
+    @contextlib.contextmanager
+    def lent() -> Iterator[Any]:
+        with psycopg.connect(postgres.store, autocommit=True) as connection:
+            yield connection
+
+    def work(connection: Any) -> int:
+        connection.execute(insert(5))
+        return 5
+
+    def order(crash: bool) -> list[int]:
+        operation = current_operation()
+        results = [operation.phase(name, lent()).run(work) for name in ("one", "two")]
+        if crash:
+            raise ValueError
+        return results
+
+    with Idempotency(postgres.store) as engine:
+        with pytest.raises(ValueError):
+            engine.run("k", lambda: order(True), scope="s")
+        assert engine.run("k", lambda: order(False), scope="s").value == [5, 5]
+    assert postgres.charges() == [5, 5]
+
+
+async def test_phases_as_awaited_calls_with_a_pool(postgres: Database) -> None:
+    async with asyncpg.create_pool(postgres.store, min_size=1, max_size=1) as pool:
+
+        async def work(connection: Any) -> int:
+            await connection.execute(insert(5))
+            return 5
+
+        async def order() -> list[int]:
+            operation = current_operation()
+            return [await operation.phase(name, pool.acquire()).arun(work) for name in ("one", "two")]
+
+        async with AsyncIdempotency(postgres.store) as engine:
+            assert (await engine.run("k", order, scope="s")).value == [5, 5]
+        assert pool.get_idle_size() == 1
+    assert postgres.charges() == [5, 5]
+
+
+# Who lost the lease
+
+
+def test_t3_a_holder_that_lost_its_lease_cannot_commit_its_phase(postgres: Database) -> None:
+    with Idempotency(postgres.store) as engine, of_psycopg(postgres) as (connection, write):
+
+        def order() -> str:
+            with current_operation().phase("order", connection):
+                write(1)
+                abandon(postgres)
+                with Idempotency(postgres.store) as rival:
+                    assert rival.run("k", lambda: "the winner's", scope="s").attempt == 2
+            return "never"
+
+        assert engine.run("k", order, scope="s").value == "the winner's"
+    assert postgres.charges() == []
+
+
+def test_t3_a_phase_cannot_begin_after_the_lease_was_lost(postgres: Database) -> None:
+    with Idempotency(postgres.store) as engine, of_psycopg(postgres) as (connection, write):
+
+        def order() -> None:
+            abandon(postgres)
+            with Idempotency(postgres.store) as rival:
+                rival.run("k", lambda: "the winner's", scope="s")
+            with pytest.raises(errors.LeaseLost), current_operation().phase("order", connection):
+                write(1)
+            raise ValueError("stop")
+
+        assert engine.run("k", order, scope="s").value == "the winner's"
+    assert postgres.charges() == []
+
+
+def test_c6_past_its_lease_a_phase_renews_before_it_commits(database: Database) -> None:
+    opened = BLOCKING["psycopg" if database.postgres else "sqlite3"][1]
+    with Idempotency(database.store) as engine, opened(database) as (connection, write):
+
+        def order() -> int:
+            operation = current_operation()
+            begin(connection)
+            with operation.phase("order", connection):
+                write(1)
+                operation._hold.deadline = 0.0
+            assert operation._hold.deadline > 0.0
+            return 1
+
+        assert engine.run("k", order, scope="s").value == 1
+    assert database.charges() == [1]
+
+
+def test_t2_a_long_phase_keeps_its_lease_and_costs_nobody_else_theirs(postgres: Database) -> None:
+    """Held for three leases: its own and a neighbour's are renewed, and a twin is told at once."""
+    policy = Policy(lease=0.5)
+    with Idempotency(postgres.store, policy=policy) as engine, of_psycopg(postgres) as (connection, write):
+
+        def order() -> int:
+            with current_operation().phase("order", connection):
+                write(1)
+                with psycopg.connect(postgres.store, autocommit=True) as other:
+                    other.execute("SELECT pg_sleep(1.5)")
+                with pytest.raises(errors.InProgress):
+                    engine.run("k", lambda: "twin", scope="s")
+            return current_operation().attempt
+
+        def neighbour() -> int:
+            engine.run("k", order, scope="s")
+            return current_operation().attempt
+
+        assert engine.run("n", neighbour, scope="s").value == 1
+        assert engine.run("k", order, scope="s").attempt == 1
+    assert postgres.charges() == [1]
+
+
+# What is refused
+
+
+def _refusal(store: str, body: Callable[[Any], None]) -> str:
+    with Idempotency(store) as engine, pytest.raises(errors.ConfigurationError) as caught:
+        engine.run("k", lambda: body(current_operation()), scope="s")
+    return caught.value.message
+
+
+def test_a_name_used_twice_is_refused_before_anything_is_written(postgres: Database) -> None:
+    with psycopg.connect(postgres.store) as connection:
+
+        def twice(operation: Any) -> None:
+            with operation.phase("order", connection):
+                connection.execute(insert(1))
+            with operation.phase("order", connection):
+                connection.execute(insert(2))
+
+        assert "used twice" in _refusal(postgres.store, twice)
+        assert postgres.charges() == [1]
+
+    def with_a_step(operation: Any) -> None:
+        operation.step("order", lambda key: 1)
+        operation.phase("order", object()).__enter__()
+
+    assert "used twice" in _refusal(postgres.store, with_a_step)
+
+
+def test_autocommit_a_failed_transaction_and_savepoints_are_refused(postgres: Database) -> None:
+    def enter(operation: Any, connection: Any) -> None:
+        with operation.phase("order", connection):
+            raise AssertionError("entered")
+
+    with psycopg.connect(postgres.store, autocommit=True) as connection:
+        assert "autocommit" in _refusal(postgres.store, lambda operation: enter(operation, connection))
+        with connection.transaction(), connection.transaction():
+            assert "savepoint" in _refusal(postgres.store, lambda operation: enter(operation, connection))
+    with psycopg.connect(postgres.store) as connection:
+        with pytest.raises(psycopg.Error):
+            connection.execute("SELECT 1/0")
+        assert "already failed" in _refusal(postgres.store, lambda operation: enter(operation, connection))
+    assert "no connection that is known" in _refusal(postgres.store, lambda operation: enter(operation, object()))
+    assert "has no connection" in _refusal(postgres.store, lambda operation: enter(operation, None))
+
+
+def test_a_phase_in_a_phase_or_a_transaction_is_refused(postgres: Database) -> None:
+    with psycopg.connect(postgres.store) as connection:
+
+        def nested(operation: Any) -> None:
+            with operation.phase("one", connection):
+                connection.execute(insert(1))
+                with operation.phase("two", connection):
+                    pass
+
+        def joined_inside(operation: Any) -> None:
+            with operation.phase("one", connection):
+                connection.execute(insert(1))
+                operation.transaction(connection)
+
+        def joined_around(operation: Any) -> None:
+            operation.transaction(connection)
+            with operation.phase("one", connection):
+                pass
+
+        assert "inside of the phase 'one'" in _refusal(postgres.store, nested)
+        assert "has a transaction of its own" in _refusal(postgres.store, joined_inside)
+        assert "inside of the transaction" in _refusal(postgres.store, joined_around)
+    assert postgres.charges() == []
+
+
+def test_a_phase_that_is_done_gives_no_connection(postgres: Database) -> None:
+    with Idempotency(postgres.store) as engine, psycopg.connect(postgres.store) as connection:
+
+        def order(crash: bool) -> None:
+            with current_operation().phase("order", connection) as phase:
+                phase.connection.execute(insert(1))
+            if crash:
+                raise ValueError
+
+        with pytest.raises(ValueError):
+            engine.run("k", lambda: order(True), scope="s")
+        with pytest.raises(errors.ConfigurationError, match=r"ask `phase\.pending`"):
+            engine.run("k", lambda: order(False), scope="s")
+    assert postgres.charges() == [1]
+
+
+def test_a_phase_whose_transaction_is_ended_inside_is_told(postgres: Database) -> None:
+    with psycopg.connect(postgres.store) as connection:
+
+        def ends(operation: Any) -> None:
+            with operation.phase("order", connection):
+                connection.commit()
+                connection.execute(insert(1))
+
+        assert "was ended inside of it" in _refusal(postgres.store, ends)
+    assert postgres.charges() == []
+
+
+def test_a_result_that_cannot_be_kept_is_refused_and_rolls_back(postgres: Database) -> None:
+    with Idempotency(postgres.store) as engine, psycopg.connect(postgres.store) as connection:
+
+        def order() -> None:
+            with current_operation().phase("order", connection) as phase:
+                connection.execute(insert(1))
+                phase.result = object()
+
+        with pytest.raises(ValueError):
+            engine.run("k", order, scope="s")
+    assert postgres.charges() == []
+
+
+# What fails at the end
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_c3_a_commit_whose_answer_is_lost_is_settled_by_the_record(
+    postgres: Database, committed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retryproof.transaction.psycopg import Psycopg
+
+    commit = Psycopg.commit
+
+    def lose(self: Psycopg) -> None:
+        if committed:
+            commit(self)
+        self._connection.close()
+        raise psycopg.OperationalError("the connection was lost")
+
+    monkeypatch.setattr(Psycopg, "commit", lose)
+    with Idempotency(postgres.store) as engine, psycopg.connect(postgres.store) as connection:
+
+        def order() -> str:
+            with current_operation().phase("order", connection):
+                connection.execute(insert(1))
+            return "ordered"
+
+        if committed:
+            assert engine.run("k", order, scope="s").value == "ordered"
+        else:
+            with pytest.raises(psycopg.OperationalError):
+                engine.run("k", order, scope="s")
+    assert postgres.charges() == ([1] if committed else [])
+
+
+async def test_a_cancellation_does_not_part_a_phase_from_its_recovery_point(postgres: Database) -> None:
+    async with AsyncIdempotency(postgres.store) as engine:
+        connection = await asyncpg.connect(postgres.store)
+        await connection.transaction().start()
+        blocker = await asyncpg.connect(postgres.store)
+        ready = asyncio.Event()
+
+        async def order() -> str:
+            async with current_operation().phase("order", connection) as phase:
+                if phase.pending:
+                    await connection.execute(insert(1))
+                    await blocker.execute("BEGIN")
+                    await blocker.execute("SELECT 1 FROM retryproof_operations FOR UPDATE")
+                    ready.set()
+            return "ordered"
+
+        task = asyncio.create_task(engine.run("k", order, scope="s"))
+        await ready.wait()
+        while not await blocker.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  # no event tells
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await blocker.execute("COMMIT")
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert postgres.charges() == [1]
+        abandon(postgres)
+        assert (await engine.run("k", order, scope="s")).value == "ordered"
+        assert postgres.charges() == [1]
+        await connection.close()
+        await blocker.close()
