@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from threading import Lock
 from typing import BinaryIO, cast
 
@@ -17,7 +18,7 @@ CHUNK = 64 * 1024
 
 
 class OverBudget(Exception):
-    """The process holds as many spooled bytes as it may; a later request will fit."""
+    """The process holds as many spooled bytes as it may, or the disk is full; a later request may fit."""
 
 
 class Budget:
@@ -61,7 +62,7 @@ class Body:
         if self._file is not None:
             self._spool(chunk)
         elif self.size > SPOOL_FROM:
-            self._file = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115  # closed by `close`
+            self._file = _open_file()
             self._spool(b"".join([*self._chunks, chunk]))
             self._chunks = []
         else:
@@ -70,7 +71,10 @@ class Body:
     def _spool(self, chunk: bytes) -> None:
         self._budget.take(len(chunk))
         self._spooled += len(chunk)
-        cast("BinaryIO", self._file).write(chunk)
+        try:
+            cast("BinaryIO", self._file).write(chunk)
+        except OSError as error:  # the disk is full
+            raise OverBudget from error
 
     def read(self) -> bytes:
         """All of it, in memory."""
@@ -88,8 +92,16 @@ class Body:
     def close(self) -> None:
         """Let go of the file, if there is one; the bytes are gone then. May be called twice."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
             self._budget.give(self._spooled)
             self._spooled = 0
+            with suppress(OSError):  # what a full disk has not taken
+                file.close()
         self._chunks = []
+
+
+def _open_file() -> BinaryIO:
+    try:
+        return cast("BinaryIO", tempfile.TemporaryFile())  # closed by `close`
+    except OSError as error:  # no room for files, or for descriptors
+        raise OverBudget from error

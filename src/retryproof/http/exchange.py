@@ -71,6 +71,7 @@ class Admitted:
     trace: str
     where: str
     began: float
+    fails_open: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,7 @@ class Exchange:
             trace=self._headers.get(b"traceparent", b"").decode("latin-1")[:128],
             where=endpoint or "",
             began=began,
+            fails_open=options.fail_open.of(scope),
         )
 
     def _identity(self) -> Identity:
@@ -331,7 +333,7 @@ class Exchange:
     def _execution(self, admitted: Admitted, flow: Flow, run: Run, opened: AsyncOpened | AsyncView) -> Execution:
         engine, policy = self._engine, self.policy
         own = opened.capabilities.max_result
-        self._admitted_as, self._opened, self._running = admitted, opened, True
+        self._admitted_as, self._opened = admitted, opened
         execution = Execution(
             self,
             _app_scope(self._scope),
@@ -339,7 +341,9 @@ class Exchange:
             hold=run.hold,
             store=opened,
             max_result=policy.max_result if own is None else min(own, policy.max_result),
+            fails_open=admitted.fails_open,
         )
+        self._running = True
         engine.listen(run.hold, admitted.where)
         opened.background.watch(run.hold)
         engine.running.add(execution.start())
@@ -365,7 +369,7 @@ class Exchange:
     # Answers
 
     async def _conclude(self, admitted: Admitted, conclusion: Conclusion) -> None:
-        if isinstance(conclusion, Down) and self._fails_open(conclusion):
+        if isinstance(conclusion, Down) and admitted.fails_open and _is_outage(conclusion):
             await self._run_unprotected(admitted, conclusion)
             return
         self._engine.conclude(conclusion, admitted.id, admitted.where, admitted.began)
@@ -401,10 +405,6 @@ class Exchange:
             answer = await answer
         return answer is True
 
-    def _fails_open(self, down: Down) -> bool:
-        """A store that was never set up is no outage: it would stay open for good."""
-        return not isinstance(down.error, ConfigurationError) and self.options.fail_open.of(self._scope)
-
     async def _run_unprotected(self, admitted: Admitted, down: Down) -> None:
         """The route would rather double an effect than refuse (C10)."""
         self._engine.tell(
@@ -425,6 +425,13 @@ class Exchange:
         send = self.link.send if self._running else self._server_send
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+def _is_outage(down: Down) -> bool:
+    """Not a store that was never set up: it would stay open for good. Nor a record that cannot be read: the operation
+    may be done (C21).
+    """
+    return not isinstance(down.error, ConfigurationError | Unreadable)
 
 
 def _finds(find: Callable[[], str | None]) -> bool:
@@ -453,6 +460,8 @@ def _explained(conclusion: Conclusion, policy: Policy) -> tuple[Kind, str, int |
         case Down(ConfigurationError()):
             detail = "The idempotency store of this service is not set up; its log says what to do. Nothing was done."
             return problems.STORE_UNAVAILABLE, detail, 1
+        case Down(Unreadable() as error):
+            return problems.RECORD_UNREADABLE, error.message, 1
         case Down(_, overtaken):
             done = "What was done is not known yet" if overtaken else "Nothing was done"
             return problems.STORE_UNAVAILABLE, f"{done}. Try again with the same key.", 1

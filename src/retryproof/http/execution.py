@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, assert_never
 
@@ -45,7 +46,7 @@ from retryproof.http.problem import (
     Problem,
     render,
 )
-from retryproof.http.semantics import Header, Headers, headers_without_body, is_event_stream, kept_headers
+from retryproof.http.semantics import Header, Headers, headers_without_body, is_event_stream, kept_headers, settles
 from retryproof.http.types import App, Message, Scope
 
 logger = logging.getLogger("retryproof.http")
@@ -123,7 +124,15 @@ class Execution:
     )
 
     def __init__(
-        self, owner: Owner, scope: Scope, *, flow: Flow, hold: Hold, store: AsyncPerformer, max_result: int
+        self,
+        owner: Owner,
+        scope: Scope,
+        *,
+        flow: Flow,
+        hold: Hold,
+        store: AsyncPerformer,
+        max_result: int,
+        fails_open: bool,
     ) -> None:
         self._owner = owner
         self._scope = scope
@@ -150,7 +159,7 @@ class Execution:
         self._conclusion: Conclusion | None = None
         self._lost = False
         self._operation = operation.LoopOperation(self._hold, store, self._policy, self._loop)
-        if self._options.fail_open.of(scope):
+        if fails_open:
             self._operation.refuses_transactions = _FAIL_OPEN
         self._refusal: Problem | None = None
 
@@ -185,6 +194,8 @@ class Execution:
     def _end(self, error: BaseException | None) -> None:
         """The app has returned or raised."""
         self._hold.on_lost = None  # leaves no cycle to the garbage collector
+        if not self._settling:  # only after an error of the layer's own
+            self._store.background.unwatch(self._hold)
         if self._task is not None:
             self._owner.ended(self._task)
         if self._deserted or self._over.done():
@@ -223,6 +234,10 @@ class Execution:
             except Exception as error:
                 await self._after_error(error)
                 raise
+            except BaseException:  # such as SystemExit: the effect may have happened
+                if not await self._settled_elsewhere():
+                    await self._settle(Cancelled())
+                raise
             else:
                 if self._conclusion is None:
                     await self._after_return()
@@ -253,7 +268,7 @@ class Execution:
         if self._head_sent and self._link.left and not self._link.keeps_going and self._settles():
             # What stopped the app is that its client had left; its work is done.
             await self._settle(self._outcome())
-        elif self._options.store_when(HANDLER_FAILED.status, ()):
+        elif self._is_final(HANDLER_FAILED.status, ()):
             await self._store_failure()
         else:
             await self._fail(Raised())
@@ -317,7 +332,9 @@ class Execution:
         if self._settling:
             if self._conclusion is None or isinstance(self._conclusion, Completed | Failed):
                 await self._link.send(message)  # after the end; the server knows what to say
-        elif kind == "http.response.start" and self._head is None:
+        elif kind == "http.response.start":
+            if self._head is not None:  # in the words of servers, which would say so after the wrong head
+                raise RuntimeError("Unexpected ASGI message 'http.response.start': the response has started already.")
             self._take_head(message)
         elif self._head is None or kind not in _PARTS:
             await self._link.send(message)  # early hints, pushes, debug; and what is out of order
@@ -328,8 +345,11 @@ class Execution:
             await self._stream(message)
 
     def _take_head(self, message: Message) -> None:
+        headers = message.get("headers", ())
+        if not isinstance(headers, list | tuple):  # ASGI says an iterable, which may be good for one look
+            message = {**message, "headers": (headers := list(headers))}
         self._head = message
-        if message.get("trailers") or is_event_stream(message.get("headers", ())):
+        if message.get("trailers") or is_event_stream(headers):
             self._keep_nothing()
 
     def _take(self, kind: str, message: Message, head: Message) -> bool:
@@ -363,7 +383,7 @@ class Execution:
         if self._copied > self._max_result:
             self._keep_nothing()
         else:
-            self._copy.append(chunk)
+            self._copy.append(bytes(chunk))  # what an app sends may be its buffer, and is used again
 
     def _keep_nothing(self) -> None:
         self._copy = None
@@ -378,7 +398,19 @@ class Execution:
     def _settles(self) -> bool:
         if self._head is None:
             return True
-        return self._options.store_when(self._head["status"], self._head.get("headers", ()))
+        return self._is_final(self._head["status"], self._head.get("headers", ()))
+
+    def _is_final(self, status: int, headers: Sequence[Header]) -> bool:
+        """What `store_when` says; where it fails, the default rule: the handler has run, and somebody must decide."""
+        try:
+            answer: object = self._options.store_when(status, headers)
+        except Exception:
+            logger.exception("store_when= failed on status %s; the default rule decides.", status)
+            return settles(status, headers)
+        if isinstance(answer, bool):
+            return answer
+        logger.error("store_when= returned %s, not a bool; the default rule decides.", type(answer).__name__)
+        return settles(status, headers)
 
     def _outcome(self) -> Outcome:
         """What the response so far means for the operation."""
@@ -390,7 +422,11 @@ class Execution:
             return None
         status: int = self._head["status"]
         try:
-            headers = kept_headers(self._head.get("headers", ()), set_cookie=self._options.keep_set_cookie)
+            headers = kept_headers(
+                self._head.get("headers", ()),
+                set_cookie=self._options.keep_set_cookie,
+                mark=self._options.replay_header,
+            )
             if self._copy is not None:
                 encoded = encode_response(StoredResponse(status, tuple(headers), b"".join(self._copy)))
                 if len(encoded) <= self._max_result:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
 
 from retryproof.core.errors import ConfigurationError, InvalidKey
@@ -15,6 +16,9 @@ FindKey: TypeAlias = Callable[[Mapping[str, Any]], str | None]
 """A callable of the ASGI scope that returns the key, or None where there is none."""
 
 _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+_OBJECT = re.compile(rb"[\s\x00\xef\xbb\xbf\xfe\xff]*\{")
+"""How a JSON object begins, in any encoding of JSON."""
 
 MAX_DOCUMENT = 1024 * 1024
 """A JSON body larger than this is not searched for a key; the request is refused."""
@@ -51,6 +55,8 @@ class JsonFieldKey:
     def find(self, body: bytes, strength: Strength) -> str | None:
         """The key in the body, None where the body has no such field; raises InvalidKey."""
         if len(body) > MAX_DOCUMENT:
+            if _OBJECT.match(body) is None:  # an upload, say
+                return None
             raise InvalidKey(f"The body is over {MAX_DOCUMENT} bytes, too large to look for {self.field!r} in it.")
         try:
             document = json.loads(body, object_pairs_hook=_only_once(self.field))
@@ -102,10 +108,11 @@ def key_source_for(option: str | JsonFieldKey | FindKey, *, strict: bool) -> Key
         )
     if isinstance(option, JsonFieldKey):
         return option
-    if callable(option):
+    if callable(option) and not iscoroutinefunction(option):
         return CallableKey(option)
     raise ConfigurationError(
-        f"key={option!r} must be a header's name, json_field(…), or a callable of the ASGI scope that returns the key."
+        f"key={option!r} must be a header's name, json_field(…), or a callable of the ASGI scope, not async, "
+        "that returns the key."
     )
 
 

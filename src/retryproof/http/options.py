@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from typing import Any, Generic, TypeAlias, TypeVar, get_args
 
 from retryproof.core.errors import ConfigurationError
@@ -28,9 +29,15 @@ MAX_BODY = 64 * 1024 * 1024
 class Choice(Generic[V]):
     """An option that is a value or a callable of the request."""
 
-    __slots__ = ("_function", "_value")
+    __slots__ = ("_function", "_kind", "_name", "_value")
 
-    def __init__(self, option: PerRequest[V]) -> None:
+    def __init__(self, name: str, option: PerRequest[V], kind: Any) -> None:
+        if isinstance(option, type) or iscoroutinefunction(option):
+            raise ConfigurationError(f"{name}={option!r} is neither a {name} nor a plain callable that returns one.")
+        if not callable(option) and not isinstance(option, kind):
+            raise ConfigurationError(f"{name}={option!r} is neither a {name} nor a callable that returns one.")
+        self._name = name
+        self._kind = kind
         self._value: Any = None
         self._function: Callable[[Any], V] | None = None
         if callable(option):
@@ -39,10 +46,18 @@ class Choice(Generic[V]):
             self._value = option
 
     def of(self, scope: AsgiScope) -> V:
-        """Its value for this request."""
+        """Its value for this request; ConfigurationError where the callable returns something else."""
         if self._function is None:
             return self._value  # type: ignore[no-any-return]  # V, by the constructor
-        return self._function(scope)
+        value: V = self._function(scope)
+        if isinstance(value, self._kind):
+            return value
+        if isinstance(value, Coroutine):
+            value.close()
+        # Not taken for true or false: a coroutine is true, and would open a route that was to fail closed.
+        raise ConfigurationError(
+            f"The callable {self._name}= returned {type(value).__name__}, which is no {self._name}."
+        )
 
     @property
     def constant(self) -> bool:
@@ -96,14 +111,6 @@ def check_options(
     name: str,
 ) -> Options:
     """The options as they are used; ConfigurationError names the first that makes no sense."""
-    for label, option, kind in (
-        ("policy", policy, Policy | None),
-        ("required", required, bool),
-        ("endpoint", endpoint, str | None),
-        ("fail_open", fail_open, bool),
-    ):
-        if isinstance(option, type) or (not callable(option) and not isinstance(option, kind)):
-            raise ConfigurationError(f"{label}={option!r} is neither a {label} nor a callable that returns one.")
     if keys not in get_args(Strength):
         raise ConfigurationError(f"keys={keys!r} must be one of {', '.join(map(repr, get_args(Strength)))}.")
     if authorize is not None and not callable(authorize):
@@ -113,18 +120,18 @@ def check_options(
     source = key_source_for(key, strict=strict)
     return Options(
         scope=check_scope(scope),
-        policy=Choice(policy),
-        required=Choice(required),
+        policy=Choice("policy", policy, Policy | None),
+        required=Choice("required", required, bool),
         methods=covered_methods(methods),
         key=source,
         key_header=source.name if isinstance(source, HeaderKey) else None,
         strength=keys,
-        endpoint=Choice(endpoint),
+        endpoint=Choice("endpoint", endpoint, str | None),
         fingerprint=strategy_for(fingerprint),
         store_when=store_when_for(store_when),
         authorize=authorize,
         max_body=max_body,
-        fail_open=Choice(fail_open),
+        fail_open=Choice("fail_open", fail_open, bool),
         replay_header=_header_name("replay_header", replay_header),
         keep_set_cookie=bool(keep_set_cookie),
         docs_url=check_docs_url(docs_url),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
 
 from retryproof.core.errors import ConfigurationError
@@ -27,7 +28,7 @@ CHOICES = (
     "by_user (the user that your authentication, placed before this layer, established), "
     'by_header("x-api-key") (a long-lived credential), '
     "single_tenant (one caller, or callers that may see each other's responses), "
-    "or a callable of the request that returns an identity, or None for an anonymous caller. "
+    "or a callable of the request, not async, that returns an identity, or None for an anonymous caller. "
     "The first three are in retryproof.http."
 )
 
@@ -50,11 +51,22 @@ def by_user(scope: AsgiScope) -> Identity:
     for name in _IDENTITY_NAMES:
         found = _attribute(user, name)
         if found is not None and found != "":
-            return found if isinstance(found, str | bytes) else str(found)
+            return found if isinstance(found, str | bytes) else _as_text(name, found)
     raise ConfigurationError(
         f"by_user finds none of {', '.join(_IDENTITY_NAMES)} in the user, a {type(user).__name__}; "
         "pass scope=lambda scope: … and return what tells users apart."
     )
+
+
+def _as_text(name: str, identity: object) -> str:
+    """An id that is a number, a UUID or the like; not one whose text is an address in memory, new at every request."""
+    kind = type(identity)
+    if callable(identity) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__):
+        raise ConfigurationError(
+            f"by_user finds a {kind.__name__} as {name!r} of the user; "
+            "pass scope=lambda scope: … and return what tells users apart, as a string."
+        )
+    return str(identity)
 
 
 def _attribute(user: Any, name: str) -> Any:
@@ -91,6 +103,6 @@ def single_tenant(scope: AsgiScope) -> Identity:
 
 def check_scope(option: object) -> Identify:
     """The callable behind a `scope=` option; ConfigurationError names the choices when it was left out."""
-    if not callable(option) or option is by_header:
+    if not callable(option) or option is by_header or iscoroutinefunction(option):
         raise ConfigurationError(CHOICES)
     return option

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from inspect import iscoroutinefunction
 from typing import Literal, TypeAlias, get_args
 
 from retryproof.core.errors import ConfigurationError
@@ -113,19 +114,22 @@ def store_when_for(option: Preset | StoreWhen) -> StoreWhen:
     """The predicate that a `store_when=` option names."""
     if isinstance(option, str) and option in _PRESETS:
         return _PRESETS[option]
-    if callable(option):
+    if callable(option) and not iscoroutinefunction(option):
         return option
     raise ConfigurationError(
         f"store_when={option!r} must be one of {', '.join(map(repr, get_args(Preset)))}, "
-        "or a callable of status and headers."
+        "or a callable of status and headers, which is not async."
     )
 
 
 # What is kept and what is replayed (H9, H10)
 
 
-def kept_headers(headers: Iterable[Header], *, set_cookie: bool = True) -> Headers:
-    """The headers of a response that a replay repeats: in order, repeated names kept, names in lower case."""
+def kept_headers(headers: Iterable[Header], *, set_cookie: bool = True, mark: bytes = b"") -> Headers:
+    """The headers of a response that a replay repeats: in order, repeated names kept, names in lower case.
+
+    mark: the header that replays are given; the app may have handed on another service's.
+    """
     listed = [(name.lower(), value) for name, value in headers]
     dropped = _DROPPED
     for name, value in listed:
@@ -133,7 +137,11 @@ def kept_headers(headers: Iterable[Header], *, set_cookie: bool = True) -> Heade
             dropped = dropped | {token.strip().lower() for token in value.split(b",")}
     if not set_cookie:
         dropped = dropped | {b"set-cookie"}
-    return [(name, value) for name, value in listed if name not in dropped and not name.startswith(_DROPPED_PREFIXES)]
+    return [
+        (name, value)
+        for name, value in listed
+        if name not in dropped and name != mark and not name.startswith(_DROPPED_PREFIXES)
+    ]
 
 
 def headers_without_body(headers: Iterable[Header]) -> Headers:
@@ -167,6 +175,11 @@ def retry_after(left: float, lease: float) -> int:
 
 # A stored response that was compressed (H14)
 
+_OF_CODED_BYTES = frozenset(
+    {b"content-digest", b"content-encoding", b"content-md5", b"digest", b"etag", b"repr-digest"}
+)
+"""Headers that are wrong once the coding is undone."""
+
 _CODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 47}
 """Content codings that can be undone here, with zlib's window bits."""
 
@@ -192,4 +205,4 @@ def adapted(headers: Headers, body: bytes, accept_encoding: bytes) -> tuple[Head
         plain = zlib.decompress(body, _CODINGS[codings[0]])
     except zlib.error:
         return headers, body
-    return [(name, value) for name, value in headers if name != b"content-encoding"], plain
+    return [(name, value) for name, value in headers if name not in _OF_CODED_BYTES], plain
