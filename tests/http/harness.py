@@ -134,7 +134,7 @@ def request_scope(
         "method": method,
         "scheme": "http",
         "path": path,
-        "raw_path": path.encode(),
+        "raw_path": path.encode("utf-8", "surrogatepass"),
         "query_string": query,
         "root_path": "",
         "headers": [(b"host", b"test"), *headers, *key_lines],

@@ -305,3 +305,28 @@ async def test_nothing_is_left_of_requests_that_are_over(layer: MakeLayer) -> No
     await round_(500)
     assert objects() - before < 1_000  # one an exchange would be 2 000; timers that were cancelled go in time
     assert not covered._engine.running
+
+
+# Layers and mounts
+
+
+async def test_h1_an_outer_layer_that_finds_no_key_leaves_the_request_to_an_inner_one(layer: MakeLayer) -> None:
+    app, key = Counting(), new_key()
+    outer = layer(layer(app), key=json_field("idempotency_key"))
+    assert not (await call(outer, key=key)).replayed
+    assert (await call(outer, key=key)).replayed
+    assert app.effects == 1
+
+
+async def test_h5_mounts_that_shorten_the_path_do_not_meet_where_raw_path_is_absent(layer: MakeLayer) -> None:
+    app, key = Counting(), new_key()
+    covered = layer(app)
+    for root in ("/one", "/two"):
+        assert not (await call(covered, key=key, raw_path=None, root_path=root)).replayed
+    assert app.effects == 2
+    whole = await call(covered, path="/one/charges", key=key, raw_path=None, root_path="/one")
+    assert whole.replayed  # as newer mounts say the same
+
+
+async def test_h5_a_path_that_is_no_unicode_is_a_path(layer: MakeLayer) -> None:
+    assert (await call(layer(Counting()), key=new_key(), raw_path=None, path="/\udcff")).status == 201

@@ -90,5 +90,6 @@ class Hold:
     def lose(self) -> None:
         """Remember that another attempt took over, and tell whoever runs this one. Called once or more."""
         first, self.lost = not self.lost, True
-        if first and self.on_lost is not None:
-            self.on_lost()
+        on_lost = self.on_lost  # looked at once: the attempt takes it away, in another thread, when it ends
+        if first and on_lost is not None:
+            on_lost()

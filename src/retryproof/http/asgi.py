@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from retryproof.core.fingerprint import CustomFingerprint, Strategy, raw
 from retryproof.core.keys import Strength
 from retryproof.core.policy import Policy
-from retryproof.http.exchange import Exchange, HttpEngine
+from retryproof.http.exchange import COVERED, Exchange, HttpEngine
 from retryproof.http.key_source import FindKey, JsonFieldKey
 from retryproof.http.options import MAX_BODY, Authorize, PerRequest, check_options
 from retryproof.http.problem import DOCS_URL
@@ -24,8 +24,6 @@ from retryproof.observe.events import Listener
 from retryproof.observe.logging import log_event
 from retryproof.stores.base import AsyncStore, Store
 
-COVERED = "retryproof.covered"
-"""In the scope of a request that a layer covers, so that a second layer further in lets it pass."""
 DRAIN = 10.0
 """Seconds that a shutdown waits for operations whose servers have left them."""
 
@@ -117,7 +115,6 @@ class IdempotencyMiddleware:
         if policy is None:
             await self.app(scope, receive, send)
             return
-        scope[COVERED] = True
         await Exchange(self._engine, scope, receive, send, policy).respond(lines)
 
     def _closing(self, send: Send) -> Send:

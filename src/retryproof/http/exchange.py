@@ -44,6 +44,8 @@ from retryproof.observe.events import Event
 from retryproof.observe.events import Kind as EventKind
 from retryproof.stores.opened import AsyncOpened, AsyncView
 
+COVERED = "retryproof.covered"
+"""In the scope of a request that a layer covers, so that a second layer further in lets it pass."""
 OMITTED: Header = (b"idempotency-replay", b"omitted")
 UNPROTECTED: Header = (b"idempotency-unprotected", b"store-unavailable")
 _NOTHING_KEPT = StoredResponse(200, (), b"", omitted=True)
@@ -131,6 +133,7 @@ class Exchange:
         try:
             match await self._admit(key_lines):
                 case Admitted() as admitted:
+                    self._scope[COVERED] = True
                     execution = await self._attempt(admitted)
                     if execution is not None:
                         await execution.outlast()
@@ -475,7 +478,9 @@ def _explained(conclusion: Conclusion, policy: Policy) -> tuple[Kind, str, int |
 def _raw_path(scope: Scope) -> bytes:
     raw = scope.get("raw_path")
     if raw is None:
-        return quote(scope["path"]).encode("ascii")
+        path, root = scope["path"], scope.get("root_path", "")
+        whole = path if path.startswith(root) else root + path  # mounts of old cut the root off
+        return quote(whole, errors="surrogatepass").encode("ascii")
     return bytes(raw).partition(b"?")[0]
 
 
