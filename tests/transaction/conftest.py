@@ -11,6 +11,9 @@ import pytest
 from retryproof.stores.sql.migrate import migrate
 from tests.transaction.support import Database
 
+MIGRATED = {"retryproof_outbox_settings", "retryproof_outbox_partitions"}
+"""Tables that migrations have filled."""
+
 
 @pytest.fixture(scope="session")
 def postgres_database(postgres_url: str) -> Iterator[str]:
@@ -36,7 +39,8 @@ def postgres(postgres_database: str) -> Iterator[Database]:
             "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'retryproof_schema'"
         ).fetchall()
         ours = {name for (name,) in rows if name.startswith("retryproof_")}
-        connection.execute(f"TRUNCATE {', '.join(ours)}".encode())
+        for name in ours - MIGRATED:
+            connection.execute(f"DELETE FROM {name}".encode())
         others = ['"' + name.replace('"', '""') + '"' for (name,) in rows if name not in ours]
         connection.execute(f"DROP TABLE {', '.join(others)}".encode())
 
