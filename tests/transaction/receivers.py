@@ -40,7 +40,11 @@ def http_receiver() -> Iterator[Receiver]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+            length = int(self.headers["content-length"])
+            body = self.rfile.read(length)
+            if len(body) < length:  # its sender died half-way: that is no request
+                self.close_connection = True
+                return
             request = Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
             receiver.requests.append(request)
             status, headers = receiver.answer(request)
