@@ -216,11 +216,11 @@ class Keeperless(OnLoop):
 
 async def test_c6_a_store_without_a_keeper_is_renewed_through_its_loop(unique: str) -> None:
     store = Keeperless()
-    engine = AsyncIdempotency(store, policy=Policy(lease=0.15))
-    running = asyncio.ensure_future(engine.run("k", lambda: asyncio.sleep(0.5), scope=unique))
+    engine = AsyncIdempotency(store, policy=Policy(lease=0.5))
+    running = asyncio.ensure_future(engine.run("k", lambda: asyncio.sleep(1.2), scope=unique))
     while not running.done():
-        await asyncio.sleep(0.02)
-        assert running.done() or await is_in_progress(engine, unique)
+        await asyncio.sleep(0.05)
+        assert await is_in_progress(engine, unique) or running.done()
     assert ("renew", 1) in store.sent
 
 
