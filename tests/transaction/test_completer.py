@@ -11,6 +11,9 @@ import asyncpg
 import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from retryproof.core.record import Record
+from retryproof.reaper import reap_all
+from retryproof.stores import open_store
 from retryproof.transaction import Completer, Phased
 from tests.transaction.support import Database, insert
 
@@ -192,6 +195,22 @@ async def test_a_row_whose_record_has_gone_is_dropped_and_never_run(shop: Shop) 
     shop.database.execute("DELETE FROM retryproof_operations")
     assert (await shop.completer.run_once()).dropped == 1
     assert shop.database.charges() == [1]
+    assert await shop.completer.entries() == []
+
+
+@pytest.mark.parametrize("released", [True, False], ids=["that failed", "that died"])
+async def test_c12_the_reaper_ends_and_lists_what_was_never_finished(shop: Shop, released: bool) -> None:
+    """And the worklist has it no more."""
+    shop.failure = ValueError() if released else Crash()
+    with pytest.raises((ValueError, Crash)):
+        await shop.order.run("k", Order(1), scope="acme")
+    shop.expire()
+    shop.database.execute("UPDATE retryproof_operations SET expires_at = 0")
+    store = open_store(shop.database.store)
+    ended: list[Record] = []
+    totals = reap_all(store, on_ended=ended.append)
+    store.close()
+    assert (totals.settled, totals.unsettled, len(ended)) == (0, 1, 1)
     assert await shop.completer.entries() == []
 
 

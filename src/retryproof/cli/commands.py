@@ -7,6 +7,7 @@ import logging
 import click
 
 import retryproof as package
+from retryproof.cli.completer import completer
 from retryproof.cli.demo import demo
 from retryproof.cli.doctor import doctor
 from retryproof.cli.exits import HELP
@@ -27,5 +28,5 @@ def retryproof() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
 
 
-for command in (demo, doctor, keys, migrate, outbox, reap, relay):
+for command in (completer, demo, doctor, keys, migrate, outbox, reap, relay):
     retryproof.add_command(command)

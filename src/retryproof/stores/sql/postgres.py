@@ -303,9 +303,10 @@ def reap_plan(limit: int, table: str = TABLE) -> Plan[Reaped]:
     unsettled: list[Record] = []
     while more and removed < limit:
         rows = yield Statement(statements.reap(table), (min(REAP_BATCH, limit - removed),))
-        removed += sum(row[-1] for row in rows)
-        unsettled += [read_record(row) for row in rows if row[-1] and row[1] == State.IN_PROGRESS]
-        more = any(not row[-1] for row in rows)
+        gone = [row for row in rows if row[-2]]
+        removed += len(gone)
+        unsettled += [read_record(row) for row in gone if row[-1]]
+        more = len(gone) < len(rows)
     return Reaped(removed - len(unsettled), unsettled, more=more)
 
 

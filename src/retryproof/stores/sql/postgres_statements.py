@@ -203,8 +203,12 @@ over AS MATERIALIZED (
 ),
 gone AS (
     DELETE FROM {table} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed))
+),
+delisted AS (
+    DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed AND state IN (1, 2))) RETURNING id
 )
-SELECT {record}, NULL::bytea, CASE o.state WHEN 1 THEN o.checkpoints::text END, clock.now, o.removed
+SELECT {record}, NULL::bytea, CASE o.state WHEN 1 THEN o.checkpoints::text END, clock.now, o.removed,
+    o.state = 1 OR o.id IN (SELECT id FROM delisted)
 FROM over AS o CROSS JOIN clock
 """
 
@@ -321,5 +325,8 @@ def evict(table: str) -> str:
 
 @cache
 def reap(table: str) -> str:
-    """Remove some records whose time is over, and see one more, not removed, if there is one."""
-    return _REAP.format(clock=_CLOCK, table=table, record=RECORD)
+    """Remove some records whose time is over, and see one more, not removed, if there is one.
+
+    What the completer had not finished ends without an outcome, even where its last attempt said that it failed.
+    """
+    return _REAP.format(clock=_CLOCK, table=table, worklist=worklist(table), record=RECORD)

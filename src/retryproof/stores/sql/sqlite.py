@@ -120,9 +120,8 @@ class SqliteStore:
             over = self._perform(plans.find_over(limit + 1, self._clock()))
         if not over:
             return Reaped()
-        removed = self._write(lambda: plans.remove_over(over[:limit], self._clock()))
-        unsettled = [record for record in removed if not record.settled]
-        return Reaped(len(removed) - len(unsettled), unsettled, more=len(over) > limit)
+        removed, unsettled = self._write(lambda: plans.remove_over(over[:limit], self._clock()))
+        return Reaped(removed - len(unsettled), unsettled, more=len(over) > limit)
 
     def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan over other tables than the records', in one transaction that holds the write lock."""

@@ -223,15 +223,25 @@ def find_over(limit: int, now: int) -> Plan[list[int]]:
     return [row[0] for row in rows]
 
 
-def remove_over(rowids: Sequence[int], now: int) -> Plan[list[Record]]:
-    """Remove those of the rows whose time is still over; the records that they were."""
-    removed: list[Record] = []
+def remove_over(rowids: Sequence[int], now: int) -> Plan[tuple[int, list[Record]]]:
+    """Remove those of the rows whose time is still over: how many, and the records that ended without an outcome.
+
+    What the completer had not finished is one of them, even where its last attempt said that it failed.
+    """
+    yield Statement(WORKLIST_SCHEMA)
+    unsettled: list[Record] = []
+    removed = 0
     for rowid in rowids:
         rows = yield Statement(
             f"DELETE FROM retryproof_operations WHERE rowid = ? AND {_OVER} RETURNING {COLUMNS}", (rowid, now, now)
         )
-        removed += [replace(_to_record(row), read_at=now) for row in rows]
-    return removed
+        for row in rows:
+            removed += 1
+            record = replace(_to_record(row), read_at=now)
+            listed = yield Statement("DELETE FROM retryproof_phased WHERE id = ? RETURNING 1", (record.id,))
+            if listed or not record.settled:
+                unsettled.append(record)
+    return removed, unsettled
 
 
 def _load(ids: Sequence[bytes]) -> Plan[Mapping[bytes, Record]]:
