@@ -56,6 +56,8 @@ GOALS = (
     Goal("outbox relay", "lease loop", 0.8),
     Goal("outbox relay", "ours", 0.9, "ours, one key"),
     Goal("outbox enqueue", "hand-written", 0.85),
+    Goal("phases", "bare transactions", 0.75),
+    Goal("phases", "fenced by hand", 0.9),
     Goal("outbox growth", "few pending", 0.8, "1 million pending"),
 )
 

@@ -19,13 +19,13 @@ sys.path[0] = str(ROOT)
 import uvloop  # noqa: E402 - the path above has to come first
 
 from benchmarks import goals, report  # noqa: E402
-from benchmarks.figures import asgi, engine, http, outbox, roundtrips  # noqa: E402
+from benchmarks.figures import asgi, engine, http, outbox, phases, roundtrips  # noqa: E402
 from benchmarks.figures.http import HttpSubject  # noqa: E402
 from benchmarks.measure import Figure, Pace  # noqa: E402
 from benchmarks.peers import PEERS, PeerMissing, peer_python  # noqa: E402
 from benchmarks.services import Services  # noqa: E402
 
-FAMILIES = ("http", "asgi", "engine", "threads", "outbox", "roundtrips")
+FAMILIES = ("http", "asgi", "engine", "threads", "outbox", "phases", "roundtrips")
 LIMIT_SECONDS = 660.0
 # What HTTP may take of the limit; the engines have the rest.
 HTTP_SHARE = 0.55
@@ -75,6 +75,8 @@ async def take(options: argparse.Namespace, services: Services) -> tuple[list[Fi
         figures += await engine.thread_figures(services, pace, ours=ours)
     if "outbox" in options.only and ours and "postgres" in stores:
         figures += await outbox.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
+    if "phases" in options.only and ours and "postgres" in stores:
+        figures += await phases.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     return figures, trips
 
 

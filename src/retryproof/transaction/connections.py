@@ -105,11 +105,23 @@ def adapt(connection: Any) -> BlockingConnection | LoopConnection:
 
 def find_adapter(connection: Any) -> BlockingConnection | LoopConnection | None:
     """The caller's connection in our terms, or None for one that is not known."""
-    for base in type(connection).__mro__:
+    kind = type(connection)
+    if kind not in _found:
+        _found[kind] = _adapter_of(kind)
+    adapt_it = _found[kind]
+    adapted: BlockingConnection | LoopConnection | None = None if adapt_it is None else adapt_it(connection)
+    return adapted
+
+
+_found: dict[type, Any] = {}
+"""What `_adapter_of` said: a program has few kinds of connections, and asks at each operation."""
+
+
+def _adapter_of(kind: type) -> Any:
+    for base in kind.__mro__:
         module = _ADAPTERS.get(base.__module__.partition(".")[0])
         if module is not None:
-            adapted: BlockingConnection | LoopConnection | None = importlib.import_module(module).adapt(connection)
-            return adapted
+            return importlib.import_module(module).adapt
     return None
 
 
