@@ -141,16 +141,18 @@ class PhasedFunction(Generic[I, R]):
         where = (*principal, self.name)
         id = engine.id_of(where, check_key(key))
         tenant = tenant_of(where, engine)
-        given = Running(self._phased, self.name, principal, data, sealed_fingerprint(data), tenant)
+        given = PhasedCall(self._phased, self.name, principal, data, sealed_fingerprint(data), tenant)
         return await self._run(id, given)
 
     async def complete(self, entry: Entry) -> Outcome[R]:
         """Run an operation of the worklist on; for completers. Raises Gone where its record is another one now."""
         principal, data = _unpack(self._phased.sealer, entry)
-        given = Running(self._phased, self.name, principal, data, entry.fingerprint, entry.tenant, listed=entry.birth)
+        given = PhasedCall(
+            self._phased, self.name, principal, data, entry.fingerprint, entry.tenant, listed=entry.birth
+        )
         return await self._run(entry.id, given)
 
-    async def _run(self, id: bytes, given: Running) -> Outcome[R]:
+    async def _run(self, id: bytes, given: PhasedCall) -> Outcome[R]:
         async def work() -> R:
             operation = current_operation()
             given.begin(operation._hold)
@@ -169,7 +171,7 @@ class PhasedFunction(Generic[I, R]):
         )
 
 
-class Running:
+class PhasedCall:
     """What a running phased operation knows, and what is written of it into the worklist.
 
     listed: the birth nonce that its row has, where a completer runs it.
