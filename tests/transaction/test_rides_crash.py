@@ -288,16 +288,24 @@ def test_t2_behind_its_fence_a_stopped_server_is_waited_for(world: World) -> Non
     world.check_once()
 
 
-def test_where_the_other_side_ignores_keys_a_charge_can_be_repeated(postgres: Database, lives: Process) -> None:
+@pytest.fixture
+def careless_stripe() -> Iterator[Stripe]:
+    """One that ignores keys."""
+    found = Stripe("--ignore-keys")
+    yield found
+    found.close()
+
+
+def test_where_the_other_side_ignores_keys_a_charge_can_be_repeated(
+    postgres: Database, careless_stripe: Stripe, lives: Process
+) -> None:
     """What remains at-least-once: between a foreign call and its checkpoint only the key helps (C14)."""
-    careless = Stripe("--ignore-keys")
     postgres.execute(SCHEMA)
-    world = World(postgres, careless, lives)
+    world = World(postgres, careless_stripe, lives)
     world.serve("after charge")
     with pytest.raises(httpx.TransportError):
         world.request()
     assert world.lives.hear_json("exit")["exit"] == -signal.SIGKILL
     assert world.complete().completed == 1
     ((ride,),) = world.rows("SELECT id::text FROM rides")
-    assert len(careless.charges(ride)) == 2
-    careless.close()
+    assert len(careless_stripe.charges(ride)) == 2
