@@ -59,11 +59,6 @@ class Choice(Generic[V]):
             f"The callable {self._name}= returned {type(value).__name__}, which is no {self._name}."
         )
 
-    @property
-    def constant(self) -> bool:
-        """Whether it is the same for every request."""
-        return self._function is None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:

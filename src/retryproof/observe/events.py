@@ -99,16 +99,8 @@ def recorded_trace(source: Traces, given: str) -> str:
         return given
 
 
-@runtime_checkable
-class Choosy(Protocol):
-    """A listener that does not want every event; it is asked before one is made."""
-
-    def wants(self, kind: Kind, /) -> bool:
-        """Whether it wants events of this kind."""
-
-
 def wanted(listeners: Sequence[Listener], kind: Kind) -> bool:
-    """Whether any listener wants an event of this kind."""
+    """Whether any listener wants an event of this kind; one that has `wants(kind)` is asked before one is made."""
     for listener in listeners:
         wants = getattr(listener, "wants", None)
         if wants is None or wants(kind):
