@@ -32,4 +32,4 @@ docs:
 
 clean:
 	@scripts/services down
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .services build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

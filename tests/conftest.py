@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import hypothesis
 import pytest
@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         instance = run.running(service)
         if instance is not None:
             terminalreporter.write_line(
-                f"tested against {service.product} {instance.version} (real), private: {instance.binary}"
+                f"tested against {service.product} {instance.version} ({service.kind}), private: {instance.binary}"
             )
 
 
@@ -92,6 +92,22 @@ def postgres_url(run_directory: RunDirectory) -> Iterator[str]:
         connection.execute(f'DROP DATABASE "{database}" WITH (FORCE)'.encode())
 
 
+@pytest.fixture(scope="session")
+def mariadb_url(run_directory: RunDirectory) -> Iterator[str]:
+    """A fresh MariaDB database of this worker's own, dropped at the end."""
+    server = _server("mariadb", run_directory)
+    database = f"retryproof_{uuid.uuid4().hex[:12]}"
+    _in_mariadb(server.url, f"CREATE DATABASE {database}")
+    yield _with_database(server.url, database)
+    _in_mariadb(server.url, f"DROP DATABASE {database}")
+
+
+@pytest.fixture(scope="session")
+def dynamodb_url(run_directory: RunDirectory) -> str:
+    """An endpoint of DynamoDB's protocol that others may share: take names of tables from `unique`."""
+    return _server("dynamodb", run_directory).url
+
+
 @pytest.fixture
 def unique() -> str:
     """A short random name, for a key prefix, a table or a scope that no other test uses."""
@@ -114,6 +130,28 @@ def private_valkey(run_directory: RunDirectory) -> Iterator[PrivateServer]:
 def private_postgres(run_directory: RunDirectory) -> Iterator[PrivateServer]:
     """Starts PostgreSQL servers of this test's own, to be killed, paused, restarted: `private_postgres(*options)`."""
     yield from _private("postgres", run_directory)
+
+
+@pytest.fixture
+def private_mariadb(run_directory: RunDirectory) -> Iterator[PrivateServer]:
+    """Starts MariaDB servers of this test's own, to be killed, paused, restarted: `private_mariadb(*options)`."""
+    yield from _private("mariadb", run_directory)
+
+
+@pytest.fixture
+def private_dynamodb(run_directory: RunDirectory) -> Iterator[PrivateServer]:
+    """Starts DynamoDB Locals of this test's own, to be killed, paused, restarted: `private_dynamodb(*options)`."""
+    yield from _private("dynamodb", run_directory)
+
+
+def _in_mariadb(server_url: str, sql: str) -> None:
+    import pymysql
+
+    parts = urlsplit(server_url)
+    user, password = unquote(parts.username or "root"), unquote(parts.password or "")
+    connection = pymysql.connect(host=parts.hostname, port=parts.port or 3306, user=user, password=password)
+    with connection, connection.cursor() as cursor:
+        cursor.execute(sql)
 
 
 def _with_database(server_url: str, database: str) -> str:

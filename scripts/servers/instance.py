@@ -13,7 +13,7 @@ from typing import Self
 
 from servers.probes import Answer, NoAnswer
 from servers.processes import ProcessId
-from servers.table import SERVICES, Service, account, environment, run_as
+from servers.table import SERVICES, Service, account, environment, run_as, version_of
 
 START_SECONDS = 30.0  # a cold PostgreSQL on a busy machine has needed eight
 STOP_SECONDS = 10.0
@@ -51,7 +51,8 @@ class Instance:
 
     @property
     def version(self) -> str:
-        return self.answer.version
+        """What the server says; of one that does not say, what its program is called."""
+        return self.answer.version if self.answer.version != "?" else version_of(self.binary)
 
     def alive(self) -> bool:
         return self._process.alive()

@@ -27,7 +27,7 @@ class Unanswered(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that answered, and where it came from. All in the table are the real products, no emulators."""
+    """A server that answered, and where it came from."""
 
     name: str
     url: str
@@ -35,7 +35,8 @@ class Server:
     origin: str
 
     def __str__(self) -> str:
-        return f"{self.answer.product} {self.answer.version} (real), {self.origin}, {without_password(self.url)}"
+        kind = SERVICES[self.name].kind
+        return f"{self.answer.product} {self.answer.version} ({kind}), {self.origin}, {without_password(self.url)}"
 
 
 class RunDirectory:
@@ -126,7 +127,7 @@ def plan(name: str) -> str:
     binary = service.find()
     if binary is None:
         return f"missing: {service.needs}"
-    return f"{service.product} {version_of(binary)} (real), private, started when first needed, {binary}"
+    return f"{service.product} {version_of(binary)} ({service.kind}), private, started when first needed, {binary}"
 
 
 def start_private(name: str, *options: str, run: RunDirectory | None = None) -> Instance:

