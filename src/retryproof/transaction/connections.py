@@ -90,6 +90,8 @@ _ADAPTERS = {
     "aiosqlite": "retryproof.transaction.aiosqlite",
     "pymysql": "retryproof.transaction.mysql",
     "MySQLdb": "retryproof.transaction.mysql",
+    "asyncmy": "retryproof.transaction.mysql",
+    "aiomysql": "retryproof.transaction.mysql",
     "mysql": "retryproof.transaction.mysql",
 }
 """By the package that a connection's class, or a class that it inherits from, comes from."""

@@ -81,7 +81,7 @@ async def ainsert_once(
 def _steps(
     connection: Any, table: str, values: Mapping[str, Any], key: Sequence[str], returning: Sequence[str]
 ) -> Steps:
-    missing = [name for name in key if name not in values]
+    missing = [name for name in key if values.get(name) is None]  # to a unique key, NULLs are never the same
     if not key or missing or isinstance(key, str):
         raise ConfigurationError(f"key={key!r} must name columns that have a value: a tuple such as ('id',).")
     names = list(returning) or list(values)
@@ -119,18 +119,24 @@ def _mysql(table: str, values: Mapping[str, Any], key: Sequence[str], names: Seq
     where = " AND ".join(f"{quoted(name, '`')} = ?" for name in key)
     # A locking read sees what is committed, whatever snapshot the transaction has.
     select = f"SELECT {_list(names, '`')} FROM {into} WHERE {where} LOCK IN SHARE MODE"  # noqa: S608  # as above
-    for _ in range(TRIES):
-        created, in_the_way = True, None
+    for attempt in range(TRIES):
+        in_the_way: Exception | None = None
         try:
             yield Statement(insert, tuple(values.values()))
         except Exception as error:
             if _code(error) != DUPLICATE:
                 raise
-            created, in_the_way = False, error
+            in_the_way = error
         rows = yield Statement(select, tuple(values[name] for name in key))
+        if len(rows) > 1:
+            raise ConfigurationError(
+                f"Several rows have this {', '.join(key)}: key= must name a unique key. Roll back."
+            )
         if rows:
-            return Inserted(created, dict(zip(names, rows[0], strict=True)))
-        if in_the_way is not None and _ == TRIES - 1:
+            return Inserted(in_the_way is None, dict(zip(names, rows[0], strict=True)))
+        if in_the_way is None:
+            raise _vanished()  # the server stored another key than it was given
+        if attempt == TRIES - 1:
             raise in_the_way  # another unique key than this one
     raise _vanished()
 
@@ -142,7 +148,8 @@ def _code(error: BaseException) -> object:
 
 def _vanished() -> ConfigurationError:
     return ConfigurationError(
-        "The row is neither inserted nor found: it is hidden from this transaction, or goes away."
+        "The row is neither inserted nor found by its key: it is hidden from this transaction, goes away, or the "
+        "database stored another key than it was given. Roll back."
     )
 
 

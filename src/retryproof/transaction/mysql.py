@@ -1,23 +1,36 @@
-"""MariaDB and MySQL through PyMySQL, mysqlclient or MySQL's own connector: as far as `insert_once` needs."""
+"""MariaDB and MySQL through PyMySQL, mysqlclient, MySQL's own connector, asyncmy or aiomysql: what `insert_once` needs.
+
+A DB-API connection counts as being in a transaction where autocommit is off, or where one was begun on it. The server
+rolls a whole transaction back when it is the victim of a deadlock, and libraries do not notice, since an error carries
+no status: with autocommit on, the next statement would commit by itself. So there the server is asked first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import AUTOCOMMIT, Blocking, percent
+from retryproof.transaction.connections import AUTOCOMMIT, CLOSED, Blocking, OnLoop, percent, refused
+
+ADVICE = "Turn autocommit off, or begin a transaction."
+IN_TRANSACTION = 1
+"""SERVER_STATUS_IN_TRANS of the protocol's status flags."""
+_ON_LOOP = ("asyncmy", "aiomysql")
 
 
-def adapt(connection: Any) -> Mysql | None:
+def adapt(connection: Any) -> Mysql | LoopMysql | None:
     """The adapter of a connection; None for anything else of the libraries'."""
-    return Mysql(connection) if hasattr(connection, "cursor") and hasattr(connection, "commit") else None
+    package, _, module = type(connection).__module__.partition(".")
+    if not hasattr(connection, "cursor") or not hasattr(connection, "commit") or module.startswith("connector.aio"):
+        return None
+    return LoopMysql(connection) if package in _ON_LOOP else Mysql(connection)
 
 
 class Mysql(Blocking):
     """A DB-API connection to MariaDB or MySQL."""
 
-    ADVICE = "Turn autocommit off, or begin a transaction."
+    ADVICE = ADVICE
     dialect: Literal["mysql"] = "mysql"
 
     def __init__(self, connection: Any) -> None:
@@ -25,13 +38,13 @@ class Mysql(Blocking):
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
-        mode = getattr(self._connection, "get_autocommit", None)
-        on = mode() if callable(mode) else getattr(self._connection, "autocommit", False)
-        return AUTOCOMMIT if on is True and not self._in_transaction() else None
+        return _unusable(self._connection)
 
-    def _in_transaction(self) -> bool:
-        status = getattr(self._connection, "server_status", 0)  # PyMySQL's
-        return bool(status & 1) or getattr(self._connection, "in_transaction", False) is True
+    def check_open(self) -> None:
+        """See BlockingConnection."""
+        if _commits_by_itself(self._connection) and _in_transaction(self._connection):
+            self._connection.ping(False)  # reconnect=False, which the libraries name differently
+        super().check_open()
 
     def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""
@@ -41,12 +54,13 @@ class Mysql(Blocking):
                 cursor.executemany(sql, parameters)
                 return ()
             cursor.execute(sql, tuple(parameters))
-            return [tuple(row) for row in cursor.fetchall()] if cursor.description else ()
+            return _rows(cursor.fetchall()) if cursor.description else ()
 
     def begin(self) -> None:
         """See BlockingConnection."""
-        if not self._in_transaction():
-            self._connection.begin()
+        if not _in_transaction(self._connection):
+            start = getattr(self._connection, "start_transaction", None) or self._connection.begin
+            start()
 
     def commit(self) -> None:
         """See BlockingConnection."""
@@ -55,3 +69,69 @@ class Mysql(Blocking):
     def rollback(self) -> None:
         """See BlockingConnection."""
         self._connection.rollback()
+
+
+class LoopMysql(OnLoop):
+    """A connection of asyncmy or aiomysql."""
+
+    ADVICE = ADVICE
+    dialect: Literal["mysql"] = "mysql"
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def unusable(self, *, to_commit: bool = False) -> str | None:
+        """See BlockingConnection."""
+        return _unusable(self._connection)
+
+    async def check_open(self) -> None:
+        """See BlockingConnection."""
+        if _commits_by_itself(self._connection) and _in_transaction(self._connection):
+            await self._connection.ping(False)
+        reason = self.unusable()
+        if reason is not None:
+            raise refused(reason, self.ADVICE)
+
+    async def execute(self, statement: Statement) -> Sequence[Row]:
+        """See BlockingConnection."""
+        sql, parameters = percent(statement)
+        async with self._connection.cursor() as cursor:
+            if statement.many:
+                await cursor.executemany(sql, parameters)
+                return ()
+            await cursor.execute(sql, tuple(parameters))
+            return _rows(await cursor.fetchall()) if cursor.description else ()
+
+    async def begin(self) -> None:
+        """See BlockingConnection."""
+        if not _in_transaction(self._connection):
+            await self._connection.begin()
+
+    async def commit(self) -> None:
+        """See BlockingConnection."""
+        await self._connection.commit()
+
+    async def rollback(self) -> None:
+        """See BlockingConnection."""
+        await self._connection.rollback()
+
+
+def _unusable(connection: Any) -> str | None:
+    if getattr(connection, "open", True) in (False, 0) or getattr(connection, "closed", False) is True:
+        return CLOSED
+    return AUTOCOMMIT if _commits_by_itself(connection) and not _in_transaction(connection) else None
+
+
+def _commits_by_itself(connection: Any) -> bool:
+    mode = getattr(connection, "get_autocommit", None)
+    return bool(mode() if callable(mode) else getattr(connection, "autocommit", False))
+
+
+def _in_transaction(connection: Any) -> bool:
+    status = getattr(connection, "server_status", 0)
+    return bool(status & IN_TRANSACTION) or getattr(connection, "in_transaction", False) is True
+
+
+def _rows(fetched: Sequence[Any]) -> Sequence[Row]:
+    """Tuples, in the order of the columns, whatever the connection's cursors give."""
+    return [tuple(row.values() if isinstance(row, Mapping) else row) for row in fetched]

@@ -40,7 +40,7 @@ DIALECTS: dict[str, Dialect] = {
 }
 _AS_WRITTEN = ("asyncpg", "pysqlite", "aiosqlite")
 """Drivers that take our placeholders as they are."""
-_PERCENT = ("psycopg", "psycopg_async", "pymysql", "mysqldb", "mysqlconnector", "mariadbconnector")
+_PERCENT = ("psycopg", "psycopg_async", "pymysql", "mysqldb", "mysqlconnector", "asyncmy", "aiomysql")
 
 
 def adapt(connection: Any) -> OfConnection | OfSession | OfAsync | None:
