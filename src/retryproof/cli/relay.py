@@ -16,7 +16,8 @@ from retryproof.cli.output import Output, Tell
 from retryproof.cli.redact import redacted
 from retryproof.core.message import PARTITIONS
 from retryproof.publishers import open_publisher
-from retryproof.transaction.relay import Relay, RelayPolicy, Totals
+from retryproof.transaction.relay import Relay
+from retryproof.transaction.relay_policy import RelayPolicy, Totals
 
 DEFAULTS = RelayPolicy()
 

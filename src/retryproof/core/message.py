@@ -86,15 +86,17 @@ class Conclusion:
     """How a batch ended; what is in none of the three was not tried, and stays as it was.
 
     dead: to dead letters, each with its reason. chains: those that were held back and whose messages of this batch
-    ended, so that they may go on.
+    ended, so that they may go on. slow: messages that are being sent still, of this batch or of earlier ones: they stay
+    on their way, and their chains are held back until they end.
     """
 
     done: Sequence[Message] = ()
     dead: Sequence[tuple[Message, int, str]] = ()
     failed: Sequence[Failure] = ()
     chains: Sequence[tuple[int, bytes]] = ()
+    slow: Sequence[Message] = ()
 
     @property
     def plain(self) -> bool:
-        """All is done, and nothing was held back."""
-        return not (self.dead or self.failed or self.chains)
+        """All is done, and nothing was or is held back."""
+        return not (self.dead or self.failed or self.chains or self.slow)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol, TypeAlias
 
 from retryproof.core.message import Message
@@ -41,15 +42,42 @@ DELIVERED = Delivered()
 UNTRIED = Untried()
 
 
+class Progress:
+    """How far a batch is: the places of messages that are being sent, and what came of others.
+
+    A publisher that keeps it, on the event loop, is given other batches while some messages take long.
+    """
+
+    __slots__ = ("_changed", "ended", "under_way")
+
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        self.under_way: set[int] = set()
+        self.ended: dict[int, Outcome] = {}
+        self._changed = changed
+
+    def begin(self, place: int) -> None:
+        """A message is being sent from now on."""
+        self.under_way.add(place)
+
+    def end(self, place: int, outcome: Outcome) -> None:
+        """What came of it."""
+        self.under_way.discard(place)
+        self.ended[place] = outcome
+        self._changed()
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Messages to publish, those of a chain in their order.
 
     live: whether the relay may still publish; to be asked before each message that is sent by itself.
+    timeout: seconds for each such message. progress: kept by publishers that send one message at a time.
     """
 
     messages: Sequence[Message]
     live: Callable[[], bool] = EMPTY_CHECK
+    timeout: float = inf
+    progress: Progress = field(default_factory=Progress)
 
 
 class Publisher(Protocol):
@@ -57,7 +85,8 @@ class Publisher(Protocol):
 
     It gives one outcome a message, in their order. After a message failed, later ones of its chain are not sent.
     A message may come again, with the same id: after a crash, or when it was sent and the answer was lost.
-    An exception counts as the failure of everything in the batch.
+    An exception counts as the failure of everything in the batch. It must end by itself: what sends with `one_by_one`
+    does, after the batch's time-out for each message.
     """
 
     max_payload: int | None
@@ -81,7 +110,7 @@ def chains(messages: Sequence[Message]) -> list[list[int]]:
 async def one_by_one(
     batch: Batch, send: Callable[[Message], Awaitable[Outcome]], concurrency: int = CONCURRENCY
 ) -> Sequence[Outcome]:
-    """Send messages one at a time within a chain, chains side by side; a failure ends its chain."""
+    """Send messages one at a time within a chain, chains side by side; a failure, or a time-out, ends its chain."""
     outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
     places = asyncio.Semaphore(concurrency)
 
@@ -90,7 +119,9 @@ async def one_by_one(
             for place in chain:
                 if not batch.live():
                     return
-                outcomes[place] = await guarded(send, batch.messages[place])
+                batch.progress.begin(place)
+                outcomes[place] = await guarded(send, batch.messages[place], batch.timeout)
+                batch.progress.end(place, outcomes[place])
                 if outcomes[place] is not DELIVERED:
                     return
 
@@ -98,14 +129,17 @@ async def one_by_one(
     return outcomes
 
 
-async def guarded(send: Callable[[Message], Awaitable[Outcome]], message: Message) -> Outcome:
-    """Send, any exception as a failure."""
+async def guarded(send: Callable[[Message], Awaitable[Outcome]], message: Message, timeout: float = inf) -> Outcome:
+    """Send, any exception as a failure, and no answer within so many seconds too."""
+    clock = asyncio.timeout(timeout if timeout < inf else None)
     try:
-        return await send(message)
+        async with clock:
+            return await send(message)
     except Exception as error:  # noqa: BLE001 - whatever a publisher raises, the message was not delivered
-        return Failed(described(error))
+        return Failed(f"no answer within {timeout:g} s" if clock.expired() else described(error))
 
 
 def described(error: BaseException) -> str:
     """An error in one line."""
-    return f"{type(error).__name__}: {error}".strip()[:500]
+    text = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else "")
+    return f"{type(error).__name__}: {text}".strip()[:500]

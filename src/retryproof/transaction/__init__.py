@@ -5,7 +5,8 @@ from retryproof.transaction.inbox import Inbox, Received
 from retryproof.transaction.insert_once import Inserted, ainsert_once, insert_once
 from retryproof.transaction.outbox import Outbox
 from retryproof.transaction.phased import Phased
-from retryproof.transaction.relay import Relay, RelayPolicy
+from retryproof.transaction.relay import Relay
+from retryproof.transaction.relay_policy import RelayPolicy
 
 __all__ = [
     "Completer",

@@ -15,6 +15,9 @@ from uuid import UUID
 from retryproof.core.message import Conclusion, Message
 from retryproof.stores.sql.plan import Plan
 
+HELD = (1 << 63) - 1
+"""When a chain is due whose first message is being sent still: never, until its relay says what came of it, or dies."""
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -77,8 +80,8 @@ class OutboxPlans(Protocol):
     def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
         """Insert into the caller's transaction; None, or the database's number of partitions where it is another."""
 
-    def notify(self) -> Plan[None]:
-        """Wake relays when the caller's transaction commits."""
+    def notify(self, payload: str = "") -> Plan[None]:
+        """Wake relays when the caller's transaction commits; with a payload, only tell them that."""
 
     def settings(self, partitions: int) -> Plan[Settings]:
         """What the database says; where tables are made on the way, they get so many partitions."""
@@ -108,10 +111,11 @@ class OutboxPlans(Protocol):
         lease: int,
         alone: bool,
         strict: bool,
+        slow: Sequence[Message] = (),
     ) -> Plan[Taken]:
         """Take a batch: at most `share` of each partition, in the order of `floors`, which are where to begin.
 
-        alone: one message that a dead relay left, its attempt counted.
+        alone: one message that a dead relay left, its attempt counted. slow: messages that stay on their way.
         """
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:

@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from retryproof.core.message import Conclusion, Message
-from retryproof.stores.sql.outbox import DeadLetter, Settings, Stats, Taken
+from retryproof.stores.sql.outbox import HELD, DeadLetter, Settings, Stats, Taken
 from retryproof.stores.sql.plan import Plan, Row, Statement
 
 CHANNEL = "retryproof_outbox"
@@ -66,9 +66,9 @@ class PostgresOutbox:
         ((found,),) = yield self._statement("partition_number")
         return int(found)
 
-    def notify(self) -> Plan[None]:
+    def notify(self, payload: str = "") -> Plan[None]:
         """Wake relays when the caller's transaction commits."""
-        yield Statement(f"SELECT pg_notify('{CHANNEL}', '')")
+        yield Statement(f"SELECT pg_notify('{CHANNEL}', $1::text)", (payload,))
 
     # A relay's life
 
@@ -131,14 +131,14 @@ class PostgresOutbox:
         lease: int,
         alone: bool,
         strict: bool,
+        slow: Sequence[Message] = (),
     ) -> Plan[Taken]:
         """Take a batch."""
         if strict:
             rows = yield self._statement("claim_strict", relay, max(floors.values(), default=0), batch, lease)
         else:
-            rows = yield self._statement(
-                "claim", relay, list(floors), list(floors.values()), batch, share, lease, alone
-            )
+            starts = list(floors), list(floors.values())
+            rows = yield self._statement("claim", relay, *starts, batch, share, lease, alone, *_places(slow))
         held, suspects, fence = rows[0][:3]
         return Taken(held, suspects, fence, [_message(row[3:16], row[16]) for row in rows if row[3] is not None])
 
@@ -162,8 +162,9 @@ class PostgresOutbox:
         if strict:
             rows = yield self._statement("finish_strict", relay, lease, *parameters)
         else:
-            partitions, chains = [line[0] for line in conclusion.chains], [line[1] for line in conclusion.chains]
-            rows = yield self._statement("finish", relay, lease, *parameters, partitions, chains, passing)
+            slow = conclusion.slow
+            lines = (*_lines(conclusion.chains), passing, *_places(slow), *_lines([message.line for message in slow]))
+            rows = yield self._statement("finish", relay, lease, *parameters, *lines)
         return bool(rows[0][0])
 
     # For operators
@@ -217,6 +218,10 @@ def _places(messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     return [message.xid for message in messages], [message.sequence for message in messages]
 
 
+def _lines(lines: Sequence[tuple[int, bytes]]) -> tuple[list[int], list[bytes]]:
+    return [partition for partition, _ in lines], [chain for _, chain in lines]
+
+
 def _clean(reason: str) -> str:
     return reason.replace("\0", "")[:2_000]
 
@@ -247,10 +252,13 @@ def _message(row: Sequence[Any], parked: bool = False) -> Message:
     )
 
 
-_HELD = f"""held AS MATERIALIZED (
+_FENCED = f"""held AS MATERIALIZED (
     UPDATE {{relays}} SET flight_xids = '{{{{}}}}', flight = '{{{{}}}}', lease_until = {NOW} + $2::bigint
     WHERE id = $1::uuid RETURNING id
 )"""
+_GOES_ON = _FENCED.replace("flight_xids = '{{}}'", "flight_xids = $17::bigint[]").replace(
+    "flight = '{{}}'", "flight = $18::bigint[]"
+)
 _ENDED = """gone AS (
     DELETE FROM {outbox} o USING held, unnest($3::bigint[], $4::bigint[]) d(xid, sequence)
     WHERE o.xid = d.xid AND o.sequence = d.sequence
@@ -301,7 +309,7 @@ WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> $3::boolean AND lease_u
 ), marked AS (
     INSERT INTO {{blocked}} (partition, chain, due_at, alone)
     SELECT DISTINCT partition, chain, 0, true FROM suspects
-    ON CONFLICT (partition, chain) DO UPDATE SET alone = true
+    ON CONFLICT (partition, chain) DO UPDATE SET due_at = 0, alone = true
 )
 SELECT count(*) FROM buried""",
     "target": f"""SELECT (SELECT partitions FROM {{settings}}),
@@ -351,7 +359,8 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     SELECT {_MESSAGE}, was_parked FROM retried
     UNION ALL SELECT {_MESSAGE}, was_parked FROM found WHERE NOT waits
 ), flight AS (
-    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint, flight_xids = f.xids, flight = f.sequences
+    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint,
+        flight_xids = $8::bigint[] || f.xids, flight = $9::bigint[] || f.sequences
     FROM held, (
         SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
         FROM taken
@@ -395,8 +404,8 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
 )
 SELECT EXISTS (SELECT FROM held), false, {XMIN}, taken.*
 FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequence""",
-    "finish_plain": f"WITH {_HELD}, {_ENDED} SELECT count(*) FROM held",
-    "finish": f"""WITH {_HELD}, {_ENDED}, {_BURIED}, failing AS (
+    "finish_plain": f"WITH {_FENCED}, {_ENDED} SELECT count(*) FROM held",
+    "finish": f"""WITH {_GOES_ON}, {_ENDED}, {_BURIED}, failing AS (
     UPDATE {{outbox}} o SET parked = true, alone = false, attempts = f.tried, reason = f.why,
         chain = CASE WHEN $16::boolean THEN uuid_send(o.id) ELSE o.chain END
     FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence
@@ -427,9 +436,17 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequenc
         AND NOT EXISTS (SELECT FROM ended e WHERE e.xid = a.xid AND e.sequence = a.sequence))
     FROM failing f
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone
+), slow AS MATERIALIZED (
+    SELECT s.* FROM held,
+    unnest($17::bigint[], $18::bigint[], $19::int[], $20::bytea[]) s(xid, sequence, partition, chain)
+), waiting AS (
+    UPDATE {{outbox}} o SET parked = true FROM slow s WHERE o.xid = s.xid AND o.sequence = s.sequence AND NOT o.parked
+), holding AS (
+    INSERT INTO {{blocked}} (partition, chain, due_at, alone) SELECT partition, chain, {HELD}, false FROM slow
+    ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
 )
 SELECT count(*) FROM held""",
-    "finish_strict": f"""WITH {_HELD}, {_ENDED}, {_BURIED}, failing AS (
+    "finish_strict": f"""WITH {_FENCED}, {_ENDED}, {_BURIED}, failing AS (
     UPDATE {{outbox}} o SET alone = false, attempts = f.tried, reason = f.why
     FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence RETURNING f.delay
 ), opened AS (

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from retryproof.core.message import Conclusion, Message
 from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql.outbox import DeadLetter, Settings, Stats, Taken
+from retryproof.stores.sql.outbox import HELD, DeadLetter, Settings, Stats, Taken
 from retryproof.stores.sql.plan import Plan, Row, Statement
 
 GATE = -1
@@ -102,7 +102,7 @@ class SqliteOutbox:
             yield Statement(_INSERT, _columns(message, now))
         return None
 
-    def notify(self) -> Plan[None]:
+    def notify(self, payload: str = "") -> Plan[None]:
         """Nothing: who looks at a file needs no message that it changed."""
         yield from ()
 
@@ -164,7 +164,7 @@ class SqliteOutbox:
                 (strict, flight),
             )
             lines = {(GATE, b"") if strict else (row[0], row[1]) for row in suspects}
-            for partition, chain in lines:
+            for partition, chain in lines:  # due at once, although it was held while a message took long
                 yield from _block(partition, chain, 0, alone=True)
         return len(over)
 
@@ -209,6 +209,7 @@ class SqliteOutbox:
         lease: int,
         alone: bool,
         strict: bool,
+        slow: Sequence[Message] = (),
     ) -> Plan[Taken]:
         """Take a batch."""
         now = self._clock()
@@ -228,7 +229,7 @@ class SqliteOutbox:
             )
         yield Statement(
             "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = ? WHERE id = ?",
-            (now + lease, json.dumps([message.sequence for message in taken]), str(relay)),
+            (now + lease, _sequences([*slow, *taken]), str(relay)),
         )
         suspects = yield Statement(
             f"SELECT 1 FROM retryproof_outbox_blocked WHERE partition IN {_AMONG} AND alone AND due_at <= ? LIMIT 1",
@@ -290,8 +291,8 @@ class SqliteOutbox:
         """End a batch."""
         now = self._clock()
         held = yield Statement(
-            "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = '[]' WHERE id = ? RETURNING 1",
-            (now + lease, str(relay)),
+            "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = ? WHERE id = ? RETURNING 1",
+            (now + lease, _sequences(conclusion.slow), str(relay)),
         )
         if not held:
             return False
@@ -319,7 +320,16 @@ class SqliteOutbox:
             yield from self._gate(conclusion, now)
         for partition, chain in () if strict else conclusion.chains:
             yield from self._go_on(partition, chain)
+        yield from self._hold(conclusion.slow)
         return True
+
+    def _hold(self, slow: Sequence[Message]) -> Plan[None]:
+        """Keep the chains back whose messages are being sent still."""
+        if slow:
+            yield Statement(f"UPDATE retryproof_outbox SET parked = 1 WHERE sequence IN {_AMONG}", (_sequences(slow),))
+        for message in slow:
+            alone = yield from _has_alone(message.partition, message.chain)
+            yield from _block(message.partition, message.chain, HELD, alone=alone)
 
     def _gate(self, conclusion: Conclusion, now: int) -> Plan[None]:
         if conclusion.failed:
@@ -404,6 +414,10 @@ def _block(partition: int, chain: bytes, due_at: int, *, alone: bool) -> Plan[No
         "ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone",
         (partition, chain, due_at, alone),
     )
+
+
+def _sequences(messages: Sequence[Message]) -> str:
+    return json.dumps([message.sequence for message in messages])
 
 
 def _texts(ids: Sequence[UUID]) -> str:

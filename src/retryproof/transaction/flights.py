@@ -1,0 +1,157 @@
+"""What a relay is sending: batches given to the publisher, and messages that take longer than a batch may (T6).
+
+A batch has a moment, the relay's patience. What is being sent when it is over goes on by itself, one message for each
+of its chains; what was not begun is given back, as untried. The relay holds those chains back, ends what is done, and
+takes its next batch. A message that a dead relay left has its moment by itself: what kills a relay does so at once, as
+a rule, and where it takes longer, all that was on its way is tried by itself again.
+
+What landed stays here until the database knows, so that a lost answer costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.message import Message
+from retryproof.publishers.base import UNTRIED, Batch, Failed, Outcome, Progress, Publisher, described
+
+SLOW = 64
+"""Messages that may be on their way beside a batch; with more, the relay waits for one to end."""
+
+log = logging.getLogger("retryproof.relay")
+
+
+class Flights:
+    """Sends batches with one publisher. changed: called when something landed."""
+
+    def __init__(self, publisher: Publisher, changed: Callable[[], None]) -> None:
+        self._publisher = publisher
+        self._changed = changed
+        self._on_loop = inspect.iscoroutinefunction(publisher.publish)
+        self._sendings: list[_Sending] = []
+
+    def __bool__(self) -> bool:
+        """Whether the database does not know yet what came of something."""
+        return bool(self._sendings)
+
+    async def send(
+        self,
+        messages: Sequence[Message],
+        live: Callable[[], bool],
+        *,
+        timeout: float = inf,
+        patience: float = inf,
+        one_chain: bool = False,
+    ) -> None:
+        """Send a batch, until it ended or patience is over. one_chain: one message after another."""
+        sending = _Sending(messages, self._changed)
+        sent = [replace(message, chain=b"") for message in messages] if one_chain else messages
+        batch = Batch(sent, lambda: live() and not sending.closed, timeout, sending.progress)
+        sending.task = asyncio.create_task(self._published(batch))
+        self._sendings.append(sending)
+        await asyncio.wait({sending.task}, timeout=patience if patience < inf else None)
+        if not sending.task.done() and not sending.close():
+            await asyncio.wait({sending.task})
+        if not sending.task.done():
+            sending.task.add_done_callback(lambda task: self._changed())
+
+    def landed(self) -> list[tuple[Message, Outcome]]:
+        """What the database has to be told, in order; the same again until `noted`."""
+        return [pair for sending in self._sendings for pair in sending.landed()]
+
+    def slow(self) -> list[Message]:
+        """What goes on beside the next batches, as it stands there: parked."""
+        return [message for sending in self._sendings for message in sending.slow()]
+
+    def on_their_way(self) -> list[Message]:
+        """Whatever the database does not know the end of."""
+        return [sending.messages[place] for sending in self._sendings for place in sending.left]
+
+    @property
+    def unheld(self) -> bool:
+        """Whether the database does not know yet of a message that goes on."""
+        return any(not sending.held for sending in self._sendings)
+
+    @property
+    def full(self) -> bool:
+        """Whether no other batch is to be begun."""
+        return len(self.on_their_way()) >= SLOW
+
+    def noted(self, landed: Sequence[tuple[Message, Outcome]]) -> None:
+        """The database knows what landed, and what goes on."""
+        places = {message.place for message, _ in landed}
+        for sending in self._sendings:
+            sending.left = [place for place in sending.left if sending.messages[place].place not in places]
+            sending.held = True
+        self._sendings = [sending for sending in self._sendings if sending.left]
+
+    def abandon(self) -> None:
+        """Let go of everything: it is another relay's by now, or will be."""
+        for sending in self._sendings:
+            sending.task.cancel()
+        self._sendings = []
+
+    async def _published(self, batch: Batch) -> Sequence[Outcome]:
+        try:
+            if self._on_loop:
+                published: Any = await self._publisher.publish(batch)  # type: ignore[misc] # a coroutine, as was checked
+            else:
+                published = await asyncio.to_thread(self._publisher.publish, batch)
+        except Exception as error:
+            log.warning("publishing %d messages failed", len(batch.messages), exc_info=True)
+            return [Failed(described(error)) for _ in batch.messages]
+        outcomes: Sequence[Outcome] = list(published)
+        count = len(batch.messages)
+        if len(outcomes) != count:
+            raise ConfigurationError(
+                f"The publisher gave {len(outcomes)} outcomes for {count} messages; it must give one each."
+            )
+        return outcomes
+
+
+class _Sending:
+    """One call of the publisher. left: places of messages whose end the database does not know."""
+
+    task: asyncio.Task[Sequence[Outcome]]
+
+    def __init__(self, messages: Sequence[Message], changed: Callable[[], None]) -> None:
+        self.messages = list(messages)
+        self.left = list(range(len(messages)))
+        self.closed = False
+        self.held = True
+        self.progress = Progress(lambda: changed() if self.closed else None)
+
+    def close(self) -> bool:
+        """Begin no more messages, and go on with those begun; False where the publisher does not say which."""
+        begun = self.progress.under_way
+        if not begun and not self.progress.ended:
+            return False
+        self.closed = True
+        self.held = False
+        for place in begun:
+            self.messages[place] = replace(self.messages[place], parked=True)
+        return True
+
+    def landed(self) -> list[tuple[Message, Outcome]]:
+        """What ended, or was not begun and is not to be."""
+        if self.task.done():
+            outcomes = self.task.result()
+            return [(self.messages[place], self._outcome(place, outcomes)) for place in self.left]
+        begun, ended = self.progress.under_way, self.progress.ended
+        return [(self.messages[place], ended.get(place, UNTRIED)) for place in self.left if place not in begun]
+
+    def _outcome(self, place: int, outcomes: Sequence[Outcome]) -> Outcome:
+        """What is noted of a message stands, whatever became of the call."""
+        return self.progress.ended.get(place, outcomes[place])
+
+    def slow(self) -> list[Message]:
+        """What is being sent still."""
+        begun = () if self.task.done() else self.progress.under_way
+        return [self.messages[place] for place in self.left if place in begun]

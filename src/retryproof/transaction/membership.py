@@ -1,0 +1,198 @@
+"""One relay's time at an outbox: partitions, lease, claims and finishes, all fenced by its own row (T6)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from time import monotonic
+from typing import TypeVar
+from uuid import UUID, uuid4
+
+from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
+from retryproof.core.message import Conclusion, Message
+from retryproof.stores.sql.outbox import Taken
+from retryproof.stores.sql.plan import Plan
+from retryproof.transaction.outbox_database import Database
+from retryproof.transaction.relay_policy import MICROSECONDS, RelayPolicy
+
+T = TypeVar("T")
+SPREAD = 8
+"""Partitions that a full batch comes from at least, where so many have messages: keys are published side by side."""
+
+log = logging.getLogger("retryproof.relay")
+_PLACE = attrgetter("xid", "sequence")
+
+
+class Membership:
+    """One relay's time as a member: from joining to leaving, or to the loss of its lease."""
+
+    def __init__(self, database: Database, policy: RelayPolicy, id: UUID, lease_end: float) -> None:
+        self._database = database
+        self._policy = policy
+        self._id = id
+        self._lease_end = lease_end
+        self._lease = round(policy.lease * MICROSECONDS)
+        self._strict = policy.order == "strict"
+        self._balance_at = 0.0
+        self._floors: dict[int, int] = {}
+        """By partition, in the order in which they are asked."""
+        self._ahead: dict[int, int] = {}
+        """The floors once all of the batch on its way is done."""
+        self._share = max(1, policy.batch // SPREAD)
+        self._suspects = True
+        self.alone = False
+        """Whether the batch on its way is a message that a dead relay left."""
+
+    @classmethod
+    async def join(cls, database: Database, policy: RelayPolicy) -> Membership:
+        """Become a relay; raises ConfigurationError where that would lose the order."""
+        settings = await database.perform(lambda: database.plans.settings(policy.partitions))
+        if settings.partitions != policy.partitions:
+            raise ConfigurationError(
+                f"This relay has partitions={policy.partitions}, and the database {settings.partitions}."
+            )
+        if settings.foreign:
+            raise ConfigurationError(
+                f"The outbox was restored from another PostgreSQL cluster: {settings.foreign}. Messages may have been "
+                "sent already after the backup. Look at them, and run `retryproof outbox adopt` to have them sent."
+            )
+        id, begun = uuid4(), monotonic()
+        lease, strict = round(policy.lease * MICROSECONDS), policy.order == "strict"
+        if not await database.perform(lambda: database.plans.join(id, lease, strict)):
+            raise ConfigurationError(
+                f"Relays of another order than {policy.order!r} are at work on this outbox; stop them first."
+            )
+        return cls(database, policy, id, begun + policy.lease)
+
+    def live(self) -> bool:
+        """Whether the lease is certain to last still."""
+        return monotonic() < self._lease_end
+
+    async def keep(self) -> None:
+        """Renew the lease until cancelled, or until it is lost."""
+        while self.live():
+            await asyncio.sleep(self._policy.lease / 3)
+            with contextlib.suppress(StoreUnavailable):
+                if not await self._fenced(lambda: self._database.plans.renew(self._id, self._lease)):
+                    self._lease_end = 0.0
+
+    async def balance(self) -> bool:
+        """From time to time: bury dead relays, take or give up partitions; whether there are others than before."""
+        if monotonic() < self._balance_at and self.live():
+            return False
+        await self._database.perform(self._database.plans.bury)
+        if not await self._fenced(lambda: self._database.plans.renew(self._id, self._lease)):
+            raise self._lost()
+        owned = await self._database.perform(lambda: self._database.plans.balance(self._id, self._strict))
+        if owned is None:
+            raise self._lost()
+        changed = set(owned) != set(self._floors)
+        if changed:
+            log.info("partitions: %d", len(owned))
+            self._floors = dict.fromkeys(owned, 0)
+        self._suspects = True
+        self._balance_at = monotonic() + self.heartbeat * random.uniform(0.8, 1.0)
+        return changed
+
+    @property
+    def heartbeat(self) -> float:
+        """Seconds between two looks at the other relays."""
+        return min(1.0, self._policy.lease / 4)
+
+    async def claim(self, slow: Sequence[Message] = ()) -> Sequence[Message]:
+        """A batch; of one, where that is to be tried alone. slow: what is on its way from earlier batches."""
+        if not self._floors:
+            return []
+        self.alone = self._suspects and not (self.alone or self._strict)
+        taken = await self._claim(slow, alone=self.alone)
+        if self.alone and not taken.messages:
+            self.alone = False
+            taken = await self._claim(slow, alone=False)
+        held = {message.line for message in slow}
+        messages = sorted((message for message in taken.messages if message.line not in held), key=_PLACE)
+        self._ahead = {}
+        if self._strict:
+            self.alone = bool(messages) and messages[0].parked
+            if messages:
+                self._ahead = dict.fromkeys(self._floors, messages[-1].xid)
+        elif not self.alone and len(messages) == len(taken.messages):
+            self._follow(messages, taken.fence)
+        return messages
+
+    async def _claim(self, slow: Sequence[Message], *, alone: bool) -> Taken:
+        floors, share, batch = self._floors, min(self._share, self._policy.batch), self._policy.batch
+        taken = await self._fenced(
+            lambda: self._database.plans.claim(
+                self._id,
+                floors,
+                batch=1 if alone else batch,
+                share=1 if alone else share,
+                lease=self._lease,
+                alone=alone,
+                strict=self._strict,
+                slow=slow,
+            )
+        )
+        if not taken.held:
+            raise self._lost()
+        self._suspects = taken.suspects
+        return taken
+
+    def _follow(self, messages: Sequence[Message], fence: int) -> None:
+        """Where the next claim begins, and how much of each partition it takes."""
+        found: dict[int, int] = {}
+        for message in messages:
+            partition = message.partition
+            found[partition] = found.get(partition, 0) + 1
+            if not message.parked:
+                self._ahead[partition] = message.xid if message.xid < fence else fence
+        if len(messages) >= self._policy.batch:
+            if len(found) < SPREAD < len(self._floors):
+                self._share = max(1, self._policy.batch // SPREAD, self._share // 2)
+        elif found and max(found.values()) >= self._share:
+            self._share = min(self._policy.batch, 2 * self._share)
+        self._rotate(found)
+
+    def _rotate(self, found: dict[int, int]) -> None:
+        """Begin after the last partition that gave something."""
+        order = list(self._floors)
+        last = max((place for place, partition in enumerate(order) if partition in found), default=-1) + 1
+        self._floors = {partition: self._floors[partition] for partition in (*order[last:], *order[:last])}
+
+    async def finish(self, conclusion: Conclusion, *, all_done: bool | None) -> None:
+        """End the batch, or what went on from earlier ones (None); raises LeaseLost where another relay has it."""
+        ahead, self._ahead = self._ahead, {}
+        held = await self._fenced(
+            lambda: self._database.plans.finish(
+                self._id,
+                conclusion,
+                lease=self._lease,
+                strict=self._strict,
+                passing=self._policy.on_failure == "pass",
+            )
+        )
+        if not held:
+            raise self._lost()
+        if all_done:
+            self._floors.update(ahead)
+        elif all_done is not None:
+            self._floors = dict.fromkeys(self._floors, 0)
+
+    async def leave(self) -> None:
+        """Give the partitions back."""
+        await self._database.perform(lambda: self._database.plans.leave(self._id))
+
+    async def _fenced(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan that extends the lease, and count it from before it was sent."""
+        begun = monotonic()
+        result = await self._database.perform(plan)
+        self._lease_end = max(self._lease_end, begun + self._policy.lease) if self._lease_end else 0.0
+        return result
+
+    def _lost(self) -> LeaseLost:
+        self._lease_end = 0.0
+        return LeaseLost("This relay's lease was lost; another one publishes what it had again, with the same ids.")
