@@ -2,4 +2,4 @@
 
 from retryproof.demo.app import create_app
 
-app = create_app("payments.db", keys="sqlite:///payments-keys.db")
+app = create_app("payments.db")

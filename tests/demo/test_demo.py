@@ -99,15 +99,21 @@ def test_json_says_what_the_ledgers_say(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "moment", "booked", "charges"),
-    [(True, "before", 0, 1), (True, "after", 1, 1), (False, "after", 1, 2)],
-    ids=["layered-before", "layered-after", "without-after"],
+    ("idempotent", "moment", "booked", "charges"),
+    [
+        (True, "before", 0, 1),
+        (True, "within", 0, 1),
+        (True, "after", 1, 1),
+        (False, "within", 0, 1),
+        (False, "after", 1, 2),
+    ],
+    ids=["layered-before", "layered-within", "layered-after", "without-within", "without-after"],
 )
 async def test_a_retry_after_a_kill_around_the_charge_doubles_it_only_without_the_layer(
-    tmp_path: Path, *, keys: bool, moment: process.Moment, booked: int, charges: int
+    tmp_path: Path, *, idempotent: bool, moment: process.Moment, booked: int, charges: int
 ) -> None:
     ports: asyncio.Queue[int] = asyncio.Queue()
-    server = process.Server(tmp_path, keys=keys, moved=ports.put_nowait)
+    server = process.Server(tmp_path, idempotent=idempotent, moved=ports.put_nowait)
     living = asyncio.ensure_future(server.live([process.Death(moment, count=1)]))
     try:
         with pytest.raises(httpx.TransportError):
@@ -132,11 +138,11 @@ async def pay(port: int, policy: RetryPolicy) -> httpx.Response:
 async def test_a_server_that_ends_by_itself_ends_the_demo_with_what_it_said(tmp_path: Path) -> None:
     (tmp_path / "payments.db").mkdir()  # where no ledger can be opened
     with pytest.raises(process.ServerFailed, match="unable to open database file"):
-        await run_half(tmp_path, keys=True, charges=1, seconds=10, seed=1, watch=lambda done, kills: None)
+        await run_half(tmp_path, idempotent=True, charges=1, seconds=10, seed=1, watch=lambda done, kills: None)
 
 
 def test_the_servers_end_when_their_input_does(tmp_path: Path) -> None:
-    life = {"database": str(tmp_path / "payments.db"), "keys": None, "dies": "never", "count": 0}
+    life = {"database": str(tmp_path / "payments.db"), "idempotent": False, "dies": "never", "count": 0}
     command = [sys.executable, "-m", "retryproof.demo.server"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as servers:
         assert servers.stdin is not None

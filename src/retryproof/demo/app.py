@@ -2,21 +2,27 @@
 
     uvicorn --factory retryproof.demo.app:create_app
 
-Two lines make it so. The middleware runs a request with an `Idempotency-Key` once and replays its answer. `new_id`
-covers the one case that no layer outside the handler can: a server that dies after the charge is booked and before the
-answer is stored. The next attempt runs the handler again, derives the same id, and the ledger has that row already.
+Two things make it so. The middleware runs a request with an `Idempotency-Key` once and replays its answer. The handler
+works in the operation's transaction (`writing`), which the middleware commits together with the answer: the ledger and
+the records are in one file. So a server that dies at any point has booked the charge and kept its answer, or neither.
+
+The ids of rows are random: what a dead attempt wrote is gone with its transaction, so no later one can meet it. An id
+that every attempt derives alike, `operation.derive("charge")`, is for what no transaction covers, such as the key of a
+call to a card network.
 """
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated
+from urllib.parse import quote
 from uuid import uuid4
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
 
 from retryproof import Policy, current_operation
-from retryproof.demo.ledger import Charge, Ledger, Refund
+from retryproof.demo.ledger import Charge, Database, Ledger, Refund
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 
@@ -35,73 +41,96 @@ class NewRefund(BaseModel):
     amount: int | None = Field(default=None, gt=0)
 
 
-async def ledger_of(request: Request) -> Ledger:
-    """The app's ledger."""
-    ledger: Ledger = request.app.state.ledger
-    return ledger
+async def database_of(request: Request) -> Database:
+    """The app's database."""
+    database: Database = request.app.state.database
+    return database
 
 
-def new_id(name: str) -> str:
-    """An id for a new row: the same on every attempt at an operation, random where there is none."""
-    operation = current_operation(default=None)
-    return str(operation.derive(name) if operation else uuid4())
+async def database_in_turn(request: Request) -> AsyncIterator[Database]:
+    """The app's database, for one request that writes at a time.
+
+    SQLite has one writer. The others wait here, on the event loop: a handler that waits in a thread takes one of those
+    that the writer needs to get to its end.
+    """
+    async with request.app.state.turn:
+        yield request.app.state.database
 
 
-Books = Annotated[Ledger, Depends(ledger_of)]
+Books = Annotated[Database, Depends(database_of)]
+BooksInTurn = Annotated[Database, Depends(database_in_turn)]
 router = APIRouter(prefix="/charges")
 
 
+@contextmanager
+def writing(database: Database) -> Iterator[Ledger]:
+    """The ledger, in a transaction that is committed with the answer; without a key, at the end of the block."""
+    operation = current_operation(default=None)
+    if operation is not None:
+        yield database.ledger(operation.transaction(database.begin()))
+        return
+    with database.begin() as connection:
+        yield database.ledger(connection)
+        connection.commit()
+
+
 @router.post("", status_code=201)
-def create_charge(wanted: NewCharge, ledger: Books) -> Charge:
-    return ledger.add_charge(
-        Charge(id=new_id("charge"), order=wanted.order, customer=wanted.customer, amount=wanted.amount)
-    )
+def create_charge(wanted: NewCharge, books: BooksInTurn) -> Charge:
+    charge = Charge(id=str(uuid4()), order=wanted.order, customer=wanted.customer, amount=wanted.amount)
+    with writing(books) as ledger:
+        return ledger.add_charge(charge)
 
 
 @router.get("")
-def list_charges(ledger: Books) -> list[Charge]:
-    return ledger.charges()
+def list_charges(books: Books) -> list[Charge]:
+    with books.connect() as connection:
+        return books.ledger(connection).charges()
 
 
 @router.get("/{id}")
-def get_charge(id: str, ledger: Books) -> Charge:
-    charge = ledger.charge(id)
+def get_charge(id: str, books: Books) -> Charge:
+    with books.connect() as connection:
+        return found(books.ledger(connection).charge(id))
+
+
+@router.post("/{id}/refund", status_code=201)
+def refund_charge(id: str, wanted: NewRefund, books: BooksInTurn) -> Refund:
+    with writing(books) as ledger:
+        charge = found(ledger.charge(id))
+        refund = Refund(id=str(uuid4()), charge=id, amount=wanted.amount or charge.amount)
+        if not ledger.add_refund(refund):
+            raise HTTPException(422, "more than is left of the charge")
+        return refund
+
+
+def found(charge: Charge | None) -> Charge:
+    """The charge; 404 without one."""
     if charge is None:
         raise HTTPException(404, "no such charge")
     return charge
 
 
-@router.post("/{id}/refund", status_code=201)
-def refund_charge(id: str, wanted: NewRefund, ledger: Books) -> Refund:
-    charge = get_charge(id, ledger)
-    refund = Refund(id=new_id("refund"), charge=id, amount=wanted.amount or charge.amount)
-    booked = ledger.add_refund(refund)
-    if booked is None:
-        raise HTTPException(422, "more than is left of the charge")
-    return booked
-
-
 def create_app(
-    database: str = "payments.db",
+    path: str = "payments.db",
     *,
-    keys: str | None = "sqlite:///payments-keys.db",
+    idempotent: bool = True,
     policy: Policy = Policy(),  # noqa: B008  # frozen
-    open_ledger: Callable[[str], Ledger] = Ledger,
+    open_database: Callable[[str], Database] = Database,
 ) -> FastAPI:
-    """The API over a ledger in the file `database`.
+    """The API over a ledger in the file `path`.
 
-    keys: the store of idempotency keys, by URL; None leaves the layer out, and every retry is a new charge.
+    idempotent: False leaves the layer out, and every retry is a new charge.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.ledger = open_ledger(database)
+        app.state.database = open_database(path)
+        app.state.turn = asyncio.Lock()
         yield
-        app.state.ledger.close()
 
     app = FastAPI(title="Payments", lifespan=lifespan)
     app.include_router(router)
-    if keys is not None:
+    if idempotent:
         # This API knows no users; with authentication before the layer it is scope=by_user.
-        app.add_middleware(IdempotencyMiddleware, store=keys, scope=single_tenant, policy=policy)
+        app.add_middleware(IdempotencyMiddleware, store=f"sqlite:///{quote(path)}", scope=single_tenant, policy=policy)
     return app

@@ -1,7 +1,8 @@
 """The ledger of the payments API: two tables in one SQLite file, which outlives the server."""
 
 import sqlite3
-import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from pydantic import BaseModel
 
@@ -22,7 +23,6 @@ REFUND = """
 INSERT INTO refunds
 SELECT :id, id, :amount FROM charges
 WHERE id = :charge AND amount - (SELECT COALESCE(SUM(amount), 0) FROM refunds WHERE charge = :charge) >= :amount
-ON CONFLICT (id) DO NOTHING
 """
 
 
@@ -45,31 +45,20 @@ class Refund(BaseModel):
 
 
 class Ledger:
-    """Books charges and refunds, each once under its id: an entry that is there stays as it is."""
+    """What is booked, on a connection whose transaction is somebody else's to begin and to end."""
 
-    def __init__(self, path: str) -> None:
-        self._lock = threading.Lock()
-        # Every statement commits by itself.
-        self._connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.executescript(SCHEMA)
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
 
     def add_charge(self, charge: Charge) -> Charge:
-        """Book it, and return what is booked under its id."""
-        with self._lock:
-            self._connection.execute(
-                "INSERT INTO charges VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                (charge.id, charge.order, charge.customer, charge.amount),
-            )
-        (booked,) = self._charges(" WHERE id = ?", charge.id)
-        return booked
+        """Book it."""
+        row = (charge.id, charge.order, charge.customer, charge.amount)
+        self.connection.execute("INSERT INTO charges VALUES (?, ?, ?, ?)", row)
+        return charge
 
-    def add_refund(self, refund: Refund) -> Refund | None:
-        """Book it, and return what is booked under its id; None when that is more than is left of the charge."""
-        with self._lock:
-            self._connection.execute(REFUND, refund.model_dump())
-            row = self._connection.execute("SELECT amount FROM refunds WHERE id = ?", (refund.id,)).fetchone()
-        return Refund(id=refund.id, charge=refund.charge, amount=row[0]) if row else None
+    def add_refund(self, refund: Refund) -> bool:
+        """Book it, unless it is more than is left of the charge; whether it was booked."""
+        return self.connection.execute(REFUND, refund.model_dump()).rowcount == 1
 
     def charge(self, id: str) -> Charge | None:
         """One charge."""
@@ -79,14 +68,44 @@ class Ledger:
         """All charges, the oldest first."""
         return self._charges(" ORDER BY rowid")
 
-    def close(self) -> None:
-        """Close the file."""
-        self._connection.close()
-
     def _charges(self, condition: str, *values: str) -> list[Charge]:
-        with self._lock:
-            rows = self._connection.execute(CHARGES + condition, values).fetchall()
+        rows = self.connection.execute(CHARGES + condition, values).fetchall()
         return [
             Charge(id=id, order=order, customer=customer, amount=amount, refunded=refunded)
             for id, order, customer, amount, refunded in rows
         ]
+
+
+class Database:
+    """The file that ledgers are read from and written to."""
+
+    factory = sqlite3.Connection
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with self.connect() as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(SCHEMA)
+
+    @contextmanager
+    def connect(self) -> Iterator[sqlite3.Connection]:
+        """A connection of one's own, for as long as the block; handed from thread to thread, as web frameworks do.
+
+        What a block leaves open is rolled back at its end.
+        """
+        connection = sqlite3.connect(
+            self._path, timeout=10, isolation_level=None, check_same_thread=False, factory=self.factory
+        )
+        with closing(connection):
+            yield connection
+
+    @contextmanager
+    def begin(self) -> Iterator[sqlite3.Connection]:
+        """The same, with a transaction open that writes."""
+        with self.connect() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+
+    def ledger(self, connection: sqlite3.Connection) -> Ledger:
+        """The ledger on this connection."""
+        return Ledger(connection)

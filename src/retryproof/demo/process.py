@@ -20,13 +20,16 @@ START_TIMEOUT = 30.0
 STOP_TIMEOUT = 10.0
 
 Stream = TypeVar("Stream", asyncio.StreamReader, asyncio.StreamWriter)
-Moment = Literal["after", "before", "any"]
+Moment = Literal["after", "before", "within", "any"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a server's life ends: `before` or `after` its nth charge is booked, or at `any` moment, in seconds."""
+    """How a server's life ends: around its nth charge, or at `any` moment, in seconds.
+
+    `before` it is written, `within` its transaction, or `after` the commit and before the answer.
+    """
 
     moment: Moment
     count: int = 0
@@ -55,12 +58,12 @@ class ServerFailed(RuntimeError):
 class Server:
     """A payments API that dies as planned and is started again each time.
 
-    files: a directory for its ledger and keys. keys: whether the layer is in. moved: told the port of each new life.
+    files: a directory for its ledger. idempotent: whether the layer is in. moved: told the port of each new life.
     """
 
-    def __init__(self, files: Path, *, keys: bool, moved: Callable[[int], None]) -> None:
+    def __init__(self, files: Path, *, idempotent: bool, moved: Callable[[int], None]) -> None:
         self.database = files / "payments.db"
-        self._keys = f"sqlite:///{files / 'keys.db'}" if keys else None
+        self._idempotent = idempotent
         self._log = files / "server.log"
         self._moved = moved
         self.kills: Counter[Moment] = Counter()
@@ -83,7 +86,7 @@ class Server:
         """One life, to its planned end; ServerFailed when it ends otherwise."""
         life = {
             "database": str(self.database),
-            "keys": self._keys,
+            "idempotent": self._idempotent,
             "dies": death.moment if death else "never",
             "count": death.count if death else 0,
         }

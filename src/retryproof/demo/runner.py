@@ -88,21 +88,23 @@ def run_both(
     with progress_bar(console) as progress, ExitStack() as stack:
         directory = files or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retryproof-demo-")))
 
-        def half(keys: bool) -> report.Figures:
-            task = progress.add_task("with Retryproof" if keys else "without Retryproof", total=charges, kills=0)
-            own = directory / ("with" if keys else "without")
+        def half(idempotent: bool) -> report.Figures:
+            task = progress.add_task("with Retryproof" if idempotent else "without Retryproof", total=charges, kills=0)
+            own = directory / ("with" if idempotent else "without")
             own.mkdir(parents=True)
 
             def watch(done: int, kills: int) -> None:
                 progress.update(task, completed=done, kills=kills)
 
-            return asyncio.run(run_half(own, keys=keys, charges=charges, seconds=seconds, seed=seed, watch=watch))
+            return asyncio.run(
+                run_half(own, idempotent=idempotent, charges=charges, seconds=seconds, seed=seed, watch=watch)
+            )
 
-        return half(keys=False), half(keys=True)
+        return half(idempotent=False), half(idempotent=True)
 
 
 async def run_half(
-    files: Path, *, keys: bool, charges: int, seconds: float, seed: int, watch: Callable[[int, int], None]
+    files: Path, *, idempotent: bool, charges: int, seconds: float, seed: int, watch: Callable[[int, int], None]
 ) -> report.Figures:
     """One run from an empty directory to its figures; `watch` is told of clients that are done and of kills."""
     random = Random(seed)
@@ -124,7 +126,7 @@ async def run_half(
             done += 1
             watch(done, server.kills.total())
 
-        server = process.Server(files, keys=keys, moved=moved)
+        server = process.Server(files, idempotent=idempotent, moved=moved)
         living = asyncio.ensure_future(server.live(plan))
         try:
             await first_of(up.wait(), living)

@@ -3,9 +3,9 @@
     python -m retryproof.demo.server
 
 Imports everything once and then forks, since a restart is to take no time: for each line on standard input, a JSON
-object with `database`, `keys`, `dies` and `count`, a child serves the API. On standard output come a line with `pid`
-and `port` once the child listens, and one with `exit` once it has ended. The end of the input ends everything in an
-orderly way, so that a demo which is gone leaves no server behind.
+object with `database`, `idempotent`, `dies` and `count`, a child serves the API. On standard output come a line with
+`pid` and `port` once the child listens, and one with `exit` once it has ended. The end of the input ends everything in
+an orderly way, so that a demo which is gone leaves no server behind.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 from functools import partial
@@ -22,7 +23,7 @@ import uvicorn
 
 from retryproof import Policy
 from retryproof.demo.app import create_app
-from retryproof.demo.ledger import Charge, Ledger
+from retryproof.demo.ledger import Charge, Database, Ledger
 
 LEASE = 2.0
 """Seconds after which a dead server's operations are taken over; short, so that the demo is."""
@@ -30,22 +31,49 @@ PATIENCE = 100
 """Attempts that may die at one operation; this server is killed more often than any bug would."""
 
 
+class DeadlyConnection(sqlite3.Connection):
+    """A connection whose process may be told to kill itself after the next commit, before anybody hears of it."""
+
+    dies = False
+
+    def commit(self) -> None:
+        super().commit()
+        if self.dies:
+            kill_me()
+
+
 class DeadlyLedger(Ledger):
-    """A ledger whose process kills itself at the given charge, `before` or `after` it is booked."""
+    """A ledger whose process kills itself at a charge: `before` it is written, `within` its transaction, or `after`."""
+
+    def __init__(self, connection: DeadlyConnection, dies: str) -> None:
+        super().__init__(connection)
+        self._doomed = connection
+        self._dies = dies
+
+    def add_charge(self, charge: Charge) -> Charge:
+        if self._dies == "before":
+            kill_me()
+        super().add_charge(charge)
+        if self._dies == "within":
+            kill_me()
+        self._doomed.dies = self._dies == "after"
+        return charge
+
+
+class DeadlyDatabase(Database):
+    """A database whose nth transaction, of those that write charges, is its process's last."""
+
+    factory = DeadlyConnection
 
     def __init__(self, path: str, *, dies: str, count: int) -> None:
         super().__init__(path)
         self._dies = dies
         self._left = itertools.count(count, -1)
 
-    def add_charge(self, charge: Charge) -> Charge:
-        last = next(self._left) == 1
-        if last and self._dies == "before":
-            kill_me()
-        booked = super().add_charge(charge)
-        if last and self._dies == "after":
-            kill_me()
-        return booked
+    def ledger(self, connection: sqlite3.Connection) -> Ledger:
+        if isinstance(connection, DeadlyConnection) and connection.in_transaction and next(self._left) == 1:
+            return DeadlyLedger(connection, self._dies)
+        return super().ledger(connection)
 
 
 def kill_me() -> None:
@@ -63,12 +91,12 @@ def serve(life: dict[str, Any]) -> None:
     """Live that life to its end."""
     app = create_app(
         life["database"],
-        keys=life["keys"],
+        idempotent=life["idempotent"],
         policy=Policy(lease=LEASE, max_attempts=PATIENCE),
-        open_ledger=partial(DeadlyLedger, dies=life["dies"], count=life["count"]),
+        open_database=partial(DeadlyDatabase, dies=life["dies"], count=life["count"]),
     )
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         say({"pid": os.getpid(), "port": listener.getsockname()[1]})
         threading.Thread(target=end_with_parent, args=(server,), daemon=True).start()
         server.run(sockets=[listener])
