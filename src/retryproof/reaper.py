@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from retryproof.core.keys import short_digest
-from retryproof.core.record import Record
+from retryproof.core.record import SETTLED_BY_HAND, Record, State
 from retryproof.observe.events import Event, Kind, Listener, tell
 from retryproof.observe.logging import log_event
 from retryproof.stores.base import AsyncStore, Reaped, Store
@@ -75,7 +75,8 @@ async def areap_all(
 
 
 def _add(totals: Totals, reaped: Reaped, events: Sequence[Listener], on_ended: OnEnded) -> Totals:
-    for record in reaped.unsettled:
+    unsettled = [record for record in reaped.unsettled if not _is_settled_by_hand(record)]
+    for record in unsettled:
         event = Event(
             kind=Kind.EVICTED, digest=short_digest(record.id), attempt=record.attempt, trace=record.trace, note=ENDED
         )
@@ -83,7 +84,12 @@ def _add(totals: Totals, reaped: Reaped, events: Sequence[Listener], on_ended: O
         on_ended(record)
     return Totals(
         totals.passes + 1,
-        totals.settled + reaped.settled,
-        totals.unsettled + len(reaped.unsettled),
+        totals.settled + reaped.settled + len(reaped.unsettled) - len(unsettled),
+        totals.unsettled + len(unsettled),
         reaped.more,
     )
+
+
+def _is_settled_by_hand(record: Record) -> bool:
+    """Whether an operator said that it never happened, and nothing was kept beside."""
+    return record.state is State.RELEASED and record.checkpoints.keys() == {SETTLED_BY_HAND}

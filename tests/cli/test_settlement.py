@@ -6,9 +6,10 @@ import os
 import pytest
 
 from retryproof.cli.command import Refused
-from retryproof.cli.settlement import CHECKPOINT, LEASE, Settlement, check_settleable, settle
-from retryproof.core.commands import LOST, Abandoned, Acquired, Claim, Complete, Done, Running
-from retryproof.core.record import Record, State
+from retryproof.cli.settlement import LEASE, UNSETTLED_RETENTION, Settlement, check_settleable, settle
+from retryproof.core.commands import LOST, Abandoned, Acquired, Checkpoint, Claim, Complete, Done, Release, Running
+from retryproof.core.record import SETTLED_BY_HAND, Record, State
+from retryproof.reaper import reap_all
 from retryproof.stores import MemoryStore
 from tests.cli.conftest import FINGERPRINT, claim, found
 
@@ -114,6 +115,40 @@ def test_a_record_that_is_gone_is_not_made_anew(store: MemoryStore, clock: Clock
     assert store.get([record.id]) == [None]
 
 
+def failed(store: MemoryStore, key: str = "k") -> Record:
+    """An attempt kept something, and then failed and said so."""
+    claimed, held = claim(store, key)
+    store.checkpoint([Checkpoint(claimed.id, claimed.nonce, held.token, "charge", b"ch_1")])
+    store.release([Release(claimed.id, claimed.nonce, held.token)])
+    return found(store, claimed.id)
+
+
+def test_o1_what_failed_after_it_had_kept_something_can_be_settled(store: MemoryStore, clock: Clock) -> None:
+    record = failed(store)
+    check_settleable(record)
+    settle(store, record, DONE_WITH, ENTRY)
+    assert (found(store, record.id).state, found(store, record.id).result) == (State.COMPLETED, b"result")
+
+
+def test_i3_what_failed_and_went_on_meanwhile_is_not_settled(store: MemoryStore, clock: Clock) -> None:
+    record = failed(store)
+    retry = again(record)
+    (held,) = store.claim([retry])
+    assert isinstance(held, Acquired)
+    store.checkpoint([Checkpoint(record.id, retry.nonce, held.token, "receipt", b"re_1")])
+    store.release([Release(record.id, retry.nonce, held.token)])
+    with pytest.raises(Refused, match="changed while you decided"):
+        settle(store, record, DONE_WITH, ENTRY)
+
+
+def test_c12_the_end_of_what_an_operator_released_is_no_unknown_outcome(store: MemoryStore, clock: Clock) -> None:
+    settle(store, died(store, clock), NEVER, ENTRY)
+    settle(store, failed(store, "k2"), NEVER, ENTRY)
+    clock.forward(UNSETTLED_RETENTION + 1)
+    totals = reap_all(store, events=[])
+    assert (totals.settled, totals.unsettled) == (1, 1), "what was kept beside the operator's word is still told"
+
+
 def test_c2_the_dead_attempts_late_result_is_fenced_off(store: MemoryStore, clock: Clock) -> None:
     claimed, held = claim(store, lease=10.0)
     clock.forward(11.0)
@@ -137,7 +172,7 @@ def test_o1_a_released_record_says_who_released_it(store: MemoryStore, clock: Cl
 
     released = found(store, record.id)
     assert released.state is State.RELEASED
-    assert json.loads(released.checkpoints[CHECKPOINT]) == ENTRY
+    assert json.loads(released.checkpoints[SETTLED_BY_HAND]) == ENTRY
 
 
 def test_c15_a_settlement_that_dies_half_way_counts_as_no_death(

@@ -154,6 +154,31 @@ async def test_what_raises_is_released_and_tried_again_later(shop: Shop) -> None
     assert shop.database.charges() == [1, 101]
 
 
+async def test_t3_what_failed_goes_on_from_its_recovery_point_however_late_it_is_asked_for(shop: Shop) -> None:
+    """Past its retention, and no completer ran: part of the effect is there, so that it never starts anew (I7, C12)."""
+    shop.failure = ValueError()
+    with pytest.raises(ValueError):
+        await shop.order.run("k", Order(1), scope=("acme", "ann"))
+    shop.failure = None
+    shop.database.execute("UPDATE retryproof_operations SET expires_at = 0")
+    outcome = await shop.order.run("k", Order(1), scope=("acme", "ann"))
+    assert (outcome.replayed, outcome.attempt) == (False, 1)
+    assert shop.database.charges() == [1, 101]
+    assert len(set(shop.calls)) == 1, "the foreign call has the same key"
+    assert await shop.completer.entries() == []
+
+
+async def test_t3_a_completer_that_comes_late_goes_on_with_what_failed(shop: Shop) -> None:
+    shop.failure = ValueError()
+    with pytest.raises(ValueError):
+        await shop.order.run("k", Order(1), scope=("acme", "ann"))
+    shop.failure = None
+    shop.database.execute("UPDATE retryproof_operations SET expires_at = 0")
+    shop.due()
+    assert (await shop.completer.run_once()).completed == 1
+    assert shop.database.charges() == [1, 101]
+
+
 async def test_an_unknown_function_is_recorded_and_left(shop: Shop) -> None:
     await shop.abandon()
     del shop.phased.functions["order"]

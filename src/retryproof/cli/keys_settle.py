@@ -41,7 +41,7 @@ AUDIT_FAILED = "It is settled, but the end of it could not be added to the audit
 def settle(output: Output, **options: Any) -> None:
     """Settle an operation whose attempt died: with a result, as done without one, or as never happened.
 
-    Find out first, where the effect would be. Refused unless the operation is in progress without a live lease. The
+    Find out first, where the effect would be. Refused where the operation is settled, or its lease is live. The
     decision is written to the audit, and synced, before the record is changed.
     """
     settlement = _settlement(options)

@@ -10,8 +10,8 @@ from retryproof.cli import exits
 from retryproof.cli.command import json_option, opened
 from retryproof.cli.find import find, lookup_options, sought
 from retryproof.cli.output import Output, add_row, duration, table
-from retryproof.cli.settlement import CHECKPOINT
 from retryproof.cli.shown import as_document, pretty, result_of
+from retryproof.core.record import SETTLED_BY_HAND
 
 
 @click.command(epilog=exits.HELP)
@@ -25,8 +25,8 @@ def show(result: bool, output: Output, **options: Any) -> None:
         record = find(store, wanted)
     document = {**as_document(record), "checkpoints": sorted(record.checkpoints)}
     document["result_bytes"] = None if record.result is None else len(record.result)
-    if CHECKPOINT in record.checkpoints:
-        document["settled"] = record.checkpoints[CHECKPOINT].decode(errors="replace")
+    if SETTLED_BY_HAND in record.checkpoints:
+        document["settled"] = record.checkpoints[SETTLED_BY_HAND].decode(errors="replace")
     if result:
         document["result"] = result_of(record)
     rows = table("", "")

@@ -1,4 +1,4 @@
-"""Settling an abandoned operation by hand, under the protocol's own fence.
+"""Settling an operation by hand that died or failed half-way, under the protocol's own fence.
 
 The operator's claim takes the record over like any attempt does: it waits for no lease, it loses against a live one,
 and every earlier holder that wakes up is fenced off. Only then is the record completed or released.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from retryproof.cli.command import Refused
 from retryproof.cli.find import named
 from retryproof.cli.output import duration
-from retryproof.cli.shown import abandoned, state_of
+from retryproof.cli.shown import state_of
 from retryproof.core.commands import Acquired, Checkpoint, Claim, Complete, Done, Release, Running
 from retryproof.core.errors import StoreUnavailable
-from retryproof.core.record import MICROSECONDS, Record
+from retryproof.core.record import MICROSECONDS, SETTLED_BY_HAND, Record, State
 from retryproof.stores import Store
 
 LEASE = 15.0
@@ -26,8 +26,6 @@ LEASE = 15.0
 UNSETTLED_RETENTION = 2_592_000.0
 """Should this process die in between, the record is as abandoned as before, for another 30 days."""
 ANY_NUMBER = 1_000_000
-CHECKPOINT = "retryproof.settled"
-"""Under this name a released record keeps who released it, for `keys show`."""
 CHANGED = "it changed while you decided: look at it again (`keys show`), and decide again"
 
 
@@ -43,7 +41,7 @@ def check_settleable(record: Record) -> None:
     """Refuse what is settled, and what is held."""
     if record.settled:
         raise Refused(f"{named(record)} is {state_of(record)} already; a settled record never changes.")
-    if not abandoned(record):
+    if record.live(record.read_at):
         left = (record.lease_until - record.read_at) / MICROSECONDS
         raise Refused(
             f"{named(record)} is running: its lease is live for another {duration(left)}. A live operation is never "
@@ -69,7 +67,7 @@ def settle(store: Store, record: Record, settlement: Settlement, entry: dict[str
         _must(store.complete([Complete(claim.id, claim.nonce, held.token, settlement.result)]))
         return
     note = json.dumps(entry).encode()
-    _must(store.checkpoint([Checkpoint(claim.id, claim.nonce, held.token, CHECKPOINT, note)]))
+    _must(store.checkpoint([Checkpoint(claim.id, claim.nonce, held.token, SETTLED_BY_HAND, note)]))
     _must(store.release([Release(claim.id, claim.nonce, held.token)]))
 
 
@@ -83,7 +81,7 @@ def _take_over(store: Store, record: Record, claim: Claim) -> Acquired:
             _must(store.release([Release(claim.id, claim.nonce, reply.token)]))
             store.evict([claim.id])
             raise Refused(f"{named(record)} is gone: evicted, or past its retention.")
-        case Acquired() if (reply.birth, reply.attempt) != (record.birth, record.attempt + 1):
+        case Acquired() if (reply.birth, reply.attempt, reply.checkpoints) != _expected(record):
             raise Refused(f"{named(record)}: {CHANGED}; until then it is held for {LEASE:g} s.")
         case Acquired():
             return reply
@@ -91,6 +89,11 @@ def _take_over(store: Store, record: Record, claim: Claim) -> Acquired:
             raise Refused(f"{named(record)} was taken up by a retry just now (lease live for {duration(left)}).")
         case _:
             raise Refused(f"{named(record)}: {CHANGED}.")
+
+
+def _expected(record: Record) -> tuple[bytes, int, Mapping[str, bytes]]:
+    """Birth, attempt and what was kept, as the operator's claim is to find them where nothing has changed."""
+    return record.birth, record.attempt + (record.state is State.IN_PROGRESS), record.checkpoints
 
 
 def _must(replies: Sequence[object]) -> None:

@@ -8,8 +8,9 @@
     completed, or a tombstone                 Finished                              Mismatch
 
 `decide` is that table. Stores written in Python call it; those that decide in a script or in SQL mirror it, and one
-model-based test holds them all to it. A released record keeps its row, so that its token never comes back; it counts
-as settled, since its attempt said that it had no effect.
+model-based test holds them all to it. A released record keeps its row, so that its token never comes back. It counts
+as settled, since its attempt said that it had no effect; unless it kept something, a step's result or a recovery point:
+then part of the effect is there, and to forget it would be to have it again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from retryproof.core.commands import (
 )
 
 MICROSECONDS = 1_000_000
+SETTLED_BY_HAND = "retryproof.settled"
+"""Under this name a record that an operator released keeps who did, and why."""
 
 
 class State(IntEnum):
@@ -53,7 +56,7 @@ class State(IntEnum):
 class Record:
     """Times are microseconds of the store's clock since the epoch.
 
-    expires_at: the end of retention once settled or released, of unsettled retention while in progress.
+    expires_at: the end of retention once settled, of unsettled retention until then.
     deaths: attempts that died alone; `counts` says whether the death of the present one would (C15).
     read_at: the store's time when it was read.
     """
@@ -79,7 +82,9 @@ class Record:
 
     @property
     def settled(self) -> bool:
-        """Whether its outcome is known: completed, tombstone or released."""
+        """Whether its outcome is known: completed, tombstone, or released with nothing kept."""
+        if self.state is State.RELEASED:
+            return not self.checkpoints
         return self.state is not State.IN_PROGRESS
 
     def expired(self, now: int) -> bool:
@@ -172,17 +177,18 @@ def settle(record: Record | None, command: Complete | Release, now: int) -> tupl
     """
     if record is None or (record.nonce, record.token) != (command.nonce, command.token):
         return None, LOST
-    if record.settled:
+    if record.state is not State.IN_PROGRESS:
         # A repeat of the command that settled it, or a late command of an attempt that settled otherwise.
         same = isinstance(command, Release) == (record.state is State.RELEASED)
         return None, DONE if same else LOST
+    kept = record.checkpoints if isinstance(command, Release) else NOTHING
     settled = replace(
         record,
         state=_state_after(command),
         result=command.result if isinstance(command, Complete) else None,
-        expires_at=now + microseconds(record.retention),
+        expires_at=record.expires_at if kept else now + microseconds(record.retention),
         lease_until=now,
-        checkpoints=record.checkpoints if isinstance(command, Release) else NOTHING,
+        checkpoints=kept,
     )
     return settled, DONE
 

@@ -106,15 +106,15 @@ class Store(Protocol):
     ) -> Sequence[Record]:
         """A page of unexpired records in the order of their ids, from behind `after`; for operators, not for speed.
 
-        An empty page is the end. Results and checkpoints may be left out.
+        An empty page is the end. Results may be left out.
         """
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         """Forget each record, unless its lease is live; whether it is gone."""
 
     def reap(self, limit: int = 1_000) -> Reaped:
-        """Remove at most `limit` records whose time is over: settled or released past their retention, and in progress,
-        with no live lease, past their unsettled retention. Never blocks claims; any number of processes may do it."""
+        """Remove at most `limit` records whose time is over: settled and past their retention, or with no outcome, no
+        live lease, and past their unsettled retention. Never blocks claims; any number of processes may do it."""
 
     def close(self) -> None:
         """Let go of connections that the store made. Called once; not after a fork."""

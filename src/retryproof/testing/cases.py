@@ -223,6 +223,32 @@ async def c12_an_unsettled_record_is_never_fresh(bench: Bench) -> None:
     assert (second.attempt, second.birth) == (2, first.birth)
 
 
+@case
+async def c12_what_was_released_with_something_kept_is_never_fresh(bench: Bench) -> None:
+    claim = new_claim(retention=SHORT, unsettled_retention=SHORT, tenant=bytes(16), trace="first")
+    first = await bench.held(claim)
+    await bench.fenced(checkpoint(claim, first))
+    assert await bench.fenced(release(claim, first)) == DONE
+    await bench.wait_past(claim.id, lambda record: record.expires_at)
+    assert claim.id in {record.id for record in await _scan_all(bench, prefix=claim.id[:8])}
+    assert await bench.claim(other_input(claim)) == Mismatch(claim.fingerprint)
+    second = await bench.held(again(claim))
+    assert (second.attempt, second.birth, second.first_seen) == (1, first.birth, first.first_seen)
+    assert dict(second.checkpoints) == {"step": b"value"}
+
+
+@case
+async def c12_what_was_released_with_something_kept_is_kept_as_long_as_what_died(bench: Bench) -> None:
+    claim = new_claim(retention=SHORT, unsettled_retention=2 * LONG)
+    first = await bench.held(claim)
+    before = await bench.record(claim.id)
+    await bench.fenced(checkpoint(claim, first))
+    assert await bench.fenced(release(claim, first)) == DONE
+    assert (await bench.record(claim.id)).expires_at == before.expires_at
+    await bench.reap()
+    assert dict((await bench.record(claim.id)).checkpoints) == {"step": b"value"}
+
+
 # The claim's table: settled
 
 
@@ -335,7 +361,8 @@ async def settled_and_past_retention_is_fresh_even_for_other_input(bench: Bench)
         for next_claim in (again, other_input):
             claim = new_claim(retention=SHORT, tenant=bytes(16), trace="first")
             first = await bench.held(claim)
-            await bench.fenced(checkpoint(claim, first))
+            if settle is not release:  # what was released with something kept is not settled
+                await bench.fenced(checkpoint(claim, first))
             assert await bench.one(settle(claim, first)) == DONE
             await bench.wait_gone(claim.id)
             later = next_claim(claim, tenant=b"\1" * 16, trace="second")
@@ -747,6 +774,19 @@ async def c12_the_end_of_an_unsettled_record_is_reported(bench: Bench) -> None:
     assert (record.state, record.fingerprint, record.nonce) == (State.IN_PROGRESS, dead.fingerprint, dead.nonce)
     assert (record.tenant, record.trace) == (dead.tenant, "first")
     assert await bench.get(dead.id) is None
+
+
+@case
+async def c12_the_end_of_what_was_released_with_something_kept_is_reported(bench: Bench) -> None:
+    claim = new_claim(unsettled_retention=SHORT)
+    acquired = await bench.held(claim)
+    await bench.fenced(checkpoint(claim, acquired))
+    await bench.fenced(release(claim, acquired))
+    await bench.wait_past(claim.id, lambda record: record.expires_at)
+    ended = {record.id: record for record in (await bench.reap()).unsettled}
+    assert claim.id in ended
+    assert (ended[claim.id].state, dict(ended[claim.id].checkpoints)) == (State.RELEASED, {"step": b"value"})
+    assert await bench.get(claim.id) is None
 
 
 @case

@@ -276,7 +276,7 @@ def scan_plan(
     limit: int = 100,
     table: str = TABLE,
 ) -> Plan[Sequence[Record]]:
-    """A page of unexpired records, without results and checkpoints."""
+    """A page of unexpired records, without results."""
     parameters = [prefix, _behind(prefix), after, None if state is None else int(state), limit]
     by_tenant = bool(tenant)  # an empty one names the records without a tenant, which the index leaves out
     if tenant is not None:

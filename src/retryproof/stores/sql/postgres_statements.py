@@ -35,7 +35,7 @@ seen AS MATERIALIZED (
         r.fingerprint AS seen_fingerprint,
         CASE
             WHEN r.token IS NULL THEN 1
-            WHEN r.state <> 1 AND clock.now >= r.expires_at THEN 2
+            WHEN {settled} AND clock.now >= r.expires_at THEN 2
             WHEN r.fingerprint <> asked.fingerprint THEN 8
             WHEN r.state >= 3 THEN 7
             WHEN r.state = 2 AND r.nonce <> asked.nonce THEN 3
@@ -155,16 +155,16 @@ SELECT {record}, o.result, o.checkpoints::text, clock.now
 FROM unnest($1::bytea[]) AS asked (id)
 CROSS JOIN clock
 CROSS JOIN LATERAL (SELECT * FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS o
-WHERE NOT (o.state <> 1 AND clock.now >= o.expires_at)
+WHERE NOT ({settled} AND clock.now >= o.expires_at)
 """
 
 _SCAN = """
 WITH clock AS MATERIALIZED ({clock})
-SELECT {record}, NULL::bytea, NULL::text, clock.now
+SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now
 FROM {table} AS o CROSS JOIN clock
 WHERE o.id >= $1 AND ($2::bytea IS NULL OR o.id < $2) AND o.id > $3
     AND ($4::int IS NULL OR o.state = $4)
-    AND NOT (o.state <> 1 AND clock.now >= o.expires_at)
+    AND NOT ({settled} AND clock.now >= o.expires_at)
     {tenant}
 ORDER BY o.id
 LIMIT $5
@@ -207,8 +207,8 @@ gone AS (
 delisted AS (
     DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed AND state IN (1, 2))) RETURNING id
 )
-SELECT {record}, NULL::bytea, CASE o.state WHEN 1 THEN o.checkpoints::text END, clock.now, o.removed,
-    o.state = 1 OR o.id IN (SELECT id FROM delisted)
+SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, o.removed,
+    NOT {settled} OR o.id IN (SELECT id FROM delisted)
 FROM over AS o CROSS JOIN clock
 """
 
@@ -222,10 +222,15 @@ def _asked(columns: dict[str, str], *, one: bool) -> str:
     return f"unnest({arrays}) AS asked ({', '.join(columns)})"
 
 
+def _settled(row: str) -> str:
+    """Whether the outcome of a row's operation is known; as `core.record.Record.settled`."""
+    return f"({row}.state >= 3 OR {row}.state = 2 AND {row}.checkpoints IS NULL)"
+
+
 @cache
 def claim(table: str, *, one: bool = False) -> str:
     """Claim a batch, or one item."""
-    return _CLAIM.format(clock=_CLOCK, table=table, asked=_asked(_CLAIMED, one=one))
+    return _CLAIM.format(clock=_CLOCK, table=table, asked=_asked(_CLAIMED, one=one), settled=_settled("r"))
 
 
 @cache
@@ -251,7 +256,8 @@ def worklist(table: str) -> str:
 @cache
 def release(table: str, *, one: bool = False) -> str:
     """Give a batch back."""
-    changes = "state = 2, result = NULL, expires_at = s.now + o.retention, lease_until = s.now"
+    changes = """state = 2, result = NULL, lease_until = s.now,
+        expires_at = CASE WHEN o.checkpoints IS NULL THEN s.now + o.retention ELSE o.expires_at END"""
     return _fenced(table, changes, {}, one=one)
 
 
@@ -305,7 +311,7 @@ def look(table: str) -> str:
 @cache
 def get(table: str) -> str:
     """Read a batch."""
-    return _GET.format(clock=_CLOCK, table=table, record=RECORD)
+    return _GET.format(clock=_CLOCK, table=table, record=RECORD, settled=_settled("o"))
 
 
 @cache
@@ -314,7 +320,7 @@ def scan(table: str, *, tenant: bool, indexed: bool) -> str:
     condition = "AND o.tenant = $6" if tenant else ""
     if indexed:
         condition += " AND o.tenant <> ''::bytea"  # or the planner would not know that the partial index will do
-    return _SCAN.format(clock=_CLOCK, table=table, record=RECORD, tenant=condition)
+    return _SCAN.format(clock=_CLOCK, table=table, record=RECORD, tenant=condition, settled=_settled("o"))
 
 
 @cache
@@ -329,4 +335,4 @@ def reap(table: str) -> str:
 
     What the completer had not finished ends without an outcome, even where its last attempt said that it failed.
     """
-    return _REAP.format(clock=_CLOCK, table=table, worklist=worklist(table), record=RECORD)
+    return _REAP.format(clock=_CLOCK, table=table, worklist=worklist(table), record=RECORD, settled=_settled("o"))

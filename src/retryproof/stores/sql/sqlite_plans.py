@@ -72,6 +72,7 @@ _SELECT = f"SELECT {COLUMNS} FROM retryproof_operations"
 _INSERT = f"INSERT INTO retryproof_operations ({COLUMNS}) VALUES "
 _REPLACE = f"REPLACE INTO retryproof_operations ({COLUMNS}) VALUES {_PLACES}"
 _CHANGES = Statement("SELECT changes()")
+_UNSETTLED = f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} AND checkpoints IS NOT NULL"
 _OVER = f"expires_at <= ? AND (state <> {State.IN_PROGRESS:d} OR lease_until <= ?)"
 
 
@@ -192,7 +193,7 @@ def scan(
     prefix: bytes, state: State | None, tenant: bytes | None, after: bytes, limit: int, now: int
 ) -> Plan[list[Record]]:
     """A page of unexpired records in the order of their ids."""
-    conditions = ["id > ?", "substr(id, 1, ?) = ?", f"(state = {State.IN_PROGRESS:d} OR expires_at > ?)"]
+    conditions = ["id > ?", "substr(id, 1, ?) = ?", f"({_UNSETTLED} OR expires_at > ?)"]
     parameters: list[Any] = [after, len(prefix), prefix, now]
     if prefix:
         conditions.append("id >= ?")  # where the index starts to read

@@ -1,4 +1,4 @@
--- Reads a batch. ARGV: "all" with results and checkpoints, "heads" without, "over" all of those whose time is over.
+-- Reads a batch. ARGV: "all", "heads" without results, "over" all of those whose time is over.
 -- The reply is the server's time, then for each key its fields and values, nothing where it is absent (or not over),
 -- or an error's text.
 local what = ARGV[1]
@@ -8,6 +8,10 @@ local function heads(key)
   local values = pcall('HMGET', key, unpack(NAMES))
   if values.err or not values[1] then
     return values.err and values or {}
+  end
+  local _, _, _, _, _, steps = match(values[1], HEAD)
+  if steps == '1' then
+    return pcall('HGETALL', key) -- what has steps has no result
   end
   local fields = {}
   for j, name in ipairs(NAMES) do

@@ -1,8 +1,8 @@
 -- A record is one hash, readable with redis-cli: head, fingerprint, nonce, birth (absent while it is the nonce),
 -- tenant, trace, result, and step:<name> for each checkpoint. The head is ten decimal numbers:
 --   state token lease_until expires_at retention steps counts first_seen attempt deaths
--- with times and durations in microseconds; steps says whether there are any. In progress it has no TTL; settled or
--- released it ends by PEXPIREAT. Numbers go through %.0f: Lua would write 1.7e+15.
+-- with times and durations in microseconds; steps says whether there are any. In progress, or released with steps,
+-- it has no TTL; settled it ends by PEXPIREAT. Numbers go through %.0f: Lua would write 1.7e+15.
 local call, pcall, format, match, sub = redis.call, redis.pcall, string.format, string.match, string.sub
 
 local HEAD = '^([1-4]) (%d+) (%d+) (%d+) (%d+) ([01]) ([01]) (%d+) (%d+) (%d+)$'

@@ -28,8 +28,13 @@ return fenced(function(key, at, state, token, rest)
   if state ~= IN_PROGRESS then
     return (state == RELEASED) == (new_state == RELEASED), false
   end
-  local retention, steps, tail = match(rest, '^%d+ %d+ (%d+) ([01])(.+)$')
-  if steps == '1' and new_state ~= RELEASED then
+  local expires_at, retention, steps, tail = match(rest, '^%d+ (%d+) (%d+) ([01])(.+)$')
+  if steps == '1' and new_state == RELEASED then
+    -- Part of the effect is there: as in progress, only a reaper ends it.
+    call('HSET', key, 'head', format('%s %s %.0f %s %s 1%s', RELEASED, token, now, expires_at, retention, tail))
+    return true, true
+  end
+  if steps == '1' then
     forget_steps(key)
     steps = '0'
   end
