@@ -1,6 +1,7 @@
 """Work that commits with the caller's own transaction."""
 
 from retryproof.transaction.completer import Completer
+from retryproof.transaction.dynamodb import Put, aput_once, put_once
 from retryproof.transaction.inbox import Inbox, Received
 from retryproof.transaction.insert_once import Inserted, ainsert_once, insert_once
 from retryproof.transaction.outbox import Outbox
@@ -14,9 +15,12 @@ __all__ = [
     "Inserted",
     "Outbox",
     "Phased",
+    "Put",
     "Received",
     "Relay",
     "RelayPolicy",
     "ainsert_once",
+    "aput_once",
     "insert_once",
+    "put_once",
 ]

@@ -26,7 +26,7 @@ from retryproof.core.errors import ConfigurationError
 NONCE = "retryproof_nonce"
 """The attribute that holds the nonce; it is left out of what is given back."""
 MOST_SCALARS = 100
-"""An expression has 4,096 bytes at most, and each of these takes 33 of them, or 35."""
+"""An expression has 4,096 bytes at most, and each of these takes 30 of them."""
 _NUMBER = Context(prec=38, Emin=-128, Emax=126, traps=[Clamped, Inexact, Overflow, Rounded, Underflow])
 """DynamoDB's numbers: 38 digits, and never another than was given."""
 _SCALARS = ("S", "N", "B")
@@ -66,7 +66,7 @@ def put_once(
     put = _Putting(client, table, item, nonce, attribute)
     try:
         client.put_item(**put.request)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # raised again unless it says that the item is there
         return put.settled(error)
     return put.created()
 
@@ -80,7 +80,7 @@ async def aput_once(
     put = _Putting(client, table, item, nonce, attribute)
     try:
         await client.put_item(**put.request)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # as above
         return put.settled(error)
     return put.created()
 
@@ -89,7 +89,7 @@ class _Putting:
     """One put: what is sent, and what its answer means."""
 
     def __init__(self, client: object, table: str, item: Mapping[str, Any], nonce: UUID | None, attribute: str) -> None:
-        if not isinstance(getattr(getattr(client, "meta", None), "client", client), type(client)):
+        if hasattr(getattr(client, "meta", None), "client"):
             raise ConfigurationError("Pass a client, as boto3.client('dynamodb') gives, not a resource or a table.")
         if attribute in item:
             raise ConfigurationError(f"The item has {attribute!r} of its own; name another attribute=.")
@@ -128,7 +128,7 @@ class _Putting:
                 return Put(mine, _plain(present))
             case "ResourceNotFoundException":
                 raise ConfigurationError(f"There is no table {self._table!r} in this account and region.") from error
-            case "ValidationException" if "size" in said.get("Message", ""):
+            case "ValidationException" if "Item size" in said.get("Message", ""):
                 raise ConfigurationError(
                     "The item is over DynamoDB's limit of 400 KB. Store its large part elsewhere, and put where it is."
                 ) from error
