@@ -3,7 +3,8 @@
 A page's Python blocks are one program: they share a namespace, in order, and lines keep their numbers. An HTML comment
 on the line before a block says what is special about it:
 
-    <!-- test: needs redis -->        the program finds the server's URL in RETRYPROOF_TEST_REDIS_URL; also `postgres`
+    <!-- test: needs redis -->        the program finds the server's URL in RETRYPROOF_TEST_REDIS_URL; also `postgres`,
+                                      `mariadb`, `dynamodb`
     <!-- test: skip why -->           it is not run; the reason is part of the marker
 
 A block whose first line is `# name.py` is also written to that file, beside the program.
@@ -17,7 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SERVERS = {"redis": "RETRYPROOF_TEST_REDIS_URL", "postgres": "RETRYPROOF_TEST_POSTGRES_URL"}
+SERVERS = {
+    "redis": "RETRYPROOF_TEST_REDIS_URL",
+    "postgres": "RETRYPROOF_TEST_POSTGRES_URL",
+    "mariadb": "RETRYPROOF_TEST_MARIADB_URL",
+    "dynamodb": "RETRYPROOF_TEST_DYNAMODB_URL",
+}
 
 _FENCE = re.compile(
     r"(?:^[ ]*<!-- test: (?P<marker>.*?) -->\n)?"
