@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 class Lives:
     """One process after the other, each a fork of one that has imported everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "tests.crash.lives") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.lives"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
         )
         self._heard: queue.Queue[dict[str, Any]] = queue.Queue()
         self._living = False
