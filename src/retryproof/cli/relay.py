@@ -49,6 +49,28 @@ DEFAULTS = RelayPolicy()
     help="Whether a failing message holds later ones of its key back.",
 )
 @click.option("--strict-order", is_flag=True, help="All messages in the order of commits; one relay works at a time.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(0.0, min_open=True),
+    default=DEFAULTS.patience,
+    show_default=True,
+    help="Seconds that slow messages may keep other keys waiting.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.0, min_open=True),
+    default=DEFAULTS.timeout,
+    show_default=True,
+    help="Seconds for one message, where they are sent one by one.",
+)
+@click.option(
+    "--poll",
+    type=click.FloatRange(0.0, min_open=True),
+    default=DEFAULTS.max_poll,
+    show_default=True,
+    help="Longest pause, in seconds, between two looks at an idle outbox.",
+)
+@click.option("--no-listen", is_flag=True, help="Do not try to be woken by notifications (PostgreSQL).")
 @click.option("--partitions", type=click.IntRange(1), default=PARTITIONS, show_default=True)
 @click.option("--public-only", is_flag=True, help="Refuse webhooks at addresses that are not public.")
 @click.option("--once", is_flag=True, help="End when nothing is due, instead of waiting for more.")
@@ -63,6 +85,10 @@ def relay(
     backoff: float,
     on_failure: Literal["block", "pass"],
     strict_order: bool,
+    patience: float,
+    timeout: float,
+    poll: float,
+    no_listen: bool,
     partitions: int,
     public_only: bool,
     once: bool,
@@ -82,6 +108,11 @@ def relay(
         max_backoff=max(DEFAULTS.max_backoff, backoff),
         on_failure=on_failure,
         order="strict" if strict_order else "key",
+        poll=min(DEFAULTS.poll, poll),
+        max_poll=poll,
+        patience=patience,
+        timeout=timeout,
+        listen=not no_listen,
         drain=drain,
         partitions=partitions,
     )

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.sql.outbox import OutboxPlans
-from retryproof.stores.sql.outbox_postgres import PostgresOutbox
+from retryproof.stores.sql.outbox_postgres import CHANNEL, PostgresOutbox
 from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
 from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.postgres_url import parse
@@ -21,13 +21,28 @@ POSTGRES = ("postgresql", "postgres", "postgresql+asyncpg")
 TIMEOUT = 5.0
 
 
+class Listener(Protocol):
+    """Hears notifications over a connection of its own."""
+
+    async def lost(self) -> None:
+        """Wait until the connection is gone."""
+
+    def close(self) -> None:
+        """Cut the connection."""
+
+
 class Database(Protocol):
     """Runs plans, each as one transaction, within a time-out; raises StoreUnavailable."""
 
     plans: OutboxPlans
+    listens: bool
+    """Whether it has notifications at all."""
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan; it may be run again where the connection was dead."""
+
+    async def listen(self, heard: Callable[[str], None]) -> Listener:
+        """Have `heard` called with the payload of each notification; raises StoreUnavailable."""
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -35,6 +50,8 @@ class Database(Protocol):
 
 class PostgresDatabase:
     """PostgreSQL, on asyncpg."""
+
+    listens = True
 
     def __init__(self, url: str, timeout: float) -> None:
         try:
@@ -45,11 +62,18 @@ class PostgresDatabase:
             ) from error
         self.plans: OutboxPlans = PostgresOutbox(parse(url).prefix)
         self._store = module.AsyncpgStore(url, timeout=timeout)
+        self._url, self._timeout = url, timeout
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan."""
         result: T = await self._store.perform(plan)
         return result
+
+    async def listen(self, heard: Callable[[str], None]) -> Listener:
+        """Listen on a connection of its own."""
+        module = importlib.import_module("retryproof.stores.sql.asyncpg_listener")
+        listener: Listener = await module.AsyncpgListener.open(self._url, CHANNEL, heard, self._timeout)
+        return listener
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -59,6 +83,8 @@ class PostgresDatabase:
 class SqliteDatabase:
     """A SQLite file, in a thread of its own."""
 
+    listens = False
+
     def __init__(self, store: SqliteStore) -> None:
         self.plans: OutboxPlans = SqliteOutbox()
         self._store = store
@@ -67,6 +93,10 @@ class SqliteDatabase:
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._store.perform(plan))
+
+    async def listen(self, heard: Callable[[str], None]) -> Listener:
+        """SQLite has no notifications."""
+        raise ConfigurationError("SQLite has no notifications")
 
     async def aclose(self) -> None:
         """Close the file and end the thread."""

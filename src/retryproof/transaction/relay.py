@@ -16,7 +16,7 @@ import inspect
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from math import inf
 from time import monotonic
 from typing import Any, cast
@@ -31,6 +31,7 @@ from retryproof.transaction.flights import Flights
 from retryproof.transaction.membership import Membership
 from retryproof.transaction.outbox_database import Database, open_database
 from retryproof.transaction.relay_policy import RelayPolicy, Totals, conclude
+from retryproof.transaction.wakeups import Wakeups
 
 LONGEST_PAUSE = 5.0
 """Seconds between tries while the database gives no answer."""
@@ -73,15 +74,23 @@ class Relay:
         """
         pause = 0.0
         try:
-            while not self._stopping:
-                pause = await self._next_pause(pause)
-                await self._idle(pause)
+            async with self._listening():
+                while not self._stopping:
+                    pause = await self._next_pause(pause)
+                    await self._idle(pause)
         except asyncio.CancelledError:
             self._stop_at = 0.0  # nothing is waited for
             raise
         finally:
             await self.aclose()
         return self.totals
+
+    def _listening(self) -> AbstractAsyncContextManager[None]:
+        """Being woken by notifications meanwhile, where there are any and it is wanted."""
+        database = self._opened()
+        if not (self.policy.listen and database.listens):
+            return nullcontext()
+        return Wakeups(database, self._woken.set).heard()
 
     async def _next_pause(self, pause: float) -> float:
         """Do one batch; seconds to wait after it."""

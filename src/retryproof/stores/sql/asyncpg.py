@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 
 def from_url(url: str, *, timeout: float = TIMEOUT) -> AsyncpgStore:
@@ -152,7 +152,7 @@ class AsyncpgStore:
             raise StoreUnavailable(f"all connections were in use for {self._timeout:g} s") from error
         try:
             return await self._run(plan, deadline)
-        except _DRIVER_ERRORS as error:
+        except DRIVER_ERRORS as error:
             if _over(deadline):
                 raise timed_out(self._timeout) from error
             raise explain(error, getattr(error, "sqlstate", None)) from error
@@ -164,7 +164,7 @@ class AsyncpgStore:
             async with self._connections.take(deadline) as (connection, used):
                 try:
                     return await aperform(plan(), lambda statement: _execute(connection, statement))
-                except _DRIVER_ERRORS:
+                except DRIVER_ERRORS:
                     dead = connection.is_closed() and not _over(deadline)
                     if not (used and dead):
                         raise
@@ -241,7 +241,7 @@ class _Connections:
         for dsn, until in shares(self._target, asyncio.get_running_loop().time(), deadline):
             try:
                 return await self._connect_to(dsn, until)
-            except (*_DRIVER_ERRORS, StoreUnavailable) as error:
+            except (*DRIVER_ERRORS, StoreUnavailable) as error:
                 failure = error
         raise failure
 
@@ -352,17 +352,18 @@ class _OnOwnLoop:
 async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
     """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
     try:
-        connection = await _connect_to_primary(target)
+        connection = await connect_to_primary(target)
         try:
             async with connection.transaction():
                 return await aperform(plan(), lambda statement: _fetch(connection, statement))
         finally:
             connection.terminate()
-    except _DRIVER_ERRORS as error:
+    except DRIVER_ERRORS as error:
         raise explain(error, getattr(error, "sqlstate", None)) from error
 
 
-async def _connect_to_primary(target: Target) -> asyncpg.Connection[asyncpg.Record]:
+async def connect_to_primary(target: Target) -> asyncpg.Connection[asyncpg.Record]:
+    """A connection with the session's own settings; raises a driver's error or StoreUnavailable."""
     loop = asyncio.get_running_loop()
     failure: Exception = TimeoutError()
     for dsn, until in shares(target, loop.time(), loop.time() + CONNECT_TIMEOUT):
@@ -371,13 +372,14 @@ async def _connect_to_primary(target: Target) -> asyncpg.Connection[asyncpg.Reco
                 dsn,
                 timeout=max(0.0, until - loop.time()),
                 server_settings={"application_name": "retryproof"},
+                statement_cache_size=100 if target.statement_cache else 0,
             )
             try:
                 check_primary(await connection.fetchval("SELECT pg_is_in_recovery()"))
             except BaseException:
                 connection.terminate()
                 raise
-        except (*_DRIVER_ERRORS, StoreUnavailable) as error:
+        except (*DRIVER_ERRORS, StoreUnavailable) as error:
             failure = error
         else:
             return connection
