@@ -161,7 +161,9 @@ def encoded(value: object, path: str) -> dict[str, Any]:
             return {"M": {name: encoded(part, f"{path}.{name}") for name, part in value.items()}}
         case float():
             raise _unfit(path, "is a float, which is not exact; give a Decimal, as Decimal(str(value))")
-    raise _unfit(path, f"is a {type(value).__name__}, which DynamoDB has no type for; give a string or a number")
+    raise _unfit(
+        path, f"is of the type {type(value).__name__}, which DynamoDB does not have; give a string or a number"
+    )
 
 
 def _number(value: int | Decimal, path: str) -> str:
