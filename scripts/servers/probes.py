@@ -96,10 +96,12 @@ def probe_dynamodb(url: str) -> Answer:
         stream.write(f"POST / HTTP/1.1\r\n{lines}\r\n{{}}".encode())
         stream.flush()
         status = stream.readline().decode("latin-1")
-        fields = [line.decode("latin-1").strip() for line in iter(stream.readline, b"\r\n") if line]
-    if " 200 " not in status or not any(field.lower().startswith("x-amzn-requestid") for field in fields):
+        fields = []
+        while (line := stream.readline().strip()) and len(fields) < 100:
+            fields.append(line.decode("latin-1").lower())
+    if " 200 " not in status or not any(field.startswith("x-amzn-requestid") for field in fields):
         raise NoAnswer(f"{parts.hostname}:{parts.port} does not list tables: {status.strip()[:80]!r}")
-    jetty = any(field.lower().startswith("server: jetty") for field in fields)
+    jetty = any(field.startswith("server: jetty") for field in fields)
     return Answer("DynamoDB Local" if jetty else "something that speaks DynamoDB's protocol", "?")
 
 

@@ -162,6 +162,10 @@ def test_an_open_port_that_speaks_another_protocol_does_not_answer(postgres_url:
         SERVICES["redis"].probe(postgres_url.replace("postgresql", "redis"))
     with pytest.raises(NoAnswer):
         SERVICES["postgres"].probe(redis_url.replace("redis", "postgresql"))
+    with pytest.raises(NoAnswer):
+        SERVICES["mariadb"].probe(redis_url.replace("redis", "mysql"))
+    with pytest.raises(NoAnswer):
+        SERVICES["dynamodb"].probe(redis_url.replace("redis", "http"))
 
 
 def test_a_missing_program_is_named_with_what_to_install(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

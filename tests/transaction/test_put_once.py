@@ -15,7 +15,7 @@ import aiobotocore.session
 import boto3
 import pytest
 from botocore.config import Config
-from botocore.exceptions import ConnectionClosedError
+from botocore.exceptions import BotoCoreError, ConnectionClosedError
 
 from retryproof import Idempotency, current_operation, errors
 from retryproof.testing.link import FaultLink
@@ -165,6 +165,32 @@ def test_t8_attempts_that_share_a_nonce_are_all_the_creator(
         put_once(client_of(link.url, ONCE), orders, {"id": "a", "line": 1}, nonce=nonce)
     assert put_once(client, orders, {"id": "a", "line": 1}, nonce=nonce).created is True
     assert put_once(client, orders, {"id": "a", "line": 1}).created is False
+
+
+def test_t8_over_a_bad_link_one_of_twenty_creates_and_knows_it(
+    client: DynamoDBClient, orders: str, link: FaultLink
+) -> None:
+    link.lose_reply(probability=0.3)
+    link.duplicate(probability=0.2)
+    through = client_of(link.url)
+    answers: list[Put] = []
+
+    def create(amount: int) -> None:
+        nonce = uuid4()
+        while True:
+            try:
+                return answers.append(put_once(through, orders, {"id": "a", "line": 1, "amount": amount}, nonce=nonce))
+            except BotoCoreError:  # no answer after four tries
+                pass
+
+    threads = [threading.Thread(target=create, args=(amount,)) for amount in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    (creator,) = [answer for answer in answers if answer.created]
+    assert [answer.item for answer in answers] == [creator.item] * 20
+    assert link.stats["lose_reply"] > 0
 
 
 def test_t8_attempts_of_one_operation_share_the_nonce_that_it_derives(client: DynamoDBClient, orders: str) -> None:
