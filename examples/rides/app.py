@@ -1,8 +1,8 @@
 """Rides: book one, charge a card at Stripe, send a receipt; each once, whatever dies on the way.
 
 retryproof migrate postgresql://localhost/rides
-uvicorn --factory app:from_environment
-retryproof completer postgresql://localhost/rides app:phased_from_environment
+uvicorn app:app
+retryproof completer app:phased
 """
 
 import json

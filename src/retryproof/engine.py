@@ -112,8 +112,14 @@ class Engine:
         tenant: bytes = b"",
         trace: str = "",
         refingerprint: Refingerprint = unknown_algorithm,
+        *,
+        beside: bool = False,
     ) -> Flow:
-        """An attempt at an operation, to be pumped; its end is told by `opened.background.leave()`."""
+        """An attempt at an operation, to be pumped; its end is told by `opened.background.leave()`.
+
+        beside: others that were taken over run side by side with it, so that its death would not count (C15).
+        """
+        alone = opened.background.enter()
         claim = Claim(
             id=id,
             fingerprint=fingerprint,
@@ -125,7 +131,7 @@ class Engine:
             max_attempts=policy.max_attempts,
             tenant=tenant,
             trace=trace if self._traces is None else recorded_trace(self._traces, trace),
-            alone=opened.background.enter(),
+            alone=0 if beside else alone,
         )
         return attempt(claim, policy, clock(), refingerprint)
 
@@ -308,8 +314,9 @@ class AsyncIdempotency(Engine):
         tenant: bytes,
         policy: Policy | None = None,
         codec: Codec | None = None,
+        beside: bool = False,
     ) -> Outcome[Any]:
-        """`run` for a record whose id is known, and its fingerprint as it is stored."""
+        """`run` for a record whose id is known, and its fingerprint as it is stored. beside: as for `flow`."""
         policy, codec = policy or self.policy, codec or self._codec
         opened = self._source.aopened()
         work = _Work(codec, _limit(policy, opened))
@@ -335,7 +342,7 @@ class AsyncIdempotency(Engine):
             return await self.pause(command, policy)
 
         began = clock()
-        flow = self.flow(opened, id, fingerprint, policy, tenant)
+        flow = self.flow(opened, id, fingerprint, policy, tenant, beside=beside)
         try:
             conclusion = await adrive(flow, opened, policy.store_timeout, run_fn, pause)
         finally:

@@ -115,12 +115,14 @@ class Operation:
         fn is given `derive(name)`, to pass as the idempotency key of what it calls: between fn and the keeping of its
         result a crash lets a later attempt run it again. The value goes through the codec (JSON by default).
         Raises ConfigurationError when the name was used before in this attempt, LeaseLost when another attempt took
-        over, StoreUnavailable when the result could not be kept.
+        over, StoreUnavailable when the result could not be kept, or the lease has run out and could not be renewed.
         """
         self._check_step()
         known, value = self._begin_step(name, codec)
         if known:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
+        if clock() >= self._hold.deadline:
+            self._renew(name)
         data = encode_value(codec or _PLAIN, fn(self.derive(name)))
         self._keep(name, data)
         return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
@@ -131,6 +133,8 @@ class Operation:
         known, value = self._begin_step(name, codec)
         if known:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
+        if clock() >= self._hold.deadline:
+            await self._arenew(name)
         data = encode_value(codec or _PLAIN, await fn(self.derive(name)))
         await self._akeep(name, data)
         return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
@@ -242,6 +246,29 @@ class Operation:
 
     async def _akeep(self, name: str, value: bytes) -> None:
         raise NotImplementedError
+
+    def _renew(self, name: str) -> None:
+        """Renew a lease that has run out by our own count, before a step begins (C6)."""
+        sent = clock()
+        self._renewed(name, self._ask(self._hold.renew()), sent)
+
+    async def _arenew(self, name: str) -> None:
+        """The same, awaited."""
+        sent = clock()
+        self._renewed(name, await self._aask(self._hold.renew()), sent)
+
+    def _renewed(self, name: str, reply: Reply, sent: float) -> None:
+        if isinstance(reply, Done):
+            self._hold.renewed(sent)
+            return
+        self._forget_name(name)
+        if isinstance(reply, Lost):
+            self._hold.lose()
+            raise lease_lost(self._hold)
+        raise StoreUnavailable(
+            f"The lease had run out and could not be renewed, so the step {name!r} was not begun.",
+            digest=self.key_digest,
+        ) from getattr(reply, "error", None)
 
     def _begin_step(self, name: str, codec: Codec | None) -> tuple[bool, Any]:
         if self._names is None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation,
 from retryproof.core.record import Record
 from retryproof.reaper import reap_all
 from retryproof.stores import open_store
+from retryproof.stores.sql.worklist import Worklist
 from retryproof.transaction import Completer, Phased
+from retryproof.transaction.completer import Round
 from tests.transaction.support import Database, insert
 
 NOTHING = {True: r"'\x00'", False: "X'00'"}
@@ -41,6 +43,10 @@ class Shop:
     calls: list[str] = field(default_factory=list)
     principals: list[tuple[str, ...]] = field(default_factory=list)
     failure: BaseException | None = None
+    failures: dict[int, BaseException] = field(default_factory=dict)
+    meanwhile: Callable[[], Awaitable[None]] | None = None
+    running: int = 0
+    most: int = 0
 
     def __post_init__(self) -> None:
         @self.phased.function("order")
@@ -51,9 +57,7 @@ class Shop:
                 if phase.pending:
                     await phase.connection.execute(insert(given.number))
                     phase.result = operation.attempt
-            self.calls.append(str(operation.derive("charge")))
-            if self.failure is not None:
-                raise self.failure
+            await self.call(given.number, str(operation.derive("charge")))
             async with operation.phase("confirm") as confirm:
                 if confirm.pending:
                     await confirm.connection.execute(insert(given.number + 100))
@@ -61,6 +65,20 @@ class Shop:
 
         self.order = order
         self.completer = Completer(self.phased)
+
+    async def call(self, number: int, key: str) -> None:
+        """The foreign call."""
+        self.calls.append(key)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            failure = self.failure or self.failures.get(number)
+            if failure is not None:
+                raise failure
+            if self.meanwhile is not None:
+                await self.meanwhile()
+        finally:
+            self.running -= 1
 
     async def abandon(self, key: str = "k", number: int = 1) -> None:
         """An attempt dies between its phases, and its lease is over."""
@@ -257,6 +275,166 @@ async def test_any_number_of_completers_run_each_operation_once(shop: Shop) -> N
     rounds = await asyncio.gather(*(Completer(shop.phased, batch=4).run_once() for _ in range(4)))
     assert sum(found.completed for found in rounds) == 8
     assert sorted(shop.database.charges()) == sorted([*range(1, 9), *range(101, 109)])
+
+
+async def test_one_function_that_is_cancelled_from_inside_ends_no_completer(shop: Shop) -> None:
+    """The client's task of a library it uses, say; the neighbour is completed."""
+    await shop.abandon("k1", 1)
+    await shop.abandon("k2", 2)
+    shop.failures = {1: asyncio.CancelledError()}
+    found = await shop.completer.run_once()
+    assert (found.taken, found.completed, found.failed) == (2, 1, 1)
+    (entry,) = await shop.completer.entries()
+    assert entry.reason == "asyncio.exceptions.CancelledError"
+
+
+async def test_an_error_of_another_operation_inside_of_the_function_drops_nothing(shop: Shop) -> None:
+    """A result that was omitted, of an operation that the function calls."""
+    await shop.abandon()
+    shop.failures = {1: errors.ResultOmitted("of another one", digest="0123456789abcdef")}
+    assert (await shop.completer.run_once()).failed == 1
+    shop.failures = {}
+    shop.due()
+    assert (await shop.completer.run_once()).completed == 1
+    assert shop.database.charges() == [1, 101]
+
+
+async def test_a_completer_that_is_cancelled_is_cancelled(shop: Shop) -> None:
+    await shop.abandon()
+    started = asyncio.Event()
+    shop.meanwhile = lambda: asyncio.wait_for(_never(started), None)
+    task = asyncio.create_task(shop.completer.run_once())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def _never(started: asyncio.Event) -> None:
+    started.set()
+    await asyncio.Event().wait()
+
+
+async def test_a_call_that_hangs_holds_the_others_up_for_max_run_at_most(database: Database) -> None:
+    async with shop_over(database, policy=Policy(lease=0.2, max_run=0.2)) as shop:
+        await shop.abandon()
+        shop.meanwhile = lambda: _never(asyncio.Event())
+        assert (await shop.completer.run_once()).failed == 1
+        (entry,) = await shop.completer.entries()
+        assert entry.reason == "retryproof.transaction.completer.TooLong"
+        shop.meanwhile = None
+        shop.expire()
+        assert (await shop.completer.run_once()).completed == 1
+
+
+async def test_a_worklist_that_fails_meanwhile_leaves_no_operation_unattended(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that was begun has ended when the look has, and what could not be postponed is due after its lease."""
+    await shop.abandon("k1", 1)
+    await shop.abandon("k2", 2)
+    shop.failures = {1: ValueError("no")}
+    going_on = asyncio.Event()
+
+    async def slowly() -> None:
+        await asyncio.wait_for(going_on.wait(), 10)
+
+    def unreachable(*arguments: object) -> Any:
+        going_on.set()
+        raise errors.StoreUnavailable("down")
+
+    shop.meanwhile = slowly
+    monkeypatch.setattr(Worklist, "postpone", unreachable)
+    found = await shop.completer.run_once()
+    assert (found.completed, found.failed) == (1, 1)
+    assert 102 in shop.database.charges()
+
+
+async def test_c15_what_two_attempts_died_at_is_run_when_nothing_else_is(database: Database) -> None:
+    """So that the one that kills its process is found out, and its neighbours are completed."""
+    async with shop_over(database, policy=Policy(max_attempts=2)) as shop:
+        for number in (1, 2, 3):
+            await shop.abandon(f"k{number}", number)
+        shop.failures = dict.fromkeys((1, 2, 3), Crash())  # one dies, and with it all that are beside it
+        with pytest.raises(Crash):
+            await shop.completer.run_once()
+        shop.failures = {2: Crash()}
+        for _ in range(6):
+            shop.expire()
+            shop.most = 0
+            with contextlib.suppress(Crash):
+                await shop.completer.run_once()
+            assert shop.most <= 1
+        assert shop.database.charges() == [1, 2, 3, 101, 103]
+        (entry,) = await shop.completer.entries()
+        assert "died" in (entry.reason or "")
+
+
+async def test_applications_that_share_a_database_leave_each_others_operations_alone(shop: Shop) -> None:
+    other = Phased(shop.engine)
+    await shop.abandon()
+    now = "extract(epoch FROM clock_timestamp())" if shop.database.postgres else "CAST(strftime('%s') AS INTEGER)"
+    shop.database.execute(f"UPDATE retryproof_phased SET due_at = {now} * 1000000")
+    assert await Completer(other).run_once() == Round()
+    assert (await shop.completer.run_once()).completed == 1
+
+
+async def test_an_input_that_cannot_be_stored_is_refused_before_anything_is_claimed(shop: Shop) -> None:
+    @shop.phased.function("loose")
+    async def loose(given: Any) -> None:
+        raise AssertionError("run")
+
+    await shop.order.run("another", Order(1), scope="acme")
+    with pytest.raises(ValueError, match="set"):
+        await loose.run("k", {1, 2}, scope="acme")
+    with pytest.raises(errors.ConfigurationError, match="bytes"):
+        await loose.run("k", "x" * 2_000_000, scope="acme")
+    with shop.database.connect() as connection:
+        assert connection.execute("SELECT count(*) FROM retryproof_operations").fetchone()[0] == 1
+
+
+async def test_an_input_that_cannot_be_sealed_rolls_its_phase_back(shop: Shop) -> None:
+    class Broken:
+        def seal(self, data: bytes, id: bytes) -> bytes:
+            raise RuntimeError("no key")
+
+        open = seal
+
+    shop.phased.sealer = Broken()
+    with pytest.raises(RuntimeError, match="no key"):
+        await shop.order.run("k", Order(1), scope="acme")
+    assert shop.database.charges() == []
+    shop.phased.sealer = None
+    assert (await shop.order.run("k", Order(1), scope="acme")).attempt == 1
+    assert shop.database.charges() == [1, 101]
+
+
+async def test_phases_and_completers_are_refused_where_the_records_are_elsewhere() -> None:
+    async with AsyncIdempotency("memory://") as engine:
+        phased = Phased(engine, connect=lambda: lent(":memory:"))
+
+        @phased.function("one")
+        async def one(given: int) -> None:
+            async with current_operation().phase("one"):
+                raise AssertionError("entered")
+
+        with pytest.raises(errors.ConfigurationError, match="store is memory"):
+            await one.run("k", 1, scope="s")
+        with pytest.raises(errors.ConfigurationError, match="PostgreSQL and SQLite"):
+            await Completer(phased).run_once()
+
+
+async def test_a_database_without_a_worklist_says_what_to_run(postgres: Database) -> None:
+    async with shop_over(postgres) as shop:
+        postgres.execute("ALTER TABLE retryproof_phased RENAME TO elsewhere")
+        try:
+            with pytest.raises(errors.ConfigurationError, match="retryproof migrate"):
+                await shop.order.run("k", Order(1), scope="acme")
+            assert postgres.charges() == []
+            with pytest.raises((errors.ConfigurationError, errors.StoreUnavailable), match="retryproof migrate"):
+                await shop.completer.run_once()
+        finally:
+            postgres.execute("ALTER TABLE elsewhere RENAME TO retryproof_phased")
 
 
 async def test_a_completer_runs_until_it_is_stopped(shop: Shop) -> None:

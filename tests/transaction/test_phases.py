@@ -396,3 +396,47 @@ async def test_a_cancellation_does_not_part_a_phase_from_its_recovery_point(post
         assert postgres.charges() == [1]
         await connection.close()
         await blocker.close()
+
+
+# Steps, between phases
+
+
+async def test_c6_past_its_lease_a_step_renews_before_it_begins(database: Database) -> None:
+    async def charge(key: object) -> int:
+        return 1
+
+    async with AsyncIdempotency(database.store) as engine:
+
+        async def order() -> int:
+            operation = current_operation()
+            operation._hold.deadline = 0.0
+            value = await operation.astep("charge", charge)
+            assert operation._hold.deadline > 0.0
+            return value
+
+        assert (await engine.run("k", order, scope="s")).value == 1
+
+
+@pytest.mark.parametrize("how", ["step", "astep"])
+async def test_c6_a_step_of_a_holder_that_lost_its_lease_is_not_begun(database: Database, how: str) -> None:
+    """It was suspended between its phases, and makes no foreign call when it wakes up."""
+    called: list[object] = []
+
+    async def order() -> None:
+        operation = current_operation()
+        operation._hold.deadline = 0.0
+        abandon(database)
+        async with AsyncIdempotency(database.store) as rival:
+            await rival.run("k", lambda: "the winner's", scope="s")
+        if how == "step":
+            await asyncio.to_thread(operation.step, "charge", called.append)
+        else:
+
+            async def charge(key: object) -> None:
+                called.append(key)
+
+            await operation.astep("charge", charge)
+
+    async with AsyncIdempotency(database.store) as engine:
+        assert (await engine.run("k", order, scope="s")).value == "the winner's"
+    assert called == []

@@ -8,7 +8,9 @@ and is looked at when its lease should be over. Any number may run: rows are tak
 operation from being run twice is its claim, as for any other attempt.
 
 An operation that raises is tried again, later each time, up to an hour; after `give_up_after` it is left to an
-operator, and stays in the list with its reason until its record is settled, evicted or reaped.
+operator, and stays in the list with its reason until its record is settled, evicted or reaped. One that runs past
+`Policy.max_run` is cancelled, so that a call that hangs does not hold the others up for longer. One that two attempts
+died at is run when nothing else is: should it kill this process, its death counts, and nobody else's does (C15).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,10 +34,11 @@ from retryproof.core.errors import (
 )
 from retryproof.core.keys import short_digest
 from retryproof.core.record import MICROSECONDS
+from retryproof.engine import Outcome
 from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.postgres_statements import TABLE
 from retryproof.stores.sql.worklist import Entry, Taken, Worklist
-from retryproof.transaction.phased import Gone, Phased
+from retryproof.transaction.phased import Gone, Phased, PhasedFunction
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
@@ -47,6 +50,9 @@ NEVER = 10 * 365 * 86400.0
 """Seconds that an operation is put off by that was given up; longer than any record lives."""
 SETTLED_BY_HAND = 60.0
 """Seconds between looks at what only an operator can settle, or a completer of a later release run."""
+UNWANTED = 60.0
+"""Seconds past its due time after which an operation is taken whose function is not known here, to say so in the list:
+every completer that knows it has had its turn by then. Several applications may share a database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,10 @@ class Round:
     failed: int = 0
     running: int = 0
     dropped: int = 0
+
+
+class TooLong(Exception):
+    """A function ran past its policy's max_run, and was cancelled."""
 
 
 class Completer:
@@ -81,6 +91,7 @@ class Completer:
         self._poll = poll
         self._give_up_after = give_up_after
         self._stopping: asyncio.Event | None = None
+        self._unknown: set[str] = set()
 
     async def run(self, on_round: Callable[[Round], None] = lambda found: None) -> None:
         """Look, run what is due, and again, until `stop`; then the running operations are finished first.
@@ -107,40 +118,44 @@ class Completer:
             self._stopping.set()
 
     async def run_once(self) -> Round:
-        """One look: take what is due and run it side by side. Raises StoreUnavailable."""
+        """One look: take what is due and run it, side by side but for suspects. Raises StoreUnavailable."""
         worklist, lease = self._worklist(), self._phased.engine.policy.lease
-        taken = await self._perform(lambda: worklist.take(self._batch, lease))
-        ends = await asyncio.gather(*(self._end(worklist, each) for each in taken))
+        functions = sorted(self._phased.functions)
+        taken = await self._perform(lambda: worklist.take(self._batch, lease, functions, UNWANTED))
+        together = [each for each in taken if not each.suspect]
+        ends = await _all(self._end(worklist, each, beside=len(together) > 1) for each in together)
+        ends += [await self._end(worklist, each, beside=False) for each in taken if each.suspect]
         return Round(len(taken), *(ends.count(end) for end in ("completed", "failed", "running", "dropped")))
 
-    async def _end(self, worklist: Worklist, taken: Taken) -> str:
+    async def _end(self, worklist: Worklist, taken: Taken, *, beside: bool) -> str:
         entry = taken.entry
         try:
-            end, seconds, reason = await self._run(taken)
+            end, seconds, reason = await self._run(taken, beside)
+            if end == "dropped":
+                await self._perform(lambda: worklist.drop(entry))
+            elif end != "completed":
+                if end == "failed":
+                    seconds = self._before_giving_up(entry, seconds, reason)
+                await self._perform(lambda: worklist.postpone(entry, seconds, reason))
         except StoreUnavailable as error:
             logger.warning("An operation could not be completed now: %s", error)
             return "failed"  # and due again after its lease
-        if end == "dropped":
-            await self._perform(lambda: worklist.drop(entry))
-        elif end != "completed":
-            if end == "failed":
-                seconds = self._before_giving_up(entry, seconds, reason)
-            await self._perform(lambda: worklist.postpone(entry, seconds, reason))
         return end
 
-    async def _run(self, taken: Taken) -> tuple[str, float, str]:
+    async def _run(self, taken: Taken, beside: bool) -> tuple[str, float, str]:
         """How it ended, in how many seconds to look again if so, and why."""
         entry, digest = taken.entry, short_digest(taken.entry.id)
         if not taken.open:
             return "dropped", 0.0, ""
         function = self._phased.functions.get(entry.function)
         if function is None:
-            known = ", ".join(sorted(self._phased.functions)) or "none"
-            logger.error("No phased function %r is registered here (known: %s) [%s]", entry.function, known, digest)
+            self._say_unknown(entry.function)
             return "failed", SETTLED_BY_HAND, f"no function {entry.function!r} is registered"
         try:
-            outcome = await function.complete(entry)
-        except (Gone, ResultOmitted):
+            outcome = await self._complete(function, entry, beside)
+        except (Gone, ResultOmitted) as error:
+            if error.digest != digest:  # of another operation, inside of the function
+                return self._raised(entry, error)
             return "dropped", 0.0, ""
         except InProgress as error:
             return "running", max(error.retry_after or 0.0, 0.1), entry.reason or ""
@@ -154,12 +169,33 @@ class Completer:
         except IdempotencyError as error:
             logger.error("An operation cannot be completed: %s", error)
             return "failed", SETTLED_BY_HAND, error.message
-        except Exception as error:  # whatever the function raises
-            logger.warning(
-                "The phased function %r raised, and is run again [%s]", entry.function, digest, exc_info=True
-            )
-            return "failed", _delay(entry.tries), f"{type(error).__module__}.{type(error).__qualname__}"
+        except (Exception, asyncio.CancelledError) as error:  # whatever the function raises
+            if _is_cancelled():
+                raise
+            return self._raised(entry, error)
         return ("dropped" if outcome.replayed else "completed"), 0.0, ""
+
+    def _raised(self, entry: Entry, error: BaseException) -> tuple[str, float, str]:
+        digest = short_digest(entry.id)
+        logger.warning("The phased function %r raised, and is run again [%s]", entry.function, digest, exc_info=error)
+        return "failed", _delay(entry.tries), f"{type(error).__module__}.{type(error).__qualname__}"
+
+    async def _complete(self, function: PhasedFunction[Any, Any], entry: Entry, beside: bool) -> Outcome[Any]:
+        limit = function.policy.max_run
+        timeout = asyncio.timeout(limit)
+        try:
+            async with timeout:
+                return await function.complete(entry, beside=beside)
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise TooLong(f"It ran for more than {limit:g} s.") from error
+
+    def _say_unknown(self, name: str) -> None:
+        if name not in self._unknown:
+            self._unknown.add(name)
+            known = ", ".join(sorted(self._phased.functions)) or "none"
+            logger.error("No phased function %r is registered here (known: %s).", name, known)
 
     def _before_giving_up(self, entry: Entry, seconds: float, reason: str) -> float:
         # due_at was the database's time of this look, and a lease.
@@ -191,6 +227,21 @@ class Completer:
             result: T = await store.perform(plan)
             return result
         return await asyncio.get_running_loop().run_in_executor(None, store.perform, plan)
+
+
+async def _all(ends: Iterable[Awaitable[str]]) -> list[str]:
+    """What each came to. All have ended before the first that raised raises."""
+    found = await asyncio.gather(*ends, return_exceptions=True)
+    for end in found:
+        if isinstance(end, BaseException):
+            raise end
+    return [end for end in found if isinstance(end, str)]
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled this task; else what it awaited was."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _delay(tries: int) -> float:

@@ -12,7 +12,7 @@
 
 `run` is `AsyncIdempotency.run` with an input. The transaction of the first phase also writes the input, the function's
 name and the scope into the completer's worklist; the completion removes them. A completer (`Completer`, or `retryproof
-completer URL module:phased`) runs what was abandoned or failed on from its last recovery point, and the result that it
+completer module:phased`) runs what was abandoned or failed on from its last recovery point, and the result that it
 stores is the one that the client's retry is given. What fails before its first phase was committed is the client's to
 repeat: it had no local effect.
 
@@ -127,6 +127,11 @@ class PhasedFunction(Generic[I, R]):
         self._input = input_codec or codec_for(hints.get(parameters[0], Any))
         self._codec = codec or codec_for(hints.get("return", Any))
 
+    @property
+    def policy(self) -> Policy:
+        """Its own, or the engine's."""
+        return self._policy or self._phased.engine.policy
+
     async def run(self, key: str, input: I, *, scope: Scope) -> Outcome[R]:
         """Run the function unless the operation is done, or go on from its last recovery point.
 
@@ -144,15 +149,18 @@ class PhasedFunction(Generic[I, R]):
         given = PhasedCall(self._phased, self.name, principal, data, sealed_fingerprint(data), tenant)
         return await self._run(id, given)
 
-    async def complete(self, entry: Entry) -> Outcome[R]:
-        """Run an operation of the worklist on; for completers. Raises Gone where its record is another one now."""
+    async def complete(self, entry: Entry, *, beside: bool = False) -> Outcome[R]:
+        """Run an operation of the worklist on; for completers. Raises Gone where its record is another one now.
+
+        beside: others run side by side with it, so that its death would not count (C15).
+        """
         principal, data = _unpack(self._phased.sealer, entry)
         given = PhasedCall(
             self._phased, self.name, principal, data, entry.fingerprint, entry.tenant, listed=entry.birth
         )
-        return await self._run(entry.id, given)
+        return await self._run(entry.id, given, beside)
 
-    async def _run(self, id: bytes, given: PhasedCall) -> Outcome[R]:
+    async def _run(self, id: bytes, given: PhasedCall, beside: bool = False) -> Outcome[R]:
         async def work() -> R:
             operation = current_operation()
             given.begin(operation._hold)
@@ -168,6 +176,7 @@ class PhasedFunction(Generic[I, R]):
             tenant=given.tenant,
             policy=self._policy,
             codec=self._codec,
+            beside=beside,
         )
 
 

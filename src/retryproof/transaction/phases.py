@@ -185,10 +185,10 @@ class PhaseBlock:
         operation, hold = self._operation, self._operation._hold
         try:
             data = encode_value(self._codec, self.result)
+            entry = None if operation._phased is None else operation._phased.entry(hold)
         except Exception:
             yield from roll_back()
             raise
-        entry = None if operation._phased is None else operation._phased.entry(hold)
         yield from committing(place, hold.checkpoint(self.name, data), entry, broken)
         hold.checkpoints = {**hold.checkpoints, self.name: data}
         if entry is not None:

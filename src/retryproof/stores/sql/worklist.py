@@ -7,6 +7,7 @@ keeps an operation from being run twice is the claim alone, so a row that is tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -46,10 +47,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A row that was taken; `open` says that its record is there and not settled."""
+    """A row that was taken.
+
+    open: its record is there and not settled. suspect: two attempts or more died at it.
+    """
 
     entry: Entry
     open: bool
+    suspect: bool = False
 
 
 class Worklist:
@@ -76,12 +81,17 @@ class Worklist:
         values = (*postgres.checkpoint_values(command), microseconds(lease), *given)
         return DONE if (yield Statement(_checkpoint_and_list(self._table), values)) else LOST
 
-    def take(self, limit: int, hold: float) -> Plan[list[Taken]]:
-        """Take what is due and postpone it by `hold` seconds, passing over what others are taking."""
+    def take(self, limit: int, hold: float, functions: Sequence[str], unwanted: float) -> Plan[list[Taken]]:
+        """Take what is due and postpone it by `hold` seconds, passing over what others are taking.
+
+        functions: whose operations are meant. unwanted: seconds past its due time after which any other is taken too.
+        """
         if self._sqlite:
-            return (yield from _take_sqlite(limit, wall_clock(), microseconds(hold)))
-        rows = yield Statement(_take(self._table), (limit, microseconds(hold)))
-        return [Taken(_entry(row), bool(row[10])) for row in rows]
+            now = wall_clock()
+            return (yield from _take_sqlite(limit, now, microseconds(hold), functions, now - microseconds(unwanted)))
+        values = (limit, microseconds(hold), list(functions), microseconds(unwanted))
+        rows = yield Statement(_take(self._table), values)
+        return [Taken(_entry(row), bool(row[10]), bool(row[11])) for row in rows]
 
     def postpone(self, entry: Entry, seconds: float, reason: str | None) -> Plan[None]:
         """Look at it again in so many seconds."""
@@ -145,7 +155,9 @@ def _take(table: str) -> str:
     return f"""
 WITH clock AS MATERIALIZED (SELECT {_NOW} AS now),
 due AS (
-    SELECT w.id FROM {worklist(table)} AS w WHERE w.due_at <= (SELECT now FROM clock)
+    SELECT w.id FROM {worklist(table)} AS w
+    WHERE w.due_at <= (SELECT now FROM clock)
+        AND (w.function = ANY ($3::text[]) OR w.due_at <= (SELECT now FROM clock) - $4::bigint)
     ORDER BY w.due_at LIMIT $1::bigint
     FOR UPDATE SKIP LOCKED
 ),
@@ -154,9 +166,10 @@ taken AS (
     FROM due, clock WHERE w.id = due.id
     RETURNING w.*
 )
-SELECT {_columns("w")}, coalesce(o.open, false) FROM taken AS w
+SELECT {_columns("w")}, o.open, o.suspect FROM taken AS w
 LEFT JOIN LATERAL (
-    SELECT o.state IN (1, 2) AND o.birth = w.birth AS open FROM {table} AS o WHERE o.id = w.id LIMIT 1
+    SELECT o.state IN (1, 2) AND o.birth = w.birth AS open, o.state = 1 AND o.attempt > 1 AS suspect
+    FROM {table} AS o WHERE o.id = w.id LIMIT 1
 ) AS o ON true
 """
 
@@ -183,14 +196,17 @@ def _list_sqlite(entry: Entry, now: int, lease: int) -> Plan[None]:
     )
 
 
-def _take_sqlite(limit: int, now: int, hold: int) -> Plan[list[Taken]]:
+def _take_sqlite(limit: int, now: int, hold: int, functions: Sequence[str], unwanted: int) -> Plan[list[Taken]]:
     yield Statement(WORKLIST_SCHEMA)
     rows = yield Statement(
-        f"SELECT {_columns('w')}, (SELECT o.state IN ({State.IN_PROGRESS:d}, {State.RELEASED:d}) AND o.birth = w.birth "
-        f"FROM retryproof_operations AS o WHERE o.id = w.id) FROM {WORKLIST} AS w "
-        "WHERE w.due_at <= ? ORDER BY w.due_at LIMIT ?",
-        (now, limit),
+        f"SELECT {_columns('w')}, o.state IN ({State.IN_PROGRESS:d}, {State.RELEASED:d}) AND o.birth = w.birth, "
+        f"o.state = {State.IN_PROGRESS:d} AND o.attempt > 1 "
+        f"FROM {WORKLIST} AS w LEFT JOIN retryproof_operations AS o ON o.id = w.id "
+        f"WHERE w.due_at <= ? AND (w.function IN ({', '.join('?' * len(functions))}) OR w.due_at <= ?) "
+        "ORDER BY w.due_at LIMIT ?",
+        (now, *functions, unwanted, limit),
     )
     moved = [(now + hold, row[0]) for row in rows]
     yield Statement(f"UPDATE {WORKLIST} SET due_at = ?, tries = tries + 1 WHERE id = ?", moved, many=True)
-    return [Taken(replace(_entry(row), tries=row[6] + 1, due_at=now + hold), bool(row[10])) for row in rows]
+    entries = [replace(_entry(row), tries=row[6] + 1, due_at=now + hold) for row in rows]
+    return [Taken(entry, bool(row[10]), bool(row[11])) for entry, row in zip(entries, rows, strict=True)]
