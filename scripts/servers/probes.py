@@ -96,7 +96,7 @@ def probe_dynamodb(url: str) -> Answer:
         stream.write(f"POST / HTTP/1.1\r\n{lines}\r\n{{}}".encode())
         stream.flush()
         status = stream.readline().decode("latin-1")
-        fields = []
+        fields: list[str] = []
         while (line := stream.readline().strip()) and len(fields) < 100:
             fields.append(line.decode("latin-1").lower())
     if " 200 " not in status or not any(field.startswith("x-amzn-requestid") for field in fields):
