@@ -32,6 +32,10 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "The current operation": ("retryproof.operation", ("Operation", "Phase")),
     "Phased operations": ("retryproof.transaction", ("Phased", "Completer")),
+    "Rows whose id the client knows": (
+        "retryproof.transaction",
+        ("insert_once", "ainsert_once", "Inserted", "put_once", "aput_once", "Put"),
+    ),
     "Errors": ("retryproof.errors", ()),
     "The HTTP layer": ("retryproof.http.asgi", ("IdempotencyMiddleware",)),
     "Scopes": ("retryproof.http", ("by_user", "by_header", "single_tenant")),
