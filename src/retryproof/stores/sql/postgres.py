@@ -61,9 +61,10 @@ from retryproof.stores.sql.postgres_statements import TABLE, Case
 CAPABILITIES = Capabilities(name="postgresql", max_batch=256, transactions=True, concurrent=True)
 LOCKED_LEASE = 1.0
 """Seconds that the holder of a locked row is said to run; who waits asks again long before."""
-NAPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3)
+NAPS = (0.0, 0.005, 0.01, 0.02, 0.04)
 """Seconds before each new try at a locked row. A rival batch is gone after its commit, some milliseconds; a caller's
-transaction may stay, and after these 0.6 s its row's item alone is answered with an error."""
+transaction may stay, and after these 75 ms its row's item alone is answered with an error. Others wait for the naps, on
+psycopg those of other kinds as well, so they are short: who sent the item asks again (T2)."""
 REAP_BATCH = 500
 """Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
 
