@@ -60,6 +60,12 @@ class Membership:
                 f"The outbox was restored from another PostgreSQL cluster: {settings.foreign}. Messages may have been "
                 "sent already after the backup. Look at them, and run `retryproof outbox adopt` to have them sent."
             )
+        if settings.unsure:
+            log.warning(
+                "this role may not ask which cluster this is; a backup of another one is noticed only where its "
+                "transaction ids are ahead. To have it noticed: %s",
+                settings.unsure,
+            )
         id, begun = uuid4(), monotonic()
         lease, strict = round(policy.lease * MICROSECONDS), policy.order == "strict"
         if not await database.perform(lambda: database.plans.join(id, lease, strict)):

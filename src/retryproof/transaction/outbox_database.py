@@ -8,17 +8,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from retryproof.core.errors import ConfigurationError
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.stores.sql.outbox import OutboxPlans
 from retryproof.stores.sql.outbox_postgres import CHANNEL, PostgresOutbox
 from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
 from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.postgres_url import parse
 from retryproof.stores.sql.sqlite import SqliteStore, from_url
+from retryproof.transaction.connections import sqlstate_of
 
 T = TypeVar("T")
 POSTGRES = ("postgresql", "postgres", "postgresql+asyncpg")
 TIMEOUT = 5.0
+FORBIDDEN = "42501"  # insufficient_privilege
 
 
 class Listener(Protocol):
@@ -65,8 +67,16 @@ class PostgresDatabase:
         self._url, self._timeout = url, timeout
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
-        """Run a plan."""
-        result: T = await self._store.perform(plan)
+        """Run a plan; raises ConfigurationError where the role lacks a right."""
+        try:
+            result: T = await self._store.perform(plan)
+        except StoreUnavailable as error:
+            if sqlstate_of(error.__cause__) == FORBIDDEN:
+                raise ConfigurationError(
+                    f"This role lacks a right: {error.__cause__}. docs/howto/outbox-and-relay.md has the GRANTs of a "
+                    "relay's role."
+                ) from error
+            raise
         return result
 
     async def listen(self, heard: Callable[[str], None]) -> Listener:

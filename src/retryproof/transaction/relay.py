@@ -220,7 +220,8 @@ class Relay:
     async def _wait(self, seconds: float) -> bool:
         """Wait until woken: by `stop`, by a notification, by what landed."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
         return self._woken.is_set()
 
     async def _moved(self) -> bool:

@@ -45,9 +45,9 @@ class Wakeups:
         try:
             yield
         finally:
-            listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+            while not listening.done():  # again, where connecting took the first one for its own
+                listening.cancel()
+                await asyncio.wait({listening}, timeout=0.1)
 
     async def _keep_listening(self) -> None:
         while True:
@@ -82,7 +82,8 @@ class Wakeups:
         self._probed.clear()
         await self._database.perform(lambda: self._database.plans.notify(self._probe))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._probed.wait(), HEARING)
+            async with asyncio.timeout(HEARING):
+                await self._probed.wait()
         return self._probed.is_set()
 
     def _notified(self, payload: str) -> None:

@@ -35,10 +35,14 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the database says of its outbox. foreign: why its transaction ids are not this server's, or ""."""
+    """What the database says of its outbox.
+
+    foreign: why its transaction ids are not this server's, or "". unsure: why that may have gone unnoticed, or "".
+    """
 
     partitions: int
     foreign: str = ""
+    unsure: str = ""
 
 
 @dataclass(frozen=True, slots=True)

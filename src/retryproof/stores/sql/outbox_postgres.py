@@ -74,14 +74,19 @@ class PostgresOutbox:
 
     def settings(self, partitions: int) -> Plan[Settings]:
         """What the database says, and whether its transaction ids are this server's."""
-        ((partitions, cluster, server, last, following),) = yield self._statement("settings")
-        if cluster is None:
+        ((partitions, cluster, last, following, role, may_ask),) = yield self._statement("settings")
+        server, unsure = None, ""
+        if may_ask:
+            ((server,),) = yield self._statement("server")
+        else:
+            unsure = f"GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system() TO {role}"
+        if server and cluster is None:
             yield self._statement("own", server)
-        elif cluster != server:
+        elif server and cluster != server:
             return Settings(partitions, f"its messages were written on the cluster {cluster}, and this is {server}")
         if last is not None and last >= following:
             return Settings(partitions, f"a message has the transaction id {last}, and this server is at {following}")
-        return Settings(partitions)
+        return Settings(partitions, unsure=unsure)
 
     def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
         """Become a relay."""
@@ -195,7 +200,7 @@ class PostgresOutbox:
         return int(count)
 
     def adopt(self) -> Plan[int]:
-        """Make messages of another cluster this server's own."""
+        """Make messages of another cluster this server's own; the next relay that may ask says which server it is."""
         ((count,),) = yield self._statement("adopt")
         return int(count)
 
@@ -289,8 +294,10 @@ FROM {{settings}}, unnest($2::text[]::uuid[], $3::int[], $4::bytea[], $5::text[]
     $9::text[], $10::text[]) WITH ORDINALITY AS m({_ADD}, place)
 WHERE partitions = $1::int ORDER BY m.place RETURNING 1""",
     "partition_number": "SELECT partitions FROM {settings}",
-    "settings": """SELECT partitions, cluster, (SELECT system_identifier::text FROM pg_control_system()),
-(SELECT max(xid) FROM {outbox}), txid_snapshot_xmax(txid_current_snapshot()) FROM {settings}""",
+    "settings": """SELECT partitions, cluster, (SELECT max(xid) FROM {outbox}),
+txid_snapshot_xmax(txid_current_snapshot()), quote_ident(current_user),
+has_function_privilege('pg_catalog.pg_control_system()', 'EXECUTE') FROM {settings}""",
+    "server": "SELECT system_identifier::text FROM pg_catalog.pg_control_system()",
     "own": "UPDATE {settings} SET cluster = $1::text WHERE cluster IS NULL RETURNING 1",
     "join": f"""INSERT INTO {{relays}} (id, lease_until, strict)
 SELECT $1::uuid, {NOW} + $2::bigint, $3::boolean
@@ -479,7 +486,7 @@ SELECT count(*) FROM dropped""",
 ), purged AS (DELETE FROM {{letters}} l USING old WHERE l.id = old.id RETURNING 1)
 SELECT count(*) FROM purged""",
     "adopt": """WITH owned AS (
-    UPDATE {settings} SET cluster = (SELECT system_identifier::text FROM pg_control_system())
+    UPDATE {settings} SET cluster = NULL
 ), moved AS (UPDATE {outbox} SET xid = 0 RETURNING 1)
 SELECT count(*) FROM moved""",
 }
