@@ -112,7 +112,7 @@ def resolve(name: str, run: RunDirectory) -> Server:
     if found is not None:
         return found
     instance = run.shared(service)
-    return Server(name, instance.url, instance.answer, f"private, {instance.binary}")
+    return Server(name, instance.url, _said(instance), f"private, {instance.binary}")
 
 
 def plan(name: str) -> str:
@@ -165,8 +165,12 @@ def _answering(service: Service) -> Server | None:
             return Server(service.name, standard, answer, "standard port")
     instance = RunDirectory.of_project().running(service)
     if instance is not None:
-        return Server(service.name, instance.url, instance.answer, f"scripts/services up, {instance.binary}")
+        return Server(service.name, instance.url, _said(instance), f"scripts/services up, {instance.binary}")
     return None
+
+
+def _said(instance: Instance) -> Answer:
+    return Answer(instance.answer.product, instance.version)
 
 
 def _named(service: Service, url: str) -> Server:

@@ -1,9 +1,9 @@
 """The caller's own connection: what runs inside the caller's transaction, whatever library opened it.
 
 `adapt` takes a connection of psycopg 3 (sync or async), asyncpg, SQLAlchemy 2 (Connection, Session, AsyncConnection,
-AsyncSession), Django, sqlite3 or aiosqlite, and gives the same few things for each: which dialect it speaks, whether a
-transaction is open on it, and how to execute a statement in it. Nothing here begins, commits or rolls back unless the
-caller asked for that.
+AsyncSession), Django, sqlite3 or aiosqlite, for `insert_once` also one to MariaDB, and gives the same few things for
+each: which dialect it speaks, whether a transaction is open on it, and how to execute a statement in it. Nothing here
+begins, commits or rolls back unless the caller asked for that.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def unknown(connection: Any) -> ConfigurationError:
     return ConfigurationError(
         f"{type(connection).__module__}.{type(connection).__qualname__} is no connection that is known here. Pass one "
         "of psycopg, asyncpg, SQLAlchemy (Connection, Session, AsyncConnection, AsyncSession), Django, sqlite3 or "
-        "aiosqlite; not an engine or a pool."
+        "aiosqlite, for insert_once also PyMySQL, MySQL's own connector or asyncmy; not an engine or a pool."
     )
 
 

@@ -35,6 +35,8 @@ def insert_once(
     table: a name, or a schema and a name with a dot between. key: the columns of a primary key or unique constraint.
     returning: the columns of the row that is given back; those of `values` by default.
     Two rows with one key and other values are not told apart: compare the row that is given back.
+    Refused before anything is written, by ConfigurationError: no open transaction, a failed one, autocommit, a
+    savepoint, a key without a value. Another unique key in the way is the database's own error.
     """
     steps = _steps(connection, table, values, key, returning)
     adapted: Any = adapt(connection)

@@ -1,4 +1,4 @@
-"""SQLAlchemy 2: Connection, Session, AsyncConnection, AsyncSession, over psycopg, asyncpg or SQLite's drivers.
+"""SQLAlchemy 2: Connection, Session, AsyncConnection, AsyncSession, over PostgreSQL's, SQLite's and MariaDB's drivers.
 
 The async ones are the sync ones behind `run_sync`, so there is one adapter. A session is flushed before our statements:
 what is pending belongs to the transaction, and its errors come before the record is touched.
@@ -223,7 +223,7 @@ def _check_driver(bind: Any) -> str:
     if bind.dialect.name not in DIALECTS or driver not in (*_AS_WRITTEN, *_PERCENT):
         raise ConfigurationError(
             f"SQLAlchemy's {bind.dialect.name}+{driver} is not known here; use postgresql+psycopg, postgresql+asyncpg, "
-            "sqlite or sqlite+aiosqlite."
+            "sqlite or sqlite+aiosqlite, for insert_once also mysql+pymysql or mysql+asyncmy."
         )
     return driver
 
