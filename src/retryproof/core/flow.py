@@ -168,13 +168,15 @@ def attempt(
     outcome, now = yield Run(claimed)
     match outcome:
         case Returned(result):
-            return (yield from _complete(claimed, result, policy, now))
+            return (yield from _settle(claimed, claimed.complete(result), policy, now))
         case Committed(result):
             return Completed(claimed, result)
-        case Raised(unknown):
-            return (yield from _fail(claimed, not unknown, policy, now))
-        case Cancelled():
-            return (yield from _fail(claimed, policy.release_on_cancel, policy, now))
+        case Raised(unknown=True):  # the effect may have happened: the record stays as it is
+            return Failed(claimed, released=False)
+        case Cancelled() if not policy.release_on_cancel:
+            return Failed(claimed, released=False)
+        case Raised() | Cancelled():
+            return (yield from _settle(claimed, claimed.release(), policy, now))
         case LeaseLost():
             return (yield from _overtaken(claimed))
         case _:
@@ -224,48 +226,28 @@ def _claim(
                 _unexpected(reply)
 
 
-def _complete(hold: Hold, result: bytes | None, policy: Policy, now: float) -> Flow:
-    """Store the result before anybody sees it (C4); past `complete_timeout` the caller gets it all the same (C10)."""
-    command = hold.complete(result)
-    reply = yield from _settle(hold, command, policy, now)
-    match reply:
-        case Done():
-            return Completed(hold, result)
-        case Lost():
-            return (yield from _overtaken(hold))
-        case _:
-            yield Linger(hold, command)
-            return Completed(hold, result, stored=False)
+def _settle(hold: Hold, command: Complete | Release, policy: Policy, now: float) -> Flow:
+    """Store what the attempt came to before anybody sees it (C4), or give the operation back (C5).
 
-
-def _fail(hold: Hold, release: bool, policy: Policy, now: float) -> Flow:
-    """Give the operation back (C5), unless its effect may have happened: then the record stays as it is."""
-    if not release:
-        return Failed(hold, released=False)
-    command = hold.release()
-    reply = yield from _settle(hold, command, policy, now)
-    match reply:
-        case Done():
-            return Failed(hold, released=True)
-        case Lost():  # what this attempt came to is no answer any more: two callers never see two results (C8)
-            return (yield from _overtaken(hold))
-        case _:
-            yield Linger(hold, command)
-            return Failed(hold, released=False)
-
-
-def _settle(
-    hold: Hold, command: Complete | Release, policy: Policy, now: float
-) -> Generator[Command, tuple[Reply, float], Done | Lost | Unreachable]:
+    Past `complete_timeout` the caller gets it all the same, and the background goes on (C10).
+    """
     began, delay = now, FIRST_BACKOFF
     while True:
         if now < hold.deadline:  # nearly always, and then `fenced` has nothing to add
-            answer, now = yield command
-            reply = _fence_reply(answer)
+            reply, now = yield command
         else:
             reply, now = yield from fenced(hold, command, now)
-        if not isinstance(reply, Unreachable) or now - began + delay > policy.complete_timeout:
-            return reply
+        if isinstance(reply, Done):
+            return Completed(hold, command.result) if isinstance(command, Complete) else Failed(hold, released=True)
+        if isinstance(reply, Lost):  # what this attempt came to is no answer any more: no two results are seen (C8)
+            return (yield from _overtaken(hold))
+        if not isinstance(reply, Unreachable):
+            _unexpected(reply)
+        if now - began + delay > policy.complete_timeout:
+            yield Linger(hold, command)
+            if isinstance(command, Complete):
+                return Completed(hold, command.result, stored=False)
+            return Failed(hold, released=False)
         _, now = yield Pause(delay)
         delay = min(2 * delay, LAST_BACKOFF)
 

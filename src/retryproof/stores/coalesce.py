@@ -39,6 +39,8 @@ from retryproof.stores.base import AsyncStore, HasCommitGroup, Store
 
 IDLE_SECONDS = 10.0
 """A thread with nothing to do for so long ends; the next command starts another."""
+WORTH_SPLITTING = 16
+"""Replies from which on they are handed out in two portions, so that client and server work at the same time."""
 MAX_WAITING = 10_000
 """Commands of a kind that may wait for a slow store; more are refused at once."""
 
@@ -161,8 +163,11 @@ class _Lane:
                 if not self._flying:
                     continue
                 answers = await self._send([waiter.command for waiter in self._flying])
-                for waiter, answer in zip(self._flying, answers, strict=True):
+                turn = len(answers) // 2 if len(answers) >= WORTH_SPLITTING else len(answers)
+                for number, (waiter, answer) in enumerate(zip(self._flying, answers, strict=True), start=1):
                     self._deliver(waiter, as_reply(self._coalescer.name, answer))
+                    if number == turn:  # what these callers ask next is under way while the others still work
+                        await asyncio.sleep(0)
                 self._flying = ()
         finally:
             self._task = None
