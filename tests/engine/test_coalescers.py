@@ -14,9 +14,8 @@ import pytest
 import uvloop
 
 from retryproof.core.commands import Acquired, Claim, Complete, Done, Finished, Mismatch, Running, Unreachable
-from retryproof.stores import coalesce
 from retryproof.stores.base import Capabilities
-from retryproof.stores.coalesce import BridgeCoalescer, TaskCoalescer, ThreadCoalescer
+from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, tasks, threads
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
 
 
@@ -196,7 +195,7 @@ def test_c3_a_thread_that_is_told_it_is_too_late_disowns_its_claim_itself() -> N
 
 
 def test_the_line_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coalesce, "MAX_WAITING", 3)
+    monkeypatch.setattr(threads, "MAX_WAITING", 3)
     gate = Gate()
     queue = Queue(Turnstile(gate))
     first = in_thread(lambda: queue.perform(make_claim("first"), SECONDS))
@@ -343,7 +342,7 @@ def test_c10_a_time_out_is_not_early_on_uvloop() -> None:
 
 
 async def test_the_twins_of_one_key_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coalesce, "MAX_WAITING", 10)
+    monkeypatch.setattr(tasks, "MAX_WAITING", 10)
     store = OnLoop()
     held, lanes = Held(store), Lanes(store)
     first = lanes.perform(make_claim("first"), SECONDS)
@@ -380,11 +379,11 @@ async def test_the_bridge_answers_a_batch_as_soon_as_it_is_done() -> None:
     gate = Gate()
     store = Turnstile(gate)
     store.capabilities = in_batches_of(store, 2)
-    bridge = BridgeCoalescer(ThreadCoalescer(store, lambda claim: None), lambda claim: None)
-    first = asyncio.ensure_future(bridge.perform(make_claim("first"), SECONDS))
+    bridge = Bridge(ThreadCoalescer(store, lambda claim: None), lambda claim: None)
+    end = bridge.end()
+    first = end.perform(make_claim("first"), SECONDS)
     await asyncio.to_thread(gate.entered.acquire)
-    rest = [asyncio.ensure_future(bridge.perform(make_claim(f"{n}"), SECONDS)) for n in range(4)]
-    await settle_down()
+    rest = [end.perform(make_claim(f"{n}"), SECONDS) for n in range(4)]
     gate.leave.release(2)  # the first batch, and one of two more
     replies = [await first, await rest[0], await rest[1]]
     assert [type(reply) for reply in replies] == [Acquired] * 3
@@ -394,22 +393,48 @@ async def test_the_bridge_answers_a_batch_as_soon_as_it_is_done() -> None:
     await asyncio.to_thread(bridge.close)
 
 
-async def test_c3_a_reply_that_meets_a_cancellation_makes_an_orphan_on_the_bridge() -> None:
+async def test_c3_a_claim_whose_caller_leaves_on_the_bridge_is_an_orphan_or_never_sent() -> None:
     orphans: list[Claim] = []
-    bridge = BridgeCoalescer(ThreadCoalescer(Turnstile(), orphans.append), orphans.append)
-    claim = make_claim()
-    asking = asyncio.ensure_future(bridge.perform(claim, SECONDS))
-    # The answer is set in one round of the loop, and the task that waits for it is woken in the next.
-    original = bridge._set_results
-
-    def set_results_and_cancel(answers: Any) -> None:
-        original(answers)
-        asking.cancel()
-
-    bridge._set_results = set_results_and_cancel  # type: ignore[method-assign]  # to cancel in that very moment
-    with pytest.raises(asyncio.CancelledError):
-        await asking
+    gate = Gate()
+    bridge = Bridge(ThreadCoalescer(Turnstile(gate), orphans.append), orphans.append)
+    end = bridge.end()
+    flying, waiting = make_claim("flying"), make_claim("waiting")
+    sent = end.perform(flying, SECONDS)
+    await asyncio.to_thread(gate.entered.acquire)
+    unsent = end.perform(waiting, SECONDS)
+    sent.cancel()
+    unsent.cancel()
+    gate.leave.release(2)
     await asyncio.to_thread(bridge.close)
+    await settle_down()
+    assert orphans == [flying]
+
+
+async def test_c10_a_command_that_waits_too_long_on_the_bridge_is_told_so() -> None:
+    gate = Gate()
+    bridge = Bridge(ThreadCoalescer(Turnstile(gate), lambda claim: None), lambda claim: None)
+    end = bridge.end()
+    late, patient = end.perform(make_claim("late"), 0.05), end.perform(make_claim("patient"), SECONDS)
+    assert isinstance(await late, Unreachable)
+    assert not patient.done()
+    gate.leave.release(2)
+    assert isinstance(await patient, Acquired)
+    await asyncio.to_thread(bridge.close)
+
+
+def test_the_replies_for_a_loop_that_is_closed_are_undone() -> None:
+    orphans: list[Claim] = []
+    gate = Gate()
+    bridge = Bridge(ThreadCoalescer(Turnstile(gate), orphans.append), orphans.append)
+    claim = make_claim()
+
+    async def ask_and_leave() -> None:
+        bridge.end().perform(claim, SECONDS)
+        await asyncio.to_thread(gate.entered.acquire)
+
+    asyncio.run(ask_and_leave())
+    gate.leave.release()
+    bridge.close()
     assert orphans == [claim]
 
 

@@ -104,7 +104,7 @@ def microseconds(seconds: float) -> int:
 def decide(record: Record | None, claim: Claim, now: int) -> tuple[Record | None, ClaimReply]:
     """What a claim finds at the store's time `now`: the record to write (None: nothing changes) and the reply."""
     if record is None or record.expired(now):
-        return _take(_born(claim, now, record.token if record else 0), claim, now)
+        return _born(claim, now, record.token if record else 0)
     if record.fingerprint != claim.fingerprint:
         return None, Mismatch(record.fingerprint)
     match record.state:
@@ -131,8 +131,10 @@ def _decide_in_progress(record: Record, claim: Claim, now: int) -> tuple[Record 
     return _take(replace(record, attempt=record.attempt + 1, deaths=deaths), claim, now, taken_over=True)
 
 
-def _born(claim: Claim, now: int, token: int) -> Record:
-    return Record(
+def _born(claim: Claim, now: int, token: int) -> tuple[Record, Acquired]:
+    """What `_take` makes of an operation that is new, at a fraction of the cost: most are."""
+    token = max(token + 1, now)
+    born = Record(
         id=claim.id,
         state=State.IN_PROGRESS,
         fingerprint=claim.fingerprint,
@@ -141,14 +143,15 @@ def _born(claim: Claim, now: int, token: int) -> Record:
         token=token,
         attempt=1,
         deaths=0,
-        counts=False,
+        counts=claim.alone == 2,
         first_seen=now,
-        lease_until=0,
-        expires_at=0,
+        lease_until=now + microseconds(claim.lease),
+        expires_at=now + microseconds(claim.unsettled_retention),
         retention=claim.retention,
         tenant=claim.tenant,
         trace=claim.trace,
     )
+    return born, Acquired(token, 1, now, claim.nonce, NOTHING, claim.trace)
 
 
 def _take(record: Record, claim: Claim, now: int, *, taken_over: bool = False) -> tuple[Record, Acquired]:

@@ -12,13 +12,13 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 from retryproof.core.commands import Claim, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
-from retryproof.stores.coalesce import BridgeCoalescer, TaskCoalescer, ThreadCoalescer
+from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer
 from retryproof.stores.keeper import Keeper
 from retryproof.stores.threaded import InThread
 from retryproof.stores.url import is_async_url, open_async, open_store
@@ -48,7 +48,7 @@ class Opened:
         self.users = 0  # sources that opened it from a URL and have not closed it
         self._generation = _fork_generation
         self._threads = ThreadCoalescer(store, self._orphaned)
-        self._bridge = BridgeCoalescer(self._threads, self._orphaned)
+        self.bridge = Bridge(self._threads, self._orphaned)
         self.background = Keeper(
             lambda: _InTurn(self._threads, store), owns=False, max_batch=store.capabilities.max_batch
         )
@@ -63,20 +63,16 @@ class Opened:
 
     def perform(self, command: Any, timeout: float) -> Reply:
         """One command's reply, for a thread."""
-        if self.capabilities.blocking:
-            return self._threads.perform(command, timeout)
-        return self._threads.directly(command)
+        return self._threads.perform(command, timeout) if self.capabilities.blocking else self.directly(command)
 
-    async def aperform(self, command: Any, timeout: float) -> Reply:
-        """One command's reply, for a task; straight away where the store never blocks."""
-        if self.capabilities.blocking:
-            return await self._bridge.perform(command, timeout)
+    def directly(self, command: Any) -> Reply:
+        """One command's reply from a store that never blocks and takes calls from anywhere."""
         return self._threads.directly(command)
 
     def close(self, drain: float = 0.0) -> None:
         """Settle what lingers, for up to `drain` seconds, and end the threads; the store itself stays open."""
         self.background.close(drain)
-        self._bridge.close()
+        self.bridge.close()
 
     def _orphaned(self, claim: Claim) -> None:
         self.background.disown(claim)
@@ -89,7 +85,12 @@ class AsyncView:
         self.opened = opened
         self.capabilities = opened.capabilities
         self.background = opened.background
-        self.perform = opened.aperform
+        self.perform: Callable[[Any, float], Awaitable[Reply]] = (
+            opened.bridge.end().perform if opened.capabilities.blocking else self._perform_directly
+        )
+
+    async def _perform_directly(self, command: Any, timeout: float) -> Reply:
+        return self.opened.directly(command)
 
 
 class AsyncOpened:

@@ -1,0 +1,16 @@
+"""Coalescing: what arrives while a batch is on its way travels in the next one.
+
+No timers and no waiting for company: an idle system sends a batch of one at once, a busy one pays one round trip, one
+script, one commit for many operations. An operation's id stands once in a batch. A twin of a claim that has not
+left yet is decided by that claim's answer; any other command for the same id travels in the next batch.
+
+`TaskCoalescer` serves the tasks of one event loop over an async store, one lane a kind of command. `ThreadCoalescer`
+serves threads over a blocking store: the first to arrive sends the batch for all that have come meanwhile, and the
+next in line takes over. `Bridge` lets tasks of any loop use the latter through one thread.
+"""
+
+from retryproof.stores.coalesce.bridge import Bridge, BridgeEnd
+from retryproof.stores.coalesce.tasks import TaskCoalescer
+from retryproof.stores.coalesce.threads import ThreadCoalescer
+
+__all__ = ["Bridge", "BridgeEnd", "TaskCoalescer", "ThreadCoalescer"]

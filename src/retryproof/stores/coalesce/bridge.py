@@ -1,0 +1,168 @@
+"""The bridge over which the tasks of any event loop use a blocking store, in one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from retryproof.core.commands import Claim, Reply
+from retryproof.stores.coalesce.replies import MAX_WAITING, Orphaned, clock, is_orphan, overdue, overfull
+from retryproof.stores.coalesce.threads import ThreadCoalescer
+
+IDLE_SECONDS = 10.0
+"""A thread with nothing to do for so long ends; the next command starts another."""
+
+
+class _Crossing:
+    """A task's command on its way."""
+
+    __slots__ = ("command", "deadline", "end", "future", "timeout")
+
+    def __init__(
+        self, command: Any, end: BridgeEnd, future: asyncio.Future[Reply], deadline: float, timeout: float
+    ) -> None:
+        self.command = command
+        self.end = end
+        self.future = future
+        self.deadline = deadline
+        self.timeout = timeout
+
+
+class Bridge:
+    """The thread that sends what the tasks of all event loops ask, in batches.
+
+    It starts with the first command and ends when there has been none for a while.
+    """
+
+    def __init__(self, threads: ThreadCoalescer, orphaned: Orphaned, *, hang_limit: float = 30.0) -> None:
+        self.name = threads.name
+        self._threads = threads
+        self._orphaned = orphaned
+        self._hang_limit = hang_limit
+        self._waiting: deque[_Crossing] = deque()
+        self._work = threading.Condition()
+        self._asleep = True  # it looks at what waits once more after it has said so
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def end(self) -> BridgeEnd:
+        """The running event loop's end."""
+        return BridgeEnd(self, asyncio.get_running_loop())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether too much waits already."""
+        return len(self._waiting) >= MAX_WAITING
+
+    def send(self, crossing: _Crossing) -> None:
+        """Put a command on its way."""
+        self._waiting.append(crossing)
+        if not self._asleep:
+            return
+        with self._work:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="retryproof-store", daemon=True)
+                self._thread.start()
+            self._work.notify()
+
+    def close(self) -> None:
+        """End the thread, after what is waiting."""
+        with self._work:
+            self._closing = True
+            self._work.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join(self._hang_limit)
+
+    def _serve(self) -> None:
+        while self._wait():
+            # One batch at a time, so that nobody waits for the batches behind theirs.
+            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._threads.max_batch))]
+            wanted = [one for one in taken if not (one.future.done() and isinstance(one.command, Claim))]
+            replies = self._threads.perform_many([one.command for one in wanted], self._hang_limit)
+            by_end: dict[BridgeEnd, list[tuple[_Crossing, Reply]]] = {}
+            for one, reply in zip(wanted, replies, strict=True):
+                by_end.setdefault(one.end, []).append((one, reply))
+            for end, answers in by_end.items():
+                if not end.deliver(answers):
+                    for one, reply in answers:
+                        self.undo(one.command, reply)
+
+    def _wait(self) -> bool:
+        """Wait for work; False when the thread is to end."""
+        if self._waiting:
+            return True
+        with self._work:
+            self._asleep = True
+            while not self._waiting:
+                if self._closing or (not self._work.wait(IDLE_SECONDS) and not self._waiting):
+                    self._thread = None
+                    return False
+            self._asleep = False
+            return True
+
+    def undo(self, command: Any, reply: Reply) -> None:
+        """Nobody will read this reply."""
+        if is_orphan(command, reply):
+            self._orphaned(command)
+
+
+class BridgeEnd:
+    """One event loop's end of the bridge. All but `deliver` is called in the loop."""
+
+    def __init__(self, bridge: Bridge, loop: asyncio.AbstractEventLoop) -> None:
+        self._bridge = bridge
+        self._loop = loop
+        self._crossings: dict[_Crossing, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
+        """One command's reply; Unreachable when there was none in time.
+
+        A claim whose caller is cancelled does not leave, or is released when its reply arrives. Other commands travel.
+        """
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        if self._bridge.is_full:
+            future.set_result(overfull(self._bridge.name))
+            return future
+        crossing = _Crossing(command, self, future, clock() + timeout, timeout)
+        self._crossings[crossing] = None
+        self._bridge.send(crossing)
+        if self._timer is None:
+            self._timer = self._loop.call_later(timeout, self._expire)
+        return future
+
+    def deliver(self, answers: Sequence[tuple[_Crossing, Reply]]) -> bool:
+        """Hand replies out in the loop; False when it is closed, and its callers have gone. Called in the thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._hand_out, answers)
+        except RuntimeError:
+            return False
+        return True
+
+    def _hand_out(self, answers: Sequence[tuple[_Crossing, Reply]]) -> None:
+        for crossing, reply in answers:
+            self._crossings.pop(crossing, None)
+            if not crossing.future.done():
+                crossing.future.set_result(reply)
+            elif crossing.future.cancelled():
+                self._bridge.undo(crossing.command, reply)
+
+    def _expire(self) -> None:
+        """Tell everybody who has waited for too long; come again when the next is due."""
+        self._timer = None
+        now = clock()
+        earliest = float("inf")
+        for crossing in list(self._crossings):
+            if crossing.future.done():
+                del self._crossings[crossing]
+            elif crossing.deadline <= now:
+                crossing.future.set_result(overdue(self._bridge.name, crossing.timeout))
+                del self._crossings[crossing]
+            else:
+                earliest = min(earliest, crossing.deadline)
+        if self._crossings:
+            self._timer = self._loop.call_later(earliest - now + 0.001, self._expire)

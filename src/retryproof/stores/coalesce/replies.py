@@ -1,0 +1,67 @@
+"""What coalescers of every colour tell their callers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from retryproof.core.commands import Acquired, Claim, Finished, Mismatch, Reply, Running, Unreachable
+from retryproof.core.errors import IdempotencyError, StoreUnavailable
+
+MAX_WAITING = 10_000
+"""Commands of a kind that may wait for a slow store; more are refused at once."""
+
+Orphaned = Callable[[Claim], None]
+clock = time.monotonic
+
+
+def overdue(name: str, timeout: float) -> Unreachable:
+    """The store did not answer in time."""
+    return Unreachable(StoreUnavailable(f"The {name} store did not answer within {timeout:g} s; try again."))
+
+
+def overfull(name: str) -> Unreachable:
+    """Too much is waiting for the store."""
+    return Unreachable(StoreUnavailable(f"Too many operations wait for the {name} store; try again later."))
+
+
+def interrupted(name: str) -> Unreachable:
+    """The call was broken off; what was asked may have been done."""
+    return Unreachable(StoreUnavailable(f"A call of the {name} store was interrupted; try again."))
+
+
+def is_orphan(command: object, reply: Reply) -> bool:
+    """Whether this is a claim that stands or may stand, for a caller who has gone without a word.
+
+    Not one who was told that the time was over: that one asks again under the same nonce, or disowns the claim itself.
+    """
+    return isinstance(command, Claim) and isinstance(reply, Acquired | Unreachable)
+
+
+def as_reply(name: str, answer: Any) -> Reply:
+    """A store's answer as a reply: an exception means that it gave none."""
+    if not isinstance(answer, Exception):
+        reply: Reply = answer
+        return reply
+    if isinstance(answer, IdempotencyError):
+        return Unreachable(answer)
+    error = StoreUnavailable(f"The {name} store failed ({type(answer).__name__}); try again.")
+    error.__cause__ = answer
+    return Unreachable(error)
+
+
+def twin_reply(reply: Reply, lease: float) -> Reply | None:
+    """What a twin of a claim is told when that claim was answered so; None: it must ask for itself."""
+    match reply:
+        case Acquired():
+            return Running(lease)
+        case Running() | Finished() | Mismatch():
+            return reply
+        case _:
+            return None
+
+
+def are_twins(one: object, other: object) -> bool:
+    """Whether two commands for one id are claims for the same input, so that one answer decides both."""
+    return isinstance(one, Claim) and isinstance(other, Claim) and one.fingerprint == other.fingerprint

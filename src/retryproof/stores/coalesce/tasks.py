@@ -1,0 +1,211 @@
+"""Batches for the tasks of one event loop over an async store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, Release, Renew, Reply
+from retryproof.core.errors import StoreUnavailable
+from retryproof.stores.base import AsyncStore
+from retryproof.stores.coalesce.replies import (
+    MAX_WAITING,
+    Orphaned,
+    are_twins,
+    as_reply,
+    clock,
+    interrupted,
+    is_orphan,
+    overdue,
+    overfull,
+    twin_reply,
+)
+
+WORTH_SPLITTING = 16
+"""Replies from which on they are handed out in two portions, so that client and server work at the same time."""
+
+
+class _Waiter:
+    """A task's command on its way."""
+
+    __slots__ = ("command", "deadline", "future", "timeout", "twins")
+
+    def __init__(self, command: Any, future: asyncio.Future[Reply], deadline: float, timeout: float) -> None:
+        self.command = command
+        self.future = future
+        self.deadline = deadline
+        self.timeout = timeout
+        self.twins: list[_Waiter] | None = None
+
+
+class _Lane:
+    """All commands of one kind for one async store: at most one batch on its way."""
+
+    __slots__ = ("_call", "_coalescer", "_flying", "_later", "_loop", "_pending", "_size", "_task", "_timer", "_twins")
+
+    def __init__(self, coalescer: TaskCoalescer, call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]) -> None:
+        self._coalescer = coalescer
+        self._call = call
+        self._size = coalescer.max_batch
+        self._loop = coalescer.loop
+        self._pending: dict[bytes, _Waiter] = {}
+        self._later: deque[_Waiter] = deque()
+        self._twins = 0  # of those in line and on their way
+        self._flying: Sequence[_Waiter] = ()
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
+        """Put a command on its way."""
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        waiter = _Waiter(command, future, clock() + timeout, timeout)
+        if len(self._pending) + len(self._later) + self._twins >= MAX_WAITING:
+            future.set_result(overfull(self._coalescer.name))
+            return future
+        self._queue(waiter)
+        if self._task is None:
+            self._task = self._loop.create_task(self._run())
+        if self._timer is None:
+            self._timer = self._loop.call_later(timeout, self._expire)
+        return future
+
+    def _queue(self, waiter: _Waiter) -> None:
+        standing = self._pending.setdefault(waiter.command.id, waiter)
+        if standing is waiter:
+            return
+        if are_twins(standing.command, waiter.command):
+            self._twins += 1
+            if standing.twins is None:
+                standing.twins = []
+            standing.twins.append(waiter)
+        else:
+            self._later.append(waiter)
+
+    async def _run(self) -> None:
+        """Send batches until nothing waits."""
+        try:
+            while self._pending:
+                self._flying = self._next_batch()
+                if not self._flying:
+                    continue
+                answers = await self._send([waiter.command for waiter in self._flying])
+                turn = len(answers) // 2 if len(answers) >= WORTH_SPLITTING else len(answers)
+                for number, (waiter, answer) in enumerate(zip(self._flying, answers, strict=True), start=1):
+                    self._deliver(waiter, as_reply(self._coalescer.name, answer))
+                    if number == turn:  # what these callers ask next is under way while the others still work
+                        await asyncio.sleep(0)
+                self._flying = ()
+        finally:
+            self._task = None
+            if self._flying or self._pending:  # only when this task was cancelled, as its loop shuts down
+                self._abandon()
+
+    def _next_batch(self) -> Sequence[_Waiter]:
+        if len(self._pending) <= self._size:
+            batch, self._pending = list(self._pending.values()), {}
+        else:
+            batch = [self._pending.pop(id) for id in list(self._pending)[: self._size]]
+        for _ in range(len(self._later)):
+            self._queue(self._later.popleft())
+        return [waiter for waiter in batch if not self._taken_back(waiter)]
+
+    def _taken_back(self, waiter: _Waiter) -> bool:
+        """Whether this is a claim whose caller left before it was sent; a twin of it takes its place."""
+        if not waiter.future.done() or not isinstance(waiter.command, Claim):
+            return False
+        for twin in self._twins_of(waiter):
+            self._queue(twin)
+        return True
+
+    def _twins_of(self, waiter: _Waiter) -> Sequence[_Waiter]:
+        """Its twins, which from now on are on their own."""
+        if waiter.twins is None:
+            return ()
+        twins, waiter.twins = waiter.twins, None
+        self._twins -= len(twins)
+        return twins
+
+    async def _send(self, commands: Sequence[Any]) -> Sequence[Any]:
+        try:
+            async with asyncio.timeout(self._coalescer.hang_limit):
+                answers = await self._call(commands)
+        except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
+            return [error] * len(commands)
+        if len(answers) != len(commands):
+            broken = StoreUnavailable(f"The store answered {len(answers)} of {len(commands)} commands; it is broken.")
+            return [broken] * len(commands)
+        return answers
+
+    def _deliver(self, waiter: _Waiter, reply: Reply) -> None:
+        gone = waiter.future.done()
+        if not gone:
+            waiter.future.set_result(reply)
+        elif waiter.future.cancelled() and is_orphan(waiter.command, reply):
+            self._coalescer.orphaned(waiter.command)
+        for twin in self._twins_of(waiter):
+            told = None if gone else twin_reply(reply, waiter.command.lease)
+            if twin.future.done():
+                continue
+            if told is None:
+                self._queue(twin)
+            else:
+                twin.future.set_result(told)
+
+    def _expire(self) -> None:
+        """Tell everybody who has waited for too long; come again when the next is due."""
+        self._timer = None
+        now = clock()  # not the loop's time, which on uvloop is that of the round's beginning
+        earliest = float("inf")
+        leaders = [*self._flying, *self._pending.values(), *self._later]
+        for waiter in [*leaders, *(twin for leader in leaders for twin in leader.twins or ())]:
+            if waiter.future.done():
+                continue
+            if waiter.deadline <= now:
+                waiter.future.set_result(overdue(self._coalescer.name, waiter.timeout))
+            else:
+                earliest = min(earliest, waiter.deadline)
+        if earliest < float("inf"):
+            self._timer = self._loop.call_later(earliest - now + 0.001, self._expire)
+
+    def _abandon(self) -> None:
+        """The loop shuts down: who still waits gets a definite answer, and may ask again."""
+        waiters = [*self._flying, *self._pending.values(), *self._later]
+        self._flying, self._pending, self._later = (), {}, deque()
+        for waiter in waiters:
+            for one in (waiter, *self._twins_of(waiter)):
+                if not one.future.done():
+                    one.future.set_result(interrupted(self._coalescer.name))
+                elif one.future.cancelled() and isinstance(one.command, Claim):
+                    self._coalescer.orphaned(one.command)
+
+
+class TaskCoalescer:
+    """Batches for the tasks of one event loop over an async store."""
+
+    def __init__(self, store: AsyncStore, orphaned: Orphaned, *, hang_limit: float = 30.0) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.name = store.capabilities.name
+        self.max_batch = store.capabilities.max_batch
+        self.orphaned = orphaned
+        self.hang_limit = hang_limit
+        self._store = store
+        self._lanes = {
+            Claim: _Lane(self, store.claim),
+            Complete: _Lane(self, store.complete),
+            Release: _Lane(self, store.release),
+            Renew: _Lane(self, store.renew),
+            Checkpoint: _Lane(self, store.checkpoint),
+            Look: _Lane(self, self._look),
+        }
+
+    def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
+        """One command's reply; Unreachable when there was none in time.
+
+        A claim whose caller is cancelled does not leave, or is released when its reply arrives. Other commands travel.
+        """
+        return self._lanes[type(command)].submit(command, timeout)
+
+    async def _look(self, looks: Sequence[Look]) -> Sequence[Found]:
+        return [Found(record) for record in await self._store.get([look.id for look in looks])]
