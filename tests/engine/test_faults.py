@@ -294,7 +294,7 @@ def test_c6_past_its_own_count_of_the_lease_a_step_is_refused_until_renewed() ->
         operation = current_operation()
         store.failing = {"renew"}
         threading.Event().wait(0.2)
-        with pytest.raises(errors.StoreUnavailable, match="under the same derived key"):
+        with pytest.raises(errors.StoreUnavailable, match="was not begun"):
             operation.step("one", lambda key: 1)
         assert "checkpoint" not in store.asked
         store.failing = set()
