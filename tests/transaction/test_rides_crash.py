@@ -204,6 +204,11 @@ def world(postgres: Database, local_stripe: Stripe, lives: Process) -> World:
     return World(postgres, local_stripe, lives)
 
 
+STATEMENTS = ("claim", "INSERT", "COMMIT", "charge", "checkpoint", "complete")
+NAMED = {f"{when} {what}" for when in ("before", "after") for what in STATEMENTS}
+"""Points that docs/explain/exactly-once.md names; a request passes them all."""
+
+
 def points_of(world: World) -> list[str]:
     """Every point that a request passes, found by passing them."""
     world.serve()
@@ -211,6 +216,7 @@ def points_of(world: World) -> list[str]:
     world.check_once()
     reached = world.end()
     world.forget()
+    assert reached.keys() >= NAMED
     return [f"{name}:{number}" for name, count in reached.items() for number in range(1, count + 1)]
 
 
