@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -503,3 +504,26 @@ async def test_a_shutdown_waits_for_operations_that_their_servers_left(layer: Ma
     app.gate.set()
     await closing
     assert (await conversation.end()).status == 201
+
+
+async def test_h11_context_variables_of_a_handler_stay_inside_and_its_state_does_not(layer: MakeLayer) -> None:
+    """As docs/howto/fastapi.md says: the app has a task of its own, and the scope is one."""
+    variable: ContextVar[str] = ContextVar("variable", default="unset")
+    seen: list[tuple[str, str | None]] = []
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((variable.get(), None))
+        variable.set("inside")
+        scope.setdefault("state", {})["who"] = "inside"
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    covered = layer(handler)
+
+    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        variable.set("outside")
+        await covered(scope, receive, send)
+        seen.append((variable.get(), scope.get("state", {}).get("who")))
+
+    await call(outside, key=new_key())
+    assert seen == [("outside", None), ("outside", "inside")]
