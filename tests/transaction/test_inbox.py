@@ -135,6 +135,30 @@ async def test_the_same_on_an_event_loop(postgres: Database) -> None:
     await connection.close()
 
 
+async def test_t4_dead_letters_on_an_event_loop(postgres: Database) -> None:
+    connection = await asyncpg.connect(postgres.store)
+    async with connection.transaction():
+        await INBOX.areceive_many(connection, "s", [("1", b"a"), ("1", b"b"), ("1", b"c"), ("1", b"d")])
+        letters = await INBOX.adead(connection)
+        assert {letter.payload for letter in letters} == {b"b", b"c", b"d"}
+        assert [await INBOX.adrop(connection, letters[0]) for _ in range(2)] == [True, False]
+        assert await INBOX.apurge_dead(connection, older_than=60) == 0
+        assert [await INBOX.apurge_dead(connection, older_than=-60, limit=1) for _ in range(3)] == [1, 1, 0]
+        assert await INBOX.apurge(connection, older_than=-60) == 1
+        with pytest.raises(errors.ConfigurationError, match="awaited"):
+            INBOX.dead(connection)
+    await connection.close()
+
+
+def test_t4_dead_letters_are_purged_apart_from_messages(database: Database) -> None:
+    with transaction(database) as connection:
+        INBOX.receive_many(connection, "s", [("1", b"a"), *(("1", str(number).encode()) for number in range(5))])
+    with transaction(database) as connection:
+        assert INBOX.purge_dead(connection, older_than=60) == 0
+        assert [INBOX.purge_dead(connection, older_than=-60, limit=3) for _ in range(3)] == [3, 2, 0]
+        assert INBOX.receive(connection, source="s", message_id="1", payload=b"a").status == "duplicate"
+
+
 def test_autocommit_and_missing_tables_are_refused(postgres: Database, postgres_url: str) -> None:
     with postgres.connect() as connection, pytest.raises(errors.ConfigurationError, match="autocommit"):
         INBOX.receive(connection, source="s", message_id="1", payload=b"")

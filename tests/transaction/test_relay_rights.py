@@ -11,7 +11,8 @@ import pytest
 from retryproof.core.errors import ConfigurationError
 from retryproof.publishers import Failed
 from retryproof.stores.sql.migrate import migrate
-from retryproof.transaction import Outbox, Relay
+from retryproof.transaction import Inbox, Outbox, Relay
+from retryproof.transaction.inbox_operator import InboxOperator
 from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import QUICK, Database, Noting, until_empty
 
@@ -141,3 +142,22 @@ def test_t5_an_application_needs_no_right_to_read_what_it_added(roles: Roles) ->
         Outbox().add(connection, topic="t", payload=b"")
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         app.rows("SELECT * FROM retryproof_outbox")
+
+
+async def test_t4_the_rights_that_the_documentation_names_are_enough_for_an_inbox(roles: Roles) -> None:
+    roles.execute(
+        f"GRANT SELECT, INSERT, UPDATE ON retryproof_inbox TO {roles.app}",
+        f"GRANT SELECT, INSERT ON retryproof_inbox_dead TO {roles.app}",
+        f"GRANT SELECT, UPDATE, DELETE ON retryproof_inbox, retryproof_inbox_dead TO {roles.relay}",
+    )
+    inbox = Inbox("billing")
+    with Database(roles.url(roles.app)).transaction() as connection:
+        answers = inbox.receive_many(connection, "s", [("1", b"a"), ("1", b"a"), ("1", b"b"), ("1", b"c")])
+        inbox.keep(connection, answers[0], result=b"kept")
+    assert [answer.status for answer in answers] == ["fresh", "duplicate", "dead", "dead"]
+    operator = InboxOperator(roles.url(roles.relay))
+    letter, _ = await operator.dead()
+    assert await operator.drop([letter.name]) == 1
+    assert (await operator.purge_dead(-60.0), await operator.purge(-60.0)) == (1, 1)
+    assert (await operator.stats()).messages == 0
+    await operator.aclose()

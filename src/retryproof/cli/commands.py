@@ -11,6 +11,7 @@ from retryproof.cli.completer import completer
 from retryproof.cli.demo import demo
 from retryproof.cli.doctor import doctor
 from retryproof.cli.exits import HELP
+from retryproof.cli.inbox import inbox
 from retryproof.cli.keys import keys
 from retryproof.cli.migrate import migrate
 from retryproof.cli.outbox import outbox
@@ -28,5 +29,5 @@ def retryproof() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
 
 
-for command in (completer, demo, doctor, keys, migrate, outbox, reap, relay):
+for command in (completer, demo, doctor, inbox, keys, migrate, outbox, reap, relay):
     retryproof.add_command(command)

@@ -10,14 +10,14 @@ from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.output import Output
 from retryproof.cli.redact import redacted
-from retryproof.stores.sql import migrate as migrations
+from retryproof.stores.sql import migrate as servers
+from retryproof.stores.sql import sqlite_migrate as files
 from retryproof.stores.url import scheme_name
 
 NEEDS_NONE = {
     "memory": "it has no schema",
     "redis": "it has no schema",
     "rediss": "it has no schema",
-    "sqlite": "its schema is made and kept by the store itself",
 }
 
 
@@ -29,11 +29,14 @@ def migrate(url: str, check: bool, output: Output) -> None:
     """Apply the migrations that the database at URL has not seen.
 
     Numbered and forward only, all in one transaction; safe to run beside the last release, and several times at once.
+    A SQLite file needs it only where it has an inbox or an outbox of an earlier release; what is not there is made at
+    its first use.
     """
     scheme = scheme_name(url)
     if scheme in NEEDS_NONE:
         output.answer(_document(url, [], []), f"Nothing to do: {scheme}:// needs no migrations; {NEEDS_NONE[scheme]}.")
         return
+    migrations = files if scheme == "sqlite" else servers
     if check:
         missing = migrations.pending(url)
         lines = [f"missing: {name}" for name in missing] or ["Nothing to do: every migration is applied."]

@@ -34,7 +34,10 @@ from retryproof.transaction.connections import BlockingConnection, LoopConnectio
 
 T = TypeVar("T")
 
+MICROSECONDS = 1_000_000
 REUSED = "the message's id was used before, with another payload"
+START = 8
+"""Bytes of an id, and of a fingerprint, that name a dead letter."""
 _SCHEMA = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -70,6 +73,11 @@ class DeadLetter:
     reason: str
     payload: bytes
     seen_at: datetime
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line: the beginnings of its id and fingerprint."""
+        return (self.id[:START] + self.fingerprint[:START]).hex()
 
 
 Incoming = tuple[str, bytes]
@@ -210,12 +218,22 @@ class Inbox:
     def dead(self, connection: Any, *, limit: int = 100) -> list[DeadLetter]:
         """The oldest dead letters, of all consumers."""
         adapted, plans = self._opened(connection)
-        return [_letter(row) for row in _performed(adapted, plans.dead(limit))]
+        return [letter_of(row) for row in _performed(adapted, plans.dead(limit))]
+
+    async def adead(self, connection: Any, *, limit: int = 100) -> list[DeadLetter]:
+        """`dead` on a connection of the event loop."""
+        adapted, plans = self._aopened(connection)
+        return [letter_of(row) for row in await _aperformed(adapted, plans.dead(limit))]
 
     def drop(self, connection: Any, letter: DeadLetter) -> bool:
         """Forget a dead letter; whether it was there."""
         adapted, plans = self._opened(connection)
         return _performed(adapted, plans.drop(letter.id, letter.fingerprint))
+
+    async def adrop(self, connection: Any, letter: DeadLetter) -> bool:
+        """`drop` on a connection of the event loop."""
+        adapted, plans = self._aopened(connection)
+        return await _aperformed(adapted, plans.drop(letter.id, letter.fingerprint))
 
     def purge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """Forget at most `limit` messages that came more than `older_than` seconds ago; how many.
@@ -223,12 +241,22 @@ class Inbox:
         older_than must exceed the time for which the broker may deliver a message again.
         """
         adapted, plans = self._opened(connection)
-        return _performed(adapted, plans.purge(round(older_than * 1_000_000), limit))
+        return _performed(adapted, plans.purge(round(older_than * MICROSECONDS), limit))
 
     async def apurge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """`purge` on a connection of the event loop."""
         adapted, plans = self._aopened(connection)
-        return await _aperformed(adapted, plans.purge(round(older_than * 1_000_000), limit))
+        return await _aperformed(adapted, plans.purge(round(older_than * MICROSECONDS), limit))
+
+    def purge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
+        """Forget at most `limit` dead letters, of all consumers, older than so many seconds; how many."""
+        adapted, plans = self._opened(connection)
+        return _performed(adapted, plans.purge_dead(round(older_than * MICROSECONDS), limit))
+
+    async def apurge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
+        """`purge_dead` on a connection of the event loop."""
+        adapted, plans = self._aopened(connection)
+        return await _aperformed(adapted, plans.purge_dead(round(older_than * MICROSECONDS), limit))
 
     def _receiving(self, plans: InboxPlans, source: str, messages: Sequence[Incoming]) -> Plan[list[Received]]:
         if not messages:
@@ -311,7 +339,8 @@ def _identity(*parts: str) -> bytes:
     return digest.digest()
 
 
-def _letter(row: Sequence[Any]) -> DeadLetter:
+def letter_of(row: Sequence[Any]) -> DeadLetter:
+    """A dead letter as the plans give it."""
     return DeadLetter(
         bytes(row[0]),
         bytes(row[1]),

@@ -1,4 +1,4 @@
-"""The database that a relay or an operator works on: by URL, with connections of its own."""
+"""The database that a relay or an operator of inbox or outbox works on: by URL, with connections of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.stores.sql.inbox import InboxPlans
 from retryproof.stores.sql.outbox import OutboxPlans
 from retryproof.stores.sql.outbox_postgres import CHANNEL, PostgresOutbox
 from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
@@ -37,6 +38,7 @@ class Database(Protocol):
     """Runs plans, each as one transaction, within a time-out; raises StoreUnavailable."""
 
     plans: OutboxPlans
+    inbox: InboxPlans
     listens: bool
     """Whether it has notifications at all."""
 
@@ -62,7 +64,9 @@ class PostgresDatabase:
             raise ConfigurationError(
                 "A relay on PostgreSQL needs asyncpg: pip install 'retryproof[postgres]'"
             ) from error
-        self.plans: OutboxPlans = PostgresOutbox(parse(url).prefix)
+        prefix = parse(url).prefix
+        self.plans: OutboxPlans = PostgresOutbox(prefix)
+        self.inbox = InboxPlans(sqlite=False, prefix=prefix)
         self._store = module.AsyncpgStore(url, timeout=timeout)
         self._url, self._timeout = url, timeout
 
@@ -97,6 +101,7 @@ class SqliteDatabase:
 
     def __init__(self, store: SqliteStore) -> None:
         self.plans: OutboxPlans = SqliteOutbox()
+        self.inbox = InboxPlans(sqlite=True)
         self._store = store
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retryproof-outbox")
 
@@ -121,4 +126,6 @@ def open_database(url: str, *, timeout: float = TIMEOUT) -> Database:
         return PostgresDatabase(url, timeout)
     if scheme == "sqlite":
         return SqliteDatabase(from_url(url, timeout=timeout))
-    raise ConfigurationError("An outbox is in PostgreSQL or SQLite: postgresql://user@host/database, sqlite:///file.db")
+    raise ConfigurationError(
+        "Inbox and outbox are in PostgreSQL or SQLite: postgresql://user@host/database, sqlite:///file.db"
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql.plan import Plan, Row, Statement
+from retryproof.stores.sql.sqlite_schema import Part, ready
 
-SQLITE_SCHEMA = (
+_FIRST = (
     """CREATE TABLE IF NOT EXISTS retryproof_inbox (
         seen_at INTEGER NOT NULL, id BLOB NOT NULL PRIMARY KEY, fingerprint BLOB NOT NULL, result BLOB, outgoing BLOB
     )""",
@@ -19,6 +21,8 @@ SQLITE_SCHEMA = (
         PRIMARY KEY (id, fingerprint)
     )""",
 )
+SQLITE_INBOX = Part("inbox", "retryproof_inbox", (_FIRST,))
+_PARAMETER = re.compile(r"\$\d+::\w+")
 _NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
 
@@ -46,7 +50,7 @@ class InboxPlans:
         """
         ids = sorted(fingerprints)
         if self._sqlite:
-            yield from self._make()
+            yield from ready(SQLITE_INBOX)
             places = ", ".join(["(?, ?, ?)"] * len(ids))
             given = [value for id in ids for value in (wall_clock(), id, fingerprints[id])]
             taken = yield Statement(
@@ -67,11 +71,6 @@ class InboxPlans:
             for id, *rest in (yield self._select(known)):
                 found[bytes(id)] = Entry(*rest)
         return found
-
-    def _make(self) -> Plan[None]:
-        if not (yield Statement("SELECT 1 FROM sqlite_schema WHERE name = 'retryproof_inbox_dead'")):
-            for statement in SQLITE_SCHEMA:
-                yield Statement(statement)
 
     def _select(self, ids: Sequence[bytes]) -> Statement:
         columns = f"SELECT id, fingerprint, result, outgoing FROM {self._table} WHERE id"
@@ -94,41 +93,74 @@ class InboxPlans:
             places = f"$1::bytea, $2::bytea, $3::text, $4::text, $5::text, $6::text, $7::bytea, {_NOW}"
         yield Statement(f"INSERT INTO {columns} VALUES ({places}) ON CONFLICT (id, fingerprint) DO NOTHING", given)
 
-    def dead(self, limit: int) -> Plan[Sequence[Row]]:
+    def dead(self, limit: int, consumer: str | None = None) -> Plan[Sequence[Row]]:
         """The oldest dead letters: id, fingerprint, consumer, source, message id, reason, payload, seen_at."""
-        if self._sqlite:
-            yield from self._make()
+        yield from self._ready()
         sql = (
             f"SELECT id, fingerprint, consumer, source, message_id, reason, payload, seen_at FROM {self._dead} "
-            "ORDER BY seen_at LIMIT $1::bigint"
+            "WHERE $1::text IS NULL OR consumer = $2::text ORDER BY seen_at, id LIMIT $3::bigint"
         )
-        return (yield Statement(self._styled(sql), (limit,)))
+        return (yield Statement(self._styled(sql), (consumer, consumer, limit)))
 
     def drop(self, id: bytes, fingerprint: bytes) -> Plan[bool]:
         """Forget a dead letter; whether it was there."""
+        yield from self._ready()
         sql = f"DELETE FROM {self._dead} WHERE id = $1::bytea AND fingerprint = $2::bytea RETURNING id"
         return bool((yield Statement(self._styled(sql), (id, fingerprint))))
 
+    def drop_named(self, starts: Sequence[tuple[bytes, bytes]]) -> Plan[int]:
+        """Forget dead letters by the first eight bytes of their ids and fingerprints; how many there were."""
+        yield from self._ready()
+        sql = (
+            f"DELETE FROM {self._dead} WHERE substr(id, 1, 8) = $1::bytea AND substr(fingerprint, 1, 8) = $2::bytea "
+            "RETURNING id"
+        )
+        count = 0
+        for start in starts:
+            count += len((yield Statement(self._styled(sql), start)))
+        return count
+
     def purge(self, older_than: int, limit: int) -> Plan[int]:
         """Forget at most `limit` messages seen before so many microseconds; how many. Never waits for a lock."""
+        return (yield from self._purge(self._table, older_than, limit))
+
+    def purge_dead(self, older_than: int, limit: int) -> Plan[int]:
+        """`purge` of dead letters."""
+        return (yield from self._purge(self._dead, older_than, limit))
+
+    def _purge(self, table: str, older_than: int, limit: int) -> Plan[int]:
+        yield from self._ready()
         if self._sqlite:
-            yield from self._make()
-            sql = f"DELETE FROM {self._table} WHERE id IN (SELECT id FROM {self._table} WHERE seen_at < ? LIMIT ?)"
+            sql = f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE seen_at < ? LIMIT ?)"
             rows = yield Statement(f"{sql} RETURNING id", (wall_clock() - older_than, limit))
         else:
             rows = yield Statement(
-                f"DELETE FROM {self._table} WHERE id = ANY (ARRAY(SELECT id FROM {self._table} "
+                f"DELETE FROM {table} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {table} "
                 f"WHERE seen_at < {_NOW} - $1::bigint ORDER BY seen_at LIMIT $2::bigint FOR UPDATE SKIP LOCKED)) "
                 "RETURNING id",
                 (older_than, limit),
             )
         return len(rows)
 
+    def stats(self) -> Plan[tuple[int, float, int, float]]:
+        """Messages, the age of the oldest in seconds, dead letters, the age of their oldest."""
+        yield from self._ready()
+        now = "$1::bigint" if self._sqlite else _NOW
+        ages = [f"(SELECT coalesce(({now} - min(seen_at)) / 1e6, 0) FROM {table})" for table in self._tables]
+        counts = [f"(SELECT count(*) FROM {table})" for table in self._tables]
+        sql = f"SELECT {counts[0]}, {ages[0]}, {counts[1]}, {ages[1]}"
+        given = (wall_clock(), wall_clock()) if self._sqlite else ()
+        ((messages, oldest, dead, oldest_dead),) = yield Statement(self._styled(sql), given)
+        return messages, max(0.0, float(oldest)), dead, max(0.0, float(oldest_dead))
+
+    @property
+    def _tables(self) -> tuple[str, str]:
+        return self._table, self._dead
+
+    def _ready(self) -> Plan[None]:
+        if self._sqlite:
+            yield from ready(SQLITE_INBOX)
+
     def _styled(self, sql: str) -> str:
         """PostgreSQL's spelling, or SQLite's, whose parameters are in the same order."""
-        if not self._sqlite:
-            return sql
-        for type in ("bytea", "bigint"):
-            for place in range(1, 4):
-                sql = sql.replace(f"${place}::{type}", "?")
-        return sql
+        return _PARAMETER.sub("?", sql) if self._sqlite else sql

@@ -14,11 +14,12 @@ from retryproof.core.message import Conclusion, Message
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql.outbox import HELD, DeadLetter, Settings, Stats, Taken
 from retryproof.stores.sql.plan import Plan, Row, Statement
+from retryproof.stores.sql.sqlite_schema import Part, ready
 
 GATE = -1
 """The partition that stands for all of them where the order is strict, with an empty chain."""
 
-SCHEMA = (
+_FIRST = (
     """CREATE TABLE IF NOT EXISTS retryproof_outbox (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
     created_at INTEGER NOT NULL,
@@ -78,6 +79,8 @@ SCHEMA = (
 )""",
 )
 
+SQLITE_OUTBOX = Part("outbox", "retryproof_outbox", (_FIRST,))
+
 _MESSAGE = "sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace"
 _ADD = "created_at, partition, id, chain, topic, payload, key, headers, content_type, trace"
 _INSERT = f"INSERT INTO retryproof_outbox ({_ADD}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -107,10 +110,7 @@ class SqliteOutbox:
         yield from ()
 
     def _partitions(self, partitions: int) -> Plan[int]:
-        made = yield Statement("SELECT 1 FROM sqlite_schema WHERE name = 'retryproof_outbox_settings'")
-        if not made:
-            for statement in SCHEMA:
-                yield Statement(statement)
+        yield from ready(SQLITE_OUTBOX)
         rows = yield Statement("SELECT partitions FROM retryproof_outbox_settings")
         if rows:
             return int(rows[0][0])

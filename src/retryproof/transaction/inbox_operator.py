@@ -1,0 +1,71 @@
+"""What people do to an inbox: look at it, forget what is old, and decide about its dead letters (O1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.transaction.inbox import MICROSECONDS, START, DeadLetter, letter_of
+from retryproof.transaction.outbox_database import Database, open_database
+
+PURGE_BATCH = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class InboxStats:
+    """How an inbox stands, all consumers together. Ages are seconds: of the oldest message and dead letter."""
+
+    messages: int
+    oldest: float
+    dead: int
+    oldest_dead: float
+
+    def as_document(self) -> dict[str, float]:
+        """For `--json`."""
+        return asdict(self)
+
+
+class InboxOperator:
+    """The inbox of a database, by URL; for one event loop."""
+
+    def __init__(self, store: str, *, timeout: float = 5.0) -> None:
+        self._database: Database = open_database(store, timeout=timeout)
+
+    async def stats(self) -> InboxStats:
+        """How it stands."""
+        return InboxStats(*await self._database.perform(self._database.inbox.stats))
+
+    async def dead(self, *, consumer: str | None = None, limit: int = 100) -> list[DeadLetter]:
+        """Dead letters, the oldest first."""
+        rows = await self._database.perform(lambda: self._database.inbox.dead(limit, consumer))
+        return [letter_of(row) for row in rows]
+
+    async def drop(self, names: Sequence[str]) -> int:
+        """Forget dead letters by their names; how many there were. Raises ConfigurationError for what is no name."""
+        starts = [_start(name) for name in names]
+        return await self._database.perform(lambda: self._database.inbox.drop_named(starts))
+
+    async def purge(self, older_than: float) -> int:
+        """Forget a bounded number of messages that came more than so many seconds ago; 0 when all are gone."""
+        age = round(older_than * MICROSECONDS)
+        return await self._database.perform(lambda: self._database.inbox.purge(age, PURGE_BATCH))
+
+    async def purge_dead(self, older_than: float) -> int:
+        """`purge` of dead letters."""
+        age = round(older_than * MICROSECONDS)
+        return await self._database.perform(lambda: self._database.inbox.purge_dead(age, PURGE_BATCH))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._database.aclose()
+
+
+def _start(name: str) -> tuple[bytes, bytes]:
+    try:
+        data = bytes.fromhex(name)
+    except ValueError:
+        data = b""
+    if len(data) != 2 * START:
+        raise ConfigurationError(f"{name!r} names no dead letter; take an id as `retryproof inbox list` shows it.")
+    return data[:START], data[START:]
