@@ -196,8 +196,31 @@ class Idempotency(Engine):
         """
         if inspect.iscoroutinefunction(fn):
             raise errors.ConfigurationError("Idempotency runs plain functions; use AsyncIdempotency for a coroutine.")
+        id = self.id_of(scope, check_key(key))
+        return self.run_record(
+            id,
+            fn,
+            where=_name(scope),
+            fingerprint=_seal(fingerprint),
+            tenant=_tenant(scope, self._pepper),
+            policy=policy,
+            codec=codec,
+        )
+
+    def run_record(
+        self,
+        id: bytes,
+        fn: Callable[[], T],
+        *,
+        where: str,
+        fingerprint: bytes,
+        tenant: bytes,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        beside: bool = False,
+    ) -> Outcome[T]:
+        """`run` for a record whose id is known, and its fingerprint as it is stored. beside: as for `flow`."""
         policy, codec = policy or self.policy, codec or self._codec
-        where, id = _name(scope), self.id_of(scope, check_key(key))
         opened = self._source.opened()
         work = _Work(codec, _limit(policy, opened))
 
@@ -217,7 +240,7 @@ class Idempotency(Engine):
             return work.settled(settle(operation, work.returned(value)))
 
         began = clock()
-        flow = self.flow(opened, id, _seal(fingerprint), policy, _tenant(scope, self._pepper))
+        flow = self.flow(opened, id, fingerprint, policy, tenant, beside=beside)
         try:
             conclusion = drive(flow, opened, policy.store_timeout, run_fn, lambda pause: self._pause(pause, policy))
         finally:
@@ -239,6 +262,10 @@ class Idempotency(Engine):
             with self._counting:
                 self._waiters -= 1
         return Paused()
+
+    def opened(self) -> Opened:
+        """The opened store of this process; opens it at the first call."""
+        return self._source.opened()
 
     def close(self, drain: float = 5.0) -> None:
         """Settle what lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
