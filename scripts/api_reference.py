@@ -31,7 +31,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("Idempotency", "AsyncIdempotency", "Outcome", "Policy", "current_operation", "operation_key"),
     ),
     "The current operation": ("retryproof.operation", ("Operation", "Phase")),
-    "Phased operations": ("retryproof.transaction", ("Phased", "Completer")),
+    "Phased operations": ("retryproof.transaction", ("Phased", "BlockingPhased", "Completer")),
     "Rows whose id the client knows": (
         "retryproof.transaction",
         ("insert_once", "ainsert_once", "Inserted", "put_once", "aput_once", "Put"),

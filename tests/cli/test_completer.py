@@ -17,9 +17,10 @@ from tests.cli.conftest import Run
 
 MODULE = """
 import contextlib
+import sqlite3
 import aiosqlite
-from retryproof import AsyncIdempotency, current_operation
-from retryproof.transaction import Phased
+from retryproof import AsyncIdempotency, Idempotency, current_operation
+from retryproof.transaction import BlockingPhased, Phased
 
 @contextlib.asynccontextmanager
 async def connect():
@@ -48,6 +49,22 @@ async def opened():
     async with phased.engine:
         yield phased
 
+@contextlib.contextmanager
+def connect_blocking():
+    with contextlib.closing(sqlite3.connect("shop.db", isolation_level=None)) as connection:
+        yield connection
+
+def blocking():
+    phased = BlockingPhased(Idempotency("sqlite:///shop.db"), connect=connect_blocking)
+
+    @phased.function("order")
+    def order(crash: bool) -> str:
+        with current_operation().phase("reserve"):
+            pass
+        return "done in a thread"
+
+    return phased
+
 nothing = 1
 """
 
@@ -73,7 +90,7 @@ def abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return name
 
 
-@pytest.mark.parametrize("object", ["make", "opened"])
+@pytest.mark.parametrize("object", ["make", "opened", "blocking"])
 def test_one_look_completes_what_was_abandoned(run: Run, abandoned: str, object: str) -> None:
     listed = run("completer", f"{abandoned}:{object}", "--list", "--json").document["operations"]
     assert [(each["function"], each["tries"], each["reason"]) for each in listed] == [("order", 0, None)]

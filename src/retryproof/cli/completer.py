@@ -22,7 +22,7 @@ from retryproof.cli.shown import moment
 from retryproof.core.keys import short_digest
 from retryproof.stores.sql.worklist import Entry
 from retryproof.transaction.completer import Completer, Round
-from retryproof.transaction.phased import Phased
+from retryproof.transaction.phased import BlockingPhased, Phased
 
 
 @click.command(epilog=exits.HELP)
@@ -44,8 +44,8 @@ def completer(
 ) -> None:
     """Run phased operations on that died or failed, from their last recovery point, until SIGTERM or Ctrl-C.
 
-    MODULE:OBJECT is a Phased, a function that makes one, or one that gives an async context manager over one. Run as
-    many as you like. What is running is finished first.
+    MODULE:OBJECT is a Phased or a BlockingPhased, a function that makes one, or one that gives an async context manager
+    over one. Run as many as you like. What is running is finished first.
     """
     if listing:
         entries = asyncio.run(_entries(target))
@@ -82,7 +82,7 @@ async def _entries(target: str) -> list[Entry]:
 
 
 @asynccontextmanager
-async def _opened(target: str) -> AsyncIterator[Phased]:
+async def _opened(target: str) -> AsyncIterator[Phased | BlockingPhased]:
     """The Phased that is named, entered where it is a context manager, with its engine closed where it is not."""
     found = _load(target)
     if callable(found):
@@ -95,7 +95,10 @@ async def _opened(target: str) -> AsyncIterator[Phased]:
     try:
         yield phased
     finally:
-        await phased.engine.aclose()
+        if isinstance(phased, Phased):
+            await phased.engine.aclose()
+        else:
+            phased.engine.close()
 
 
 def _load(target: str) -> Any:
@@ -114,8 +117,8 @@ def _load(target: str) -> Any:
         raise Usage(f"The module {module!r} has no {name!r}.") from error
 
 
-def _checked(target: str, found: Any) -> Phased:
-    if not isinstance(found, Phased):
+def _checked(target: str, found: Any) -> Phased | BlockingPhased:
+    if not isinstance(found, Phased | BlockingPhased):
         raise Usage(f"{target} is {type(found).__name__}, and no Phased.")
     return found
 

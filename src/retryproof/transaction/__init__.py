@@ -5,11 +5,12 @@ from retryproof.transaction.dynamodb import Put, aput_once, put_once
 from retryproof.transaction.inbox import Inbox, Received
 from retryproof.transaction.insert_once import Inserted, ainsert_once, insert_once
 from retryproof.transaction.outbox import Outbox
-from retryproof.transaction.phased import Phased
+from retryproof.transaction.phased import BlockingPhased, Phased
 from retryproof.transaction.relay import Relay
 from retryproof.transaction.relay_policy import RelayPolicy
 
 __all__ = [
+    "BlockingPhased",
     "Completer",
     "Inbox",
     "Inserted",

@@ -20,7 +20,9 @@ import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from retryproof.core.errors import (
@@ -38,9 +40,10 @@ from retryproof.engine import Outcome
 from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.postgres_statements import TABLE
 from retryproof.stores.sql.worklist import Entry, Taken, Worklist
-from retryproof.transaction.phased import Gone, Phased, PhasedFunction
+from retryproof.transaction.phased import BlockingPhased, BlockingPhasedFunction, Gone, Phased, PhasedFunction
 
 T = TypeVar("T")
+Function = PhasedFunction[Any, Any] | BlockingPhasedFunction[Any, Any]
 logger = logging.getLogger("retryproof")
 
 FIRST_DELAY = 2.0
@@ -75,14 +78,14 @@ class TooLong(Exception):
 
 
 class Completer:
-    """Finishes the operations of one Phased.
+    """Finishes the operations of one Phased, on the event loop, or of one BlockingPhased, in threads.
 
     batch: operations that are run at a time. poll: seconds between looks when nothing was due.
     give_up_after: seconds since an operation was listed after which its failures are left to an operator.
     """
 
     def __init__(
-        self, phased: Phased, *, batch: int = 16, poll: float = 1.0, give_up_after: float = 7 * 86400.0
+        self, phased: Phased | BlockingPhased, *, batch: int = 16, poll: float = 1.0, give_up_after: float = 7 * 86400.0
     ) -> None:
         if batch < 1 or poll <= 0 or give_up_after <= 0:
             raise ConfigurationError("batch must be 1 or more, poll and give_up_after positive.")
@@ -92,6 +95,7 @@ class Completer:
         self._give_up_after = give_up_after
         self._stopping: asyncio.Event | None = None
         self._unknown: set[str] = set()
+        self._threads = ThreadPoolExecutor(batch, "retryproof-completer")  # starts none before one is needed
 
     async def run(self, on_round: Callable[[Round], None] = lambda found: None) -> None:
         """Look, run what is due, and again, until `stop`; then the running operations are finished first.
@@ -180,12 +184,16 @@ class Completer:
         logger.warning("The phased function %r raised, and is run again [%s]", entry.function, digest, exc_info=error)
         return "failed", _delay(entry.tries), f"{type(error).__module__}.{type(error).__qualname__}"
 
-    async def _complete(self, function: PhasedFunction[Any, Any], entry: Entry, beside: bool) -> Outcome[Any]:
+    async def _complete(self, function: Function, entry: Entry, beside: bool) -> Outcome[Any]:
         limit = function.policy.max_run
         timeout = asyncio.timeout(limit)
         try:
             async with timeout:
-                return await function.complete(entry, beside=beside)
+                if isinstance(function, PhasedFunction):
+                    return await function.complete(entry, beside=beside)
+                # Past the limit nobody renews its lease any more, and it is fenced off when another attempt begins.
+                work = partial(function.complete, entry, beside=beside)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except TimeoutError as error:
             if not timeout.expired():
                 raise

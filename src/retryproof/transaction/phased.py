@@ -16,6 +16,8 @@ completer module:phased`) runs what was abandoned or failed on from its last rec
 stores is the one that the client's retry is given. What fails before its first phase was committed is the client's to
 repeat: it had no local effect.
 
+BlockingPhased is the same for plain functions.
+
 The input and the scope are kept as they are given, or sealed. Give no credentials: a function that needs one finds it
 by the principal.
 """
@@ -25,7 +27,7 @@ from __future__ import annotations
 import inspect
 import json
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, get_type_hints
 
 from retryproof.core.codec import Codec, codec_for, decode_value, encode_value
@@ -33,7 +35,7 @@ from retryproof.core.errors import ConfigurationError, IdempotencyError, Unreada
 from retryproof.core.hold import Hold
 from retryproof.core.keys import check_key, short_digest
 from retryproof.core.policy import Policy
-from retryproof.engine import AsyncIdempotency, Outcome, Scope, sealed_fingerprint, tenant_of
+from retryproof.engine import AsyncIdempotency, Engine, Idempotency, Outcome, Scope, sealed_fingerprint, tenant_of
 from retryproof.operation import current_operation
 from retryproof.stores.sql.worklist import Entry
 
@@ -58,7 +60,15 @@ class Gone(IdempotencyError):
     """The record is not the one that was listed: it was settled, evicted or reaped since."""
 
 
-class Phased:
+class _Registry:
+    """What both kinds of Phased have: an engine, and what its functions share."""
+
+    def __init__(self, connect: Callable[[], Any] | None, sealer: Sealer | None) -> None:
+        self.connect = connect
+        self.sealer = sealer
+
+
+class Phased(_Registry):
     """Functions by name, over one engine.
 
     connect: makes what a phase without a connection of its own uses: a connection, or a context manager that gives one,
@@ -74,10 +84,12 @@ class Phased:
         sealer: Sealer | None = None,
     ) -> None:
         if not isinstance(engine, AsyncIdempotency):
-            raise ConfigurationError("Phased takes an AsyncIdempotency, over a postgresql:// or sqlite:// store.")
+            raise ConfigurationError(
+                "Phased takes an AsyncIdempotency, over a postgresql:// or sqlite:// store; for an Idempotency use "
+                "BlockingPhased."
+            )
+        super().__init__(connect, sealer)
         self.engine = engine
-        self.connect = connect
-        self.sealer = sealer
         self.functions: dict[str, PhasedFunction[Any, Any]] = {}
 
     def function(
@@ -87,10 +99,7 @@ class Phased:
 
         input_codec, codec: how input and result are kept; by default what the annotations say.
         """
-        if not name or len(name) > MAX_NAME or "\0" in name:
-            raise ConfigurationError(f"The name of a phased function has 1 to {MAX_NAME} characters.")
-        if name in self.functions:
-            raise ConfigurationError(f"A phased function {name!r} is registered already.")
+        _check_name(name, self.functions)
 
         def register(fn: Callable[[I], Awaitable[R]]) -> PhasedFunction[I, R]:
             made = PhasedFunction(self, name, fn, policy, input_codec, codec)
@@ -100,7 +109,107 @@ class Phased:
         return register
 
 
-class PhasedFunction(Generic[I, R]):
+class BlockingPhased(_Registry):
+    """`Phased` for plain functions, over an Idempotency. A completer runs them in threads."""
+
+    def __init__(
+        self, engine: Idempotency, *, connect: Callable[[], Any] | None = None, sealer: Sealer | None = None
+    ) -> None:
+        if not isinstance(engine, Idempotency):
+            raise ConfigurationError(
+                "BlockingPhased takes an Idempotency, over a postgresql:// or sqlite:// store; for an AsyncIdempotency "
+                "use Phased."
+            )
+        super().__init__(connect, sealer)
+        self.engine = engine
+        self.functions: dict[str, BlockingPhasedFunction[Any, Any]] = {}
+
+    def function(
+        self, name: str, *, policy: Policy | None = None, input_codec: Codec | None = None, codec: Codec | None = None
+    ) -> Callable[[Callable[[I], R]], BlockingPhasedFunction[I, R]]:
+        """Register a function of one argument; see `Phased.function`."""
+        _check_name(name, self.functions)
+
+        def register(fn: Callable[[I], R]) -> BlockingPhasedFunction[I, R]:
+            made = BlockingPhasedFunction(self, name, fn, policy, input_codec, codec)
+            self.functions[name] = made
+            return made
+
+        return register
+
+
+def _check_name(name: str, functions: Mapping[str, object]) -> None:
+    if not name or len(name) > MAX_NAME or "\0" in name:
+        raise ConfigurationError(f"The name of a phased function has 1 to {MAX_NAME} characters.")
+    if name in functions:
+        raise ConfigurationError(f"A phased function {name!r} is registered already.")
+
+
+class _Function(Generic[I]):
+    """What a registered function of either colour knows of itself."""
+
+    def __init__(
+        self,
+        registry: _Registry,
+        engine: Engine,
+        name: str,
+        fn: Callable[[I], Any],
+        policy: Policy | None,
+        input_codec: Codec | None,
+        codec: Codec | None,
+    ) -> None:
+        parameters = list(inspect.signature(fn).parameters)
+        if len(parameters) != 1:
+            raise ConfigurationError(
+                f"The phased function {name!r} takes {len(parameters)} arguments, and must take 1."
+            )
+        hints = get_type_hints(fn)
+        self.name = name
+        self.policy = policy or engine.policy
+        self._registry = registry
+        self._ids = engine
+        self._input = input_codec or codec_for(hints.get(parameters[0], Any))
+        self._codec = codec or codec_for(hints.get("return", Any))
+
+    def _given(self, key: str, input: I, scope: Scope) -> tuple[bytes, PhasedCall]:
+        """The record's id, and what a client gives; refused before anything is claimed."""
+        principal = (scope,) if isinstance(scope, str) else tuple(scope)
+        data = encode_value(self._input, input)
+        if len(data) > MAX_INPUT:
+            raise ConfigurationError(f"The input has {len(data)} bytes; the worklist keeps at most {MAX_INPUT}.")
+        where = (*principal, self.name)
+        id = self._ids.id_of(where, check_key(key))
+        tenant = tenant_of(where, self._ids)
+        return id, PhasedCall(self._registry, self.name, principal, data, sealed_fingerprint(data), tenant)
+
+    def _listed(self, entry: Entry) -> PhasedCall:
+        """What the worklist gives."""
+        principal, data = _unpack(self._registry.sealer, entry)
+        return PhasedCall(
+            self._registry, self.name, principal, data, entry.fingerprint, entry.tenant, listed=entry.birth
+        )
+
+    def _begin(self, given: PhasedCall) -> I:
+        """Take note of the attempt; its input, as a later attempt sees it, so that the first one does nothing else."""
+        operation = current_operation()
+        given.begin(operation._hold)
+        operation._phased = given
+        input: I = decode_value(self._input, given.data)
+        return input
+
+    def _how(self, given: PhasedCall, beside: bool) -> dict[str, Any]:
+        """What `run_record` is told."""
+        return {
+            "where": self.name,
+            "fingerprint": given.fingerprint,
+            "tenant": given.tenant,
+            "policy": self.policy,
+            "codec": self._codec,
+            "beside": beside,
+        }
+
+
+class PhasedFunction(_Function[I], Generic[I, R]):
     """A registered function. `fn` is the function itself, to be called in tests."""
 
     def __init__(
@@ -114,23 +223,9 @@ class PhasedFunction(Generic[I, R]):
     ) -> None:
         if not inspect.iscoroutinefunction(fn):
             raise ConfigurationError(f"The phased function {name!r} is no coroutine function.")
-        parameters = list(inspect.signature(fn).parameters)
-        if len(parameters) != 1:
-            raise ConfigurationError(
-                f"The phased function {name!r} takes {len(parameters)} arguments, and must take 1."
-            )
-        hints = get_type_hints(fn)
-        self.name = name
+        super().__init__(phased, phased.engine, name, fn, policy, input_codec, codec)
         self.fn = fn
-        self._phased = phased
-        self._policy = policy
-        self._input = input_codec or codec_for(hints.get(parameters[0], Any))
-        self._codec = codec or codec_for(hints.get("return", Any))
-
-    @property
-    def policy(self) -> Policy:
-        """Its own, or the engine's."""
-        return self._policy or self._phased.engine.policy
+        self._engine = phased.engine
 
     async def run(self, key: str, input: I, *, scope: Scope) -> Outcome[R]:
         """Run the function unless the operation is done, or go on from its last recovery point.
@@ -138,46 +233,50 @@ class PhasedFunction(Generic[I, R]):
         scope: as for `AsyncIdempotency.run`; its parts are the operation's `principal`. Another input under the same
         key raises Mismatch. Raises what `AsyncIdempotency.run` does.
         """
-        engine = self._phased.engine
-        principal = (scope,) if isinstance(scope, str) else tuple(scope)
-        data = encode_value(self._input, input)
-        if len(data) > MAX_INPUT:
-            raise ConfigurationError(f"The input has {len(data)} bytes; the worklist keeps at most {MAX_INPUT}.")
-        where = (*principal, self.name)
-        id = engine.id_of(where, check_key(key))
-        tenant = tenant_of(where, engine)
-        given = PhasedCall(self._phased, self.name, principal, data, sealed_fingerprint(data), tenant)
-        return await self._run(id, given)
+        return await self._run(*self._given(key, input, scope))
 
     async def complete(self, entry: Entry, *, beside: bool = False) -> Outcome[R]:
         """Run an operation of the worklist on; for completers. Raises Gone where its record is another one now.
 
         beside: others run side by side with it, so that its death would not count (C15).
         """
-        principal, data = _unpack(self._phased.sealer, entry)
-        given = PhasedCall(
-            self._phased, self.name, principal, data, entry.fingerprint, entry.tenant, listed=entry.birth
-        )
-        return await self._run(entry.id, given, beside)
+        return await self._run(entry.id, self._listed(entry), beside)
 
     async def _run(self, id: bytes, given: PhasedCall, beside: bool = False) -> Outcome[R]:
         async def work() -> R:
-            operation = current_operation()
-            given.begin(operation._hold)
-            operation._phased = given
-            # As a later attempt sees it, so that the first one does nothing else.
-            return await self.fn(decode_value(self._input, given.data))
+            return await self.fn(self._begin(given))
 
-        return await self._phased.engine.run_record(
-            id,
-            work,
-            where=self.name,
-            fingerprint=given.fingerprint,
-            tenant=given.tenant,
-            policy=self._policy,
-            codec=self._codec,
-            beside=beside,
-        )
+        return await self._engine.run_record(id, work, **self._how(given, beside))
+
+
+class BlockingPhasedFunction(_Function[I], Generic[I, R]):
+    """`PhasedFunction` for a plain function."""
+
+    def __init__(
+        self,
+        phased: BlockingPhased,
+        name: str,
+        fn: Callable[[I], R],
+        policy: Policy | None,
+        input_codec: Codec | None,
+        codec: Codec | None,
+    ) -> None:
+        if inspect.iscoroutinefunction(fn):
+            raise ConfigurationError(f"The phased function {name!r} is a coroutine function; use Phased for it.")
+        super().__init__(phased, phased.engine, name, fn, policy, input_codec, codec)
+        self.fn = fn
+        self._engine = phased.engine
+
+    def run(self, key: str, input: I, *, scope: Scope) -> Outcome[R]:
+        """See `PhasedFunction.run`."""
+        return self._run(*self._given(key, input, scope))
+
+    def complete(self, entry: Entry, *, beside: bool = False) -> Outcome[R]:
+        """See `PhasedFunction.complete`."""
+        return self._run(entry.id, self._listed(entry), beside)
+
+    def _run(self, id: bytes, given: PhasedCall, beside: bool = False) -> Outcome[R]:
+        return self._engine.run_record(id, lambda: self.fn(self._begin(given)), **self._how(given, beside))
 
 
 class PhasedCall:
@@ -190,7 +289,7 @@ class PhasedCall:
 
     def __init__(
         self,
-        phased: Phased,
+        phased: _Registry,
         function: str,
         principal: tuple[str, ...],
         data: bytes,
