@@ -27,6 +27,10 @@ Settled: TypeAlias = tuple[Outcome, BaseException | None]
 """What came of the work once its transaction is over, and what its caller is raised."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLAIN = JsonCodec()
+_STEP_BESIDE = (
+    "The operation's transaction holds its record (on SQLite always, on PostgreSQL above READ COMMITTED), so the "
+    "step's result could not be kept. Nothing was called. Take the step before you ask for the transaction."
+)
 
 
 class Phase(Protocol):
@@ -282,7 +286,11 @@ class Operation:
         if self._hold.lost:
             raise lease_lost(self._hold)
         kept = self._hold.checkpoints.get(name)
-        return (False, None) if kept is None else (True, decode_value(codec or _PLAIN, kept))
+        if kept is not None:
+            return True, decode_value(codec or _PLAIN, kept)
+        if self._joined is not None and self._joined.place.held:
+            raise ConfigurationError(_STEP_BESIDE, digest=self.key_digest)
+        return False, None
 
     def _forget_name(self, name: str) -> None:
         """It was not used after all."""

@@ -25,7 +25,7 @@ execute, commit = Psycopg.execute, Psycopg.commit
 
 def executed(self: Psycopg, statement: object) -> object:
     rows = execute(self, statement)  # type: ignore[arg-type]  # handed through
-    if "UPDATE" in statement.sql:  # type: ignore[attr-defined]  # as above
+    if "SET state" in statement.sql:  # type: ignore[attr-defined]  # as above
         reach("after complete")
     return rows
 

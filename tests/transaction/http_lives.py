@@ -61,7 +61,7 @@ def stop_this_process() -> None:
 
 
 def has_points(statement: Statement) -> bool:
-    return "UPDATE" in statement.sql
+    return "SET state" in statement.sql
 
 
 def arm_blocking(adapter: Any, crash: CrashPoints) -> None:

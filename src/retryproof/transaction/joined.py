@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -91,15 +91,19 @@ Steps = Generator[Step, Any, T]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the operation's record is, and which attempt is at it."""
+    """Where the operation's record is, and which attempt is at it.
+
+    held: nobody but the transaction that was joined can write the record before its end.
+    """
 
     hold: Hold
     policy: Policy
     dialect: str
     table: str
+    held: bool = False
 
-    def join(self) -> Plan[bool]:
-        """The dialect's plan."""
+    def join(self) -> Plan[bool | None]:
+        """The dialect's plan; whether the transaction holds the record, None where the attempt is not current."""
         return sqlite_plans.join(self.hold) if self.dialect == "sqlite" else postgres.join_plan(self.hold, self.table)
 
     def complete(self, command: Complete) -> Plan[FenceReply]:
@@ -139,17 +143,17 @@ def place_of(operation: Operation) -> Place:
 # What is done, as steps
 
 
-def joining(place: Place) -> Steps[None]:
-    """Take the connection's transaction for the attempt, or raise."""
+def joining(place: Place) -> Steps[bool]:
+    """Take the connection's transaction for the attempt, or raise; whether it holds the record until its end."""
     digest = short_digest(place.hold.id)
     try:
-        current = yield from place.join()
+        held = yield from place.join()
     except Exception as error:
         if missing_table(error):
             raise ConfigurationError(_elsewhere(place), digest=digest) from error
         raise
-    if current:
-        return
+    if held is not None:
+        return held
     found = yield Ask(Look(place.hold.id))
     if not isinstance(found, Found) or place.ours(found, State.IN_PROGRESS):
         raise ConfigurationError(_elsewhere(place), digest=digest)
@@ -265,7 +269,7 @@ class BlockingTransaction:
         if self.block is not None:
             self._adapted.begin()
         _check_usable(self._adapted)
-        self.pump(joining(self.place), ask)
+        self.place = replace(self.place, held=self.pump(joining(self.place), ask))
 
     def settle(self, outcome: Outcome, ask: Callable[[Any], Any]) -> Settled:
         """Commit the work with its result, or roll it back."""
@@ -326,7 +330,7 @@ class LoopTransaction:
             await self._adapted.begin()
         await self._adapted.check_open()
         _check_usable(self._adapted)
-        await self.pump(joining(self.place), ask)
+        self.place = replace(self.place, held=await self.pump(joining(self.place), ask))
 
     async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Any]]) -> Settled:
         """Commit the work with its result, or roll it back."""

@@ -39,7 +39,7 @@ from retryproof.core.record import State
 from retryproof.drive import clock
 from retryproof.operation import Operation, lease_lost
 from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql import sqlite_plans
+from retryproof.stores.sql import postgres, sqlite_plans
 from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.worklist import Entry, Worklist
 from retryproof.transaction.connections import missing_table
@@ -210,7 +210,7 @@ def committing(place: Place, command: Checkpoint, entry: Entry | None, broken: s
         yield from roll_back()
         raise _ended(place, command.name, broken)
     try:
-        yield from _renewed(place)
+        renewed_at = yield from _renewed(place)
         reply = yield from _checkpoint(place, command, entry)
     except Exception as error:
         yield from roll_back()
@@ -228,14 +228,17 @@ def committing(place: Place, command: Checkpoint, entry: Entry | None, broken: s
     except Exception as error:  # noqa: BLE001  # whatever the driver raises; the record says what it means
         yield from roll_back()
         yield from _doubted(place, command.name, error)
+    else:
+        if renewed_at is not None:
+            place.hold.renewed(renewed_at)
 
 
 def _checkpoint(place: Place, command: Checkpoint, entry: Entry | None) -> Plan[FenceReply]:
     return Worklist(place.dialect, place.table).checkpoint(command, entry, place.hold.lease)
 
 
-def _renewed(place: Place) -> Steps[None]:
-    """Renew a lease that has run out by our own count (C6), or raise.
+def _renewed(place: Place) -> Steps[float | None]:
+    """Renew a lease that has run out by our own count (C6), or raise; when it was asked for, if it holds from the commit.
 
     On SQLite the caller's transaction may hold the one write lock, so the renewal is part of it.
     """
@@ -244,14 +247,15 @@ def _renewed(place: Place) -> Steps[None]:
         raise lease_lost(hold)
     sent = clock()
     if sent < hold.deadline:
-        return
+        return None
     if place.dialect == "sqlite":
         (reply,) = yield from sqlite_plans.renew([hold.renew()], wall_clock())
+    elif place.held:
+        (reply,) = yield from postgres.renew_plan([hold.renew()], place.table)
     else:
         reply = yield Ask(hold.renew())
     if isinstance(reply, Done):
-        hold.renewed(sent)
-        return
+        return sent
     if isinstance(reply, Lost):
         hold.lose()
         raise lease_lost(hold)

@@ -141,9 +141,15 @@ def complete_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Sequ
     return [DONE if command.id in done else LOST for command in commands]
 
 
-def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool]:
-    """Make the transaction that is open the one of this attempt; False where no record says that it is current."""
-    return bool((yield Statement(statements.join(table), (hold.id, hold.nonce, hold.token))))
+def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool | None]:
+    """Make the transaction that is open the one of this attempt; whether it holds the record's row from now on.
+
+    None where no record says that the attempt is current. Where statements share one snapshot (REPEATABLE READ,
+    SERIALIZABLE) a renewal after it would make the completion fail, so the row is locked at once: then it cannot be
+    renewed, which it need not be, as nobody takes over what is locked.
+    """
+    rows = yield Statement(statements.join(table), (hold.id, hold.nonce, hold.token))
+    return bool(rows[0][1]) if rows else None
 
 
 def complete_joined_plan(command: Complete, table: str = TABLE) -> Plan[FenceReply]:

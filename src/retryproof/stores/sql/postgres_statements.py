@@ -295,10 +295,15 @@ def _fenced(
 
 @cache
 def join(table: str) -> str:
-    """Mark the transaction as the one of a current attempt, until it ends; a row where the attempt is current."""
+    """Mark the transaction as the one of a current attempt, until it ends; a row where the attempt is current.
+
+    It says whether the record is locked from now on, as it is where all statements share this one's snapshot.
+    """
     return (
-        f"SELECT set_config('{_MARK}', o.token::text, true) FROM {table} AS o "
-        "WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1"
+        f"SELECT set_config('{_MARK}', o.token::text, true), EXISTS ("
+        f"SELECT FROM {table} AS l WHERE l.id = o.id "
+        "AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') FOR NO KEY UPDATE) "
+        f"FROM {table} AS o WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1"
     )
 
 

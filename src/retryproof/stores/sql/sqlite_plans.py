@@ -144,14 +144,17 @@ def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
     return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
 
 
-def join(hold: Hold) -> Plan[bool]:
-    """Whether the record says that this attempt is current, as the transaction that is open sees it."""
+def join(hold: Hold) -> Plan[bool | None]:
+    """True where the record says that this attempt is current, as the transaction that is open sees it; else None.
+
+    That transaction holds the record from now on, with all others: SQLite has one writer.
+    """
     rows = yield Statement(
         "SELECT 1 FROM retryproof_operations WHERE id = ? AND nonce = ? AND token = ? "
         f"AND state = {State.IN_PROGRESS:d}",
         (hold.id, hold.nonce, hold.token),
     )
-    return bool(rows)
+    return True if rows else None
 
 
 def release(commands: Sequence[Release], now: int) -> Plan[list[FenceReply]]:
