@@ -53,6 +53,7 @@ GOALS = (
     Goal("engine redis new 1", "plain calls", 0.8),
     Goal("engine postgres new 1", "one commit a claim", 0.8),
     Goal("engine sqlite new 1", "one commit a claim", 0.8),
+    Goal("inbox", "one a transaction, by hand", 20.0, no_errors=True),
     Goal("outbox relay", "lease loop", 0.8),
     Goal("outbox relay", "ours", 0.9, "ours, one key"),
     Goal("outbox enqueue", "hand-written", 0.85),

@@ -19,13 +19,13 @@ sys.path[0] = str(ROOT)
 import uvloop  # noqa: E402 - the path above has to come first
 
 from benchmarks import goals, report  # noqa: E402
-from benchmarks.figures import asgi, engine, http, outbox, phases, roundtrips  # noqa: E402
+from benchmarks.figures import asgi, engine, http, inbox, outbox, phases, roundtrips  # noqa: E402
 from benchmarks.figures.http import HttpSubject  # noqa: E402
 from benchmarks.measure import Figure, Pace  # noqa: E402
 from benchmarks.peers import PEERS, PeerMissing, peer_python  # noqa: E402
 from benchmarks.services import Services  # noqa: E402
 
-FAMILIES = ("http", "asgi", "engine", "threads", "outbox", "phases", "roundtrips")
+FAMILIES = ("http", "asgi", "engine", "threads", "inbox", "outbox", "phases", "roundtrips")
 LIMIT_SECONDS = 660.0
 # What HTTP may take of the limit; the engines have the rest.
 HTTP_SHARE = 0.55
@@ -73,6 +73,8 @@ async def take(options: argparse.Namespace, services: Services) -> tuple[list[Fi
             figures += await engine.STORES[store](services, pace, ours=ours)
     if "threads" in options.only and "sqlite" in stores:
         figures += await engine.thread_figures(services, pace, ours=ours)
+    if "inbox" in options.only and ours and "postgres" in stores:
+        figures += await inbox.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     if "outbox" in options.only and ours and "postgres" in stores:
         figures += await outbox.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     if "phases" in options.only and ours and "postgres" in stores:
