@@ -238,9 +238,9 @@ def _checkpoint(place: Place, command: Checkpoint, entry: Entry | None) -> Plan[
 
 
 def _renewed(place: Place) -> Steps[float | None]:
-    """Renew a lease that has run out by our own count (C6), or raise; when it was asked for, if it holds from the commit.
+    """Renew a lease that has run out by our own count (C6), or raise; the time to count it from, once it is committed.
 
-    On SQLite the caller's transaction may hold the one write lock, so the renewal is part of it.
+    Where the caller's transaction may hold the record, as on SQLite always, the renewal is part of it.
     """
     hold = place.hold
     if hold.lost:
@@ -248,9 +248,10 @@ def _renewed(place: Place) -> Steps[float | None]:
     sent = clock()
     if sent < hold.deadline:
         return None
+    reply: FenceReply | Exception
     if place.dialect == "sqlite":
         (reply,) = yield from sqlite_plans.renew([hold.renew()], wall_clock())
-    elif place.held:
+    elif place.held:  # from nowhere else could it be written
         (reply,) = yield from postgres.renew_plan([hold.renew()], place.table)
     else:
         reply = yield Ask(hold.renew())
