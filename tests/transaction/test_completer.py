@@ -350,7 +350,7 @@ async def test_a_worklist_that_fails_meanwhile_leaves_no_operation_unattended(
     assert 102 in shop.database.charges()
 
 
-async def test_c15_what_two_attempts_died_at_is_run_when_nothing_else_is(database: Database) -> None:
+async def test_c15_what_a_completer_died_at_is_run_when_nothing_else_is(database: Database) -> None:
     """So that the one that kills its process is found out, and its neighbours are completed."""
     async with shop_over(database, policy=Policy(max_attempts=2)) as shop:
         for number in (1, 2, 3):
@@ -389,6 +389,8 @@ async def test_an_input_that_cannot_be_stored_is_refused_before_anything_is_clai
         await loose.run("k", {1, 2}, scope="acme")
     with pytest.raises(errors.ConfigurationError, match="bytes"):
         await loose.run("k", "x" * 2_000_000, scope="acme")
+    with pytest.raises(errors.ConfigurationError, match="is text"):
+        await loose.run("k", 1, scope=("acme", b"ann"))  # type: ignore[arg-type]  # what is refused
     with shop.database.connect() as connection:
         assert connection.execute("SELECT count(*) FROM retryproof_operations").fetchone()[0] == 1
 

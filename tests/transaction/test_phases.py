@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from retryproof.transaction.sqlite import Sqlite
 from tests.transaction.support import Database, insert
 from tests.transaction.test_transactional import BLOCKING, ON_LOOP, Blocking, OnLoop, abegin, begin, of_psycopg
 
@@ -440,3 +441,29 @@ async def test_c6_a_step_of_a_holder_that_lost_its_lease_is_not_begun(database: 
     async with AsyncIdempotency(database.store) as engine:
         assert (await engine.run("k", order, scope="s")).value == "the winner's"
     assert called == []
+
+
+def test_c6_a_renewal_that_was_rolled_back_with_its_phase_does_not_count(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On SQLite it is part of the phase's transaction."""
+
+    def fail(self: Sqlite) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Sqlite, "commit", fail)
+    opened = BLOCKING["sqlite3"][1]
+    with Idempotency(sqlite.store) as engine, opened(sqlite) as (connection, write):
+
+        def order() -> None:
+            operation = current_operation()
+            begin(connection)
+            operation._hold.deadline = 0.0
+            with pytest.raises(OSError, match="disk"), operation.phase("order", connection):
+                write(1)
+            assert operation._hold.deadline == 0.0
+            raise ValueError("stop")
+
+        with pytest.raises(ValueError, match="stop"):
+            engine.run("k", order, scope="s")
+    assert sqlite.charges() == []

@@ -9,8 +9,9 @@ operation from being run twice is its claim, as for any other attempt.
 
 An operation that raises is tried again, later each time, up to an hour; after `give_up_after` it is left to an
 operator, and stays in the list with its reason until its record is settled, evicted or reaped. One that runs past
-`Policy.max_run` is cancelled, so that a call that hangs does not hold the others up for longer. One that two attempts
-died at is run when nothing else is: should it kill this process, its death counts, and nobody else's does (C15).
+`Policy.max_run` is cancelled, so that a call that hangs does not hold the others up for longer. One that a completer
+took and did not live to finish is run when nothing else is: should it kill this process, its death counts, and nobody
+else's does (C15).
 """
 
 from __future__ import annotations

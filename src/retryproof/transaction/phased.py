@@ -174,6 +174,10 @@ class _Function(Generic[I]):
     def _given(self, key: str, input: I, scope: Scope) -> tuple[bytes, PhasedCall]:
         """The record's id, and what a client gives; refused before anything is claimed."""
         principal = (scope,) if isinstance(scope, str) else tuple(scope)
+        if not all(isinstance(part, str) for part in principal):
+            raise ConfigurationError(
+                "The scope of a phased function is text: a completer is to read it as the principal."
+            )
         data = encode_value(self._input, input)
         if len(data) > MAX_INPUT:
             raise ConfigurationError(f"The input has {len(data)} bytes; the worklist keeps at most {MAX_INPUT}.")

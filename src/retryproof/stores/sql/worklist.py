@@ -29,7 +29,7 @@ class Entry:
     """One row.
 
     function: the name that it is registered by. input: what it is given and for whom, sealed where that is wished.
-    tries: how often a completer took it. reason: why it failed last.
+    tries: how often a completer took it. reason: why it failed last; None while it runs.
     due_at, listed_at: microseconds of the database's clock since the epoch.
     """
 
@@ -49,7 +49,7 @@ class Entry:
 class Taken:
     """A row that was taken.
 
-    open: its record is there and not settled. suspect: two attempts or more died at it.
+    open: its record is there and not settled. suspect: who took it before did not live to say what came of it.
     """
 
     entry: Entry
@@ -91,7 +91,7 @@ class Worklist:
             return (yield from _take_sqlite(limit, now, microseconds(hold), functions, now - microseconds(unwanted)))
         values = (limit, microseconds(hold), list(functions), microseconds(unwanted))
         rows = yield Statement(_take(self._table), values)
-        return [Taken(_entry(row), bool(row[10]), bool(row[11])) for row in rows]
+        return [Taken(_entry(row), bool(row[11]), row[10]) for row in rows]
 
     def postpone(self, entry: Entry, seconds: float, reason: str | None) -> Plan[None]:
         """Look at it again in so many seconds."""
@@ -155,21 +155,20 @@ def _take(table: str) -> str:
     return f"""
 WITH clock AS MATERIALIZED (SELECT {_NOW} AS now),
 due AS (
-    SELECT w.id FROM {worklist(table)} AS w
+    SELECT w.id, w.reason, w.tries > 0 AND w.reason IS NULL AS suspect FROM {worklist(table)} AS w
     WHERE w.due_at <= (SELECT now FROM clock)
         AND (w.function = ANY ($3::text[]) OR w.due_at <= (SELECT now FROM clock) - $4::bigint)
     ORDER BY w.due_at LIMIT $1::bigint
     FOR UPDATE SKIP LOCKED
 ),
 taken AS (
-    UPDATE {worklist(table)} AS w SET due_at = clock.now + $2::bigint, tries = w.tries + 1
+    UPDATE {worklist(table)} AS w SET due_at = clock.now + $2::bigint, tries = w.tries + 1, reason = NULL
     FROM due, clock WHERE w.id = due.id
-    RETURNING w.*
+    RETURNING {_columns("w").replace("w.reason", "due.reason")}, due.suspect
 )
-SELECT {_columns("w")}, o.open, o.suspect FROM taken AS w
+SELECT w.*, o.open FROM taken AS w
 LEFT JOIN LATERAL (
-    SELECT o.state IN (1, 2) AND o.birth = w.birth AS open, o.state = 1 AND o.attempt > 1 AS suspect
-    FROM {table} AS o WHERE o.id = w.id LIMIT 1
+    SELECT o.state IN (1, 2) AND o.birth = w.birth AS open FROM {table} AS o WHERE o.id = w.id LIMIT 1
 ) AS o ON true
 """
 
@@ -199,14 +198,16 @@ def _list_sqlite(entry: Entry, now: int, lease: int) -> Plan[None]:
 def _take_sqlite(limit: int, now: int, hold: int, functions: Sequence[str], unwanted: int) -> Plan[list[Taken]]:
     yield Statement(WORKLIST_SCHEMA)
     rows = yield Statement(
-        f"SELECT {_columns('w')}, o.state IN ({State.IN_PROGRESS:d}, {State.RELEASED:d}) AND o.birth = w.birth, "
-        f"o.state = {State.IN_PROGRESS:d} AND o.attempt > 1 "
+        f"SELECT {_columns('w')}, w.tries > 0 AND w.reason IS NULL, "
+        f"o.state IN ({State.IN_PROGRESS:d}, {State.RELEASED:d}) AND o.birth = w.birth "
         f"FROM {WORKLIST} AS w LEFT JOIN retryproof_operations AS o ON o.id = w.id "
         f"WHERE w.due_at <= ? AND (w.function IN ({', '.join('?' * len(functions))}) OR w.due_at <= ?) "
         "ORDER BY w.due_at LIMIT ?",
         (now, *functions, unwanted, limit),
     )
     moved = [(now + hold, row[0]) for row in rows]
-    yield Statement(f"UPDATE {WORKLIST} SET due_at = ?, tries = tries + 1 WHERE id = ?", moved, many=True)
+    yield Statement(
+        f"UPDATE {WORKLIST} SET due_at = ?, tries = tries + 1, reason = NULL WHERE id = ?", moved, many=True
+    )
     entries = [replace(_entry(row), tries=row[6] + 1, due_at=now + hold) for row in rows]
-    return [Taken(entry, bool(row[10]), bool(row[11])) for entry, row in zip(entries, rows, strict=True)]
+    return [Taken(entry, bool(row[11]), bool(row[10])) for entry, row in zip(entries, rows, strict=True)]
