@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS bench_entries (id bigint GENERATED ALWAYS AS IDENTITY
                                           account integer NOT NULL, amount bigint NOT NULL);
 """
 JOIN = postgres_statements.join(TABLE)
-FENCE = postgres_statements.checkpoint(TABLE, one=True, joined=True)
+FENCE = postgres_statements.checkpoint_joined(TABLE)
 _numbers = itertools.count()
 
 

@@ -24,6 +24,7 @@ from retryproof.core.commands import (
     Claim,
     ClaimReply,
     Complete,
+    FenceReply,
     Finished,
     Release,
     Renew,
@@ -141,7 +142,7 @@ class TestLocksOfOthers:
         tokens = [token(reply) for reply in store.claim(claims)]
         complete = Complete(claims[20].id, claims[20].nonce, tokens[20], b"result")
         renewals = [Renew(claim.id, claim.nonce, number, 20.0) for claim, number in zip(claims, tokens, strict=True)]
-        assert pump(caller, postgres.complete_plan([complete])) == [DONE]
+        assert pump(caller, _joined(complete)) == DONE
         replies, seconds = timed(lambda: store.renew(renewals))
         assert replies[:20] + replies[21:] == [DONE] * 63
         assert isinstance(replies[20], StoreUnavailable)
@@ -155,7 +156,7 @@ class TestLocksOfOthers:
     ) -> None:
         claim = new_claim()
         complete = Complete(claim.id, claim.nonce, token(store.claim([claim])[0]), b"result")
-        assert pump(caller, postgres.complete_plan([complete])) == [DONE]
+        assert pump(caller, _joined(complete)) == DONE
         caller.rollback()
         assert isinstance(store.claim([again(claim)])[0], Running)
 
@@ -169,17 +170,17 @@ class TestLocksOfOthers:
             ThreadPoolExecutor(1) as pool,
         ):
             other.execute(f"UPDATE {TABLE} SET lease_until = lease_until + 1")
-            waiting = pool.submit(pump, caller, postgres.complete_plan([complete]))
+            waiting = pool.submit(pump, caller, _joined(complete))
             _until_blocked(other, caller.info.backend_pid)
             other.commit()
-            assert waiting.result() == [DONE]
+            assert waiting.result() == DONE
 
     def test_t1_a_completion_with_a_stale_token_changes_nothing(
         self, store: PsycopgStore, caller: psycopg.Connection[Any]
     ) -> None:
         claim = new_claim()
         stale = Complete(claim.id, claim.nonce, token(store.claim([claim])[0]) - 1, b"result")
-        assert pump(caller, postgres.complete_plan([stale])) == [LOST]
+        assert pump(caller, _joined(stale)) == LOST
 
     def test_a_table_that_others_lock_is_an_error_in_time(
         self, store: PsycopgStore, caller: psycopg.Connection[Any], url: str
@@ -190,6 +191,12 @@ class TestLocksOfOthers:
         with pytest.raises(StoreUnavailable):
             hurried.claim([new_claim()])
         hurried.close()
+
+
+def _joined(command: Complete) -> Plan[FenceReply]:
+    """Join the caller's transaction and complete in it."""
+    yield Statement("SELECT set_config('retryproof.joined', $1::text, true)", (str(command.token),))
+    return (yield from postgres.complete_joined_plan(command))
 
 
 def _until_blocked(connection: psycopg.Connection[Any], pid: int) -> None:
@@ -472,7 +479,10 @@ class TestPlans:
         "claim": postgres_statements.claim(TABLE),
         "claim one": postgres_statements.claim(TABLE, one=True),
         "complete": postgres_statements.complete(TABLE),
-        "complete in a caller's transaction": postgres_statements.complete(TABLE, wait=True),
+        "join a caller's transaction": postgres_statements.join(TABLE),
+        "complete in a caller's transaction": postgres_statements.complete_joined(TABLE),
+        "complete what is listed in it": postgres_statements.complete_joined(TABLE, listed=True),
+        "checkpoint in it": postgres_statements.checkpoint_joined(TABLE),
         "complete one": postgres_statements.complete(TABLE, one=True),
         "release": postgres_statements.release(TABLE),
         "renew": postgres_statements.renew(TABLE),

@@ -15,8 +15,8 @@ then is told `Running` for a short time. So no batch waits for anybody's lock (T
 
 The fenced commands work alike: one statement that updates what is current and not locked. Only when an item is missing
 from its answer does a second one look why: done before (C3), lost, or locked, which is tried again after a nap.
-`complete_plan` is the exception: made for the caller's own transaction, it waits for locks, in the order of the ids, so
-that two of them cannot deadlock.
+The plans that a caller's own transaction is joined with are the exception: each is a plain UPDATE of the one row, which
+waits for its lock and looks at the newest version, and is the last statement before the commit.
 
 Every subquery for one row is a LATERAL one with LIMIT or FOR UPDATE, which the planner cannot turn into a scan of the
 whole table. `clock` is read once a statement (C9). Parameters are in the server's own style ($1), for both drivers: an
@@ -132,15 +132,6 @@ def _claim_reply(claim: Claim, row: Row) -> ClaimReply:
             return Abandoned("poisoned", attempt)
 
 
-def complete_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Sequence[FenceReply]]:
-    """Settle each operation in a transaction of the caller's, waiting for locks in the order of the ids (T1)."""
-    done = {row[0] for row in (yield _complete(commands, table, wait=True))}
-    missing = [command for command in commands if command.id not in done]
-    if missing:
-        done |= {row[0] for row in (yield _look(missing, table, 0.0)) if _repeated(missing[0], row[1])}
-    return [DONE if command.id in done else LOST for command in commands]
-
-
 def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool | None]:
     """Make the transaction that is open the one of this attempt; whether it holds the record's row from now on.
 
@@ -154,14 +145,14 @@ def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool | None]:
 
 def complete_joined_plan(command: Complete, table: str = TABLE) -> Plan[FenceReply]:
     """Settle the operation in the transaction that was joined; in another one it is lost."""
-    sql = statements.complete(table, one=True, wait=True, joined=True, listed=command.listed)
+    sql = statements.complete_joined(table, listed=command.listed)
     rows = yield Statement(sql, (command.id, command.nonce, command.token, command.result))
     return DONE if rows else LOST
 
 
 def checkpoint_joined_plan(command: Checkpoint, table: str = TABLE) -> Plan[FenceReply]:
     """Keep a value in the transaction that was joined; in another one it is lost."""
-    rows = yield Statement(statements.checkpoint(table, one=True, joined=True), checkpoint_values(command))
+    rows = yield Statement(statements.checkpoint_joined(table), checkpoint_values(command))
     return DONE if rows else LOST
 
 
@@ -235,12 +226,10 @@ def _fence(commands: Sequence[Fenced]) -> tuple[list[Any], ...]:
     )
 
 
-def _complete(commands: Sequence[Complete], table: str, *, wait: bool = False) -> Statement:
+def _complete(commands: Sequence[Complete], table: str) -> Statement:
     results = [command.result for command in commands]
     listed = any(command.listed for command in commands)
-    return _batch(
-        lambda one: statements.complete(table, one=one, wait=wait, listed=listed), (*_fence(commands), results)
-    )
+    return _batch(lambda one: statements.complete(table, one=one, listed=listed), (*_fence(commands), results))
 
 
 def _release(commands: Sequence[Release], table: str) -> Statement:

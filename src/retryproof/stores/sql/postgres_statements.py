@@ -24,7 +24,8 @@ class Case(IntEnum):
     POISONED = 10
 
 
-_CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now"
+_NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+_CLOCK = f"SELECT {_NOW} AS now"
 
 _CLAIM = """
 WITH clock AS MATERIALIZED ({clock}),
@@ -112,11 +113,18 @@ FROM (
     CROSS JOIN clock
     CROSS JOIN LATERAL (
         SELECT o.ctid AS place FROM {table} AS o
-        WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token AND o.state = 1 {joined}
-        FOR NO KEY UPDATE {skip}
+        WHERE o.id = asked.id AND o.nonce = asked.nonce AND o.token = asked.token AND o.state = 1
+        FOR NO KEY UPDATE SKIP LOCKED
     ) AS locked
 ) AS s
-WHERE {join}
+WHERE o.ctid = s.place
+RETURNING o.id
+"""
+
+_JOINED = """
+UPDATE {table} AS o SET {changes}
+WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1
+    AND current_setting('{mark}', true) = ($3::bigint)::text
 RETURNING o.id
 """
 _CLAIMED = {
@@ -234,18 +242,28 @@ def claim(table: str, *, one: bool = False) -> str:
 
 
 @cache
-def complete(table: str, *, one: bool = False, wait: bool = False, joined: bool = False, listed: bool = False) -> str:
-    """Settle a batch with results; `wait` for locked rows; `joined`: only in the transaction that `join` marked.
+def complete(table: str, *, one: bool = False, listed: bool = False) -> str:
+    """Settle a batch with results. listed: take them off the completer's worklist as well."""
+    return _delisting(table, _fenced(table, _completed("s.result", "s.now"), {"result": "bytea"}, one=one), listed)
 
-    listed: take them off the completer's worklist as well.
-    """
-    changes = """state = CASE WHEN s.result IS NULL THEN 4 ELSE 3 END, result = s.result, checkpoints = NULL,
-        expires_at = s.now + o.retention, lease_until = s.now"""
-    done = _fenced(table, changes, {"result": "bytea"}, one=one, wait=wait, joined=joined)
+
+@cache
+def complete_joined(table: str, *, listed: bool = False) -> str:
+    """Settle one operation in the transaction that `join` marked, waiting for the row; `listed` as above."""
+    changes = _completed("$4::bytea", _NOW)
+    return _delisting(table, _JOINED.format(table=table, changes=changes, mark=_MARK), listed)
+
+
+def _completed(result: str, now: str) -> str:
+    return f"""state = CASE WHEN {result} IS NULL THEN 4 ELSE 3 END, result = {result}, checkpoints = NULL,
+        expires_at = {now} + o.retention, lease_until = {now}"""
+
+
+def _delisting(table: str, settling: str, listed: bool) -> str:
     if not listed:
-        return done
+        return settling
     gone = f"DELETE FROM {worklist(table)} WHERE id = ANY (ARRAY(SELECT id FROM done))"
-    return f"WITH done AS ({done}), gone AS ({gone}) SELECT id FROM done"
+    return f"WITH done AS ({settling}), gone AS ({gone}) SELECT id FROM done"
 
 
 def worklist(table: str) -> str:
@@ -269,27 +287,28 @@ def renew(table: str, *, one: bool = False) -> str:
 
 
 @cache
-def checkpoint(table: str, *, one: bool = False, joined: bool = False) -> str:
-    """Keep a value for each item of a batch; `joined`: in the transaction that `join` marked, waiting for the row."""
-    changes = "checkpoints = coalesce(o.checkpoints, '{}') || jsonb_build_object(s.name, s.value)"
-    columns = {"name": "text", "value": "text"}
-    return _fenced(table, changes, columns, one=one, wait=joined, joined=joined)
+def checkpoint(table: str, *, one: bool = False) -> str:
+    """Keep a value for each item of a batch."""
+    return _fenced(table, _checkpointed("s.name", "s.value"), {"name": "text", "value": "text"}, one=one)
 
 
-def _fenced(
-    table: str, changes: str, columns: dict[str, str], *, one: bool, wait: bool = False, joined: bool = False
-) -> str:
+@cache
+def checkpoint_joined(table: str) -> str:
+    """Keep one value in the transaction that `join` marked, waiting for the row."""
+    return _JOINED.format(table=table, changes=_checkpointed("$4::text", "$5::text"), mark=_MARK)
+
+
+def _checkpointed(name: str, value: str) -> str:
+    return f"checkpoints = coalesce(o.checkpoints, '{{}}') || jsonb_build_object({name}, {value})"
+
+
+def _fenced(table: str, changes: str, columns: dict[str, str], *, one: bool) -> str:
     return _FENCED.format(
         clock=_CLOCK,
         table=table,
         changes=changes,
         asked=_asked(_FENCE | columns, one=one),
         order="" if one else "ORDER BY id",
-        # The place of the locked row saves a second search. Who waited finds a newer row there, invisible to the
-        # statement's snapshot, and has to go by the id, where PostgreSQL looks at the newest version.
-        skip="" if wait else "SKIP LOCKED",
-        join="o.id = s.id" if wait else "o.ctid = s.place",
-        joined=f"AND current_setting('{_MARK}', true) = asked.token::text" if joined else "",
     )
 
 

@@ -135,7 +135,7 @@ _NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
 @cache
 def _checkpoint_and_list(table: str) -> str:
-    kept = statements.checkpoint(table, one=True, joined=True)
+    kept = statements.checkpoint_joined(table)
     return f"""
 WITH kept AS ({kept}),
 listed AS (
