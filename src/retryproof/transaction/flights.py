@@ -41,30 +41,38 @@ class Flights:
         """Whether the database does not know yet what came of something."""
         return bool(self._sendings)
 
-    async def send(
-        self,
-        messages: Sequence[Message],
-        live: Callable[[], bool],
-        *,
-        timeout: float = inf,
-        patience: float = inf,
-        one_chain: bool = False,
-    ) -> None:
-        """Send a batch, until it ended or patience is over. one_chain: one message after another."""
+    async def begin(
+        self, messages: Sequence[Message], live: Callable[[], bool], timeout: float, *, one_chain: bool = False
+    ) -> bool:
+        """Begin to send a batch; whether that was all. one_chain: one message after another."""
         sending = _Sending(messages, self._changed)
         sent = [replace(message, chain=b"") for message in messages] if one_chain else messages
         batch = Batch(sent, lambda: live() and not sending.closed, timeout, sending.progress)
         sending.task = asyncio.create_task(self._published(batch))
         self._sendings.append(sending)
+        await asyncio.sleep(0)
+        return sending.task.done()
+
+    async def go_on(self, patience: float) -> None:
+        """Wait until the batch that was begun last ended, or patience is over."""
+        sending = self._sendings[-1]
         await asyncio.wait({sending.task}, timeout=patience if patience < inf else None)
         if not sending.task.done() and not sending.close():
             await asyncio.wait({sending.task})
         if not sending.task.done():
             sending.task.add_done_callback(lambda task: self._changed())
 
-    def landed(self) -> list[tuple[Message, Outcome]]:
+    def landed(self) -> tuple[list[Message], list[Outcome]]:
         """What the database has to be told, in order; the same again until `noted`."""
-        return [pair for sending in self._sendings for pair in sending.landed()]
+        if len(self._sendings) == 1:
+            return self._sendings[0].landed()
+        messages: list[Message] = []
+        outcomes: list[Outcome] = []
+        for sending in self._sendings:
+            more, theirs = sending.landed()
+            messages += more
+            outcomes += theirs
+        return messages, outcomes
 
     def slow(self) -> list[Message]:
         """What goes on beside the next batches, as it stands there: parked."""
@@ -73,6 +81,11 @@ class Flights:
     def on_their_way(self) -> list[Message]:
         """Whatever the database does not know the end of."""
         return [sending.messages[place] for sending in self._sendings for place in sending.left]
+
+    @property
+    def any_landed(self) -> bool:
+        """Whether there is something that the database does not know of."""
+        return bool(self.landed()[0])
 
     @property
     def unheld(self) -> bool:
@@ -84,13 +97,9 @@ class Flights:
         """Whether no other batch is to be begun."""
         return len(self.on_their_way()) >= SLOW
 
-    def noted(self, landed: Sequence[tuple[Message, Outcome]]) -> None:
-        """The database knows what landed, and what goes on."""
-        places = {message.place for message, _ in landed}
-        for sending in self._sendings:
-            sending.left = [place for place in sending.left if sending.messages[place].place not in places]
-            sending.held = True
-        self._sendings = [sending for sending in self._sendings if sending.left]
+    def noted(self) -> None:
+        """The database knows what `landed` said last, and what goes on."""
+        self._sendings = [sending for sending in self._sendings if sending.noted()]
 
     def abandon(self) -> None:
         """Let go of everything: it is another relay's by now, or will be."""
@@ -126,6 +135,7 @@ class _Sending:
         self.left = list(range(len(messages)))
         self.closed = False
         self.held = True
+        self._told: list[int] = []
         self.progress = Progress(lambda: changed() if self.closed else None)
 
     def close(self) -> bool:
@@ -139,17 +149,29 @@ class _Sending:
             self.messages[place] = replace(self.messages[place], parked=True)
         return True
 
-    def landed(self) -> list[tuple[Message, Outcome]]:
+    def landed(self) -> tuple[list[Message], list[Outcome]]:
         """What ended, or was not begun and is not to be."""
         if self.task.done():
-            outcomes = self.task.result()
-            return [(self.messages[place], self._outcome(place, outcomes)) for place in self.left]
+            return self._all_landed(self.task.result())
         begun, ended = self.progress.under_way, self.progress.ended
-        return [(self.messages[place], ended.get(place, UNTRIED)) for place in self.left if place not in begun]
+        self._told = [place for place in self.left if place not in begun]
+        return [self.messages[place] for place in self._told], [ended.get(place, UNTRIED) for place in self._told]
 
-    def _outcome(self, place: int, outcomes: Sequence[Outcome]) -> Outcome:
-        """What is noted of a message stands, whatever became of the call."""
-        return self.progress.ended.get(place, outcomes[place])
+    def _all_landed(self, outcomes: Sequence[Outcome]) -> tuple[list[Message], list[Outcome]]:
+        """The same at the end of the call; what was noted of a message stands, whatever became of the call."""
+        self._told = self.left
+        if not self.closed:
+            return self.messages, list(outcomes)
+        ended = self.progress.ended
+        return [self.messages[place] for place in self.left], [ended.get(place, outcomes[place]) for place in self.left]
+
+    def noted(self) -> bool:
+        """The database knows what was told last; whether there is more to come."""
+        told = set(self._told) if self._told is not self.left else None
+        self.left = [] if told is None else [place for place in self.left if place not in told]
+        self._told = []
+        self.held = True
+        return bool(self.left)
 
     def slow(self) -> list[Message]:
         """What is being sent still."""

@@ -118,8 +118,10 @@ class Membership:
         if self.alone and not taken.messages:
             self.alone = False
             taken = await self._claim(slow, alone=False)
-        held = {message.line for message in slow}
-        messages = sorted((message for message in taken.messages if message.line not in held), key=_PLACE)
+        messages = sorted(taken.messages, key=_PLACE)
+        if slow:
+            held = {message.line for message in slow}
+            messages = [message for message in messages if message.line not in held]
         self._ahead = {}
         if self._strict:
             self.alone = bool(messages) and messages[0].parked

@@ -154,15 +154,16 @@ class Relay:
         self, member: Membership, refused: Sequence[tuple[Message, Outcome]] = (), *, batch: bool = False
     ) -> Totals:
         """Tell the database what became of messages: of a batch, or of what went on beside others."""
-        landed = self._flights.landed()
-        if not (landed or refused or self._flights.unheld):
+        messages, outcomes = self._flights.landed()
+        if not (messages or refused or self._flights.unheld):
             return Totals()
-        pairs = sorted([*refused, *landed], key=_place) if refused else landed
-        messages, outcomes = [message for message, _ in pairs], [outcome for _, outcome in pairs]
+        if refused:
+            pairs = sorted([*refused, *zip(messages, outcomes, strict=True)], key=_place)
+            messages, outcomes = [message for message, _ in pairs], [outcome for _, outcome in pairs]
         conclusion, totals = conclude(messages, outcomes, self.policy, self._flights.slow())
         all_done = len(conclusion.done) == len(messages)
         await member.finish(conclusion, all_done=all_done if batch else None)
-        self._flights.noted(landed)
+        self._flights.noted()
         for message, attempts, reason in conclusion.dead:
             log.warning("dead letter %s (topic %s) after %d attempts: %s", message.id, message.topic, attempts, reason)
         self.totals.add(totals)
@@ -214,7 +215,7 @@ class Relay:
                 break
             if left > beat and await self._moved():
                 break
-        if not self._stopping and not self._flights.landed():  # however many wake it, it looks once in so long
+        if not self._stopping and not self._flights.any_landed:  # however many wake it, it looks once in so long
             await asyncio.sleep(self._looked_at + self.policy.poll - monotonic())
 
     async def _wait(self, seconds: float) -> bool:
@@ -234,7 +235,7 @@ class Relay:
     async def _until_landed(self, member: Membership, until: float = inf) -> None:
         """Wait until something landed that the database does not know of."""
         async with self._kept(member):
-            while monotonic() < until and not self._flights.landed():
+            while monotonic() < until and not self._flights.any_landed:
                 self._woken.clear()
                 if self._stopping and until == inf:
                     return
@@ -287,14 +288,13 @@ class Relay:
     async def _send(self, member: Membership, messages: Sequence[Message]) -> None:
         """Send a batch; one that others must not overtake for as long as it takes."""
         strict = self.policy.order == "strict"
-        async with self._kept(member):
-            await self._flights.send(
-                messages,
-                lambda: member.live() and monotonic() < self._stop_at,
-                timeout=self.policy.timeout,
-                patience=inf if strict else self.policy.patience,
-                one_chain=strict,
-            )
+
+        def live() -> bool:
+            return member.live() and monotonic() < self._stop_at
+
+        if not await self._flights.begin(messages, live, self.policy.timeout, one_chain=strict):
+            async with self._kept(member):
+                await self._flights.go_on(inf if strict else self.policy.patience)
 
 
 def _publisher(given: Publisher | str | Callable[[Message], Any]) -> Publisher:
