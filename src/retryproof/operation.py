@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime, timedelta
@@ -14,7 +16,7 @@ from typing import Any, Protocol, Self, TypeAlias, TypeVar, overload
 from uuid import UUID
 
 from retryproof.core.codec import Codec, JsonCodec, decode_value, encode_value
-from retryproof.core.commands import Command, Done, Lost, Outcome, Reply, Unreachable
+from retryproof.core.commands import Command, Done, Lost, Outcome, Raised, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, StoreUnavailable
 from retryproof.core.flow import fenced
 from retryproof.core.hold import Hold
@@ -27,9 +29,15 @@ Settled: TypeAlias = tuple[Outcome, BaseException | None]
 """What came of the work once its transaction is over, and what its caller is raised."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLAIN = JsonCodec()
+_ANOTHER = "This operation has a transaction already; all that it does commits in one."
+_ENDED = (
+    "The operation has ended, and so has its transaction: what is done now (in a background task, say) is no part of it. "
+    "Open a transaction of your own."
+)
 _STEP_BESIDE = (
     "The operation's transaction holds its record (on SQLite always, on PostgreSQL above READ COMMITTED), so the "
-    "step's result could not be kept. Nothing was called. Take the step before you ask for the transaction."
+    "step's result could not be kept. Nothing was called. Take the step before you ask for the transaction, or between "
+    "phases."
 )
 
 
@@ -72,7 +80,17 @@ class Operation:
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = ("_hold", "_joined", "_names", "_phase", "_phased", "_policy", "_store", "refuses_transactions")
+    __slots__ = (
+        "_hold",
+        "_joined",
+        "_names",
+        "_phase",
+        "_phase_holds",
+        "_phased",
+        "_policy",
+        "_store",
+        "refuses_transactions",
+    )
 
     def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
         self._hold = hold
@@ -81,6 +99,7 @@ class Operation:
         self._names: set[str] | None = None
         self._joined: Any = None
         self._phase: str | None = None
+        self._phase_holds = False  # the record
         self._phased: Any = None
         self.refuses_transactions = ""
 
@@ -163,8 +182,13 @@ class Operation:
         """
         if self._known(connection):
             return self._joined.connection
-        self._joined = _joining().join(self, connection, self._ask)
-        return self._joined.connection
+        with self._joining():
+            joined = _module().join(self, connection, self._ask)
+            if self.refuses_transactions:  # since the operation has ended meanwhile
+                joined.settle(Raised(), self._ask)
+                raise ConfigurationError(self.refuses_transactions, digest=self.key_digest)
+            self._joined = joined
+        return joined.connection
 
     @overload
     async def atransaction(self, connection: AbstractAsyncContextManager[T]) -> T: ...
@@ -177,8 +201,31 @@ class Operation:
         self._check_astep()
         if self._known(connection):
             return self._joined.connection
-        self._joined = await _joining().ajoin(self, connection, self._aask)
-        return self._joined.connection
+        with self._joining():
+            joined = await _module().ajoin(self, connection, self._aask)
+            if self.refuses_transactions:  # as above
+                await joined.asettle(Raised(), self._aask)
+                raise ConfigurationError(self.refuses_transactions, digest=self.key_digest)
+            self._joined = joined
+        return joined.connection
+
+    def rollback(self) -> None:
+        """Undo what was done in the operation's transaction, which is over then: the result is stored without it.
+
+        For a result that is to be kept and work that is not, such as the answer that a card was declined. Nothing is
+        done where there is no transaction, or where the operation has ended.
+        """
+        if self._joined is not None and not self.refuses_transactions:
+            joined, self._joined = self._joined, None
+            joined.settle(Raised(), self._ask)
+
+    async def arollback(self) -> None:
+        """`rollback` for what runs on an event loop, whichever kind of connection it has."""
+        if self._joined is not None and not self.refuses_transactions:
+            joined, self._joined = self._joined, None
+            _, cancellation = await _outlive(joined, Raised(), self._aask)
+            if isinstance(cancellation, asyncio.CancelledError):
+                raise cancellation
 
     @property
     def joined(self) -> bool:
@@ -200,7 +247,7 @@ class Operation:
         could be used; LeaseLost when another attempt took over; StoreUnavailable when the lease could not be renewed,
         or when the answer to the commit was lost and the record cannot be asked.
         """
-        # Loaded when it is first used, as in `_joining`.
+        # Loaded when it is first used, as in `_module`.
         phases = importlib.import_module("retryproof.transaction.phases")
         phase: Phase = phases.PhaseBlock(self, name, connection, codec)
         return phase
@@ -227,9 +274,19 @@ class Operation:
             return False
         if self._joined.given is connection or self._joined.connection is connection:
             return True
-        raise ConfigurationError(
-            "This operation has a transaction already; all that it does commits in one.", digest=self.key_digest
-        )
+        raise ConfigurationError(_ANOTHER, digest=self.key_digest)
+
+    @contextlib.contextmanager
+    def _joining(self) -> Iterator[None]:
+        """Nobody else joins a transaction meanwhile: one of the two would be neither committed nor rolled back."""
+        with _mutex:
+            if self in _joining:
+                raise ConfigurationError(_ANOTHER, digest=self.key_digest)
+            _joining.add(self)
+        try:
+            yield
+        finally:
+            _joining.discard(self)
 
     def _ask(self, command: Any) -> Reply:
         """The store's reply to one command, for a thread."""
@@ -288,7 +345,8 @@ class Operation:
         kept = self._hold.checkpoints.get(name)
         if kept is not None:
             return True, decode_value(codec or _PLAIN, kept)
-        if self._joined is not None and self._joined.place.held:
+        if self._phase_holds or (self._joined is not None and self._joined.place.held):
+            self._names.discard(name)
             raise ConfigurationError(_STEP_BESIDE, digest=self.key_digest)
         return False, None
 
@@ -431,6 +489,7 @@ def leave(token: Token[Operation]) -> None:
 
 def settle(operation: Operation, outcome: Outcome) -> Settled:
     """What came of the work, and of the transaction that it joined, which is over then. In the handler's thread."""
+    operation.refuses_transactions = _ENDED
     if operation._joined is None:
         return outcome, None
     settled: Settled = operation._joined.settle(outcome, operation._ask)
@@ -441,9 +500,15 @@ async def asettle(operation: Operation, outcome: Outcome) -> Settled:
     """`settle` on the event loop. A cancellation does not part the result from its commit: it is handed back as the
     error, after the end. A second one does not wait.
     """
+    operation.refuses_transactions = _ENDED
     if operation._joined is None:
         return outcome, None
-    task = asyncio.get_running_loop().create_task(_asettled(operation._joined, outcome, operation._aask))
+    return await _outlive(operation._joined, outcome, operation._aask)
+
+
+async def _outlive(joined: Any, outcome: Outcome, ask: Callable[[Any], Awaitable[Reply]]) -> Settled:
+    """End a transaction, whoever is cancelled meanwhile."""
+    task = asyncio.get_running_loop().create_task(_asettled(joined, outcome, ask))
     _settling.add(task)
     task.add_done_callback(_settling.discard)
     try:
@@ -453,6 +518,9 @@ async def asettle(operation: Operation, outcome: Outcome) -> Settled:
         return task.result()[0], cancellation
 
 
+_mutex = threading.Lock()
+_joining: set[Operation] = set()
+"""Operations that are about to join a transaction."""
 _settling: set[asyncio.Task[Settled]] = set()
 """Tasks that the loop must not lose."""
 
@@ -462,6 +530,6 @@ async def _asettled(joined: Any, outcome: Outcome, ask: Callable[[Any], Awaitabl
     return settled
 
 
-def _joining() -> Any:
+def _module() -> Any:
     """Loaded when it is first used: it stands on this module, and few operations need it."""
     return importlib.import_module("retryproof.transaction.joined")

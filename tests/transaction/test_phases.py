@@ -443,6 +443,46 @@ async def test_c6_a_step_of_a_holder_that_lost_its_lease_is_not_begun(database: 
     assert called == []
 
 
+def test_c14_a_step_in_a_phase_that_holds_the_record_is_refused_before_its_call(sqlite: Database) -> None:
+    """Its result could not be kept before the phase's commit; between phases it can."""
+    called: list[object] = []
+    opened = BLOCKING["sqlite3"][1]
+    with Idempotency(sqlite.store) as engine, opened(sqlite) as (connection, write):
+
+        def order() -> None:
+            operation = current_operation()
+            begin(connection)
+            with operation.phase("order", connection):
+                write(1)
+                with pytest.raises(errors.ConfigurationError, match="between phases"):
+                    operation.step("charge", called.append)
+            assert called == []
+            operation.step("charge", called.append)
+
+        engine.run("k", order, scope="s")
+    assert len(called) == 1
+    assert sqlite.charges() == [1]
+
+
+def test_c14_a_step_in_a_phase_that_does_not_hold_it_is_kept_whatever_becomes_of_the_phase(postgres: Database) -> None:
+    called: list[object] = []
+    with Idempotency(postgres.store) as engine, psycopg.connect(postgres.store) as connection:
+
+        def order(fails: bool) -> None:
+            operation = current_operation()
+            with operation.phase("order", connection):
+                connection.execute(insert(1))
+                operation.step("charge", called.append)
+                if fails:
+                    raise ValueError
+
+        with pytest.raises(ValueError):
+            engine.run("k", lambda: order(True), scope="s")
+        engine.run("k", lambda: order(False), scope="s")
+    assert len(called) == 1
+    assert postgres.charges() == [1]
+
+
 def test_c6_a_renewal_that_was_rolled_back_with_its_phase_does_not_count(
     sqlite: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

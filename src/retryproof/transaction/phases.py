@@ -104,6 +104,7 @@ class PhaseBlock:
         if self._begin():
             with self._unused_on_error():
                 self._joined = join(self._operation, self._connecting(), self._operation._ask)
+            self._operation._phase_holds = self._joined.place.held
         return self
 
     def __exit__(
@@ -123,6 +124,7 @@ class PhaseBlock:
         if self._begin():
             with self._unused_on_error():
                 self._joined = await ajoin(self._operation, self._connecting(), self._operation._aask)
+            self._operation._phase_holds = self._joined.place.held
         return self
 
     async def __aexit__(
@@ -143,6 +145,7 @@ class PhaseBlock:
     def _end(self) -> Any:
         joined, self._joined = self._joined, None
         self._operation._phase = None
+        self._operation._phase_holds = False
         return joined
 
     def _begin(self) -> bool:
