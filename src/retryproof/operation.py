@@ -30,10 +30,11 @@ Settled: TypeAlias = tuple[Outcome, BaseException | None]
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLAIN = JsonCodec()
 _ANOTHER = "This operation has a transaction already; all that it does commits in one."
-_ENDED = (
-    "The operation has ended, and so has its transaction: what is done now (in a background task, say) is no part of it. "
-    "Open a transaction of your own."
+ENDED = (
+    "The operation has ended, and so has its transaction: what is done now (in a background task, say) is no part of "
+    "it. Open a transaction of your own."
 )
+"""Why an operation takes no transaction any more."""
 _STEP_BESIDE = (
     "The operation's transaction holds its record (on SQLite always, on PostgreSQL above READ COMMITTED), so the "
     "step's result could not be kept. Nothing was called. Take the step before you ask for the transaction, or between "
@@ -280,13 +281,13 @@ class Operation:
     def _joining(self) -> Iterator[None]:
         """Nobody else joins a transaction meanwhile: one of the two would be neither committed nor rolled back."""
         with _mutex:
-            if self in _joining:
+            if self in _about_to_join:
                 raise ConfigurationError(_ANOTHER, digest=self.key_digest)
-            _joining.add(self)
+            _about_to_join.add(self)
         try:
             yield
         finally:
-            _joining.discard(self)
+            _about_to_join.discard(self)
 
     def _ask(self, command: Any) -> Reply:
         """The store's reply to one command, for a thread."""
@@ -489,7 +490,7 @@ def leave(token: Token[Operation]) -> None:
 
 def settle(operation: Operation, outcome: Outcome) -> Settled:
     """What came of the work, and of the transaction that it joined, which is over then. In the handler's thread."""
-    operation.refuses_transactions = _ENDED
+    operation.refuses_transactions = ENDED
     if operation._joined is None:
         return outcome, None
     settled: Settled = operation._joined.settle(outcome, operation._ask)
@@ -500,7 +501,7 @@ async def asettle(operation: Operation, outcome: Outcome) -> Settled:
     """`settle` on the event loop. A cancellation does not part the result from its commit: it is handed back as the
     error, after the end. A second one does not wait.
     """
-    operation.refuses_transactions = _ENDED
+    operation.refuses_transactions = ENDED
     if operation._joined is None:
         return outcome, None
     return await _outlive(operation._joined, outcome, operation._aask)
@@ -519,8 +520,8 @@ async def _outlive(joined: Any, outcome: Outcome, ask: Callable[[Any], Awaitable
 
 
 _mutex = threading.Lock()
-_joining: set[Operation] = set()
-"""Operations that are about to join a transaction."""
+_about_to_join: set[Operation] = set()
+"""Operations whose handlers asked for a transaction that is not open yet."""
 _settling: set[asyncio.Task[Settled]] = set()
 """Tasks that the loop must not lose."""
 
