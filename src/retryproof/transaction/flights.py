@@ -25,6 +25,9 @@ from retryproof.publishers.base import UNTRIED, Batch, Failed, Outcome, Progress
 SLOW = 64
 """Messages that may be on their way beside a batch; with more, the relay waits for one to end."""
 
+LETTING_GO = 1.0
+"""Seconds that what is being sent has to notice that it is cancelled."""
+
 log = logging.getLogger("retryproof.relay")
 
 
@@ -101,11 +104,14 @@ class Flights:
         """The database knows what `landed` said last, and what goes on."""
         self._sendings = [sending for sending in self._sendings if sending.noted()]
 
-    def abandon(self) -> None:
+    async def abandon(self) -> None:
         """Let go of everything: it is another relay's by now, or will be."""
-        for sending in self._sendings:
-            sending.task.cancel()
+        tasks = [sending.task for sending in self._sendings]
         self._sendings = []
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LETTING_GO)
 
     async def _published(self, batch: Batch) -> Sequence[Outcome]:
         try:

@@ -133,7 +133,7 @@ class Relay:
         try:
             return await self._pass(member)
         except LeaseLost:
-            self._flights.abandon()
+            await self._flights.abandon()
             self._member = None
             raise
 
@@ -181,7 +181,7 @@ class Relay:
             with contextlib.suppress(StoreUnavailable, LeaseLost, ConfigurationError):
                 await self._drained(member)
                 await member.leave()
-        self._flights.abandon()
+        await self._flights.abandon()
         closed = self._publisher.close()
         if inspect.isawaitable(closed):
             await closed
