@@ -296,6 +296,24 @@ async def test_t6_a_publisher_that_does_not_say_how_far_it_is_has_one_batch_at_a
     assert publisher.batches >= 2
 
 
+async def test_t6_a_plain_function_that_hangs_is_waited_for_and_named_in_the_log(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("retryproof.transaction.flights.LATE", 0.1)
+    database.send("a", "b")
+    answer = threading.Event()
+
+    def hang(message: Message) -> None:
+        answer.wait(20.0)
+
+    relay = Relay(database.url, hang, policy=PATIENT)
+    async with running(relay):
+        await until(lambda: "time-outs of its own" in caplog.text)
+        assert database.pending == 2
+        answer.set()
+        await until(lambda: database.pending == 0)
+
+
 @pytest.mark.parametrize("times", [{"patience": 0.0}, {"timeout": 0.0}])
 def test_times_that_make_no_sense_are_refused(times: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(times))):

@@ -25,6 +25,8 @@ from retryproof.publishers.base import UNTRIED, Batch, Failed, Outcome, Progress
 SLOW = 64
 """Messages that may be on their way beside a batch; with more, the relay waits for one to end."""
 
+LATE = 60.0
+"""Seconds after which a publisher is named that has a batch, and does not say how far it is."""
 LETTING_GO = 1.0
 """Seconds that what is being sent has to notice that it is cancelled."""
 
@@ -61,7 +63,7 @@ class Flights:
         sending = self._sendings[-1]
         await asyncio.wait({sending.task}, timeout=patience if patience < inf else None)
         if not sending.task.done() and not sending.close():
-            await asyncio.wait({sending.task})
+            await _ended(sending.task, len(sending.messages))
         if not sending.task.done():
             sending.task.add_done_callback(lambda task: self._changed())
 
@@ -183,3 +185,16 @@ class _Sending:
         """What is being sent still."""
         begun = () if self.task.done() else self.progress.under_way
         return [self.messages[place] for place in self.left if place in begun]
+
+
+async def _ended(task: asyncio.Task[Sequence[Outcome]], count: int) -> None:
+    """Wait until the publisher has ended its call."""
+    done, _ = await asyncio.wait({task}, timeout=LATE)
+    if not done:
+        log.warning(
+            "the publisher has had %d messages for %g s and does not say how far it is; nothing else is sent. "
+            "A function that is not a coroutine function needs time-outs of its own",
+            count,
+            LATE,
+        )
+        await asyncio.wait({task})
