@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 def http_subjects(services: Services, stores: list[str], *, ours: bool, peers: bool) -> list[HttpSubject]:
     redis = services.url("redis")
     subjects = [HttpSubject("no layer", "none"), HttpSubject("ceiling", "ceiling", redis)]
+    subjects.append(HttpSubject("ceiling, same endings", "ceiling-in-last-send", redis))
     if ours:
         urls = {"memory": "memory://", "sqlite": f"sqlite:///{services.sqlite_path('http.db')}", "redis": redis}
         names = {"memory": "ours, memory", "sqlite": "ours, SQLite", "redis": goals.LAYERED}

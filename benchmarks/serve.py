@@ -23,11 +23,15 @@ def no_layer(_: str) -> FastAPI:
     return make_app()
 
 
-def hand_written(url: str) -> FastAPI:
+def hand_written(url: str, middleware: str = "HandWrittenMiddleware") -> FastAPI:
     http_redis = importlib.import_module("benchmarks.ceilings.http_redis")
     app = make_app()
-    app.add_middleware(http_redis.HandWrittenMiddleware, url=url)
+    app.add_middleware(getattr(http_redis, middleware), url=url)
     return app
+
+
+def hand_written_in_last_send(url: str) -> FastAPI:
+    return hand_written(url, "HandWrittenInLastSend")
 
 
 def retryproof(url: str) -> FastAPI:
@@ -70,6 +74,7 @@ def idemgate(url: str) -> FastAPI:
 SUBJECTS: dict[str, Callable[[str], FastAPI]] = {
     "none": no_layer,
     "ceiling": hand_written,
+    "ceiling-in-last-send": hand_written_in_last_send,
     "ours": retryproof,
     "idemkit": idemkit,
     "idemgate": idemgate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -39,24 +40,15 @@ class HandWrittenMiddleware:
     async def _once(self, scope: Scope, receive: Receive, send: Send, user: bytes, key: bytes) -> None:
         redis = self._redis or await self._open()
         body = await read_body(receive)
-        endpoint = b"%b %b" % (scope["method"].encode(), scope["raw_path"])
-        record = hashlib.sha256(b"%d:%b%d:%b%d:%b" % (len(user), user, len(endpoint), endpoint, len(key), key)).digest()
-        fingerprint = hashlib.sha256(b"%b\n%b" % (endpoint, body)).digest()
+        record, fingerprint = identify(scope, user, key, body)
         nonce = os.urandom(16)
         reply = await redis.claims.submit((record, fingerprint, nonce))
-        match reply[:1]:
-            case b"A":
-                response = await self._run(scope, receive, body)
-                if not await redis.completions.submit((record, nonce, reply[1:], encode(response))):
-                    return await respond(send, (409, [], b"lease lost"))
-                return await respond(send, response)
-            case b"C":
-                status, headers, body = decode(reply[1:])
-                return await respond(send, (status, [*headers, (b"idempotency-replayed", b"true")], body))
-            case b"R":
-                return await respond(send, (409, [(b"retry-after", b"1")], b"in progress"))
-            case _:
-                return await respond(send, (422, [], b"key reused"))
+        if reply[:1] != b"A":
+            return await answer(send, reply)
+        response = await self._run(scope, receive, body)
+        if not await redis.completions.submit((record, nonce, reply[1:], encode(response))):
+            return await respond(send, (409, [], b"lease lost"))
+        return await respond(send, response)
 
     async def _open(self) -> CoalescedRedis:
         redis = CoalescedRedis(self._url)
@@ -66,22 +58,42 @@ class HandWrittenMiddleware:
 
     async def _run(self, scope: Scope, receive: Receive, body: bytes) -> Response:
         messages: list[Message] = []
-        delivered = False
-
-        async def receive_again() -> Message:
-            nonlocal delivered
-            if delivered:
-                return await receive()
-            delivered = True
-            return {"type": "http.request", "body": body, "more_body": False}
 
         async def capture(message: Message) -> None:
             messages.append(message)
 
-        await self._app(scope, receive_again, capture)
-        head, *parts = messages
-        content = parts[0].get("body", b"") if len(parts) == 1 else b"".join(p.get("body", b"") for p in parts)
-        return head["status"], head["headers"], content
+        await self._app(scope, receiving_again(body, receive), capture)
+        return as_response(messages)
+
+
+class HandWrittenInLastSend(HandWrittenMiddleware):
+    """The same with the endings of ours: the app runs in a task of its own, so that it outlives a server that leaves,
+
+    and its response is stored inside of its last `send`, so that background tasks run after it and do not delay it.
+    """
+
+    async def _once(self, scope: Scope, receive: Receive, send: Send, user: bytes, key: bytes) -> None:
+        redis = self._redis or await self._open()
+        body = await read_body(receive)
+        record, fingerprint = identify(scope, user, key, body)
+        nonce = os.urandom(16)
+        reply = await redis.claims.submit((record, fingerprint, nonce))
+        if reply[:1] != b"A":
+            return await answer(send, reply)
+        messages: list[Message] = []
+
+        async def settle_and_send(message: Message) -> None:
+            messages.append(message)
+            if message["type"] == "http.response.start" or message.get("more_body"):
+                return None
+            stored = encode(as_response(messages))
+            if not await redis.completions.submit((record, nonce, reply[1:], stored)):
+                return await respond(send, (409, [], b"lease lost"))
+            for held in messages:
+                await send(held)
+
+        running = asyncio.create_task(self._app(scope, receiving_again(body, receive), settle_and_send))
+        await asyncio.shield(running)
 
 
 Response = tuple[int, list[tuple[bytes, bytes]], bytes]
@@ -96,6 +108,46 @@ async def read_body(receive: Receive) -> bytes:
         message = await receive()
         parts.append(message.get("body", b""))
     return b"".join(parts)
+
+
+def identify(scope: Scope, user: bytes, key: bytes, body: bytes) -> tuple[bytes, bytes]:
+    """The record and the fingerprint of a request."""
+    endpoint = b"%b %b" % (scope["method"].encode(), scope["raw_path"])
+    record = hashlib.sha256(b"%d:%b%d:%b%d:%b" % (len(user), user, len(endpoint), endpoint, len(key), key)).digest()
+    return record, hashlib.sha256(b"%b\n%b" % (endpoint, body)).digest()
+
+
+def receiving_again(body: bytes, receive: Receive) -> Receive:
+    """The body that was read, then what the server has to say."""
+    delivered = False
+
+    async def receive_again() -> Message:
+        nonlocal delivered
+        if delivered:
+            return await receive()
+        delivered = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again
+
+
+def as_response(messages: list[Message]) -> Response:
+    """What the app sent."""
+    head, *parts = messages
+    content = parts[0].get("body", b"") if len(parts) == 1 else b"".join(part.get("body", b"") for part in parts)
+    return head["status"], head["headers"], content
+
+
+async def answer(send: Send, reply: bytes) -> None:
+    """What a claim that was not acquired is answered."""
+    match reply[:1]:
+        case b"C":
+            status, headers, body = decode(reply[1:])
+            await respond(send, (status, [*headers, (b"idempotency-replayed", b"true")], body))
+        case b"R":
+            await respond(send, (409, [(b"retry-after", b"1")], b"in progress"))
+        case _:
+            await respond(send, (422, [], b"key reused"))
 
 
 async def respond(send: Send, response: Response) -> None:
