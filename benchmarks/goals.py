@@ -40,6 +40,8 @@ GOALS = (
     Goal("http replay 32", "ceiling", 0.85, LAYERED, no_errors=True),
     Goal("http new 256", "ceiling", 0.8, LAYERED, no_errors=True),
     Goal("http replay 256", "ceiling", 0.8, LAYERED, no_errors=True),
+    Goal("http new 32", "ceiling, same endings", 0.85, LAYERED, no_errors=True),
+    Goal("http new 256", "ceiling, same endings", 0.8, LAYERED, no_errors=True),
     Goal("http new 32", "idemkit", 2.0, LAYERED),
     Goal("http replay 32", "idemkit", 3.0, LAYERED),
     Goal("engine redis new 32", "bare coalesced script", 0.75),
