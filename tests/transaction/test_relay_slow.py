@@ -165,8 +165,11 @@ async def test_t7_what_a_dead_relay_was_sending_slowly_is_sent_again_in_order(da
     assert database.rows("SELECT * FROM retryproof_outbox_blocked") == []
 
 
-async def test_t7_a_relay_that_takes_a_partition_over_does_not_send_what_another_is_sending(database: Database) -> None:
-    database.send(*(f"slow{number}" for number in range(20)), *(f"slow{number}" for number in range(20)))
+@pytest.mark.parametrize("relays", [2, 4])
+async def test_t7_partitions_of_which_something_is_being_sent_are_not_given_up(database: Database, relays: int) -> None:
+    keys = [f"slow{number}" for number in range(30)]
+    messages = database.send(*keys, *keys)
+    busy = {message.partition for message in messages}
     answer = Event()
     sent: list[tuple[str | None, bytes]] = []
 
@@ -174,20 +177,23 @@ async def test_t7_a_relay_that_takes_a_partition_over_does_not_send_what_another
         sent.append((message.key, message.payload))
         await answer.wait()
 
-    first, second = (Relay(database.url, hang, policy=PATIENT) for _ in range(2))
+    first, *others = (Relay(database.url, hang, policy=PATIENT) for _ in range(relays))
+    share = 64 // relays
+
+    def owned(relay: Relay) -> set[int]:
+        return set(relay._member._floors) if relay._member is not None else set()
+
     await first.run_once()
-    assert len(sent) == 20
-    async with running(first, second):
-        await until(lambda: second._member is not None and len(second._member._floors) == 32)
-        await until(lambda: first._member is not None and len(first._member._floors) == 32)
-        for _ in range(20):
-            await sleep(0.01)
-        assert len(sent) == 20
+    assert len(sent) == 30
+    async with running(first, *others):
+        await until(lambda: sum(len(owned(relay)) for relay in others) == 64 - max(share, len(busy)))
+        assert busy <= owned(first)
+        assert len(sent) == 30
         answer.set()
         await until(lambda: database.pending == 0)
-    assert len(sent) == len(set(sent)) == 40
-    assert sorted(sent[:20]) == [(f"slow{n}", f"slow{n}:{n}".encode()) for n in sorted(range(20), key=str)]
-    assert first.totals.delivered + second.totals.delivered == 40
+        await until(lambda: len(owned(first)) == share)
+    assert len(sent) == len(set(sent)) == 60
+    assert database.rows("SELECT * FROM retryproof_outbox_blocked") == []
 
 
 async def test_t6_what_hangs_when_a_relay_is_stopped_has_the_drain_time_and_is_not_lost(database: Database) -> None:

@@ -86,14 +86,15 @@ class Membership:
                 if not await self._fenced(lambda: self._database.plans.renew(self._id, self._lease)):
                     self._lease_end = 0.0
 
-    async def balance(self) -> bool:
+    async def balance(self, slow: Sequence[Message] = ()) -> bool:
         """From time to time: bury dead relays, take or give up partitions; whether there are others than before."""
         if monotonic() < self._balance_at and self.live():
             return False
         await self._database.perform(self._database.plans.bury)
         if not await self._fenced(lambda: self._database.plans.renew(self._id, self._lease)):
             raise self._lost()
-        owned = await self._database.perform(lambda: self._database.plans.balance(self._id, self._strict))
+        kept = sorted({message.partition for message in slow})
+        owned = await self._database.perform(lambda: self._database.plans.balance(self._id, self._strict, kept))
         if owned is None:
             raise self._lost()
         changed = set(owned) != set(self._floors)

@@ -140,7 +140,7 @@ class Relay:
     async def _pass(self, member: Membership) -> Totals | None:
         """End what landed, then claim, publish and end a batch."""
         totals = await self._finish(member)
-        await member.balance()
+        await member.balance(self._flights.on_their_way())
         if self._flights.full:
             await self._until_landed(member)
             totals.add(await self._finish(member))
@@ -228,7 +228,7 @@ class Relay:
     async def _moved(self) -> bool:
         """Keep the lease of an idle relay, and look after the others'; whether there are new partitions to look at."""
         try:
-            return self._member is not None and await self._member.balance()
+            return self._member is not None and await self._member.balance(self._flights.on_their_way())
         except (StoreUnavailable, LeaseLost):
             return True  # the next look at the outbox says the same, and is where it is dealt with
 

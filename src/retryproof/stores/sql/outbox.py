@@ -99,8 +99,11 @@ class OutboxPlans(Protocol):
     def bury(self) -> Plan[int]:
         """Remove relays whose lease is over; what they had on its way is to be tried alone."""
 
-    def balance(self, relay: UUID, strict: bool) -> Plan[Sequence[int] | None]:
-        """Take or give up partitions until all live relays have as many; those it has, or None where it is gone."""
+    def balance(self, relay: UUID, strict: bool, kept: Sequence[int] = ()) -> Plan[Sequence[int] | None]:
+        """Take or give up partitions until all live relays have as many; those it has, or None where it is gone.
+
+        kept: those that are not given up, since messages of them are on their way: a chain has one relay at a time.
+        """
 
     def leave(self, relay: UUID) -> Plan[None]:
         """Give the partitions back; with something on its way nothing is done, and the lease has to run out."""

@@ -103,7 +103,7 @@ class PostgresOutbox:
         ((buried,),) = yield self._statement("bury")
         return int(buried)
 
-    def balance(self, relay: UUID, strict: bool) -> Plan[Sequence[int] | None]:
+    def balance(self, relay: UUID, strict: bool, kept: Sequence[int] = ()) -> Plan[Sequence[int] | None]:
         """Take or give up partitions; strict order has all or none."""
         rows = yield self._statement("target", relay)
         if not rows:
@@ -111,12 +111,12 @@ class PostgresOutbox:
         ((total, relays, mine),) = rows
         target = total if strict else -(-total // relays)
         if mine > target:
-            yield self._statement("give_up", relay, target)
+            yield self._statement("give_up", relay, max(0, target - len(kept)), list(kept))
         elif mine < target:
             yield self._statement("take", relay, target - mine)
         owned = yield self._statement("mine", relay)
         if strict and 0 < len(owned) < total:
-            yield self._statement("give_up", relay, 0)
+            yield self._statement("give_up", relay, 0, [])
             return []
         return [row[0] for row in owned]
 
@@ -324,7 +324,8 @@ SELECT count(*) FROM buried""",
 (SELECT count(*) FROM {{partitions}} WHERE relay = $1::uuid)
 FROM {{relays}} WHERE id = $1::uuid""",
     "give_up": """UPDATE {partitions} SET relay = NULL WHERE partition IN (
-    SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition OFFSET $2::bigint
+    SELECT partition FROM {partitions} WHERE relay = $1::uuid AND partition <> ALL($3::int[])
+    ORDER BY partition OFFSET $2::bigint
 ) AND relay = $1::uuid RETURNING 1""",
     "take": """WITH held AS MATERIALIZED (SELECT id FROM {relays} WHERE id = $1::uuid FOR UPDATE)
 UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.partition IN (

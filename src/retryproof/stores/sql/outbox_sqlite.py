@@ -168,7 +168,7 @@ class SqliteOutbox:
                 yield from _block(partition, chain, 0, alone=True)
         return len(over)
 
-    def balance(self, relay: UUID, strict: bool) -> Plan[Sequence[int] | None]:
+    def balance(self, relay: UUID, strict: bool, kept: Sequence[int] = ()) -> Plan[Sequence[int] | None]:
         """Take or give up partitions; strict order has all or none."""
         relays = yield Statement("SELECT id FROM retryproof_outbox_relays")
         if str(relay) not in {row[0] for row in relays}:
@@ -177,7 +177,8 @@ class SqliteOutbox:
         mine = [row[0] for row in rows if row[1] == str(relay)]
         free = [row[0] for row in rows if row[1] is None]
         target = len(rows) if strict else -(-len(rows) // len(relays))
-        owned = sorted([*mine, *free][:target])
+        others = [partition for partition in [*mine, *free] if partition not in kept]
+        owned = sorted([*kept, *others[: max(0, target - len(kept))]])
         if strict and len(owned) < len(rows):
             owned = []
         given, taken = sorted(set(mine) - set(owned)), sorted(set(owned) - set(mine))
