@@ -54,6 +54,8 @@ logger = logging.getLogger("retryproof.http")
 _UNSTORABLE_END = ("http.response.pathsend", "http.response.trailers")
 _PARTS = ("http.response.body", "http.response.zerocopysend", *_UNSTORABLE_END)
 
+_settling: set[asyncio.Task[Conclusion]] = set()
+"""Tasks that the loop must not lose."""
 _FAIL_OPEN = (
     "fail_open runs a handler without a record when the store is down, and in a transaction there is no such thing: "
     "use one or the other on a route."
@@ -63,7 +65,7 @@ _NOT_KEPT = (
 )
 
 
-def _refusal(outcome: Outcome, error: Exception) -> Problem:
+def _refusal(outcome: Outcome, error: BaseException) -> Problem:
     """What a caller is told whose handler succeeded and whose transaction did not."""
     if not isinstance(outcome, Raised) or not outcome.unknown:
         return Problem(TRANSACTION_FAILED, "Nothing was done. Try again with the same key.")
@@ -252,6 +254,9 @@ class Execution:
         if self._head is None and not self._link.left:
             await self._fail(Raised())  # the server says what it thinks of an app that never answers
             return
+        if self._operation.joined and self._last is None:
+            await self._fail(Raised())  # nobody knows what its work lacks, and here it can be undone
+            return
         # The app stopped in the middle of its response, as frameworks do when the client leaves: its work is done.
         self._copy = None
         await self._settle(self._outcome())
@@ -265,7 +270,8 @@ class Execution:
     async def _after_error(self, error: Exception) -> None:
         if await self._settled_elsewhere():
             return
-        if self._head_sent and self._link.left and not self._link.keeps_going and self._settles():
+        parted = self._head_sent and self._link.left and not self._link.keeps_going
+        if parted and self._settles() and not self._operation.joined:
             # What stopped the app is that its client had left; its work is done.
             await self._settle(self._outcome())
         elif self._is_final(HANDLER_FAILED.status, ()):
@@ -274,7 +280,8 @@ class Execution:
             await self._fail(Raised())
 
     async def _store_failure(self) -> None:
-        """The policy keeps failures: the first caller gets this one as a replay will give it."""
+        """The policy keeps failures: the first caller gets this one as a replay will give it. Its work is not kept."""
+        await self._operation.arollback()
         if self._head_sent:
             self._copy = None
             await self._settle(self._outcome())
@@ -320,7 +327,7 @@ class Execution:
     async def _settled_elsewhere(self) -> bool:
         """Whether the last message has come before; one whose sender was cancelled on the way is seen to its end."""
         if self._rest is not None and self._conclusion is None:
-            self._conclusion = await self._rest
+            self._conclusion = await asyncio.shield(self._rest)
             self._owner.told(self._conclusion)
             await self._conclude()
         return self._settling
@@ -372,7 +379,7 @@ class Execution:
             if not self._settles():
                 self._keep_nothing()
             await self._send_head()
-        if self._copy is None and self._link.keeps_going:
+        if self._copy is None and self._link.keeps_going and not self._operation.joined:
             self._link.stop_without_client()
         await self._link.send(message)
 
@@ -446,25 +453,33 @@ class Execution:
     async def _settle(self, reply: Outcome) -> None:
         self._settling = True
         self._link.keeps_going = True  # the app has nothing left to stop for
-        cancellation: BaseException | None = None
         if self._operation.joined:
-            reply, cancellation = await self._end_transaction(reply)
-        self._conclusion = await afinish(
-            self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
-        )
+            # In a task of its own: no cancellation may part the commit from what follows.
+            self._rest = self._loop.create_task(self._end_transaction(reply))
+            _settling.add(self._rest)
+            self._rest.add_done_callback(_settling.discard)
+            self._conclusion = await asyncio.shield(self._rest)
+        else:
+            self._operation.refuses_transactions = operation.ENDED
+            self._conclusion = await afinish(
+                self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
+            )
         self._owner.told(self._conclusion)
-        if cancellation is not None:
-            raise cancellation
 
-    async def _end_transaction(self, reply: Outcome) -> operation.Settled:
-        """Commit the handler's transaction with its response, or roll it back and call that no success (T1)."""
+    async def _end_transaction(self, reply: Outcome) -> Conclusion:
+        """Commit the handler's transaction with its response, or roll it back and call that no success (T1).
+
+        A failure that the policy keeps is kept without the work: nobody takes a 500 for done.
+        """
+        if isinstance(reply, Returned) and self._head is not None and self._head["status"] >= 500:
+            await self._operation.arollback()
         outcome, error = await operation.asettle(self._operation, reply)
-        if isinstance(error, Exception):
+        if error is not None:
             logger.error("The transaction of operation %s failed.", short_digest(self._hold.id), exc_info=error)
             self._refusal = _refusal(outcome, error)
         elif isinstance(reply, Raised) and self._head is not None and self._head["status"] < 400:
             self._refusal = Problem(TRANSACTION_FAILED, _NOT_KEPT)
-        return outcome, None if isinstance(error, Exception) else error
+        return await afinish(self._flow, outcome, self._hold, self._store, self._policy.store_timeout, self._adopt)
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest

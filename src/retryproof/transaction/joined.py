@@ -273,10 +273,10 @@ class BlockingTransaction:
 
     def settle(self, outcome: Outcome, ask: Callable[[Any], Any]) -> Settled:
         """Commit the work with its result, or roll it back."""
-        with contextlib.ExitStack() as stack:
-            if self.block is not None:
-                stack.push(self.block)
+        try:
             return self.pump(settling(self.place, outcome, self.broken()), ask)
+        finally:
+            self._close()
 
     async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Any]]) -> Settled:
         """`settle` for an event loop: what blocks is done in a thread, or here when the handler blocked here too."""
@@ -291,8 +291,14 @@ class BlockingTransaction:
         try:
             return await _apump(settling(self.place, outcome, self.broken()), on_connection, ask)
         finally:
-            if self.block is not None:
-                await call(self.block.__exit__, None, None, None)
+            await call(self._close)
+
+    def _close(self) -> None:
+        if self.block is not None:
+            try:
+                self.block.__exit__(None, None, None)
+            except Exception as error:  # noqa: BLE001  # whatever it is: the work has ended one way or the other
+                _log_unclosed(self.place, error)
 
     def broken(self) -> str | None:
         """Why the transaction is of no use any more."""
@@ -334,10 +340,14 @@ class LoopTransaction:
 
     async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Any]]) -> Settled:
         """Commit the work with its result, or roll it back."""
-        async with contextlib.AsyncExitStack() as stack:
-            if self.block is not None:
-                stack.push_async_exit(self.block)
+        try:
             return await self.pump(settling(self.place, outcome, self.broken()), ask)
+        finally:
+            if self.block is not None:
+                try:
+                    await self.block.__aexit__(None, None, None)
+                except Exception as error:  # noqa: BLE001  # as above
+                    _log_unclosed(self.place, error)
 
     def broken(self) -> str | None:
         """Why the transaction is of no use any more."""
@@ -355,6 +365,11 @@ class LoopTransaction:
                 return await self._adapted.rollback()
             case _:
                 return await self._adapted.execute(step)
+
+
+def _log_unclosed(place: Place, error: Exception) -> None:
+    """What the transaction came to stands; that its connection failed afterwards changes nothing."""
+    logger.warning("The connection of operation %s could not be closed.", short_digest(place.hold.id), exc_info=error)
 
 
 def _checked(connection: Any, place: Place, operation: Operation, *, on_loop: bool) -> Any:
