@@ -14,6 +14,7 @@ from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation,
 from retryproof.core.record import Record
 from retryproof.reaper import reap_all
 from retryproof.stores import open_store
+from retryproof.stores.sql.plan import Statement
 from retryproof.stores.sql.worklist import Worklist
 from retryproof.transaction import Completer, Phased
 from retryproof.transaction.completer import Round
@@ -437,6 +438,80 @@ async def test_a_database_without_a_worklist_says_what_to_run(postgres: Database
                 await shop.completer.run_once()
         finally:
             postgres.execute("ALTER TABLE elsewhere RENAME TO retryproof_phased")
+
+
+async def test_i1_a_client_that_takes_over_from_a_suspended_completer_wins(shop: Shop) -> None:
+    """The completer wakes up between its phases: it commits nothing, and its row is gone."""
+    await shop.abandon()
+    values: list[Any] = []
+
+    async def suspended() -> None:
+        shop.meanwhile = None
+        shop.database.execute("UPDATE retryproof_operations SET lease_until = 0 WHERE state = 1")
+        async with shop_over(shop.database) as other:  # another process
+            values.append(await other.order.run("k", Order(1), scope=("acme", "ann")))
+
+    shop.meanwhile = suspended
+    found = await shop.completer.run_once()
+    assert (found.completed, found.dropped) == (0, 1)
+    assert (values[0].replayed, values[0].attempt) == (False, 3)
+    assert shop.database.charges() == [1, 101]
+    assert await shop.completer.entries() == []
+
+
+async def test_c19_a_reaper_leaves_what_a_completer_runs(shop: Shop) -> None:
+    await shop.abandon()
+    reaped = []
+
+    async def reap() -> None:
+        shop.database.execute("UPDATE retryproof_operations SET expires_at = 0")
+        store = open_store(shop.database.store)
+        reaped.append(await asyncio.to_thread(reap_all, store))
+        store.close()
+
+    shop.meanwhile = reap
+    assert (await shop.completer.run_once()).completed == 1
+    assert (reaped[0].settled, reaped[0].unsettled) == (0, 0)
+    assert shop.database.charges() == [1, 101]
+
+
+async def test_a_row_whose_record_was_reaped_after_it_was_taken_runs_nothing(shop: Shop) -> None:
+    """Between a completer's look and its claim."""
+    await shop.abandon()
+    take = Worklist.take
+
+    def taken_and_reaped(self: Worklist, *arguments: Any) -> Any:
+        rows = yield from take(self, *arguments)
+        yield Statement("DELETE FROM retryproof_operations")
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worklist, "take", taken_and_reaped)
+        assert (await shop.completer.run_once()).dropped == 1
+    assert shop.database.charges() == [1]
+    assert await shop.completer.entries() == []
+
+
+async def test_i1_completers_and_retries_at_the_same_time_run_each_operation_once(shop: Shop) -> None:
+    for number in range(1, 7):
+        await shop.abandon(f"k{number}", number)
+
+    async def retry(number: int) -> Any:
+        while True:
+            try:
+                outcome = await shop.order.run(f"k{number}", Order(number), scope=("acme", "ann"))
+            except errors.InProgress:
+                await asyncio.sleep(0.01)  # the client's back-off
+            else:
+                return outcome.value
+
+    looks = [Completer(shop.phased, batch=4).run_once() for _ in range(2)]
+    *values, _, _ = await asyncio.gather(*(retry(number) for number in range(1, 7)), *looks)
+    assert [value["number"] for value in values] == list(range(1, 7))
+    assert shop.database.charges() == [*range(1, 7), *range(101, 107)]
+    shop.due()
+    await shop.completer.run_once()
+    assert await shop.completer.entries() == []
 
 
 async def test_a_completer_runs_until_it_is_stopped(shop: Shop) -> None:
