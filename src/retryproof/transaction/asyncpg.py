@@ -12,10 +12,12 @@ from asyncpg.transaction import Transaction
 from retryproof.stores.sql.plan import Row, Statement
 from retryproof.transaction.connections import CLOSED, NOT_OPEN, OnLoop
 
+_CONNECTIONS = (asyncpg.Connection, PoolConnectionProxy)
+
 
 def adapt(connection: Any) -> Asyncpg | None:
     """The adapter of a connection; None for anything else of the library's."""
-    if isinstance(connection, asyncpg.Connection | PoolConnectionProxy):
+    if isinstance(connection, _CONNECTIONS):
         return Asyncpg(connection)
     return None
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -127,8 +126,11 @@ class Outbox:
             return
         adapted = _blocking(connection)
         adapted.check_open()
-        with _explained():
+        try:
             found = perform(self._plans(adapted).add(messages, self._partitions), adapted.execute)
+        except Exception as error:
+            _explain(error)
+            raise
         self._check_partitions(found)
 
     async def aadd_many(self, connection: Any, messages: Sequence[Message]) -> None:
@@ -137,8 +139,11 @@ class Outbox:
             return
         adapted = _on_loop(connection)
         await adapted.check_open()
-        with _explained():
+        try:
             found = await aperform(self._plans(adapted).add(messages, self._partitions), adapted.execute)
+        except Exception as error:
+            _explain(error)
+            raise
         self._check_partitions(found)
 
     def notify(self, connection: Any) -> None:
@@ -187,8 +192,8 @@ class Outbox:
         if self._topics is not None and topic not in self._topics:
             known = ", ".join(sorted(self._topics))
             raise ConfigurationError(f"The topic {topic!r} is unknown. Declared are: {known}.")
-        texts: Sequence[object] = (topic, key, content_type, trace, *(headers or {}), *(headers or {}).values())
-        for text in texts:
+        texts: Sequence[object] = (topic, key, content_type, trace)
+        for text in (*texts, *headers, *headers.values()) if headers else texts:
             if text is not None and (not isinstance(text, str) or "\0" in text):
                 raise ConfigurationError("topic, key, content type, trace and headers are text without NUL")
 
@@ -200,20 +205,15 @@ class Outbox:
             )
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """The driver's errors that mean a wrong use, in our words; nothing was written then."""
-    try:
-        yield
-    except Exception as error:
-        if missing_table(error):
-            raise ConfigurationError(
-                "The database has no outbox; run `retryproof migrate URL`, and give Outbox(schema=…) where its tables "
-                "are in a schema of their own."
-            ) from error
-        if sqlstate_of(error) == FAILED_STATE:
-            raise refused(FAILED, "Nothing was written.") from error
-        raise
+def _explain(error: Exception) -> None:
+    """Raise the driver's errors that mean a wrong use in our words; nothing was written then."""
+    if missing_table(error):
+        raise ConfigurationError(
+            "The database has no outbox; run `retryproof migrate URL`, and give Outbox(schema=…) where its tables "
+            "are in a schema of their own."
+        ) from error
+    if sqlstate_of(error) == FAILED_STATE:
+        raise refused(FAILED, "Nothing was written.") from error
 
 
 def _blocking(connection: Any) -> BlockingConnection:

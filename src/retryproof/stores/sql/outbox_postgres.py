@@ -57,10 +57,12 @@ class PostgresOutbox:
     def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
         """Insert, one statement whatever the number."""
         if len(messages) == 1:
-            rows = yield self._statement("add", partitions, *_columns(messages[0]))
+            message = messages[0]
+            rows = yield Statement(self._sql["add"], (partitions, message.id, *_columns(message)))
         else:
+            ids = [str(message.id) for message in messages]
             columns = zip(*(_columns(message) for message in messages), strict=True)
-            rows = yield self._statement("add_many", partitions, *(list(column) for column in columns))
+            rows = yield self._statement("add_many", partitions, ids, *(list(column) for column in columns))
         if rows:
             return None
         ((found,),) = yield self._statement("partition_number")
@@ -207,7 +209,6 @@ class PostgresOutbox:
 
 def _columns(message: Message) -> tuple[Any, ...]:
     return (
-        str(message.id),
         message.partition,
         message.chain,
         message.topic,
