@@ -191,6 +191,7 @@ def record_id(scope: Sequence[str | bytes], key: str | bytes, *, pepper: bytes =
     return hashlib.sha256(_framed(tuple(scope)) + _frame(key)).digest()
 
 
+@lru_cache(maxsize=1_024)
 def tenant_digest(part: str | bytes, *, pepper: bytes = b"") -> bytes:
     """Return the 16 bytes under which all records of one tenant can be purged."""
     message = b"retryproof tenant 1\n" + _frame(part)

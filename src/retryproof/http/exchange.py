@@ -63,19 +63,6 @@ class HttpEngine(AsyncIdempotency):
         self.running: set[asyncio.Task[None]] = set()
 
 
-@dataclass(slots=True)  # not frozen: that costs more than the rest of it
-class Admitted:
-    """A request that may claim its operation."""
-
-    id: bytes
-    fingerprint: bytes
-    tenant: bytes
-    trace: str
-    where: str
-    began: float
-    fails_open: bool
-
-
 @dataclass(frozen=True, slots=True)
 class NotCovered:
     """A request without a key; `read` says that its body had to be read to find that."""
@@ -95,15 +82,20 @@ class Exchange:
     """One request and its answer. `respond` is called once."""
 
     __slots__ = (
-        "_admitted_as",
+        "_began",
         "_engine",
+        "_fails_open",
+        "_fingerprint",
         "_headers",
+        "_id",
         "_opened",
         "_raw_path",
         "_receive",
         "_running",
         "_scope",
         "_server_send",
+        "_tenant",
+        "_where",
         "link",
         "options",
         "policy",
@@ -120,7 +112,13 @@ class Exchange:
         self.link = ClientLink(receive, send)
         self.policy = policy
         self._running = False
-        self._admitted_as: Admitted
+        self._began = clock()
+        # Known once the request is admitted.
+        self._id: bytes
+        self._fingerprint: bytes
+        self._tenant: bytes
+        self._where: str
+        self._fails_open: bool
         self._opened: AsyncOpened | AsyncView
 
     @property
@@ -131,27 +129,32 @@ class Exchange:
     async def respond(self, key_lines: Sequence[bytes]) -> None:
         """Run the operation, replay it, or say why not."""
         try:
-            match await self._admit(key_lines):
-                case Admitted() as admitted:
-                    self._scope[COVERED] = True
-                    execution = await self._attempt(admitted)
-                    if execution is not None:
-                        await execution.outlast()
-                case Problem() as problem:
-                    await self._refuse(problem)
-                case NotCovered(read):
-                    receive = self.link.receive if read else self._receive
-                    await self._engine.app(self._scope, receive, self._server_send)
-                case Gone():
-                    return  # nothing was claimed, nothing runs, and nobody is there to be told
+            refused = await self._admit(key_lines)
+            if refused is None:
+                self._scope[COVERED] = True
+                execution = await self._attempt()
+                if execution is not None:
+                    await execution.outlast()
+            else:
+                await self._turn_away(refused)
         finally:
             if not self._running:
                 self.link.close()
 
+    async def _turn_away(self, refused: Problem | NotCovered | Gone) -> None:
+        match refused:
+            case Problem():
+                await self._refuse(refused)
+            case NotCovered(read):
+                receive = self.link.receive if read else self._receive
+                await self._engine.app(self._scope, receive, self._server_send)
+            case Gone():
+                return  # nothing was claimed, nothing runs, and nobody is there to be told
+
     # Admission: key, identity, body
 
-    async def _admit(self, key_lines: Sequence[bytes]) -> Admitted | Problem | NotCovered | Gone:
-        began = clock()
+    async def _admit(self, key_lines: Sequence[bytes]) -> Problem | NotCovered | Gone | None:
+        """Why the request may not claim its operation; None: it may."""
         options = self.options
         identity = self._identity()
         try:
@@ -172,22 +175,20 @@ class Exchange:
                 return self._invalid_key(error, identity, partial(find, body, "any"))
         if key is None:
             return self._no_key()
-        return self._admitted(key, identity, hasher.digest(), began)
+        self._name(key, identity)
+        self._fingerprint = hasher.digest()
+        return None
 
-    def _admitted(self, key: str, identity: Identity, fingerprint: bytes, began: float) -> Admitted:
+    def _name(self, key: str, identity: Identity) -> None:
+        """Find out which operation it is; whatever a callable of the user's raises, it does so before the claim."""
         options, scope = self.options, self._scope
         endpoint = options.endpoint.of(scope)
         who: tuple[str | bytes, ...] = ("anonymous", "") if identity is None else ("caller", identity)
         what: tuple[str | bytes, ...] = (endpoint,) if endpoint is not None else (scope["method"], self._raw_path)
-        return Admitted(
-            id=record_id((options.name, *who, *what), key, pepper=options.pepper),
-            fingerprint=fingerprint,
-            tenant=b"" if identity is None else tenant_digest(identity, pepper=options.pepper),
-            trace=self._headers.get(b"traceparent", b"").decode("latin-1")[:128],
-            where=endpoint or "",
-            began=began,
-            fails_open=options.fail_open.of(scope),
-        )
+        self._id = record_id((options.name, *who, *what), key, pepper=options.pepper)
+        self._tenant = b"" if identity is None else tenant_digest(identity, pepper=options.pepper)
+        self._where = endpoint or ""
+        self._fails_open = options.fail_open.of(scope)
 
     def _identity(self) -> Identity:
         identity: object = self.options.scope(self._scope)
@@ -301,30 +302,23 @@ class Exchange:
 
     # The attempt
 
-    async def _attempt(self, admitted: Admitted) -> Execution | None:
+    async def _attempt(self) -> Execution | None:
         """Claim, and start the app; None when there was something else to answer."""
         engine = self._engine
         try:
             opened = engine.opened()
         except IdempotencyError as error:  # out of reach, or not set up; the event has it
-            await self._conclude(admitted, Down(error))
+            await self._conclude(Down(error))
             return None
-        flow = engine.flow(
-            opened,
-            admitted.id,
-            admitted.fingerprint,
-            self.policy,
-            admitted.tenant,
-            admitted.trace,
-            self._refingerprint,
-        )
+        trace = self._headers.get(b"traceparent", b"").decode("latin-1")[:128]
+        flow = engine.flow(opened, self._id, self._fingerprint, self.policy, self._tenant, trace, self._refingerprint)
         execution: Execution | None = None
         try:
             step = await abegin(flow, opened, self.policy.store_timeout, self._pause)
             if not isinstance(step, Run):
-                await self._conclude(admitted, step)
+                await self._conclude(step)
                 return None
-            execution = self._execution(admitted, flow, step, opened)
+            execution = self._execution(flow, step, opened)
         finally:
             if execution is None:  # otherwise its end says so
                 opened.background.leave()
@@ -333,10 +327,10 @@ class Exchange:
     async def _pause(self, command: Pause) -> Paused:
         return await self._engine.pause(command, self.policy, self.link.stays)
 
-    def _execution(self, admitted: Admitted, flow: Flow, run: Run, opened: AsyncOpened | AsyncView) -> Execution:
+    def _execution(self, flow: Flow, run: Run, opened: AsyncOpened | AsyncView) -> Execution:
         engine, policy = self._engine, self.policy
         own = opened.capabilities.max_result
-        self._admitted_as, self._opened = admitted, opened
+        self._opened = opened
         execution = Execution(
             self,
             _app_scope(self._scope),
@@ -344,10 +338,10 @@ class Exchange:
             hold=run.hold,
             store=opened,
             max_result=policy.max_result if own is None else min(own, policy.max_result),
-            fails_open=admitted.fails_open,
+            fails_open=self._fails_open,
         )
         self._running = True
-        engine.listen(run.hold, admitted.where)
+        engine.listen(run.hold, self._where)
         opened.background.watch(run.hold)
         engine.running.add(execution.start())
         return execution
@@ -356,12 +350,11 @@ class Exchange:
 
     def told(self, conclusion: Conclusion) -> None:
         """The execution has come to this conclusion."""
-        admitted = self._admitted_as
-        self._engine.conclude(conclusion, admitted.id, admitted.where, admitted.began)
+        self._engine.conclude(conclusion, self._id, self._where, self._began)
 
     async def answer(self, conclusion: Conclusion) -> None:
         """Answer for another attempt."""
-        await self._answer(self._admitted_as, conclusion)
+        await self._answer(conclusion)
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """The app has returned or raised."""
@@ -371,29 +364,30 @@ class Exchange:
 
     # Answers
 
-    async def _conclude(self, admitted: Admitted, conclusion: Conclusion) -> None:
-        if isinstance(conclusion, Down) and admitted.fails_open and _is_outage(conclusion):
-            await self._run_unprotected(admitted, conclusion)
+    async def _conclude(self, conclusion: Conclusion) -> None:
+        if isinstance(conclusion, Down) and self._fails_open and _is_outage(conclusion):
+            await self._run_unprotected(conclusion)
             return
-        self._engine.conclude(conclusion, admitted.id, admitted.where, admitted.began)
-        await self._answer(admitted, conclusion)
+        self.told(conclusion)
+        await self._answer(conclusion)
 
-    async def _answer(self, admitted: Admitted, conclusion: Conclusion) -> None:
+    async def _answer(self, conclusion: Conclusion) -> None:
         if isinstance(conclusion, Replayed):
-            await self._replay(admitted, conclusion.finished)
+            await self._replay(conclusion.finished)
         else:
-            await self._refuse(_problem_of(conclusion, admitted, self.policy))
+            kind, detail, seconds = _explained(conclusion, self.policy)
+            await self._refuse(Problem(kind, detail, seconds, short_digest(self._id)))
 
-    async def _replay(self, admitted: Admitted, finished: Finished) -> None:
+    async def _replay(self, finished: Finished) -> None:
         if self.options.authorize is not None and not await self._authorized(self.options.authorize):
             detail = "The request was done before, and this caller may not have its response."
-            await self._refuse(Problem(problems.REPLAY_DENIED, detail, operation=short_digest(admitted.id)))
+            await self._refuse(Problem(problems.REPLAY_DENIED, detail, operation=short_digest(self._id)))
             return
         try:
             response = _NOTHING_KEPT if finished.result is None else decode_response(finished.result)
         except Unreadable as error:
-            digest = short_digest(admitted.id)
-            self._engine.tell(Event(kind=EventKind.UNREADABLE, digest=digest, where=admitted.where, error=error))
+            digest = short_digest(self._id)
+            self._engine.tell(Event(kind=EventKind.UNREADABLE, digest=digest, where=self._where, error=error))
             await self._refuse(Problem(problems.RECORD_UNREADABLE, error.message, retry_after=1, operation=digest))
             return
         headers, body = adapted(list(response.headers), response.body, self._headers.get(b"accept-encoding", b""))
@@ -408,10 +402,10 @@ class Exchange:
             answer = await answer
         return answer is True
 
-    async def _run_unprotected(self, admitted: Admitted, down: Down) -> None:
+    async def _run_unprotected(self, down: Down) -> None:
         """The route would rather double an effect than refuse (C10)."""
         self._engine.tell(
-            Event(kind=EventKind.UNPROTECTED, digest=short_digest(admitted.id), where=admitted.where, error=down.error)
+            Event(kind=EventKind.UNPROTECTED, digest=short_digest(self._id), where=self._where, error=down.error)
         )
 
         async def send(message: Message) -> None:
@@ -442,11 +436,6 @@ def _finds(find: Callable[[], str | None]) -> bool:
         return find() is not None
     except InvalidKey:
         return False
-
-
-def _problem_of(conclusion: Conclusion, admitted: Admitted, policy: Policy) -> Problem:
-    kind, detail, seconds = _explained(conclusion, policy)
-    return Problem(kind, detail, seconds, short_digest(admitted.id))
 
 
 def _explained(conclusion: Conclusion, policy: Policy) -> tuple[Kind, str, int | None]:
