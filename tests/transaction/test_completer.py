@@ -258,6 +258,22 @@ async def test_c12_the_reaper_ends_and_lists_what_was_never_finished(shop: Shop,
     assert await shop.completer.entries() == []
 
 
+@pytest.mark.parametrize("ending", ["reap", "evict"])
+async def test_no_input_outlives_its_operation_where_no_completer_runs(shop: Shop, ending: str) -> None:
+    """It was settled by hand, and its retention is over; or it was evicted."""
+    await shop.abandon()
+    (entry,) = await shop.completer.entries()
+    store = open_store(shop.database.store)
+    if ending == "evict":
+        assert list(store.evict([entry.id])) == [True]
+    else:
+        shop.database.execute("UPDATE retryproof_operations SET state = 4, checkpoints = NULL, expires_at = 0")
+        totals = reap_all(store)
+        assert (totals.settled, totals.unsettled) == (1, 0)
+    store.close()
+    assert await shop.completer.entries() == []
+
+
 async def test_a_record_of_a_later_life_is_not_taken_for_the_one_that_was_listed(shop: Shop) -> None:
     """It was evicted after the completer had seen it, and its key used again."""
     from retryproof.transaction.phased import Gone

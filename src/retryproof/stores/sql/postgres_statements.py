@@ -190,6 +190,9 @@ gone AS (
         ) AS r
     ))
     RETURNING id
+),
+delisted AS (
+    DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM gone))
 )
 SELECT r.id FROM unnest($1::bytea[]) AS asked (id)
 CROSS JOIN LATERAL (SELECT o.id FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS r
@@ -213,10 +216,9 @@ gone AS (
     DELETE FROM {table} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed))
 ),
 delisted AS (
-    DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed AND state IN (1, 2))) RETURNING id
+    DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed))
 )
-SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, o.removed,
-    NOT {settled} OR o.id IN (SELECT id FROM delisted)
+SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, o.removed, NOT {settled}
 FROM over AS o CROSS JOIN clock
 """
 
@@ -350,13 +352,13 @@ def scan(table: str, *, tenant: bool, indexed: bool) -> str:
 @cache
 def evict(table: str) -> str:
     """Forget a batch; answers with what is still there."""
-    return _EVICT.format(clock=_CLOCK, table=table)
+    return _EVICT.format(clock=_CLOCK, table=table, worklist=worklist(table))
 
 
 @cache
 def reap(table: str) -> str:
     """Remove some records whose time is over, and see one more, not removed, if there is one.
 
-    What the completer had not finished ends without an outcome, even where its last attempt said that it failed.
+    With them goes what the completer's worklist has of them: nobody's input outlives its operation.
     """
     return _REAP.format(clock=_CLOCK, table=table, worklist=worklist(table), record=RECORD, settled=_settled("o"))

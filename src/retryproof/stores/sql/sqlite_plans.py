@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from retryproof.core import record as table
 from retryproof.core.commands import (
     DONE,
+    LOST,
     NOTHING,
     Checkpoint,
     Claim,
@@ -71,6 +72,7 @@ _PLACES = f"({', '.join('?' * 17)})"
 _SELECT = f"SELECT {COLUMNS} FROM retryproof_operations"
 _INSERT = f"INSERT INTO retryproof_operations ({COLUMNS}) VALUES "
 _REPLACE = f"REPLACE INTO retryproof_operations ({COLUMNS}) VALUES {_PLACES}"
+_MARK = "retryproof_joined"
 _CHANGES = Statement("SELECT changes()")
 _UNSETTLED = f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} AND checkpoints IS NOT NULL"
 _OVER = f"expires_at <= ? AND (state <> {State.IN_PROGRESS:d} OR lease_until <= ?)"
@@ -144,17 +146,33 @@ def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
     return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
 
 
-def join(hold: Hold) -> Plan[bool | None]:
+def join(hold: Hold, *, mark: bool) -> Plan[bool | None]:
     """True where the record says that this attempt is current, as the transaction that is open sees it; else None.
 
-    That transaction holds the record from now on, with all others: SQLite has one writer.
+    That transaction holds the record from now on, with all others: SQLite has one writer. mark: with a savepoint, which
+    ends when the transaction does, so that `complete_joined` knows it again.
     """
     rows = yield Statement(
         "SELECT 1 FROM retryproof_operations WHERE id = ? AND nonce = ? AND token = ? "
         f"AND state = {State.IN_PROGRESS:d}",
         (hold.id, hold.nonce, hold.token),
     )
+    if rows and mark:
+        yield Statement(f"SAVEPOINT {_MARK}")
     return True if rows else None
+
+
+def complete_joined(command: Complete, now: int, *, marked: bool) -> Plan[FenceReply]:
+    """Settle the operation in the transaction that was joined; in another one it is lost."""
+    [reply] = yield from complete([command], now)
+    if marked and reply == DONE:
+        try:
+            yield Statement(f"RELEASE {_MARK}")
+        except Exception as error:
+            if "no such savepoint" not in str(error):
+                raise
+            return LOST
+    return reply
 
 
 def release(commands: Sequence[Release], now: int) -> Plan[list[FenceReply]]:
@@ -218,6 +236,8 @@ def evict(ids: Sequence[bytes], now: int) -> Plan[list[bool]]:
     gone = [not (id in found and found[id].live(now)) for id in ids]
     rows = [(id,) for id, is_gone in zip(ids, gone, strict=True) if is_gone]
     yield Statement("DELETE FROM retryproof_operations WHERE id = ?", rows, many=True)
+    yield Statement(WORKLIST_SCHEMA)
+    yield Statement("DELETE FROM retryproof_phased WHERE id = ?", rows, many=True)
     return gone
 
 
@@ -230,7 +250,7 @@ def find_over(limit: int, now: int) -> Plan[list[int]]:
 def remove_over(rowids: Sequence[int], now: int) -> Plan[tuple[int, list[Record]]]:
     """Remove those of the rows whose time is still over: how many, and the records that ended without an outcome.
 
-    What the completer had not finished is one of them, even where its last attempt said that it failed.
+    With them goes what the completer's worklist has of them: nobody's input outlives its operation.
     """
     yield Statement(WORKLIST_SCHEMA)
     unsettled: list[Record] = []
@@ -242,8 +262,8 @@ def remove_over(rowids: Sequence[int], now: int) -> Plan[tuple[int, list[Record]
         for row in rows:
             removed += 1
             record = replace(_to_record(row), read_at=now)
-            listed = yield Statement("DELETE FROM retryproof_phased WHERE id = ? RETURNING 1", (record.id,))
-            if listed or not record.settled:
+            yield Statement("DELETE FROM retryproof_phased WHERE id = ?", (record.id,))
+            if not record.settled:
                 unsettled.append(record)
     return removed, unsettled
 
