@@ -27,9 +27,9 @@ XMIN = "txid_snapshot_xmin(txid_current_snapshot())"  # pg_snapshot_xmin by its 
 GATE = -1
 """The partition that stands for all of them where the order is strict, with an empty chain."""
 
-_SENT = "id, chain, topic, payload, key, headers, content_type, trace"
-_MESSAGE = f"xid, sequence, partition, attempts, created_at, {_SENT}"
-_KEPT = f"sequence, created_at, partition, attempts, {_SENT}"
+_SENT = "id, topic, payload, key, headers, content_type, trace, attempts, created_at"
+_MESSAGE = f"{_SENT}, xid, sequence, partition, chain"  # as Message has them, which is made from a row as it comes
+_KEPT = f"{_SENT}, sequence, partition, chain"
 
 
 class PostgresOutbox:
@@ -147,7 +147,7 @@ class PostgresOutbox:
             starts = list(floors), list(floors.values())
             rows = yield self._statement("claim", relay, *starts, batch, share, lease, alone, *_places(slow))
         held, suspects, fence = rows[0][:3]
-        return Taken(held, suspects, fence, [_message(row[3:16], row[16]) for row in rows if row[3] is not None])
+        return Taken(held, suspects, fence, [_message(row[3:]) for row in rows if row[3] is not None])
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
@@ -184,7 +184,7 @@ class PostgresOutbox:
     def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
         """Dead letters, the oldest first."""
         rows = yield self._statement("letters", topic, limit, [str(id) for id in ids])
-        return [DeadLetter(_message((0, *row[:12])), row[12], row[13]) for row in map(_reordered, rows)]
+        return [DeadLetter(_message((*row[:9], 0, *row[9:12])), row[12], row[13]) for row in rows]
 
     def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
         """Put dead letters back, at the end."""
@@ -232,30 +232,11 @@ def _clean(reason: str) -> str:
     return reason.replace("\0", "")[:2_000]
 
 
-def _reordered(row: Row) -> tuple[Any, ...]:
-    """A dead letter's row, its message first as `_MESSAGE` has it."""
-    sequence, created_at, partition, attempts, *rest = row
-    return (sequence, partition, attempts, created_at, *rest)
-
-
-def _message(row: Sequence[Any], parked: bool = False) -> Message:
-    xid, sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace = row
-    return Message(
-        id,
-        topic,
-        payload,
-        key,
-        json.loads(headers) if headers else {},
-        content_type,
-        trace,
-        attempts,
-        created_at,
-        xid,
-        sequence,
-        partition,
-        chain,
-        parked,
-    )
+def _message(row: Row) -> Message:
+    """A row of `_MESSAGE`, and perhaps whether it was parked."""
+    message = Message(*row)
+    message.headers = json.loads(message.headers) if message.headers else {}  # type: ignore[arg-type] # text in the row
+    return message
 
 
 _FENCED = f"""held AS MATERIALIZED (
