@@ -100,6 +100,13 @@ def test_one_look_completes_what_was_abandoned(run: Run, abandoned: str, object:
     assert run("completer", f"{abandoned}:{object}", "--list").out == "0 under way.\n"
 
 
+def test_what_was_given_up_is_revived(run: Run, abandoned: str) -> None:
+    with contextlib.closing(sqlite3.connect("shop.db", isolation_level=None)) as connection:
+        connection.execute("UPDATE retryproof_phased SET due_at = 9000000000000000")
+    assert run("completer", f"{abandoned}:make", "--once", "--json").document["taken"] == 0
+    assert run("completer", f"{abandoned}:make", "--once", "--revive", "--json").document["completed"] == 1
+
+
 def test_what_cannot_be_loaded_is_a_usage_error(run: Run, abandoned: str) -> None:
     for target in ("nothing", "no_such_module:phased", f"{abandoned}:missing", f"{abandoned}:nothing"):
         assert run("completer", target, "--once").code == 2

@@ -232,6 +232,10 @@ async def test_what_fails_for_too_long_is_given_up_and_stays_listed(shop: Shop) 
     assert (await shop.completer.run_once()).failed == 1
     (entry,) = await shop.completer.entries()
     assert entry.due_at - entry.listed_at > 10 * 365 * 86400 * 1_000_000
+    shop.failure = None
+    assert (await shop.completer.run_once()).taken == 0
+    assert await shop.completer.revive() == 1
+    assert (await shop.completer.run_once()).completed == 1
 
 
 async def test_a_row_whose_record_has_gone_is_dropped_and_never_run(shop: Shop) -> None:

@@ -36,11 +36,19 @@ from retryproof.transaction.phased import BlockingPhased, Phased
     show_default=True,
     help="Seconds after which what goes on failing is left to an operator.",
 )
+@click.option("--revive", is_flag=True, help="First make due what was given up.")
 @click.option("--once", is_flag=True, help="One look only.")
 @click.option("--list", "listing", is_flag=True, help="Show what is under way, and why it failed last; run nothing.")
 @json_option
 def completer(
-    target: str, batch: int, poll: float, give_up_after: float, once: bool, listing: bool, output: Output
+    target: str,
+    batch: int,
+    poll: float,
+    give_up_after: float,
+    revive: bool,
+    once: bool,
+    listing: bool,
+    output: Output,
 ) -> None:
     """Run phased operations on that died or failed, from their last recovery point, until SIGTERM or Ctrl-C.
 
@@ -53,11 +61,13 @@ def completer(
         output.answer({"operations": [_document(entry) for entry in entries]}, f"{len(entries)} under way.", *lines)
         return
     with output.progress("completing") as tell:
-        totals = asyncio.run(_run(target, batch, poll, give_up_after, once=once, tell=tell))
+        totals = asyncio.run(_run(target, batch, poll, give_up_after, revive=revive, once=once, tell=tell))
     output.answer(totals, ", ".join(f"{name} {count}" for name, count in totals.items()) + ".")
 
 
-async def _run(target: str, batch: int, poll: float, give_up_after: float, *, once: bool, tell: Tell) -> dict[str, int]:
+async def _run(
+    target: str, batch: int, poll: float, give_up_after: float, *, revive: bool, once: bool, tell: Tell
+) -> dict[str, int]:
     totals: Counter[str] = Counter(dict.fromkeys(asdict(Round()), 0))
 
     def told(found: Round) -> None:
@@ -66,6 +76,8 @@ async def _run(target: str, batch: int, poll: float, give_up_after: float, *, on
 
     async with _opened(target) as phased:
         working = Completer(phased, batch=batch, poll=poll, give_up_after=give_up_after)
+        if revive:
+            await working.revive()
         if once:
             told(await working.run_once())
         else:

@@ -214,6 +214,11 @@ class Completer:
         logger.error("An operation is given up after %.0f s: %s [%s]", age, reason, short_digest(entry.id))
         return NEVER
 
+    async def revive(self) -> int:
+        """Try again what was given up; how many. For when its cause is mended."""
+        worklist = self._worklist()
+        return await self._perform(lambda: worklist.revive(NEVER / 2))
+
     async def entries(self, limit: int = 100) -> list[Entry]:
         """What is in the worklist, the longest due first."""
         worklist = self._worklist()

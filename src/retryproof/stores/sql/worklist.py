@@ -106,6 +106,19 @@ class Worklist:
             (later, *which),
         )
 
+    def revive(self, beyond: float) -> Plan[int]:
+        """Make due, as if it had just been listed, what is put off by more than so many seconds; how many."""
+        later, now = microseconds(beyond), wall_clock()
+        if self._sqlite:
+            yield Statement(WORKLIST_SCHEMA)
+            sql = f"UPDATE {WORKLIST} SET due_at = ?, listed_at = ? WHERE due_at > ? RETURNING 1"
+            return len((yield Statement(sql, (now, now, now + later))))
+        sql = (
+            f"UPDATE {self._name} SET due_at = {_NOW}, listed_at = {_NOW} WHERE due_at > {_NOW} + $1::bigint "
+            "RETURNING 1"
+        )
+        return len((yield Statement(sql, (later,))))
+
     def drop(self, entry: Entry) -> Plan[None]:
         """Take it off the list."""
         where = "id = ? AND birth = ?" if self._sqlite else "id = $1::bytea AND birth = $2::bytea"
