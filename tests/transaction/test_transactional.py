@@ -465,6 +465,61 @@ def test_a_handler_that_commits_by_itself_is_told(postgres: Database, more: bool
             engine.run("k", lambda: "again", scope="s")
 
 
+@pytest.mark.parametrize("ends", ["COMMIT", "ROLLBACK"])
+def test_sqlites_next_transaction_is_not_taken_for_it(sqlite: Database, ends: str) -> None:
+    with Idempotency(sqlite.store) as engine, of_sqlite3(sqlite) as (connection, write):
+
+        def charge() -> None:
+            begin(connection)
+            current_operation().transaction(connection)
+            write(1)
+            connection.execute(ends)
+            begin(connection)
+            write(2)
+
+        with pytest.raises(errors.ConfigurationError, match="ended the transaction"):
+            engine.run("k", charge, scope="s")
+        assert sqlite.charges() == ([1] if ends == "COMMIT" else [])
+        with pytest.raises(errors.InProgress):
+            engine.run("k", lambda: "again", scope="s")
+
+
+async def test_aiosqlites_next_transaction_is_not_taken_for_it(sqlite: Database) -> None:
+    async with AsyncIdempotency(sqlite.store) as engine, of_aiosqlite(sqlite) as (connection, write):
+
+        async def charge() -> None:
+            await abegin(connection)
+            await current_operation().atransaction(connection)
+            await write(1)
+            await connection.commit()
+            await write(2)
+
+        with pytest.raises(errors.ConfigurationError, match="ended the transaction"):
+            await engine.run("k", charge, scope="s")
+    assert sqlite.charges() == [1]
+
+
+@pytest.mark.parametrize("isolation", ["", "IMMEDIATE", None])
+def test_savepoints_of_the_handlers_own_disturb_nothing(sqlite: Database, isolation: Any) -> None:
+    with (
+        Idempotency(sqlite.store) as engine,
+        contextlib.closing(sqlite3.connect(str(sqlite.path), isolation_level=isolation)) as connection,
+    ):
+
+        def charge() -> str:
+            begin(connection)
+            current_operation().transaction(connection)
+            connection.execute("SAVEPOINT mine")
+            connection.execute(insert(1))
+            connection.execute("ROLLBACK TO mine")
+            connection.execute(insert(2))
+            return "charged"
+
+        assert engine.run("k", charge, scope="s").value == "charged"
+        assert engine.run("k", charge, scope="s").replayed
+    assert sqlite.charges() == [2]
+
+
 def test_a_connection_that_went_back_to_its_pool_is_not_touched(postgres: Database) -> None:
     """Its next user's transaction is neither committed nor taken for the operation's."""
     with Idempotency(postgres.store) as engine, psycopg.connect(postgres.store) as connection:

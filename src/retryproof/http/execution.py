@@ -472,8 +472,11 @@ class Execution:
         A failure that the policy keeps is kept without the work: nobody takes a 500 for done.
         """
         if isinstance(reply, Returned) and self._head is not None and self._head["status"] >= 500:
-            await self._operation.arollback()
-        outcome, error = await operation.asettle(self._operation, reply)
+            await operation.asettle(self._operation, Raised())
+            settled: operation.Settled = (reply, None)
+        else:
+            settled = await operation.asettle(self._operation, reply)
+        outcome, error = settled
         if error is not None:
             logger.error("The transaction of operation %s failed.", short_digest(self._hold.id), exc_info=error)
             self._refusal = _refusal(outcome, error)

@@ -9,8 +9,9 @@ A commit whose answer is lost is settled by a fenced release: it can only be don
 locked, so the transaction has not committed and never will; when it is lost, the record says whether we committed.
 Nothing is ever completed outside the transaction, since that could record an effect that was rolled back.
 
-The handler must leave the transaction open. On PostgreSQL it is marked when it is joined, with a setting that ends with
-it; another transaction of the same connection, or of whoever gets the connection from its pool, is not taken for it.
+The handler must leave the transaction open. It is marked when it is joined, on PostgreSQL with a setting that ends with
+it, on SQLite with a savepoint (SQLAlchemy knows its own transactions). So another transaction of the same connection, or
+of whoever gets the connection from its pool, is not taken for it.
 
 As everywhere, the steps are generators: they yield what is to be done on the connection or in the store.
 """
@@ -94,6 +95,7 @@ class Place:
     """Where the operation's record is, and which attempt is at it.
 
     held: nobody but the transaction that was joined can write the record before its end.
+    marked: a savepoint tells that transaction from the connection's next one.
     """
 
     hold: Hold
@@ -101,15 +103,18 @@ class Place:
     dialect: str
     table: str
     held: bool = False
+    marked: bool = False
 
     def join(self) -> Plan[bool | None]:
         """The dialect's plan; whether the transaction holds the record, None where the attempt is not current."""
-        return sqlite_plans.join(self.hold) if self.dialect == "sqlite" else postgres.join_plan(self.hold, self.table)
+        if self.dialect == "sqlite":
+            return sqlite_plans.join(self.hold, mark=self.marked)
+        return postgres.join_plan(self.hold, self.table)
 
     def complete(self, command: Complete) -> Plan[FenceReply]:
         """The dialect's plan."""
         if self.dialect == "sqlite":
-            return _only(sqlite_plans.complete([command], wall_clock()))
+            return sqlite_plans.complete_joined(command, wall_clock(), marked=self.marked)
         return postgres.complete_joined_plan(command, self.table)
 
     def ours(self, found: Any, *states: State) -> bool:
@@ -120,10 +125,6 @@ class Place:
             and (record.nonce, record.token) == (self.hold.nonce, self.hold.token)
             and record.state in states
         )
-
-
-def _only(plan: Plan[list[FenceReply]]) -> Plan[FenceReply]:
-    return (yield from plan)[0]
 
 
 def place_of(operation: Operation) -> Place:
@@ -262,6 +263,7 @@ class BlockingTransaction:
         self.place = place_of(operation)
         self.block = block
         self._adapted: BlockingConnection = _checked(connection, self.place, operation, on_loop=False)
+        self.place = replace(self.place, marked=_can_be_marked(self._adapted))
         self._thread = threading.get_ident()
 
     def join(self, ask: Callable[[Any], Any]) -> None:
@@ -329,6 +331,7 @@ class LoopTransaction:
         self.place = place_of(operation)
         self.block = block
         self._adapted: LoopConnection = _checked(connection, self.place, operation, on_loop=True)
+        self.place = replace(self.place, marked=_can_be_marked(self._adapted))
 
     async def join(self, ask: Callable[[Any], Awaitable[Any]]) -> None:
         """Take the transaction; `ask` gives a command to the store."""
@@ -365,6 +368,11 @@ class LoopTransaction:
                 return await self._adapted.rollback()
             case _:
                 return await self._adapted.execute(step)
+
+
+def _can_be_marked(adapted: BlockingConnection | LoopConnection) -> bool:
+    """Whether a savepoint is certain to be inside of a transaction; outside of one it would begin and end one."""
+    return bool(getattr(adapted, "SURELY_OPEN", False))
 
 
 def _log_unclosed(place: Place, error: Exception) -> None:
