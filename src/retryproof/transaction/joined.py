@@ -10,8 +10,8 @@ locked, so the transaction has not committed and never will; when it is lost, th
 Nothing is ever completed outside the transaction, since that could record an effect that was rolled back.
 
 The handler must leave the transaction open. It is marked when it is joined: on PostgreSQL with a setting that ends with
-it, on SQLite with a savepoint (SQLAlchemy knows its own transactions). Another transaction of the same connection, or of
-whoever gets it from its pool, is not taken for it.
+it, on SQLite with a savepoint (SQLAlchemy knows its own transactions). Another one on the same connection, be it of
+whoever got that from its pool, is not taken for it.
 
 As everywhere, the steps are generators: they yield what is to be done on the connection or in the store.
 """
