@@ -18,10 +18,9 @@ from retryproof.stores.sql.outbox import Taken
 from retryproof.stores.sql.plan import Plan
 from retryproof.transaction.outbox_database import Database
 from retryproof.transaction.relay_policy import MICROSECONDS, RelayPolicy
+from retryproof.transaction.share import Share
 
 T = TypeVar("T")
-SPREAD = 8
-"""Partitions that a full batch comes from at least, where so many have messages: keys are published side by side."""
 
 log = logging.getLogger("retryproof.relay")
 _PLACE = attrgetter("xid", "sequence")
@@ -42,7 +41,7 @@ class Membership:
         """By partition, in the order in which they are asked."""
         self._ahead: dict[int, int] = {}
         """The floors once all of the batch on its way is done."""
-        self._share = max(1, policy.batch // SPREAD)
+        self._share = Share(policy.batch)
         self._suspects = True
         self.alone = False
         """Whether the batch on its way is a message that a dead relay left."""
@@ -133,7 +132,7 @@ class Membership:
         return messages
 
     async def _claim(self, slow: Sequence[Message], *, alone: bool) -> Taken:
-        floors, share, batch = self._floors, min(self._share, self._policy.batch), self._policy.batch
+        floors, share, batch = self._floors, self._share.size, self._policy.batch
         taken = await self._fenced(
             lambda: self._database.plans.claim(
                 self._id,
@@ -159,11 +158,7 @@ class Membership:
             found[partition] = found.get(partition, 0) + 1
             if not message.parked:
                 self._ahead[partition] = message.xid if message.xid < fence else fence
-        if len(messages) >= self._policy.batch:
-            if len(found) < SPREAD < len(self._floors):
-                self._share = max(1, self._policy.batch // SPREAD, self._share // 2)
-        elif found and max(found.values()) >= self._share:
-            self._share = min(self._policy.batch, 2 * self._share)
+        self._share.learn(found, len(self._floors))
         self._rotate(found)
 
     def _rotate(self, found: dict[int, int]) -> None:
