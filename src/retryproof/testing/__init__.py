@@ -3,6 +3,7 @@
 The suite needs pytest, which is imported only when the suite is; the demo uses the rest without it.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -18,5 +19,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     pytest = import_module("pytest")
-    pytest.register_assert_rewrite("retryproof.testing.bench", "retryproof.testing.cases")
+    # pytest warns of what was imported before.
+    suite = ("retryproof.testing.bench", "retryproof.testing.cases")
+    pytest.register_assert_rewrite(*(module for module in suite if module not in sys.modules))
     return getattr(import_module("retryproof.testing.conformance"), name)
