@@ -143,9 +143,17 @@ class Keeper:
     def _wake(self) -> None:
         with self._mutex:
             if self._thread is None and not self._closing:
-                self._thread = threading.Thread(target=self._run, name="retryproof-keeper", daemon=True)
-                self._thread.start()
+                self._start()
             self._mutex.notify()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="retryproof-keeper", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # what is kept is safe without it: a lease that is not renewed ends
+            logger.error("The keeper's thread does not start; whoever comes next tries again: %s", error)
+        else:
+            self._thread = thread
 
     def close(self, drain: float = 0.0) -> None:
         """Settle what lingers for up to `drain` seconds, then end the thread."""
@@ -169,6 +177,10 @@ class Keeper:
                     # The thread must outlive whatever a store or a listener raises; it tries again.
                     logger.exception("The keeper failed; it tries again.")
                     self._postpone()
+        except BaseException:  # past every `except Exception`, as drivers in other languages may raise
+            with self._mutex:
+                self._thread = None  # whoever comes next starts another
+            raise
         finally:
             if store is not None and self._owns:
                 store.close()

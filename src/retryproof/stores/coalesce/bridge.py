@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from retryproof.core.commands import Claim, Reply
-from retryproof.stores.coalesce.replies import MAX_WAITING, Orphaned, clock, is_orphan, overdue, overfull
+from retryproof.stores.coalesce.alarm import NEVER, Alarm
+from retryproof.stores.coalesce.replies import MAX_WAITING, Orphaned, as_reply, clock, is_orphan, overdue, overfull
 from retryproof.stores.coalesce.threads import ThreadCoalescer
 
 IDLE_SECONDS = 10.0
@@ -58,15 +59,23 @@ class Bridge:
         return len(self._waiting) >= MAX_WAITING
 
     def send(self, crossing: _Crossing) -> None:
-        """Put a command on its way."""
+        """Put a command on its way. Raises RuntimeError where there is no thread and none can be started."""
         self._waiting.append(crossing)
         if not self._asleep:
             return
         with self._work:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="retryproof-store", daemon=True)
-                self._thread.start()
+                self._start(crossing)
             self._work.notify()
+
+    def _start(self, crossing: _Crossing) -> None:
+        thread = threading.Thread(target=self._serve, name="retryproof-store", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._waiting.remove(crossing)
+            raise
+        self._thread = thread
 
     def close(self) -> None:
         """End the thread, after what is waiting."""
@@ -78,18 +87,25 @@ class Bridge:
             thread.join(self._hang_limit)
 
     def _serve(self) -> None:
-        while self._wait():
-            # One batch at a time, so that nobody waits for the batches behind theirs.
-            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._threads.max_batch))]
-            wanted = [one for one in taken if not (one.future.done() and isinstance(one.command, Claim))]
-            replies = self._threads.perform_many([one.command for one in wanted], self._hang_limit)
-            by_end: dict[BridgeEnd, list[tuple[_Crossing, Reply]]] = {}
-            for one, reply in zip(wanted, replies, strict=True):
-                by_end.setdefault(one.end, []).append((one, reply))
-            for end, answers in by_end.items():
-                if not end.deliver(answers):
-                    for one, reply in answers:
-                        self.undo(one.command, reply)
+        try:
+            while self._wait():
+                # One batch at a time, so that nobody waits for the batches behind theirs.
+                self._carry([self._waiting.popleft() for _ in range(min(len(self._waiting), self._threads.max_batch))])
+        except BaseException:  # past every `except Exception`, as drivers in other languages may raise
+            with self._work:
+                self._asleep, self._thread = True, None  # the next command starts another
+            raise
+
+    def _carry(self, taken: Sequence[_Crossing]) -> None:
+        wanted = [one for one in taken if not (one.future.done() and isinstance(one.command, Claim))]
+        replies = self._threads.perform_many([one.command for one in wanted], self._hang_limit)
+        by_end: dict[BridgeEnd, list[tuple[_Crossing, Reply]]] = {}
+        for one, reply in zip(wanted, replies, strict=True):
+            by_end.setdefault(one.end, []).append((one, reply))
+        for end, answers in by_end.items():
+            if not end.deliver(answers):
+                for one, reply in answers:
+                    self.undo(one.command, reply)
 
     def _wait(self) -> bool:
         """Wait for work; False when the thread is to end."""
@@ -117,7 +133,7 @@ class BridgeEnd:
         self._bridge = bridge
         self._loop = loop
         self._crossings: dict[_Crossing, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(loop, self._expire)
 
     def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """One command's reply; Unreachable when there was none in time.
@@ -128,11 +144,16 @@ class BridgeEnd:
         if self._bridge.is_full:
             future.set_result(overfull(self._bridge.name))
             return future
-        crossing = _Crossing(command, self, future, clock() + timeout, timeout)
+        deadline = clock() + timeout
+        crossing = _Crossing(command, self, future, deadline, timeout)
+        try:
+            self._bridge.send(crossing)
+        except RuntimeError as error:
+            future.set_result(as_reply(self._bridge.name, error))
+            return future
         self._crossings[crossing] = None
-        self._bridge.send(crossing)
-        if self._timer is None:
-            self._timer = self._loop.call_later(timeout, self._expire)
+        if deadline < self._alarm.due:
+            self._alarm.set(deadline)
         return future
 
     def deliver(self, answers: Sequence[tuple[_Crossing, Reply]]) -> bool:
@@ -151,11 +172,10 @@ class BridgeEnd:
             elif crossing.future.cancelled():
                 self._bridge.undo(crossing.command, reply)
 
-    def _expire(self) -> None:
-        """Tell everybody who has waited for too long; come again when the next is due."""
-        self._timer = None
+    def _expire(self) -> float:
+        """Tell everybody who has waited for too long; when the next is due."""
         now = clock()
-        earliest = float("inf")
+        earliest = NEVER
         for crossing in list(self._crossings):
             if crossing.future.done():
                 del self._crossings[crossing]
@@ -164,5 +184,4 @@ class BridgeEnd:
                 del self._crossings[crossing]
             else:
                 earliest = min(earliest, crossing.deadline)
-        if self._crossings:
-            self._timer = self._loop.call_later(earliest - now + 0.001, self._expire)
+        return earliest

@@ -10,6 +10,7 @@ from typing import Any
 from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, Release, Renew, Reply
 from retryproof.core.errors import StoreUnavailable
 from retryproof.stores.base import AsyncStore
+from retryproof.stores.coalesce.alarm import NEVER, Alarm
 from retryproof.stores.coalesce.replies import (
     MAX_WAITING,
     Orphaned,
@@ -43,7 +44,7 @@ class _Waiter:
 class _Lane:
     """All commands of one kind for one async store: at most one batch on its way."""
 
-    __slots__ = ("_call", "_coalescer", "_flying", "_later", "_loop", "_pending", "_size", "_task", "_timer", "_twins")
+    __slots__ = ("_alarm", "_call", "_coalescer", "_flying", "_later", "_loop", "_pending", "_size", "_task", "_twins")
 
     def __init__(self, coalescer: TaskCoalescer, call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]) -> None:
         self._coalescer = coalescer
@@ -55,20 +56,21 @@ class _Lane:
         self._twins = 0  # of those in line and on their way
         self._flying: Sequence[_Waiter] = ()
         self._task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(coalescer.loop, self._expire)
 
     def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """Put a command on its way."""
         future: asyncio.Future[Reply] = self._loop.create_future()
-        waiter = _Waiter(command, future, clock() + timeout, timeout)
+        deadline = clock() + timeout
+        waiter = _Waiter(command, future, deadline, timeout)
         if len(self._pending) + len(self._later) + self._twins >= MAX_WAITING:
             future.set_result(overfull(self._coalescer.name))
             return future
         self._queue(waiter)
         if self._task is None:
             self._task = self._loop.create_task(self._run())
-        if self._timer is None:
-            self._timer = self._loop.call_later(timeout, self._expire)
+        if deadline < self._alarm.due:
+            self._alarm.set(deadline)
         return future
 
     def _queue(self, waiter: _Waiter) -> None:
@@ -153,11 +155,10 @@ class _Lane:
             else:
                 twin.future.set_result(told)
 
-    def _expire(self) -> None:
-        """Tell everybody who has waited for too long; come again when the next is due."""
-        self._timer = None
+    def _expire(self) -> float:
+        """Tell everybody who has waited for too long; when the next is due."""
         now = clock()  # not the loop's time, which on uvloop is that of the round's beginning
-        earliest = float("inf")
+        earliest = NEVER
         leaders = [*self._flying, *self._pending.values(), *self._later]
         for waiter in [*leaders, *(twin for leader in leaders for twin in leader.twins or ())]:
             if waiter.future.done():
@@ -166,8 +167,7 @@ class _Lane:
                 waiter.future.set_result(overdue(self._coalescer.name, waiter.timeout))
             else:
                 earliest = min(earliest, waiter.deadline)
-        if earliest < float("inf"):
-            self._timer = self._loop.call_later(earliest - now + 0.001, self._expire)
+        return earliest
 
     def _abandon(self) -> None:
         """The loop shuts down: who still waits gets a definite answer, and may ask again."""

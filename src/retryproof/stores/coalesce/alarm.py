@@ -1,0 +1,41 @@
+"""One timer of an event loop for the deadlines of many commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from retryproof.stores.coalesce.replies import clock
+
+NEVER = float("inf")
+_AFTER = 0.001
+"""Seconds that it rings late, so that what it rings for is due by then on a coarser clock as well."""
+
+
+class Alarm:
+    """Calls `ring` in the loop, which tells who has waited for too long and returns the next deadline.
+
+    Nearly every command's deadline lies behind those of the commands before it, and costs one comparison with `due`;
+    but callers who share a store need not have the same time-out.
+    """
+
+    __slots__ = ("_loop", "_ring", "_timer", "due")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], float]) -> None:
+        self._loop = loop
+        self._ring = ring
+        self._timer: asyncio.TimerHandle | None = None
+        self.due = NEVER
+
+    def set(self, deadline: float) -> None:
+        """Ring at this deadline, which is before `due`."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.due = deadline
+        self._timer = self._loop.call_later(deadline - clock() + _AFTER, self._rung)
+
+    def _rung(self) -> None:
+        self._timer, self.due = None, NEVER
+        earliest = self._ring()
+        if earliest < NEVER:
+            self.set(earliest)
