@@ -10,7 +10,16 @@ from pathlib import Path
 
 _HOME = Path(__file__).parent / ".peers"
 _SERVER = ("fastapi", "uvicorn", "uvloop", "httptools", "redis[hiredis]")
+_CLIENT = ("asyncpg==0.32.0", "uvloop")
 PEERS = {"idemkit": "idemkit==1.0.2", "idemgate": "idemgate==0.1"}
+"""Of the HTTP layer, on Redis."""
+OUTBOX_PEERS = {
+    "txoutbox": "txoutbox==0.2.2",
+    "pgqueuer": "pgqueuer==1.6.0",
+    "faststream-outbox": "faststream-outbox[asyncpg]==0.19.0",
+    "dbos": "dbos==3.4.0",
+}
+"""Of outbox, relay and steps, on PostgreSQL."""
 INSTALL_SECONDS = 180
 
 
@@ -24,11 +33,12 @@ def peer_python(name: str) -> str:
     python, done = home / "bin" / "python", home / "installed"
     if not done.exists():
         venv.create(home, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "-q", PEERS[name], *_SERVER]
+        package, beside = (PEERS[name], _SERVER) if name in PEERS else (OUTBOX_PEERS[name], _CLIENT)
+        install = [str(python), "-m", "pip", "install", "-q", package, *beside]
         try:
             subprocess.run(install, check=True, timeout=INSTALL_SECONDS, stdout=sys.stderr)
         except (subprocess.SubprocessError, OSError) as error:
-            raise PeerMissing(f"{PEERS[name]} could not be installed: {error}") from error
+            raise PeerMissing(f"{package} could not be installed: {error}") from error
         done.touch()
     return str(python)
 

@@ -19,13 +19,13 @@ sys.path[0] = str(ROOT)
 import uvloop  # noqa: E402 - the path above has to come first
 
 from benchmarks import goals, report  # noqa: E402
-from benchmarks.figures import asgi, engine, http, inbox, outbox, phases, roundtrips  # noqa: E402
+from benchmarks.figures import asgi, beside, engine, http, inbox, outbox, phases, roundtrips  # noqa: E402
 from benchmarks.figures.http import HttpSubject  # noqa: E402
 from benchmarks.measure import Figure, Pace  # noqa: E402
 from benchmarks.peers import PEERS, PeerMissing, peer_python  # noqa: E402
 from benchmarks.services import Services  # noqa: E402
 
-FAMILIES = ("http", "asgi", "engine", "threads", "inbox", "outbox", "phases", "roundtrips")
+FAMILIES = ("http", "asgi", "engine", "threads", "inbox", "outbox", "phases", "beside", "roundtrips")
 LIMIT_SECONDS = 660.0
 # What HTTP may take of the limit; the engines have the rest.
 HTTP_SHARE = 0.55
@@ -80,6 +80,8 @@ async def take(options: argparse.Namespace, services: Services) -> tuple[list[Fi
         figures += await outbox.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     if "phases" in options.only and ours and "postgres" in stores:
         figures += await phases.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
+    if "beside" in options.only and ours and options.peers and "postgres" in stores:
+        figures += await beside.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     return figures, trips
 
 
@@ -104,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--connections", default=http.CONNECTIONS, metavar="32,256,1",
                         type=lambda text: tuple(int(word) for word in text.split(",")))  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="shorter samples, three repetitions instead of five")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave idemkit and idemgate out")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave all peers out")
     parser.add_argument("--no-ours", dest="ours", action="store_false", help="measure the ceilings and the peers alone")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds after which nothing more is begun")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a measured goal is missed")
