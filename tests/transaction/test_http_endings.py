@@ -374,6 +374,35 @@ async def until(true: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
+@contextlib.asynccontextmanager
+async def connected_by_asyncpg(database: Database) -> AsyncIterator[Any]:
+    connection = await asyncpg.connect(database.store)
+    yield connection
+    await connection.close()
+
+
+@pytest.mark.parametrize("connect", [connected, connected_by_asyncpg], ids=["psycopg", "asyncpg"])
+async def test_c8_a_handler_that_is_overtaken_within_a_query_rolls_back_at_once(
+    postgres: Database, connect: Callable[[Database], Any]
+) -> None:
+    app = FastAPI()
+
+    @app.post("/charges")
+    async def charge() -> str:
+        connection = await current_operation().atransaction(connect(postgres))
+        await connection.execute(insert())
+        postgres.execute("UPDATE retryproof_operations SET token = token + 1, lease_until = lease_until + 60000000")
+        await connection.execute("SELECT pg_sleep(30)")
+        return "the loser's"
+
+    async with covered(postgres, app, policy=Policy(lease=0.3)) as middleware, client_of(middleware) as client:
+        async with asyncio.timeout(10):
+            answer = await client.post("/charges")
+        assert (answer.status_code, code(answer)) == (409, "in-progress")
+        await until(lambda: idle(middleware))
+    assert postgres.charges() == []
+
+
 # Transactions asked for at the wrong time
 
 
