@@ -61,7 +61,9 @@ GOALS = (
     Goal("outbox enqueue", "hand-written", 0.85),
     Goal("phases", "bare transactions", 0.75),
     Goal("phases", "fenced by hand", 0.9),
-    Goal("outbox growth", "few pending", 0.8, "1 million pending"),
+    Goal("outbox growth", "500 keys", 0.8, "100,000 keys"),
+    Goal("outbox growth", "500 keys", 0.8, "100,000 keys, 1 million pending"),
+    Goal("held transaction", "before", 0.8, "last ten seconds of the minute", no_errors=True),
 )
 
 # One round trip to claim and one to complete; one to replay.

@@ -112,7 +112,9 @@ class Ours(Subject):
     async def workflow(self) -> None:
         async def work() -> int:
             operation = self._current()
-            return await operation.astep("first", _step) + await operation.astep("second", _step)
+            first: int = await operation.astep("first", _step)
+            second: int = await operation.astep("second", _step)
+            return first + second
 
         await self._engine.run(str(uuid4()), work, scope="bench")
 

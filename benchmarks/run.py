@@ -19,13 +19,13 @@ sys.path[0] = str(ROOT)
 import uvloop  # noqa: E402 - the path above has to come first
 
 from benchmarks import goals, report  # noqa: E402
-from benchmarks.figures import asgi, beside, engine, http, inbox, outbox, phases, roundtrips  # noqa: E402
+from benchmarks.figures import asgi, beside, engine, growth, http, inbox, outbox, phases, roundtrips  # noqa: E402
 from benchmarks.figures.http import HttpSubject  # noqa: E402
 from benchmarks.measure import Figure, Pace  # noqa: E402
 from benchmarks.peers import PEERS, PeerMissing, peer_python  # noqa: E402
 from benchmarks.services import Services  # noqa: E402
 
-FAMILIES = ("http", "asgi", "engine", "threads", "inbox", "outbox", "phases", "beside", "roundtrips")
+FAMILIES = ("http", "asgi", "engine", "threads", "inbox", "outbox", "phases", "beside", "growth", "held", "roundtrips")
 LIMIT_SECONDS = 660.0
 # What HTTP may take of the limit; the engines have the rest.
 HTTP_SHARE = 0.55
@@ -80,6 +80,9 @@ async def take(options: argparse.Namespace, services: Services) -> tuple[list[Fi
         figures += await outbox.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     if "phases" in options.only and ours and "postgres" in stores:
         figures += await phases.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
+    for name, grown in (("growth", growth.figures), ("held", growth.held_figures)):
+        if name in options.only and ours and "postgres" in stores:
+            figures += await grown(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     if "beside" in options.only and ours and options.peers and "postgres" in stores:
         figures += await beside.figures(services, Pace.of(options.quick, options.limit - (time.monotonic() - began)))
     return figures, trips

@@ -29,7 +29,7 @@ GUARANTEES = (
 )
 FLOWS = (
     "ours: two steps under a fenced lease, both kept; the claim and the completion are shared by all tasks",
-    "dbos: no lease and no fence between executors; the same id with another input replays silently",
+    "dbos: steps kept under the execution's own token, without a lease: who is stuck is not noticed by the others",
 )
 
 

@@ -25,7 +25,6 @@ FILL = 12_000
 KEYS = 500
 WRITERS = 16
 PAYLOAD = b'{"order": 1, "amount": 100, "currency": "EUR"}' * 4
-MANY_PENDING, MANY_KEYS = 1_000_000, 100_000
 _BUSINESS = "CREATE TABLE IF NOT EXISTS bench_orders (id bigint PRIMARY KEY, amount bigint NOT NULL)"
 _ORDER = "INSERT INTO bench_orders (id, amount) VALUES ($1, 100)"
 _numbers = itertools.count(1)
@@ -166,39 +165,6 @@ async def together(pool: Any, write: Callable[[Any, int], Awaitable[None]], seco
     return Sample(operations, time.perf_counter() - started, time.process_time() - cpu)
 
 
-async def growth_figure(url: str, pace: Pace, pending: int = MANY_PENDING, keys: int = MANY_KEYS) -> Figure:
-    """The same relay with few messages pending, with a million of 100,000 keys, and beside open transactions."""
-    connection = await asyncpg.connect(url)
-    working = relay(url)
-    few = ours(url, connection, working, KEYS)
-    samples = {"few pending": [await few(pace.seconds) for _ in range(pace.repetitions)]}
-    await working.aclose()
-    await fill(connection, pending, keys)
-    working = relay(url)
-
-    async def step() -> int:
-        totals = await working.run_once()
-        return totals.delivered if totals else 0
-
-    await connection.execute("VACUUM ANALYZE retryproof_outbox")
-    samples["1 million pending"] = [await timed(step, pace.seconds) for _ in range(pace.repetitions)]
-    for name, statement in (
-        ("beside a reader held open", "SELECT count(*) FROM bench_orders"),
-        ("beside a writer held open", "INSERT INTO bench_orders (id, amount) VALUES (-1, 1)"),
-    ):
-        other = await asyncpg.connect(url)
-        transaction = other.transaction(isolation="repeatable_read")
-        await transaction.start()
-        await other.execute(statement)
-        samples[name] = [await timed(step, pace.seconds) for _ in range(pace.repetitions)]
-        await transaction.rollback()
-        await other.close()
-    await working.aclose()
-    await connection.close()
-    method = f"batch {BATCH}, a publisher that does nothing; {pending} pending of {keys} keys"
-    return Figure("outbox growth", method, samples)
-
-
 async def figures(services: Services, pace: Pace) -> list[Figure]:
     url = services.url("postgres")
     migrate(url)
@@ -206,4 +172,4 @@ async def figures(services: Services, pace: Pace) -> list[Figure]:
     for table in (by_hand.TABLE, _BUSINESS):
         await connection.execute(table)
     await connection.close()
-    return [await relay_figure(url, pace), await enqueue_figure(url, pace), await growth_figure(url, pace)]
+    return [await relay_figure(url, pace), await enqueue_figure(url, pace)]
