@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
-from retryproof.core.commands import Acquired, Claim, FenceReply, Renew, Unreachable
+from retryproof.core.commands import Acquired, Claim, FenceReply, Renew, Reply, Running, Unreachable
 from retryproof.core.hold import Hold
-from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer
+from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, bridge
+from retryproof.stores.coalesce.bridge import _Crossing
 from retryproof.stores.keeper import Keeper
-from tests.engine.support import SECONDS, OnLoop, Turnstile, make_claim
+from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
 
 
 class Door:
@@ -168,3 +174,171 @@ def wait_until(condition: Callable[[], bool]) -> None:
             return
         threading.Event().wait(0.005)
     raise AssertionError("it did not come to that")
+
+
+# Nobody sleeps beside work
+
+
+class Watched(deque[Any]):
+    """The bridge's line; `between` is called once when the thread has just seen that it is empty."""
+
+    between: Callable[[], None] | None = None
+
+    def __bool__(self) -> bool:
+        full = len(self) > 0
+        hook = self.between
+        if not full and hook is not None and threading.current_thread().name == "retryproof-store":
+            self.between = None
+            hook()
+        return full
+
+
+async def test_a_command_that_comes_while_the_thread_falls_asleep_is_seen() -> None:
+    """It finds the thread awake and wakes nobody; so the thread looks again once it has said that it sleeps."""
+    crossing = Tracked(Turnstile())
+    line = crossing._waiting = Watched()
+    end, loop = crossing.end(), asyncio.get_running_loop()
+    second: Future[Any] = Future()
+    awake: list[bool] = []
+
+    async def ask() -> None:
+        awake.append(not crossing._asleep)
+        second.set_result(end.perform(make_claim("second"), SECONDS))
+
+    await end.perform(make_claim("warm"), SECONDS)  # the thread runs, and sleeps
+    await asyncio.to_thread(wait_until, lambda: crossing._asleep)
+
+    def come() -> None:
+        asyncio.run_coroutine_threadsafe(ask(), loop).result(SECONDS)
+
+    first = end.perform(make_claim("first"), SECONDS)
+    line.between = come
+    async with asyncio.timeout(SECONDS):
+        assert isinstance(await first, Acquired)
+        assert isinstance(await (await asyncio.wrap_future(second)), Acquired)
+    assert awake == [True]
+    await asyncio.to_thread(crossing.close)
+
+
+async def test_a_command_that_comes_as_the_thread_ends_is_seen() -> None:
+    """Its caller is past the append, and waits for the lock, when the thread wakes up to end."""
+    crossing = Tracked(Turnstile())
+    end, loop = crossing.end(), asyncio.get_running_loop()
+    ended: list[str] = []
+
+    class Ending(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            if ended:
+                return super().wait(timeout)
+            ended.append("idle")
+            crossing._waiting.append(late)
+            return False
+
+    late = _Crossing(make_claim("late"), end, loop.create_future(), time.monotonic() + SECONDS, SECONDS)
+    crossing._work = Ending()
+    end.perform(make_claim(), SECONDS)
+    async with asyncio.timeout(SECONDS):
+        assert isinstance(await late.future, Acquired)
+    assert ended == ["idle"]
+    await asyncio.to_thread(crossing.close)
+
+
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Threads take turns after every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("seed", range(3))
+def test_many_loops_lose_no_command_while_threads_start_and_end(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread ends whenever there is a short pause; cancellation comes at any time; every claim has an owner."""
+    monkeypatch.setattr(bridge, "IDLE_SECONDS", 0.0002)
+    store = Turnstile()
+    crossing = Tracked(store)
+    held: list[Claim] = []
+
+    def run_loop(number: int) -> None:
+        asyncio.run(visit(crossing, random.Random(seed * 10 + number), number, held))
+
+    loops = [in_thread(lambda number=number: run_loop(number)) for number in range(3)]  # type: ignore[misc]  # mypy#12557
+    for loop in loops:
+        loop.result(30.0)
+    crossing.close()
+    assert crossing._thread is None
+    taken = {record.nonce for record in store.scan(limit=10_000)}
+    owned = {claim.nonce for claim in [*held, *crossing.orphans]}
+    assert taken <= owned  # C3: a claim that stands has been told to somebody, or to the keeper
+    assert len(held) == len({claim.id for claim in held})  # C1
+
+
+async def visit(crossing: Bridge, dice: random.Random, number: int, held: list[Claim]) -> None:
+    """Ask in bursts, leave now and then, and rest for about as long as the thread does before it ends."""
+    end = crossing.end()
+
+    async def ask(claim: Claim) -> None:
+        asked = end.perform(claim, SECONDS)
+        try:
+            reply = await asked
+        except asyncio.CancelledError:
+            if asked.done() and not asked.cancelled() and isinstance(asked.result(), Acquired):
+                held.append(claim)  # as the pump, which then disowns it
+            raise
+        assert isinstance(reply, Acquired | Running), reply
+        if isinstance(reply, Acquired):
+            held.append(claim)
+
+    for turn in range(150):
+        burst = [
+            asyncio.ensure_future(ask(make_claim(f"{turn}-{dice.randrange(3)}"))) for _ in range(dice.randrange(1, 6))
+        ]
+        await asyncio.sleep(dice.choice((0.0, 0.0, 0.0002)))
+        for task in burst:
+            if dice.random() < 0.3:
+                task.cancel()
+        async with asyncio.timeout(SECONDS):
+            await asyncio.gather(*burst, return_exceptions=True)
+        for task in burst:
+            assert task.cancelled() or task.exception() is None
+        await asyncio.sleep(dice.choice((0.0, 0.0001, 0.0003)))
+    assert len(end._crossings) <= 150 * 5  # those who left before theirs was sent; the alarm forgets them
+
+
+async def test_who_leaves_in_storms_is_forgotten_by_the_next_alarm() -> None:
+    door = Door()
+    crossing = Tracked(Turnstile(door))
+    end = crossing.end()
+    stays = end.perform(make_claim("stays"), SECONDS)
+    await asyncio.to_thread(door.entered.wait, SECONDS)
+    for number in range(2_000):
+        end.perform(make_claim(f"{number}"), 0.1).cancel()
+    last = end.perform(make_claim("last"), 0.15)
+    assert isinstance(await last, Unreachable)
+    assert list(end._crossings) == [c for c in end._crossings if c.future is stays]
+    door.open.set()
+    assert isinstance(await stays, Acquired)
+    assert not end._crossings
+    await asyncio.to_thread(crossing.close)
+    assert crossing.orphans == []  # none of them was sent
+
+
+def test_the_line_of_the_bridge_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "MAX_WAITING", 3)
+
+    async def main() -> list[Reply]:
+        door = Door()
+        crossing = Tracked(Turnstile(door))
+        end = crossing.end()
+        first = end.perform(make_claim("first"), SECONDS)
+        await asyncio.to_thread(door.entered.wait, SECONDS)
+        rest = [end.perform(make_claim(f"{number}"), SECONDS) for number in range(5)]
+        assert [future.done() for future in rest] == [False] * 3 + [True] * 2
+        door.open.set()
+        replies = await asyncio.gather(first, *rest)
+        await asyncio.to_thread(crossing.close)
+        return replies
+
+    assert [type(reply) for reply in asyncio.run(main())] == [Acquired] * 4 + [Unreachable] * 2
