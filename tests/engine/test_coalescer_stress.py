@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from retryproof.core.commands import Acquired, Claim, FenceReply, Renew, Reply, Running, Unreachable
 from retryproof.core.hold import Hold
 from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, bridge
+from retryproof.stores.coalesce.alarm import NEVER, Alarm
 from retryproof.stores.coalesce.bridge import _Crossing
 from retryproof.stores.keeper import Keeper
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
@@ -75,6 +75,69 @@ async def test_c10_a_short_time_out_of_a_task_does_not_wait_for_a_longer_one() -
     assert isinstance(await patient, Acquired)
 
 
+async def test_c10_who_comes_after_a_time_out_is_told_in_time_as_well() -> None:
+    door, store, go = Door(), OnLoop(), asyncio.Event()
+    crossing = Tracked(Turnstile(door))
+
+    async def hold(name: str, commands: Sequence[object]) -> None:
+        await go.wait()
+
+    store.before = hold
+    lanes, end = TaskCoalescer(store, lambda claim: None), crossing.end()
+    late = make_claim("late")
+    async with asyncio.timeout(SECONDS / 2):
+        for perform in (lanes.perform, end.perform):
+            assert isinstance(await perform(late, 0.02), Unreachable)
+            assert isinstance(await perform(make_claim("later"), 0.02), Unreachable)
+    go.set()
+    door.open.set()
+    await asyncio.to_thread(crossing.close)
+    assert crossing.orphans == []  # C3: who is told that it is too late sees to its claim itself
+
+
+class Timers:
+    """As much of an event loop as an alarm takes."""
+
+    class Timer:
+        cancelled = False
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    def __init__(self) -> None:
+        self.set: list[Timers.Timer] = []
+
+    def call_later(self, delay: float, ring: Callable[[], None]) -> Timer:
+        self.set.append(self.Timer())
+        return self.set[-1]
+
+
+def test_an_alarm_has_one_timer() -> None:
+    timers = Timers()
+    alarm = Alarm(timers, lambda: NEVER)  # type: ignore[arg-type]  # as much of a loop as it takes
+    for deadline in (3.0, 2.0, 1.0):
+        alarm.set(time.monotonic() + deadline)
+    assert [timer.cancelled for timer in timers.set] == [True, True, False]
+
+
+async def test_c3_a_completion_whose_caller_leaves_before_it_is_sent_is_sent_all_the_same() -> None:
+    door = Door()
+    store = Turnstile()
+    hold = hold_of(store, make_claim())
+    store.enter = door
+    crossing = Tracked(store)
+    end = crossing.end()
+    first = end.perform(make_claim("first"), SECONDS)
+    await asyncio.to_thread(door.entered.wait, SECONDS)
+    end.perform(hold.complete(b"done"), SECONDS).cancel()
+    door.open.set()
+    assert isinstance(await first, Acquired)
+    await asyncio.to_thread(crossing.close)
+    [record] = store.get([hold.id])
+    assert record is not None
+    assert record.result == b"done"
+
+
 # Threads that do not start, or do not last
 
 
@@ -97,6 +160,7 @@ async def test_c10_a_thread_that_does_not_start_is_a_definite_answer_and_started
     crossing = Tracked(store)
     end = crossing.end()
     assert isinstance(await end.perform(make_claim("refused"), SECONDS), Unreachable)
+    assert not crossing._waiting
     no_threads.undo()
     async with asyncio.timeout(SECONDS):
         assert isinstance(await end.perform(make_claim(), SECONDS), Acquired)
@@ -123,7 +187,7 @@ class Panic(BaseException):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_bridge_whose_thread_dies_gets_another() -> None:
-    panics = [Panic("broken")]
+    panics: list[Panic] = []
 
     def fail_once(claims: Sequence[Claim]) -> None:
         if panics:
@@ -131,6 +195,9 @@ async def test_a_bridge_whose_thread_dies_gets_another() -> None:
 
     crossing = Tracked(Turnstile(fail_once))
     end = crossing.end()
+    assert isinstance(await end.perform(make_claim("warm"), SECONDS), Acquired)
+    await asyncio.to_thread(wait_until, lambda: crossing._asleep)
+    panics.append(Panic("broken"))
     first = make_claim("first")
     assert isinstance(await end.perform(first, 0.2), Unreachable)
     async with asyncio.timeout(SECONDS):
@@ -180,43 +247,38 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class Watched(deque[Any]):
-    """The bridge's line; `between` is called once when the thread has just seen that it is empty."""
+    """The bridge's line; `between` is called once, when its thread sees for the nth time that the line is empty."""
 
-    between: Callable[[], None] | None = None
+    def __init__(self, number: int, between: Callable[[], None]) -> None:
+        super().__init__()
+        self._left = number
+        self._between = between
 
     def __bool__(self) -> bool:
         full = len(self) > 0
-        hook = self.between
-        if not full and hook is not None and threading.current_thread().name == "retryproof-store":
-            self.between = None
-            hook()
+        if not full and threading.current_thread().name == "retryproof-store":
+            self._left -= 1
+            if self._left == 0:
+                self._between()
         return full
 
 
-async def test_a_command_that_comes_while_the_thread_falls_asleep_is_seen() -> None:
-    """It finds the thread awake and wakes nobody; so the thread looks again once it has said that it sleeps."""
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_command_that_comes_while_the_thread_falls_asleep_is_seen(number: int) -> None:
+    """Where it finds the thread awake it wakes nobody; so the thread looks again once it has said that it sleeps."""
     crossing = Tracked(Turnstile())
-    line = crossing._waiting = Watched()
-    end, loop = crossing.end(), asyncio.get_running_loop()
-    second: Future[Any] = Future()
-    awake: list[bool] = []
-
-    async def ask() -> None:
-        awake.append(not crossing._asleep)
-        second.set_result(end.perform(make_claim("second"), SECONDS))
-
-    await end.perform(make_claim("warm"), SECONDS)  # the thread runs, and sleeps
-    await asyncio.to_thread(wait_until, lambda: crossing._asleep)
+    end, future = crossing.end(), asyncio.get_running_loop().create_future()
+    second = _Crossing(make_claim("second"), end, future, time.monotonic() + SECONDS, SECONDS)
 
     def come() -> None:
-        asyncio.run_coroutine_threadsafe(ask(), loop).result(SECONDS)
+        sender = threading.Thread(target=crossing.send, args=(second,), daemon=True)
+        sender.start()
+        sender.join(0.1)  # it has sent, or waits for the lock that this thread has
 
-    first = end.perform(make_claim("first"), SECONDS)
-    line.between = come
-    async with asyncio.timeout(SECONDS):
-        assert isinstance(await first, Acquired)
-        assert isinstance(await (await asyncio.wrap_future(second)), Acquired)
-    assert awake == [True]
+    crossing._waiting = Watched(number, come)
+    async with asyncio.timeout(SECONDS / 2):
+        assert isinstance(await end.perform(make_claim("first"), SECONDS), Acquired)
+        assert isinstance(await future, Acquired)
     await asyncio.to_thread(crossing.close)
 
 
