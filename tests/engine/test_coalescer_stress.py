@@ -176,6 +176,7 @@ def test_c6_a_keeper_whose_thread_did_not_start_renews_once_it_can(no_threads: p
     no_threads.undo()
     other = hold_of(store, make_claim("other", lease=0.3))
     keeper.watch(other)
+    assert keeper._thread is not None
     wait_until(lambda: len(store.renewals) >= 2)
     keeper.close()
     assert store.renewals[0] == 2
@@ -247,37 +248,43 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class Watched(deque[Any]):
-    """The bridge's line; `between` is called once, when its thread sees for the nth time that the line is empty."""
+    """The bridge's line; `between` is called when its thread sees for the nth time that the line is empty."""
 
     def __init__(self, number: int, between: Callable[[], None]) -> None:
         super().__init__()
-        self._left = number
+        self.seen = 0
+        self._number = number
         self._between = between
 
     def __bool__(self) -> bool:
         full = len(self) > 0
         if not full and threading.current_thread().name == "retryproof-store":
-            self._left -= 1
-            if self._left == 0:
+            self.seen += 1
+            if self.seen == self._number:
                 self._between()
         return full
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [3, 4])
 async def test_a_command_that_comes_while_the_thread_falls_asleep_is_seen(number: int) -> None:
-    """Where it finds the thread awake it wakes nobody; so the thread looks again once it has said that it sleeps."""
+    """Where it finds the thread awake it wakes nobody; so the thread looks again once it has said that it sleeps.
+
+    number: it sees an empty line twice before each sleep; what counts is the second, when it was awake before.
+    """
     crossing = Tracked(Turnstile())
     end, future = crossing.end(), asyncio.get_running_loop().create_future()
-    second = _Crossing(make_claim("second"), end, future, time.monotonic() + SECONDS, SECONDS)
+    last = _Crossing(make_claim("last"), end, future, time.monotonic() + SECONDS, SECONDS)
 
     def come() -> None:
-        sender = threading.Thread(target=crossing.send, args=(second,), daemon=True)
+        sender = threading.Thread(target=crossing.send, args=(last,), daemon=True)
         sender.start()
         sender.join(0.1)  # it has sent, or waits for the lock that this thread has
 
-    crossing._waiting = Watched(number, come)
+    line = crossing._waiting = Watched(number, come)
     async with asyncio.timeout(SECONDS / 2):
         assert isinstance(await end.perform(make_claim("first"), SECONDS), Acquired)
+        await asyncio.to_thread(wait_until, lambda: line.seen == 2)
+        assert isinstance(await end.perform(make_claim("second"), SECONDS), Acquired)
         assert isinstance(await future, Acquired)
     await asyncio.to_thread(crossing.close)
 
