@@ -15,9 +15,10 @@ import pytest
 
 from retryproof.core.commands import Acquired, Claim, FenceReply, Renew, Reply, Running, Unreachable
 from retryproof.core.hold import Hold
-from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, bridge
+from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, bridge, tasks
 from retryproof.stores.coalesce.alarm import NEVER, Alarm
 from retryproof.stores.coalesce.bridge import _Crossing
+from retryproof.stores.coalesce.tasks import WORTH_SPLITTING
 from retryproof.stores.keeper import Keeper
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
 
@@ -411,3 +412,147 @@ def test_the_line_of_the_bridge_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         return replies
 
     assert [type(reply) for reply in asyncio.run(main())] == [Acquired] * 4 + [Unreachable] * 2
+
+
+# Twins of tasks
+
+
+class Lanes(TaskCoalescer):
+    def __init__(self, store: OnLoop) -> None:
+        self.orphans: list[Claim] = []
+        super().__init__(store, self.orphans.append)
+
+
+class Held(OnLoop):
+    """An async store whose batches wait until `go`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self.entered = asyncio.Event(), asyncio.Event()
+        self.before = self.wait
+
+    async def wait(self, name: str, commands: Sequence[object]) -> None:
+        self.entered.set()
+        await self.go.wait()
+
+
+async def test_c10_twins_and_those_who_come_later_are_told_in_time() -> None:
+    store = Held()
+    lanes = Lanes(store)
+    first = lanes.perform(make_claim("first"), SECONDS)
+    await store.entered.wait()
+    leader = lanes.perform(make_claim(), SECONDS)
+    impatient = [lanes.perform(make_claim(), 0.05), lanes.perform(make_claim(fingerprint=b"\0\0other"), 0.05)]
+    async with asyncio.timeout(SECONDS / 2):
+        assert [type(reply) for reply in await asyncio.gather(*impatient)] == [Unreachable] * 2
+    store.go.set()
+    assert [type(reply) for reply in await asyncio.gather(first, leader)] == [Acquired] * 2
+
+
+async def test_the_twin_of_a_claim_whose_caller_has_gone_asks_for_itself() -> None:
+    """That claim is given back; to wait for it would be to wait for nobody."""
+    store = Held()
+    lanes = Lanes(store)
+    leader, twin = lanes.perform(make_claim(), SECONDS), lanes.perform(make_claim(), SECONDS)
+    await store.entered.wait()
+    leader.cancel()
+    store.go.set()
+    await twin
+    assert store.sent == [("claim", 1), ("claim", 1)]
+
+
+async def test_twins_that_were_answered_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "MAX_WAITING", 4)
+    lanes = Lanes(OnLoop())
+    for turn in range(4):
+        replies = await asyncio.gather(*(lanes.perform(make_claim(f"{turn}"), SECONDS) for _ in range(3)))
+        assert [type(reply) for reply in replies] == [Acquired, Running, Running]
+
+
+# Replies in two portions
+
+
+def batches_of(lanes: Lanes) -> asyncio.Task[Any]:
+    """The task that sends."""
+    [task] = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    return task
+
+
+async def test_a_large_batch_is_answered_in_two_portions_and_the_first_asks_while_the_second_waits() -> None:
+    """What the first half asks next is a batch of its own, sent as soon as the second half has its replies."""
+    store = OnLoop()
+    lanes = Lanes(store)
+    order: list[int] = []
+
+    async def visit(number: int) -> None:
+        assert isinstance(await lanes.perform(make_claim(f"{number}"), SECONDS), Acquired)
+        order.append(number)
+        assert isinstance(await lanes.perform(make_claim(f"{number} again"), SECONDS), Acquired)
+
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(visit(number) for number in range(WORTH_SPLITTING)))
+    half = WORTH_SPLITTING // 2
+    assert store.sent == [("claim", WORTH_SPLITTING), ("claim", half), ("claim", half)]
+    assert order == list(range(WORTH_SPLITTING))
+
+
+async def test_a_small_batch_is_answered_at_once_and_asks_together() -> None:
+    store = OnLoop()
+    lanes = Lanes(store)
+
+    async def visit(number: int) -> None:
+        await lanes.perform(make_claim(f"{number}"), SECONDS)
+        await lanes.perform(make_claim(f"{number} again"), SECONDS)
+
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(visit(number) for number in range(WORTH_SPLITTING - 1)))
+    assert store.sent == [("claim", WORTH_SPLITTING - 1)] * 2
+
+
+async def between_the_portions(lanes: Lanes, count: int = WORTH_SPLITTING) -> tuple[list[Claim], list[Any]]:
+    """Claims on their way, of which the first half has its replies."""
+    claims = [make_claim(f"{number}") for number in range(count)]
+    asked = [lanes.perform(claim, SECONDS) for claim in claims]
+    await asked[0]
+    assert [future.done() for future in asked] == [True] * (count // 2) + [False] * (count - count // 2)
+    return claims, asked
+
+
+async def test_c3_who_leaves_between_the_portions_has_its_claim_released() -> None:
+    lanes = Lanes(OnLoop())
+    claims, asked = await between_the_portions(lanes)
+    asked[-1].cancel()
+    replies = await asyncio.gather(*asked[:-1])
+    assert [type(reply) for reply in replies] == [Acquired] * (WORTH_SPLITTING - 1)
+    assert lanes.orphans == claims[-1:]
+
+
+async def test_c3_a_loop_that_shuts_down_between_the_portions_leaves_nobody_waiting_and_nothing_held() -> None:
+    lanes = Lanes(OnLoop())
+    claims, asked = await between_the_portions(lanes)
+    asked[-1].cancel()
+    pending = lanes.perform(make_claim("pending"), SECONDS)
+    batches_of(lanes).cancel()
+    async with asyncio.timeout(SECONDS):
+        replies = await asyncio.gather(*asked[:-1], pending)
+    half = WORTH_SPLITTING // 2
+    assert [type(reply) for reply in replies] == [Acquired] * half + [Unreachable] * half
+    assert lanes.orphans == claims[-1:]
+
+
+@pytest.mark.parametrize("sent", [True, False])
+async def test_c3_a_loop_that_shuts_down_tells_what_is_on_its_way_and_what_is_not_sent(sent: bool) -> None:
+    store = Held()
+    lanes = Lanes(store)
+    stays, leaves = lanes.perform(make_claim(), SECONDS), lanes.perform(make_claim("gone"), SECONDS)
+    twin = lanes.perform(make_claim(), SECONDS)
+    if sent:
+        await store.entered.wait()
+    leaves.cancel()
+    batches_of(lanes).cancel()
+    store.go.set()
+    async with asyncio.timeout(SECONDS):
+        replies = [await stays, await twin]
+        assert isinstance(await lanes.perform(make_claim("later"), SECONDS), Acquired)
+    assert [type(reply) for reply in replies] == [Unreachable] * 2
+    assert [claim.id for claim in lanes.orphans] == [make_claim("gone").id]

@@ -69,6 +69,7 @@ class _Lane:
         self._queue(waiter)
         if self._task is None:
             self._task = self._loop.create_task(self._run())
+            self._task.add_done_callback(self._ended)
         if deadline < self._alarm.due:
             self._alarm.set(deadline)
         return future
@@ -103,6 +104,12 @@ class _Lane:
             self._task = None
             if self._flying or self._pending:  # only when this task was cancelled, as its loop shuts down
                 self._abandon()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A task that is cancelled before it has begun runs nothing, not even its end."""
+        if self._task is task:
+            self._task = None
+            self._abandon()
 
     def _next_batch(self) -> Sequence[_Waiter]:
         if len(self._pending) <= self._size:
