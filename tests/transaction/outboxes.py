@@ -57,6 +57,11 @@ class Database:
         finally:
             connection.close()
 
+    def execute(self, sql: str) -> None:
+        """Change something behind the relays' back."""
+        with self.transaction() as connection:
+            connection.execute(sql)
+
     @property
     def pending(self) -> int:
         return int(self.rows("SELECT count(*) FROM retryproof_outbox")[0][0])

@@ -135,8 +135,18 @@ async def guarded(send: Callable[[Message], Awaitable[Outcome]], message: Messag
     try:
         async with clock:
             return await send(message)
+    except asyncio.CancelledError as error:
+        if being_cancelled():
+            raise
+        return Failed(described(error))
     except Exception as error:  # noqa: BLE001 - whatever a publisher raises, the message was not delivered
         return Failed(f"no answer within {timeout:g} s" if clock.expired() else described(error))
+
+
+def being_cancelled() -> bool:
+    """Whether a CancelledError is meant for this task, and did not just come out of what it called."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def described(error: BaseException) -> str:

@@ -13,20 +13,23 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import inf
+from time import monotonic
 from typing import Any
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
-from retryproof.publishers.base import UNTRIED, Batch, Failed, Outcome, Progress, Publisher, described
+from retryproof.publishers.base import UNTRIED, Batch, Failed, Outcome, Progress, Publisher, being_cancelled, described
 
 SLOW = 64
 """Messages that may be on their way beside a batch; with more, the relay waits for one to end."""
 
 LATE = 60.0
 """Seconds after which a publisher is named that has a batch, and does not say how far it is."""
+LOOK = 0.25
+"""Seconds between two looks whether the relay is to stop, while a batch is waited for."""
 LETTING_GO = 1.0
 """Seconds that what is being sent has to notice that it is cancelled."""
 
@@ -58,14 +61,30 @@ class Flights:
         await asyncio.sleep(0)
         return sending.task.done()
 
-    async def go_on(self, patience: float) -> None:
-        """Wait until the batch that was begun last ended, or patience is over."""
+    async def go_on(self, patience: float, over: Callable[[], bool]) -> None:
+        """Wait until the batch that was begun last ended, or patience is over; over: whether nothing is waited for.
+
+        A publisher that does not say which messages it has begun has as long as it takes.
+        """
         sending = self._sendings[-1]
-        await asyncio.wait({sending.task}, timeout=patience if patience < inf else None)
-        if not sending.task.done() and not sending.close():
-            await _ended(sending.task, len(sending.messages))
-        if not sending.task.done():
-            sending.task.add_done_callback(lambda task: self._changed())
+        until = monotonic() + patience
+        late = until + LATE
+        while not sending.task.done() and not over():
+            left = until - monotonic()
+            if left <= 0 and sending.told_how_far:
+                break
+            await asyncio.wait({sending.task}, timeout=min(left, LOOK) if left > 0 else LOOK)
+            if monotonic() > late:
+                late = inf
+                _say_late(len(sending.messages))
+        self.close()
+
+    def close(self) -> None:
+        """Begin no more messages; what may have been begun goes on."""
+        for sending in self._sendings:
+            if not (sending.kept or sending.task.done()):
+                sending.close()
+                sending.task.add_done_callback(lambda task: self._changed())
 
     def landed(self) -> tuple[list[Message], list[Outcome]]:
         """What the database has to be told, in order; the same again until `noted`."""
@@ -121,6 +140,10 @@ class Flights:
                 published: Any = await self._publisher.publish(batch)  # type: ignore[misc] # a coroutine, as was checked
             else:
                 published = await asyncio.to_thread(self._publisher.publish, batch)
+        except asyncio.CancelledError as error:
+            if being_cancelled():
+                raise
+            return [Failed(described(error)) for _ in batch.messages]
         except Exception as error:
             log.warning("publishing %d messages failed", len(batch.messages), exc_info=True)
             return [Failed(described(error)) for _ in batch.messages]
@@ -134,7 +157,10 @@ class Flights:
 
 
 class _Sending:
-    """One call of the publisher. left: places of messages whose end the database does not know."""
+    """One call of the publisher. left: places of messages whose end the database does not know.
+
+    closed: no more messages are begun. kept: it goes on beside others, or after its relay. held: the database knows.
+    """
 
     task: asyncio.Task[Sequence[Outcome]]
 
@@ -142,26 +168,35 @@ class _Sending:
         self.messages = list(messages)
         self.left = list(range(len(messages)))
         self.closed = False
+        self.kept = False
         self.held = True
         self._told: list[int] = []
-        self.progress = Progress(lambda: changed() if self.closed else None)
+        self.progress = Progress(lambda: changed() if self.kept else None)
 
-    def close(self) -> bool:
-        """Begin no more messages, and go on with those begun; False where the publisher does not say which."""
-        begun = self.progress.under_way
-        if not begun and not self.progress.ended:
-            return False
-        self.closed = True
+    @property
+    def told_how_far(self) -> bool:
+        """Whether the publisher says which messages it has begun."""
+        return bool(self.progress.under_way or self.progress.ended)
+
+    def close(self) -> None:
+        """Begin no more messages, and go on with those begun: all, where the publisher does not say which."""
+        self.closed = self.told_how_far
+        self.kept = True
         self.held = False
-        for place in begun:
+        for place in self._begun():
             self.messages[place] = replace(self.messages[place], parked=True)
-        return True
+
+    def _begun(self) -> Collection[int]:
+        """Places of messages that are being sent, or may be."""
+        if self.task.done():
+            return ()
+        return self.progress.under_way if self.closed else self.left
 
     def landed(self) -> tuple[list[Message], list[Outcome]]:
         """What ended, or was not begun and is not to be."""
         if self.task.done():
             return self._all_landed(self.task.result())
-        begun, ended = self.progress.under_way, self.progress.ended
+        begun, ended = self._begun(), self.progress.ended
         self._told = [place for place in self.left if place not in begun]
         return [self.messages[place] for place in self._told], [ended.get(place, UNTRIED) for place in self._told]
 
@@ -183,18 +218,14 @@ class _Sending:
 
     def slow(self) -> list[Message]:
         """What is being sent still."""
-        begun = () if self.task.done() else self.progress.under_way
+        begun = self._begun()
         return [self.messages[place] for place in self.left if place in begun]
 
 
-async def _ended(task: asyncio.Task[Sequence[Outcome]], count: int) -> None:
-    """Wait until the publisher has ended its call."""
-    done, _ = await asyncio.wait({task}, timeout=LATE)
-    if not done:
-        log.warning(
-            "the publisher has had %d messages for %g s and does not say how far it is; nothing else is sent. "
-            "A function that is not a coroutine function needs time-outs of its own",
-            count,
-            LATE,
-        )
-        await asyncio.wait({task})
+def _say_late(count: int) -> None:
+    log.warning(
+        "the publisher has had %d messages for %g s and does not say how far it is; nothing else is sent. "
+        "A function that is not a coroutine function needs time-outs of its own",
+        count,
+        LATE,
+    )

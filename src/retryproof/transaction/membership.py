@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from time import monotonic
@@ -45,6 +46,10 @@ class Membership:
         self._suspects = True
         self.alone = False
         """Whether the batch on its way is a message that a dead relay left."""
+        self.set_aside = False
+        """Whether the last claim came upon messages that have to wait: there may be others behind them."""
+        self._unanswered = False
+        """Whether the database may still be at work on what it gave no answer to."""
 
     @classmethod
     async def join(cls, database: Database, policy: RelayPolicy) -> Membership:
@@ -118,6 +123,7 @@ class Membership:
         if self.alone and not taken.messages:
             self.alone = False
             taken = await self._claim(slow, alone=False)
+        self.set_aside = bool(taken.waiting)
         messages = sorted(taken.messages, key=_PLACE)
         if slow:
             held = {message.line for message in slow}
@@ -128,7 +134,7 @@ class Membership:
             if messages:
                 self._ahead = dict.fromkeys(self._floors, messages[-1].xid)
         elif not self.alone and len(messages) == len(taken.messages):
-            self._follow(messages, taken.fence)
+            self._follow(messages, taken)
         return messages
 
     async def _claim(self, slow: Sequence[Message], *, alone: bool) -> Taken:
@@ -150,9 +156,10 @@ class Membership:
         self._suspects = taken.suspects
         return taken
 
-    def _follow(self, messages: Sequence[Message], fence: int) -> None:
+    def _follow(self, messages: Sequence[Message], taken: Taken) -> None:
         """Where the next claim begins, and how much of each partition it takes."""
-        found: dict[int, int] = {}
+        found: dict[int, int] = dict(Counter(taken.waiting)) if taken.waiting else {}
+        fence = taken.fence
         for message in messages:
             partition = message.partition
             found[partition] = found.get(partition, 0) + 1
@@ -181,7 +188,7 @@ class Membership:
         )
         if not held:
             raise self._lost()
-        if all_done:
+        if all_done and not (self._strict and conclusion.slow):
             self._floors.update(ahead)
         elif all_done is not None:
             self._floors = dict.fromkeys(self._floors, 0)
@@ -192,10 +199,25 @@ class Membership:
 
     async def _fenced(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan that extends the lease, and count it from before it was sent."""
+        if self._unanswered:
+            await self._answered()
         begun = monotonic()
-        result = await self._database.perform(plan)
+        try:
+            result = await self._database.perform(plan)
+        except StoreUnavailable:
+            self._unanswered = True
+            raise
         self._lease_end = max(self._lease_end, begun + self._policy.lease) if self._lease_end else 0.0
         return result
+
+    async def _answered(self) -> None:
+        """Wait for what may be done still: its locks end a renewal's wait, and the next statement sees all of it.
+
+        A statement that itself waited for them would see the rows as they were before.
+        """
+        if not await self._database.perform(lambda: self._database.plans.renew(self._id, self._lease)):
+            raise self._lost()
+        self._unanswered = False
 
     def _lost(self) -> LeaseLost:
         self._lease_end = 0.0

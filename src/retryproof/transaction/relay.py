@@ -148,7 +148,7 @@ class Relay:
         if taken:
             refused = await self._publish(member, taken)
             totals.add(await self._finish(member, refused, batch=True))
-        return totals if taken or totals.any else None
+        return totals if taken or totals.any or member.set_aside else None
 
     async def _finish(
         self, member: Membership, refused: Sequence[tuple[Message, Outcome]] = (), *, batch: bool = False
@@ -244,6 +244,7 @@ class Relay:
     async def _drained(self, member: Membership) -> None:
         """Wait for what is being sent, as long as may be, and note what became of it."""
         until = min(self._stop_at, monotonic() + self.policy.drain)
+        self._flights.close()
         while self._flights:
             await self._until_landed(member, until)
             await self._finish(member)
@@ -294,7 +295,7 @@ class Relay:
 
         if not await self._flights.begin(messages, live, self.policy.timeout, one_chain=strict):
             async with self._kept(member):
-                await self._flights.go_on(inf if strict else self.policy.patience)
+                await self._flights.go_on(inf if strict else self.policy.patience, lambda: monotonic() >= self._stop_at)
 
 
 def _publisher(given: Publisher | str | Callable[[Message], Any]) -> Publisher:

@@ -25,12 +25,14 @@ class Taken:
 
     held: whether the relay is still one. suspects: whether there are messages to be tried alone.
     fence: the transaction id below which nothing can still appear; 0 where there is no such thing.
+    waiting: the partition of each message that was found, and parked, since its chain is held back.
     """
 
     held: bool
     suspects: bool = False
     fence: int = 0
     messages: Sequence[Message] = ()
+    waiting: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,8 +146,9 @@ class PostgresOutbox:
         else:
             starts = list(floors), list(floors.values())
             rows = yield self._statement("claim", relay, *starts, batch, share, lease, alone, *_places(slow))
-        held, suspects, fence = rows[0][:3]
-        return Taken(held, suspects, fence, [_message(row[3:]) for row in rows if row[3] is not None])
+        held, suspects, fence, waiting = rows[0][:4]
+        messages = [_message(row[4:]) for row in rows if row[4] is not None]
+        return Taken(held, suspects, fence, messages, waiting or ())
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
@@ -166,10 +167,10 @@ class PostgresOutbox:
             [_clean(failure.reason) for failure in failed],
             [failure.delay for failure in failed],
         )
+        slow = conclusion.slow
         if strict:
-            rows = yield self._statement("finish_strict", relay, lease, *parameters)
+            rows = yield self._statement("finish_strict", relay, lease, *parameters, *_places(slow))
         else:
-            slow = conclusion.slow
             lines = (*_lines(conclusion.chains), passing, *_places(slow), *_lines([message.line for message in slow]))
             rows = yield self._statement("finish", relay, lease, *parameters, *lines)
         return bool(rows[0][0])
@@ -239,13 +240,14 @@ def _message(row: Row) -> Message:
     return message
 
 
-_FENCED = f"""held AS MATERIALIZED (
-    UPDATE {{relays}} SET flight_xids = '{{{{}}}}', flight = '{{{{}}}}', lease_until = {NOW} + $2::bigint
+def _fenced(xids: str = "'{{}}'", sequences: str = "'{{}}'") -> str:
+    """The relay's row, locked and extended; what stays on its way."""
+    return f"""held AS MATERIALIZED (
+    UPDATE {{relays}} SET flight_xids = {xids}, flight = {sequences}, lease_until = {NOW} + $2::bigint
     WHERE id = $1::uuid RETURNING id
 )"""
-_GOES_ON = _FENCED.replace("flight_xids = '{{}}'", "flight_xids = $17::bigint[]").replace(
-    "flight = '{{}}'", "flight = $18::bigint[]"
-)
+
+
 _ENDED = """gone AS (
     DELETE FROM {outbox} o USING held, unnest($3::bigint[], $4::bigint[]) d(xid, sequence)
     WHERE o.xid = d.xid AND o.sequence = d.sequence
@@ -361,7 +363,7 @@ SELECT EXISTS (SELECT FROM held),
     EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
         SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}
     ),
-    {XMIN}, taken.*
+    {XMIN}, (SELECT array_agg(partition) FROM found WHERE waits), taken.*
 FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
     "claim_strict": f"""WITH held AS MATERIALIZED (
     SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
@@ -392,10 +394,10 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
     ) f
     WHERE r.id = held.id
 )
-SELECT EXISTS (SELECT FROM held), false, {XMIN}, taken.*
+SELECT EXISTS (SELECT FROM held), false, {XMIN}, NULL::int[], taken.*
 FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequence""",
-    "finish_plain": f"WITH {_FENCED}, {_ENDED} SELECT count(*) FROM held",
-    "finish": f"""WITH {_GOES_ON}, {_ENDED}, {_BURIED}, failing AS (
+    "finish_plain": f"WITH {_fenced()}, {_ENDED} SELECT count(*) FROM held",
+    "finish": f"""WITH {_fenced("$17::bigint[]", "$18::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
     UPDATE {{outbox}} o SET parked = true, alone = false, attempts = f.tried, reason = f.why,
         chain = CASE WHEN $16::boolean THEN uuid_send(o.id) ELSE o.chain END
     FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence
@@ -436,7 +438,7 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequenc
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
 )
 SELECT count(*) FROM held""",
-    "finish_strict": f"""WITH {_FENCED}, {_ENDED}, {_BURIED}, failing AS (
+    "finish_strict": f"""WITH {_fenced("$14::bigint[]", "$15::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
     UPDATE {{outbox}} o SET alone = false, attempts = f.tried, reason = f.why
     FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence RETURNING f.delay
 ), opened AS (

@@ -215,6 +215,7 @@ class SqliteOutbox:
         """Take a batch."""
         now = self._clock()
         held = yield Statement("SELECT 1 FROM retryproof_outbox_relays WHERE id = ?", (str(relay),))
+        waiting: list[int] = []
         if not held:
             return Taken(False)
         if strict:
@@ -223,7 +224,8 @@ class SqliteOutbox:
             taken = yield from self._due(floors, 1, 1, now, alone=True)
         else:
             taken = yield from self._due(floors, batch, share, now, alone=False)
-            taken += yield from self._ready(floors, batch, share)
+            ready, waiting = yield from self._ready(floors, batch, share)
+            taken += ready
         if taken and taken[0].parked and (alone or strict):
             yield Statement(
                 "UPDATE retryproof_outbox SET attempts = attempts + 1 WHERE sequence = ?", (taken[0].sequence,)
@@ -236,7 +238,7 @@ class SqliteOutbox:
             f"SELECT 1 FROM retryproof_outbox_blocked WHERE partition IN {_AMONG} AND alone AND due_at <= ? LIMIT 1",
             (json.dumps(list(floors)), now),
         )
-        return Taken(True, bool(suspects) and not strict, 0, taken)
+        return Taken(True, bool(suspects) and not strict, 0, taken, waiting)
 
     def _due(self, floors: Mapping[int, int], batch: int, share: int, now: int, *, alone: bool) -> Plan[list[Message]]:
         lines = yield Statement(
@@ -256,9 +258,10 @@ class SqliteOutbox:
             taken += [_message(row, parked=True) for row in rows]
         return taken
 
-    def _ready(self, floors: Mapping[int, int], batch: int, share: int) -> Plan[list[Message]]:
-        """Ready messages; those of chains that are held back are parked."""
+    def _ready(self, floors: Mapping[int, int], batch: int, share: int) -> Plan[tuple[list[Message], list[int]]]:
+        """Ready messages; those of chains that are held back are parked: the partition of each."""
         taken: list[Message] = []
+        parked: list[int] = []
         seen = 0
         for partition in floors:
             if seen >= batch:
@@ -276,7 +279,8 @@ class SqliteOutbox:
                 yield Statement(
                     f"UPDATE retryproof_outbox SET parked = 1 WHERE sequence IN {_AMONG}", (json.dumps(waiting),)
                 )
-        return taken
+                parked += [partition] * len(waiting)
+        return taken, parked
 
     def _strict(self, batch: int, now: int) -> Plan[list[Message]]:
         gate = yield Statement("SELECT due_at FROM retryproof_outbox_blocked WHERE partition = ?", (GATE,))
@@ -306,6 +310,7 @@ class SqliteOutbox:
         ended = [message.sequence for message in (*conclusion.done, *(dead[0] for dead in conclusion.dead))]
         if ended:
             yield Statement(f"DELETE FROM retryproof_outbox WHERE sequence IN {_AMONG}", (json.dumps(ended),))
+        backing_off = set()
         for failure in conclusion.failed:
             message = failure.message
             chain = message.id.bytes if passing and not strict else message.chain
@@ -317,10 +322,12 @@ class SqliteOutbox:
             if not strict:
                 alone = yield from _has_alone(message.partition, chain)
                 yield from _block(message.partition, chain, now + failure.delay, alone=alone)
+                backing_off.add((message.partition, chain))
         if strict:
             yield from self._gate(conclusion, now)
         for partition, chain in () if strict else conclusion.chains:
-            yield from self._go_on(partition, chain)
+            if (partition, chain) not in backing_off:
+                yield from self._go_on(partition, chain)
         yield from self._hold(conclusion.slow)
         return True
 
