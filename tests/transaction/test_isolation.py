@@ -6,6 +6,7 @@ A renewal between the snapshot and the completion would make the completion fail
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -13,6 +14,7 @@ import psycopg
 import pytest
 from psycopg import IsolationLevel
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -26,7 +28,15 @@ LEASE = 0.3
 LONG = 3 * LEASE
 SHORT = Policy(lease=LEASE)
 LEVELS = ["REPEATABLE READ", "SERIALIZABLE"]
+UNLUCKY = (psycopg.errors.SerializationFailure, asyncpg.SerializationError, DBAPIError)
+"""A renewal came between the snapshot and the joining, which on a busy machine may be far apart: nothing was done."""
 RENEW = "UPDATE retryproof_operations SET lease_until = lease_until + 1"
+
+
+def tries() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """A few tries for what a renewal may spoil, and a last one that has to succeed."""
+    yield from (contextlib.suppress(*UNLUCKY) for _ in range(4))
+    yield contextlib.nullcontext()
 
 
 def wait(seconds: float) -> None:
@@ -74,13 +84,9 @@ ON_LOOP = {"asyncpg": of_asyncpg, "sqlalchemy": of_async_sqlalchemy}
 @pytest.mark.parametrize("library", BLOCKING)
 def test_t1_a_long_transaction_with_one_snapshot_commits(postgres: Database, library: str, level: str) -> None:
     """The keeper asks for renewals all the while; nobody takes over meanwhile."""
-    with (
-        Idempotency(postgres.store, policy=SHORT) as engine,
-        Idempotency(postgres.store, policy=SHORT) as rival,
-        BLOCKING[library](postgres, level) as (connection, execute),
-    ):
+    with Idempotency(postgres.store, policy=SHORT) as engine, Idempotency(postgres.store, policy=SHORT) as rival:
 
-        def charge() -> str:
+        def charge(connection: Any, execute: Callable[[str], Any]) -> str:
             current_operation().transaction(connection)
             execute(insert())
             wait(LONG)
@@ -88,9 +94,14 @@ def test_t1_a_long_transaction_with_one_snapshot_commits(postgres: Database, lib
                 rival.run("k", lambda: "taken over", scope="s")
             return "charged"
 
-        outcome = engine.run("k", charge, scope="s")
+        for one in tries():
+            with one, BLOCKING[library](postgres, level) as given:
+                outcome = engine.run("k", partial(charge, *given), scope="s")
+                break
+        else:
+            raise AssertionError
         assert (outcome.value, outcome.attempt, outcome.replayed) == ("charged", 1, False)
-        assert rival.run("k", charge, scope="s").replayed
+        assert rival.run("k", lambda: "another", scope="s").value == "charged"
     assert postgres.charges() == [1]
 
 
@@ -99,37 +110,42 @@ def test_t1_a_long_transaction_with_one_snapshot_commits(postgres: Database, lib
 async def test_t1_a_long_transaction_with_one_snapshot_commits_on_a_loop(
     postgres: Database, library: str, level: str
 ) -> None:
-    async with (
-        AsyncIdempotency(postgres.store, policy=SHORT) as engine,
-        ON_LOOP[library](postgres, level) as (connection, execute),
-    ):
+    async with AsyncIdempotency(postgres.store, policy=SHORT) as engine:
 
-        async def charge() -> str:
+        async def charge(connection: Any, execute: Callable[[str], Any]) -> str:
             await current_operation().atransaction(connection)
             await execute(insert())
             wait(LONG)  # it blocks the loop, even
             return "charged"
 
-        outcome = await engine.run("k", charge, scope="s")
+        for one in tries():
+            with one:
+                async with ON_LOOP[library](postgres, level) as given:
+                    outcome = await engine.run("k", partial(charge, *given), scope="s")
+                    break
+        else:
+            raise AssertionError
         assert (outcome.value, outcome.attempt, outcome.replayed) == ("charged", 1, False)
     assert postgres.charges() == [1]
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_t3_a_long_phase_with_one_snapshot_commits(postgres: Database, level: str) -> None:
-    with (
-        Idempotency(postgres.store, policy=SHORT) as engine,
-        of_psycopg(postgres, level) as (connection, execute),
-    ):
+    with Idempotency(postgres.store, policy=SHORT) as engine:
 
-        def ride() -> str:
+        def ride(connection: Any, execute: Callable[[str], Any]) -> str:
             with current_operation().phase("create", connection) as phase:
                 execute(insert())
                 wait(LONG)
                 phase.result = "created"
             return str(phase.result)
 
-        outcome = engine.run("k", ride, scope="s")
+        for one in tries():
+            with one, of_psycopg(postgres, level) as given:
+                outcome = engine.run("k", partial(ride, *given), scope="s")
+                break
+        else:
+            raise AssertionError
         assert (outcome.value, outcome.attempt, outcome.replayed) == ("created", 1, False)
     assert postgres.charges() == [1]
 
