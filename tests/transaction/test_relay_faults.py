@@ -1,15 +1,24 @@
 """What a relay must live through: backlogs behind one key, cancellation, lost answers, receivers that fail oddly."""
 
 import threading
-from asyncio import CancelledError, Event, create_task, get_running_loop, wait_for
+from asyncio import CancelledError, Event, create_task, get_running_loop, sleep, wait_for
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
+import asyncpg
 import pytest
 
+from retryproof.core.errors import StoreUnavailable
 from retryproof.core.message import Message
+from retryproof.publishers import Batch, Outcome
+from retryproof.publishers.function import FunctionPublisher
+from retryproof.stores.sql.migrate import migrate
+from retryproof.stores.sql.outbox import Taken
+from retryproof.stores.sql.plan import Plan, Statement, aperform
 from retryproof.transaction import Relay
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
 from tests.transaction.test_relay_slow import PATIENT, running, until
@@ -19,8 +28,6 @@ from tests.transaction.test_relay_slow import PATIENT, running, until
 def database(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Database:
     if request.param == "sqlite":
         return Database(sqlite_url(tmp_path))
-    from retryproof.stores.sql.migrate import migrate
-
     url = f"{request.getfixturevalue('postgres_url')}?schema={unique}"
     migrate(url)
     return Database(url)
@@ -116,3 +123,130 @@ async def test_t6_a_function_that_raises_a_cancellation_has_failed(database: Dat
     await until_empty(relay)
     assert (relay.totals.delivered, relay.totals.failed, relay.totals.dead) == (1, 1, 1)
     await relay.aclose()
+
+
+async def test_t7_a_finish_that_commits_after_its_time_out_leaves_no_key_held_back(
+    postgres_url: str, unique: str
+) -> None:
+    """As where the commit waits for a replica: the next finish must not see the rows as they were before."""
+    migrate(f"{postgres_url}?schema={unique}")
+    database = Database(f"{postgres_url}?schema={unique}")
+    database.send("slow", "good")
+    answer = Event()
+
+    async def hang(message: Message) -> None:
+        if message.key == "slow":
+            await answer.wait()
+
+    relay = Relay(database.url, hang, policy=replace(PATIENT, listen=False))
+    member = await relay._joined()
+    perform, finish = relay._opened().perform, member.finish
+    connection = await asyncpg.connect(postgres_url, server_settings={"search_path": unique})
+    transaction = connection.transaction()
+
+    async def execute(statement: Statement) -> list[tuple[Any, ...]]:
+        return [tuple(row) for row in await connection.fetch(statement.sql, *statement.parameters)]
+
+    async def stalled(plan: Callable[[], Plan[Any]]) -> Any:
+        await transaction.start()
+        await aperform(plan(), execute)
+        raise StoreUnavailable("no answer")
+
+    async def first(*args: Any, **options: Any) -> None:
+        member.finish = finish  # type: ignore[method-assign] # what it was
+        relay._opened().perform = stalled  # type: ignore[method-assign] # the real statement, its commit held up
+        try:
+            await finish(*args, **options)
+        finally:
+            relay._opened().perform = perform  # type: ignore[method-assign] # what it was
+            answer.set()
+
+    member.finish = first  # type: ignore[method-assign] # the real one, once over a connection that stalls
+    waiting = (
+        "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%retryproof_outbox_relays%'"
+    )
+    async with running(relay):
+        await until(lambda: database.rows(waiting))
+        await transaction.commit()
+        await until(lambda: database.pending == 0)
+        assert database.rows("SELECT * FROM retryproof_outbox_blocked") == []
+        database.send("slow")
+        await until(lambda: relay.totals.delivered == 3)
+    await connection.close()
+
+
+def left_by_a_dead_relay(database: Database, message: Message, attempts: int) -> None:
+    """Mark it as one that is to be tried alone."""
+    database.execute(f"UPDATE retryproof_outbox SET parked = (1 = 1), alone = (1 = 1), attempts = {attempts}")
+    database.execute(
+        "INSERT INTO retryproof_outbox_blocked (partition, chain, due_at, alone) "
+        "SELECT partition, chain, 0, (1 = 1) FROM retryproof_outbox"
+    )
+
+
+async def test_c15_a_claim_without_an_answer_counts_no_attempt(database: Database) -> None:
+    (message,) = database.send("k")
+    left_by_a_dead_relay(database, message, 0)
+    publisher = Noting()
+    relay = Relay(database.url, publisher, policy=replace(QUICK, max_attempts=2))
+    member = await relay._joined()
+    perform, failures = relay._opened().perform, 5
+
+    async def lossy(plan: Callable[[], Plan[Any]]) -> Any:
+        nonlocal failures
+        result = await perform(plan)
+        if isinstance(result, Taken) and failures:
+            failures -= 1
+            raise StoreUnavailable("the answer was lost")
+        return result
+
+    relay._opened().perform = lossy  # type: ignore[method-assign] # the real one, over a connection that loses answers
+    while failures:
+        with pytest.raises(StoreUnavailable):
+            await relay.run_once()
+    await until_empty(relay)
+    assert relay._member is member
+    assert [m.attempts for m in publisher.published] == [0]
+    await relay.aclose()
+
+
+async def test_c15_what_died_beside_others_has_its_last_attempt_with_nothing_beside_it(database: Database) -> None:
+    (message,) = database.send("slow")
+    left_by_a_dead_relay(database, message, 1)
+    database.send("other")
+    events: list[str] = []
+
+    async def note(message: Message) -> None:
+        events.append(f"{message.key} begins")
+        await sleep(0.5 if message.key == "slow" else 0.0)
+        events.append(f"{message.key} ends")
+
+    relay = Relay(database.url, note, policy=replace(PATIENT, max_attempts=2))
+    await relay.run_until_idle()
+    assert events == ["slow begins", "slow ends", "other begins", "other ends"]
+    assert relay.totals.delivered == 2
+
+
+async def test_t6_what_is_done_of_a_batch_with_a_slow_message_is_let_go(database: Database) -> None:
+    database.send("slow", *(f"k{number}" for number in range(50)))
+    answer = Event()
+    batches: list[Batch] = []
+
+    class Watched(FunctionPublisher):
+        async def publish(self, batch: Batch) -> Sequence[Outcome]:
+            batches.append(batch)
+            return await super().publish(batch)
+
+    async def hang(message: Message) -> None:
+        if message.key == "slow":
+            await answer.wait()
+
+    relay = Relay(database.url, Watched(hang), policy=PATIENT)
+    while database.pending > 1:
+        await relay.run_once()
+    kept = [message.payload for batch in batches for message in batch.messages if message.payload]
+    assert kept == [b"slow:0"]
+    assert [message.payload for message in relay._flights.on_their_way()] == [b"slow:0"]
+    answer.set()
+    await relay.run_until_idle()
+    assert database.pending == 0

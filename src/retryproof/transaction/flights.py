@@ -3,7 +3,8 @@
 A batch has a moment, the relay's patience. What is being sent when it is over goes on by itself, one message for each
 of its chains; what was not begun is given back, as untried. The relay holds those chains back, ends what is done, and
 takes its next batch. A message that a dead relay left has its moment by itself: what kills a relay does so at once, as
-a rule, and where it takes longer, all that was on its way is tried by itself again.
+a rule, and where it takes longer, all that was on its way is tried by itself again. Its last attempt has nothing that
+is begun beside it, however long it takes, so that no message is given up for what another one did (C15).
 
 What landed stays here until the database knows, so that a lost answer costs nothing.
 """
@@ -53,8 +54,8 @@ class Flights:
         self, messages: Sequence[Message], live: Callable[[], bool], timeout: float, *, one_chain: bool = False
     ) -> bool:
         """Begin to send a batch; whether that was all. one_chain: one message after another."""
-        sending = _Sending(messages, self._changed)
-        sent = [replace(message, chain=b"") for message in messages] if one_chain else messages
+        sent = [replace(message, chain=b"") for message in messages] if one_chain else list(messages)
+        sending = _Sending(messages, sent, self._changed)
         batch = Batch(sent, lambda: live() and not sending.closed, timeout, sending.progress)
         sending.task = asyncio.create_task(self._published(batch))
         self._sendings.append(sending)
@@ -164,8 +165,9 @@ class _Sending:
 
     task: asyncio.Task[Sequence[Outcome]]
 
-    def __init__(self, messages: Sequence[Message], changed: Callable[[], None]) -> None:
+    def __init__(self, messages: Sequence[Message], sent: list[Message], changed: Callable[[], None]) -> None:
         self.messages = list(messages)
+        self._sent = sent
         self.left = list(range(len(messages)))
         self.closed = False
         self.kept = False
@@ -212,9 +214,16 @@ class _Sending:
         """The database knows what was told last; whether there is more to come."""
         told = set(self._told) if self._told is not self.left else None
         self.left = [] if told is None else [place for place in self.left if place not in told]
+        if self.left and told:
+            self._let_go(told)
         self._told = []
         self.held = True
         return bool(self.left)
+
+    def _let_go(self, places: Collection[int]) -> None:
+        """Forget what was in messages that ended: one that takes long must not keep a batch of them in memory."""
+        for place in places:
+            self.messages[place] = self._sent[place] = replace(self.messages[place], payload=b"", headers={})
 
     def slow(self) -> list[Message]:
         """What is being sent still."""

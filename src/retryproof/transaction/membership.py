@@ -118,8 +118,9 @@ class Membership:
         """A batch; of one, where that is to be tried alone. slow: what is on its way from earlier batches."""
         if not self._floors:
             return []
-        self.alone = self._suspects and not (self.alone or self._strict)
-        taken = await self._claim(slow, alone=self.alone)
+        alone, self.alone = self._suspects and not (self.alone or self._strict), False
+        taken = await self._claim(slow, alone=alone)  # without an answer the next one is of the same kind
+        self.alone = alone
         if self.alone and not taken.messages:
             self.alone = False
             taken = await self._claim(slow, alone=False)

@@ -287,15 +287,18 @@ class Relay:
         return None
 
     async def _send(self, member: Membership, messages: Sequence[Message]) -> None:
-        """Send a batch; one that others must not overtake for as long as it takes."""
+        """Send a batch; one that others must not overtake, or be suspected with, for as long as it takes."""
         strict = self.policy.order == "strict"
+        last = member.alone and messages[0].attempts + 1 >= self.policy.max_attempts
 
         def live() -> bool:
             return member.live() and monotonic() < self._stop_at
 
         if not await self._flights.begin(messages, live, self.policy.timeout, one_chain=strict):
             async with self._kept(member):
-                await self._flights.go_on(inf if strict else self.policy.patience, lambda: monotonic() >= self._stop_at)
+                await self._flights.go_on(
+                    inf if strict or last else self.policy.patience, lambda: monotonic() >= self._stop_at
+                )
 
 
 def _publisher(given: Publisher | str | Callable[[Message], Any]) -> Publisher:

@@ -29,6 +29,8 @@ GATE = -1
 
 _SENT = "id, topic, payload, key, headers, content_type, trace, attempts, created_at"
 _MESSAGE = f"{_SENT}, xid, sequence, partition, chain"  # as Message has them, which is made from a row as it comes
+_COUNTED = _MESSAGE.replace("attempts", "greatest(0, attempts - (sequence = ANY(flight))::int) AS attempts")
+"""Of a message to be tried alone: one that is on its way already was counted by a claim that had no answer."""
 _KEPT = f"{_SENT}, sequence, partition, chain"
 
 
@@ -318,7 +320,7 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     "mine": "SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition",
     "leave": "DELETE FROM {relays} WHERE id = $1::uuid AND flight = '{{}}' RETURNING 1",
     "claim": f"""WITH held AS MATERIALIZED (
-    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+    SELECT id, CASE WHEN $7::boolean THEN flight ELSE '{{{{}}}}' END AS flight FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
 ), owned AS MATERIALIZED (
     SELECT p.* FROM held, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
 ), due AS MATERIALIZED (
@@ -328,8 +330,8 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
         ORDER BY b.due_at LIMIT $5::bigint
     ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
 ), retried AS MATERIALIZED (
-    SELECT o.* FROM due, LATERAL (
-        SELECT {_MESSAGE}, true AS was_parked FROM {{outbox}} o
+    SELECT o.* FROM held, due, LATERAL (
+        SELECT {_COUNTED}, true AS was_parked FROM {{outbox}} o
         WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
         ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
     ) o LIMIT $4::bigint
@@ -345,7 +347,7 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 ), parking AS (
     UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.xid = f.xid AND o.sequence = f.sequence
 ), counted AS (
-    UPDATE {{outbox}} o SET attempts = o.attempts + 1 FROM retried r
+    UPDATE {{outbox}} o SET attempts = r.attempts + 1 FROM retried r
     WHERE $7::boolean AND o.xid = r.xid AND o.sequence = r.sequence
 ), taken AS MATERIALIZED (
     SELECT {_MESSAGE}, was_parked FROM retried
@@ -366,7 +368,7 @@ SELECT EXISTS (SELECT FROM held),
     {XMIN}, (SELECT array_agg(partition) FROM found WHERE waits), taken.*
 FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
     "claim_strict": f"""WITH held AS MATERIALIZED (
-    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+    SELECT id, flight FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
 ), gate AS MATERIALIZED (
     SELECT due_at, alone FROM {{blocked}} WHERE partition = {GATE}
 ), found AS MATERIALIZED (
@@ -378,9 +380,10 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
 ), first_alone AS MATERIALIZED (
     SELECT xid, sequence FROM found WHERE alone ORDER BY xid, sequence LIMIT 1
 ), single AS MATERIALIZED (
-    SELECT f.* FROM (SELECT * FROM found ORDER BY xid, sequence LIMIT 1) f WHERE f.alone
+    SELECT {_COUNTED} FROM (SELECT * FROM found ORDER BY xid, sequence LIMIT 1) f, (SELECT flight FROM held) h
+    WHERE f.alone
 ), counted AS (
-    UPDATE {{outbox}} o SET attempts = o.attempts + 1 FROM single s WHERE o.xid = s.xid AND o.sequence = s.sequence
+    UPDATE {{outbox}} o SET attempts = s.attempts + 1 FROM single s WHERE o.xid = s.xid AND o.sequence = s.sequence
 ), taken AS MATERIALIZED (
     SELECT {_MESSAGE}, true AS was_parked FROM single
     UNION ALL

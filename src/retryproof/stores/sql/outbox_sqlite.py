@@ -214,7 +214,7 @@ class SqliteOutbox:
     ) -> Plan[Taken]:
         """Take a batch."""
         now = self._clock()
-        held = yield Statement("SELECT 1 FROM retryproof_outbox_relays WHERE id = ?", (str(relay),))
+        held = yield Statement("SELECT flight FROM retryproof_outbox_relays WHERE id = ?", (str(relay),))
         waiting: list[int] = []
         if not held:
             return Taken(False)
@@ -227,8 +227,11 @@ class SqliteOutbox:
             ready, waiting = yield from self._ready(floors, batch, share)
             taken += ready
         if taken and taken[0].parked and (alone or strict):
+            if taken[0].sequence in json.loads(held[0][0]):  # counted by a claim that had no answer
+                taken[0].attempts = max(0, taken[0].attempts - 1)
             yield Statement(
-                "UPDATE retryproof_outbox SET attempts = attempts + 1 WHERE sequence = ?", (taken[0].sequence,)
+                "UPDATE retryproof_outbox SET attempts = ? WHERE sequence = ?",
+                (taken[0].attempts + 1, taken[0].sequence),
             )
         yield Statement(
             "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = ? WHERE id = ?",
