@@ -23,6 +23,9 @@ from retryproof.transaction.share import Share
 
 T = TypeVar("T")
 
+MOST_OPEN = 16
+"""Transactions open for long that a claim asks after; more of them hold the floors back."""
+
 log = logging.getLogger("retryproof.relay")
 _PLACE = attrgetter("xid", "sequence")
 
@@ -42,6 +45,9 @@ class Membership:
         """By partition, in the order in which they are asked."""
         self._ahead: dict[int, int] = {}
         """The floors once all of the batch on its way is done."""
+        self._running: frozenset[int] = frozenset()
+        self._open: tuple[int, ...] = ()
+        """Transactions that were open at the last look and at the one before, and may be below the floors."""
         self._share = Share(policy.batch)
         self._suspects = True
         self.alone = False
@@ -105,9 +111,24 @@ class Membership:
         if changed:
             log.info("partitions: %d", len(owned))
             self._floors = dict.fromkeys(owned, 0)
+        if not self._strict:
+            await self._look()
         self._suspects = True
         self._balance_at = monotonic() + self.heartbeat * random.uniform(0.8, 1.0)
         return changed
+
+    async def _look(self) -> None:
+        """Find the transactions that are open for long: they are not to hold the floors back."""
+        running = await self._database.perform(self._database.plans.running)
+        still = tuple(xid for xid in running if xid in self._running)[:MOST_OPEN]
+        if over := set(self._open).difference(still):
+            self._lower(min(over))
+        self._running, self._open = frozenset(running), still
+
+    def _lower(self, xid: int) -> None:
+        """Begin again where a transaction may have left something that nobody asked for."""
+        self._floors = {partition: min(floor, xid) for partition, floor in self._floors.items()}
+        self._ahead = {}
 
     @property
     def heartbeat(self) -> float:
@@ -136,6 +157,9 @@ class Membership:
                 self._ahead = dict.fromkeys(self._floors, messages[-1].xid)
         elif not self.alone and len(messages) == len(taken.messages):
             self._follow(messages, taken)
+        if self._open and taken.ended:
+            self._lower(min(self._open))
+            self._open = ()
         return messages
 
     async def _claim(self, slow: Sequence[Message], *, alone: bool) -> Taken:
@@ -150,6 +174,7 @@ class Membership:
                 alone=alone,
                 strict=self._strict,
                 slow=slow,
+                open=self._open,
             )
         )
         if not taken.held:

@@ -24,8 +24,9 @@ class Taken:
     """What a claim found.
 
     held: whether the relay is still one. suspects: whether there are messages to be tried alone.
-    fence: the transaction id below which nothing can still appear; 0 where there is no such thing.
+    fence: the transaction id below which nothing can still appear but for `open` ones; 0 where there is no such thing.
     waiting: the partition of each message that was found, and parked, since its chain is held back.
+    ended: the first of `open` that is over, or 0.
     """
 
     held: bool
@@ -33,6 +34,7 @@ class Taken:
     fence: int = 0
     messages: Sequence[Message] = ()
     waiting: Sequence[int] = ()
+    ended: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +123,16 @@ class OutboxPlans(Protocol):
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
+        open: Sequence[int] = (),
     ) -> Plan[Taken]:
         """Take a batch: at most `share` of each partition, in the order of `floors`, which are where to begin.
 
         alone: one message that a dead relay left, its attempt counted. slow: messages that stay on their way.
+        open: transactions whose messages are asked for below the floors too.
         """
+
+    def running(self) -> Plan[Sequence[int]]:
+        """The transactions that may still bring messages, those that are the longest open first."""
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch; False, and nothing changed, where the relay is gone."""

@@ -4,7 +4,9 @@ A batch is found without locking or marking its messages: a partition has one re
 What is on its way is written in the relay's own row, for whoever has to bury it.
 
 Claims begin at a floor for each partition, a transaction id below which everything was taken and nothing can appear
-any more: `least(pg_snapshot_xmin, the last one taken)`. It spares the walk over what was deleted and not yet vacuumed.
+any more: the last one taken, or the first that was still open then. It spares the walk over what was deleted and not
+yet vacuumed. A transaction that is open for long would hold all floors back; instead a claim is told of it, and asks
+for its messages below the floors as well.
 
 `xid + 0` is what the indexes by partition hold. With a bare xid the planner may take the primary key instead, which has
 the same order, and read the whole table for a partition that is empty.
@@ -141,16 +143,23 @@ class PostgresOutbox:
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
+        open: Sequence[int] = (),
     ) -> Plan[Taken]:
         """Take a batch."""
         if strict:
             rows = yield self._statement("claim_strict", relay, max(floors.values(), default=0), batch, lease)
         else:
             starts = list(floors), list(floors.values())
-            rows = yield self._statement("claim", relay, *starts, batch, share, lease, alone, *_places(slow))
-        held, suspects, fence, waiting = rows[0][:4]
-        messages = [_message(row[4:]) for row in rows if row[4] is not None]
-        return Taken(held, suspects, fence, messages, waiting or ())
+            more = (*_places(slow), list(open))
+            rows = yield self._statement("claim", relay, *starts, batch, share, lease, alone, *more)
+        held, suspects, fence, ended, waiting = rows[0][:5]
+        messages = [_message(row[5:]) for row in rows if row[5] is not None]
+        return Taken(held, suspects, fence, messages, waiting or (), ended)
+
+    def running(self) -> Plan[Sequence[int]]:
+        """Those that have a transaction id and are not over."""
+        rows = yield self._statement("running")
+        return [row[0] for row in rows]
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
@@ -340,9 +349,16 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
         SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
     ) IS NOT NULL AS waits
     FROM owned, LATERAL (
-        SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
+        (SELECT o.* FROM unnest($10::bigint[]) AS early(xid), LATERAL (
+            SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
+            WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 = early.xid
+            ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
+        ) o WHERE early.xid < owned.floor LIMIT $5::bigint)
+        UNION ALL
+        (SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
         WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 >= owned.floor
-        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
+        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint)
+        LIMIT $5::bigint
     ) o WHERE NOT $7::boolean LIMIT $4::bigint
 ), parking AS (
     UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.xid = f.xid AND o.sequence = f.sequence
@@ -364,9 +380,15 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 SELECT EXISTS (SELECT FROM held),
     EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
         SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}
-    ),
-    {XMIN}, (SELECT array_agg(partition) FROM found WHERE waits), taken.*
-FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
+    ), fence, ended, (SELECT array_agg(partition) FROM found WHERE waits), taken.*
+FROM (
+    SELECT coalesce((
+        SELECT min(x) FROM txid_snapshot_xip(txid_current_snapshot()) x WHERE x <> ALL($10::bigint[])
+    ), txid_snapshot_xmax(txid_current_snapshot())) AS fence, coalesce((
+        SELECT min(x) FROM unnest($10::bigint[]) x WHERE txid_visible_in_snapshot(x, txid_current_snapshot())
+    ), 0) AS ended
+) AS seen LEFT JOIN taken ON true""",
+    "running": "SELECT x FROM txid_snapshot_xip(txid_current_snapshot()) x ORDER BY x",
     "claim_strict": f"""WITH held AS MATERIALIZED (
     SELECT id, flight FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
 ), gate AS MATERIALIZED (
@@ -397,7 +419,7 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true""",
     ) f
     WHERE r.id = held.id
 )
-SELECT EXISTS (SELECT FROM held), false, {XMIN}, NULL::int[], taken.*
+SELECT EXISTS (SELECT FROM held), false, {XMIN}, 0::bigint, NULL::int[], taken.*
 FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequence""",
     "finish_plain": f"WITH {_fenced()}, {_ENDED} SELECT count(*) FROM held",
     "finish": f"""WITH {_fenced("$17::bigint[]", "$18::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (

@@ -211,6 +211,7 @@ class SqliteOutbox:
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
+        open: Sequence[int] = (),
     ) -> Plan[Taken]:
         """Take a batch."""
         now = self._clock()
@@ -294,6 +295,11 @@ class SqliteOutbox:
             return [_message(rows[0][:-1], parked=True)]
         first_alone = next((place for place, row in enumerate(rows) if row[-1]), len(rows))
         return [_message(row[:-1]) for row in rows[:first_alone]]
+
+    def running(self) -> Plan[Sequence[int]]:
+        """None: one transaction writes at a time."""
+        yield from ()
+        return ()
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
