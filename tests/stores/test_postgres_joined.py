@@ -75,7 +75,7 @@ def test_t1_a_completion_in_the_transaction_that_was_joined_is_done_with_its_com
     assert state_of(store, hold) is State.COMPLETED
 
 
-@pytest.mark.parametrize("wrong", ["id", "nonce", "token", "mark", "not joined", "savepoint"])
+@pytest.mark.parametrize("wrong", ["id", "nonce", "token", "mark", "not joined", "savepoint", "next transaction"])
 @pytest.mark.parametrize("kind", ["complete", "checkpoint"])
 def test_t1_what_is_not_the_attempts_that_joined_changes_nothing(
     store: PsycopgStore, connect: Connect, kind: str, wrong: str
@@ -94,6 +94,8 @@ def test_t1_what_is_not_the_attempts_that_joined_changes_nothing(
             pump(caller, postgres.join_plan(other))
         elif wrong == "savepoint":
             caller.execute("ROLLBACK TO before")
+        elif wrong == "next transaction":
+            caller.commit()
         if kind == "complete":
             assert complete(caller, Complete(**given, result=b"result")) == LOST
         else:
@@ -238,3 +240,19 @@ def test_c12_retention_starts_with_the_completion_and_not_with_its_transaction(
     assert record.state is State.TOMBSTONE
     assert 0 <= record.expires_at - before - 100_000_000 < 5_000_000
     assert 0 <= record.lease_until - before < 5_000_000
+
+
+def test_t1_an_attempt_that_is_not_current_joins_nothing(store: PsycopgStore, connect: Connect) -> None:
+    hold, other = held(store, new_claim()), held(store, new_claim())
+    stale, foreign = Hold(*_parts(hold)), Hold(*_parts(hold))
+    stale.token -= 1
+    foreign.nonce = other.nonce
+    with connect() as caller:
+        assert [pump(caller, postgres.join_plan(one)) for one in (stale, foreign, hold)] == [None, None, False]
+        assert store.release([hold.release()]) == [DONE]
+        assert pump(caller, postgres.join_plan(hold)) is None
+
+
+def _parts(hold: Hold) -> tuple[Claim, Acquired, float]:
+    claim = new_claim(id=hold.id, nonce=hold.nonce)
+    return claim, Acquired(hold.token, hold.attempt, hold.first_seen, hold.birth), 0.0

@@ -30,12 +30,13 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.record import Record, State
-from retryproof.stores.base import Capabilities, Reaped
+from retryproof.stores.base import Batch, Capabilities, Reaped
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql import sqlite_plans as plans
 from retryproof.stores.sql.plan import Plan, Row, Statement, perform
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 PATIENCE = 0.25
@@ -75,36 +76,37 @@ class SqliteStore:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._grouped = False
+        self._shut_out: StoreUnavailable | None = None  # why the group that is open may not write
 
     # The protocol
 
-    def claim(self, claims: Sequence[Claim]) -> Sequence[ClaimReply]:
+    def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
         """Take each operation or say why not."""
         with self._lock:
-            replies = self._perform(plans.peek(claims, self._clock()))
+            replies: list[ClaimReply | StoreUnavailable | None] = [*self._perform(plans.peek(claims, self._clock()))]
             left = [place for place, reply in enumerate(replies) if reply is None]
             if left:
-                with self._writing(self._patience):
-                    taken = self._perform(plans.claim([claims[place] for place in left], self._clock()))
+                asked = [claims[place] for place in left]
+                taken = self._write_batch(asked, lambda: plans.claim(asked, self._clock()))
                 for place, reply in zip(left, taken, strict=True):
                     replies[place] = reply
             return [reply for reply in replies if reply is not None]
 
-    def complete(self, commands: Sequence[Complete]) -> Sequence[FenceReply]:
+    def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
         """Settle each operation with its result."""
-        return self._write(lambda: plans.complete(commands, self._clock()), self._patience)
+        return self._write_batch(commands, lambda: plans.complete(commands, self._clock()))
 
-    def release(self, commands: Sequence[Release]) -> Sequence[FenceReply]:
+    def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
         """Give each operation back."""
-        return self._write(lambda: plans.release(commands, self._clock()), self._patience)
+        return self._write_batch(commands, lambda: plans.release(commands, self._clock()))
 
-    def renew(self, commands: Sequence[Renew]) -> Sequence[FenceReply]:
+    def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
         """Extend each lease."""
-        return self._write(lambda: plans.renew(commands, self._clock()), self._patience)
+        return self._write_batch(commands, lambda: plans.renew(commands, self._clock()))
 
-    def checkpoint(self, commands: Sequence[Checkpoint]) -> Sequence[FenceReply]:
+    def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
         """Keep each value under its name."""
-        return self._write(lambda: plans.checkpoint(commands), self._patience)
+        return self._write_batch(commands, lambda: plans.checkpoint(commands))
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
         """Each record as it stands."""
@@ -145,7 +147,7 @@ class SqliteStore:
     def commit_group(self) -> Iterator[None]:
         """All calls inside are one commit."""
         with self._lock:
-            self._grouped = True
+            self._grouped, self._shut_out = True, None
             try:
                 yield
                 if self._connected().in_transaction:
@@ -167,13 +169,30 @@ class SqliteStore:
         with self._writing(patience):
             return self._perform(plan())
 
+    def _write_batch(self, commands: Sequence[object], plan: Callable[[], Plan[Sequence[R]]]) -> Batch[R]:
+        """The plan's replies. In a group that gets no write lock, errors: what travels with it may only read (T2)."""
+        with self._lock:
+            if self._grouped and not self._connected().in_transaction:
+                self._shut_out = self._shut_out or self._why_shut_out()  # a group waits once
+                if self._shut_out is not None:
+                    return [self._shut_out] * len(commands)
+            return self._write(plan, self._patience)
+
+    def _why_shut_out(self) -> StoreUnavailable | None:
+        """Take the write lock, or say why it is not to be had."""
+        try:
+            self._begin(self._patience)
+        except StoreUnavailable as error:
+            return error
+        return None
+
     @contextlib.contextmanager
     def _writing(self, patience: float | None = None) -> Iterator[None]:
         """The write lock until the end; inside a group, until the group's. patience: the time-out, unless given."""
         with self._lock:
-            if not self._connected().in_transaction:
-                self._begin(self._timeout if patience is None else patience)
             try:
+                if not self._connected().in_transaction:
+                    self._begin(self._timeout if patience is None else patience)
                 yield
                 if not self._grouped:
                     self._execute(Statement("COMMIT"))

@@ -1,0 +1,144 @@
+"""Batches of several kinds on SQLite behind a writer that stays: what only reads is answered (T2), leases last (C6)."""
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from retryproof import Idempotency, Policy, errors
+from retryproof.core.commands import Acquired, Finished, Running, Unreachable
+from retryproof.stores.coalesce import ThreadCoalescer
+from retryproof.stores.sql.sqlite import PATIENCE, SqliteStore
+from retryproof.testing import StoreConformance  # noqa: F401  # before its parts, whose assertions are rewritten
+from retryproof.testing.bench import again, complete, new_claim, renew
+
+pytestmark = pytest.mark.timeout(60)
+
+SLACK = 0.6
+"""Seconds that busy machines may take."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A file with the store's table."""
+    found = str(tmp_path / "keys.db")
+    SqliteStore(found).get([b"0" * 32])
+    return found
+
+
+@contextlib.contextmanager
+def open_transaction(path: str) -> Iterator[sqlite3.Connection]:
+    """A caller's transaction, which stays open; any thread may end it."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(connection):
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+
+
+def test_t2_replays_and_twins_that_travel_with_what_writes_are_answered_behind_an_open_transaction(path: str) -> None:
+    store = SqliteStore(path)
+    running, done = new_claim(), new_claim()
+    [held], [acquired] = store.claim([running]), store.claim([done])
+    assert isinstance(held, Acquired)
+    assert isinstance(acquired, Acquired)
+    store.complete([complete(done, acquired, b"result")])
+    threads = ThreadCoalescer(store, lambda claim: None)
+    mixed = [complete(running, held, b"late"), new_claim(), again(done), again(running), renew(running, held)]
+    with open_transaction(path):
+        began = time.monotonic()
+        replies = threads.perform_many(mixed, 10.0)
+        assert time.monotonic() - began < PATIENCE + SLACK
+    assert [type(reply) for reply in replies] == [Unreachable, Unreachable, Finished, Running, Unreachable]
+    replies = threads.perform_many(mixed[:2], 10.0)
+    assert [type(reply).__name__ for reply in replies] == ["Done", "Acquired"]
+
+
+def test_c6_a_lease_outlives_a_writer_that_stays_beyond_the_patience_at_its_renewals(path: str) -> None:
+    """Half a lease, from before a renewal is due; the keeper asks again, and beats the rival to it."""
+    policy = Policy(lease=1.2)
+    rival_replies: list[str] = []
+
+    def work() -> str:
+        with open_transaction(path):
+            threading.Event().wait(0.5)  # a renewal is due after 0.4 s, and fails
+            threading.Event().wait(0.2)
+        threading.Event().wait(0.9)  # past the lease that was not renewed
+        try:
+            rival.run("k", lambda: "taken over", scope="s")
+        except errors.InProgress:
+            rival_replies.append("in progress")
+        return "done"
+
+    with (
+        Idempotency(f"sqlite:///{path}", policy=policy) as engine,
+        Idempotency(f"sqlite:///{path}", policy=policy) as rival,
+    ):
+        outcome = engine.run("k", work, scope="s")
+    assert (outcome.value, outcome.attempt, rival_replies) == ("done", 1, ["in progress"])
+
+
+def test_t2_who_waits_for_writers_that_come_and_go_outlasts_the_patience(path: str) -> None:
+    """Each of them commits before the patience is over, and all together take longer."""
+    store, stop, commits = SqliteStore(path, patience=0.2), threading.Event(), []
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE work (id integer)")
+    began = threading.Barrier(2)
+
+    def come_and_go() -> None:
+        """Eight writers that follow each other without a gap: the next one has the lock before the claim looks."""
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as own:
+            own.execute("BEGIN IMMEDIATE")
+            began.wait(10.0)
+            for number in range(8):
+                own.execute("INSERT INTO work VALUES (1)")
+                stop.wait(0.1)
+                own.execute("COMMIT")
+                commits.append(number)
+                own.execute("BEGIN IMMEDIATE")
+            own.execute("COMMIT")
+
+    writer = threading.Thread(target=come_and_go)
+    writer.start()
+    began.wait(10.0)
+    assert isinstance(store.claim([new_claim()])[0], Acquired)
+    writer.join(10.0)
+    assert commits
+
+
+def test_an_in_memory_database_groups_and_rolls_back(path: str) -> None:
+    store = SqliteStore(":memory:")
+    claim = new_claim()
+    [acquired] = store.claim([claim])
+    assert isinstance(acquired, Acquired)
+
+    def fail_in_a_group() -> None:
+        with store.commit_group():
+            store.complete([complete(claim, acquired, b"undone")])
+            raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        fail_in_a_group()
+    assert isinstance(store.claim([again(claim)])[0], Running)
+    with store.commit_group():
+        store.complete([complete(claim, acquired, b"done")])
+        assert isinstance(store.claim([again(claim)])[0], Finished)
+    assert isinstance(store.claim([again(claim)])[0], Finished)
+
+
+def test_t2_a_file_that_cannot_be_written_still_replays(path: str) -> None:
+    """As on a disk that was mounted again for reading."""
+    store = SqliteStore(path)
+    done = new_claim()
+    [acquired] = store.claim([done])
+    assert isinstance(acquired, Acquired)
+    store.complete([complete(done, acquired, b"result")])
+    store._connected().execute("PRAGMA query_only = 1")
+    threads = ThreadCoalescer(store, lambda claim: None)
+    began = time.monotonic()
+    replies = threads.perform_many([new_claim(), again(done)], 10.0)
+    assert time.monotonic() - began < PATIENCE + SLACK
+    assert [type(reply) for reply in replies] == [Unreachable, Finished]
