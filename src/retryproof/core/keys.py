@@ -180,20 +180,29 @@ def _repetition(text: str, *, least_distinct: int) -> str | None:
 
 # --- Record ids -----------------------------------------------------------------------------------------------------
 
+REMEMBERED = 512
+"""Characters up to which what a caller sends is remembered beside its digest; longer ones would let it fill memory."""
+
 
 def record_id(scope: Sequence[str | bytes], key: str | bytes, *, pepper: bytes = b"") -> bytes:
     """Return the 32-byte id of the record of `key` in `scope`; with a pepper it cannot be guessed from the key.
 
     Every part is framed by its type and length, so that no two different pairs share an id (C11).
     """
-    if pepper:
-        return hmac.digest(pepper, _framed(tuple(scope)) + _frame(key), "sha256")
-    return hashlib.sha256(_framed(tuple(scope)) + _frame(key)).digest()
+    parts = tuple(scope)
+    framed = _framed if sum(map(len, parts)) <= REMEMBERED else _framed.__wrapped__
+    message = framed(parts) + _frame(key)
+    return hmac.digest(pepper, message, "sha256") if pepper else hashlib.sha256(message).digest()
+
+
+def tenant_digest(part: str | bytes, *, pepper: bytes = b"") -> bytes:
+    """Return the 16 bytes under which all records of one tenant can be purged."""
+    digest = _tenant_digest if len(part) <= REMEMBERED else _tenant_digest.__wrapped__
+    return digest(part, pepper)
 
 
 @lru_cache(maxsize=1_024)
-def tenant_digest(part: str | bytes, *, pepper: bytes = b"") -> bytes:
-    """Return the 16 bytes under which all records of one tenant can be purged."""
+def _tenant_digest(part: str | bytes, pepper: bytes) -> bytes:
     message = b"retryproof tenant 1\n" + _frame(part)
     return (hmac.digest(pepper, message, "sha256") if pepper else hashlib.sha256(message).digest())[:16]
 
