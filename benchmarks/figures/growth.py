@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 
 from benchmarks.figures.outbox import BATCH, FILL, KEYS, NoOp, fill, ours, timed
-from benchmarks.measure import Figure, Pace, Run, Sample, interleave
+from benchmarks.measure import Figure, OutOfTime, Pace, Run, Sample, interleave
 from benchmarks.services import Services
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay, RelayPolicy
@@ -93,6 +93,8 @@ class Steady:
 
 async def held_figures(services: Services, pace: Pace) -> list[Figure]:
     """A relay by key and one in strict order, before, beside and after a writer that does not commit for a minute."""
+    if pace.over:
+        raise OutOfTime("held transaction")
     url = services.url("postgres")
     steadies = {}
     for order in ("key", "strict"):
@@ -126,10 +128,11 @@ async def held_figures(services: Services, pace: Pace) -> list[Figure]:
         await steady.working.aclose()
         await steady.connection.close()
     await other.close()
+    while_held = sum(strict[name] for name in strict if name not in ("before", "after"))
     notes = (
-        f"strict order delivered {strict}",
-        f"at the end {stats.fenced} are fenced, by a transaction of {stats.fence_age:.0f} s",
-        f"most memory of the process so far, MB: {memory}",
+        f"in strict order: {strict['before']} delivered before, {while_held} while held, {strict['after']} after",
+        f"at the end of the minute {stats.fenced} were fenced, by a transaction of {stats.fence_age:.0f} s",
+        f"most memory of the process: {memory['before']} MB before, {memory['after']} MB after",
     )
     method = (
         f"{INFLOW} messages a second into each of two outboxes, by key and strict; shown is how fast the relay by key "
