@@ -150,8 +150,11 @@ class PostgresOutbox:
             rows = yield self._statement("claim_strict", relay, max(floors.values(), default=0), batch, lease)
         else:
             starts = list(floors), list(floors.values())
-            more = (*_places(slow), list(open))
-            rows = yield self._statement("claim", relay, *starts, batch, share, lease, alone, *more)
+            parameters = (relay, *starts, batch, share, lease, alone, *_places(slow))
+            if open:
+                rows = yield self._statement("claim_open", *parameters, list(open))
+            else:
+                rows = yield self._statement("claim", *parameters)
         held, suspects, fence, ended, waiting = rows[0][:5]
         messages = [_message(row[5:]) for row in rows if row[5] is not None]
         return Taken(held, suspects, fence, messages, waiting or (), ended)
@@ -278,6 +281,74 @@ _BURIED = f"""dead AS (
     SELECT unnest($3::bigint[] || $5::bigint[]) AS xid, unnest($4::bigint[] || $6::bigint[]) AS sequence
 )"""
 _ADD = "id, partition, chain, topic, payload, key, headers, content_type, trace"
+_FROM_FLOOR = f"""
+        SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
+        WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 >= owned.floor
+        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
+"""
+_FROM_OPEN = f"""
+        (SELECT o.* FROM unnest($10::bigint[]) AS early(xid), LATERAL (
+            SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
+            WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 = early.xid
+            ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
+        ) o WHERE early.xid < owned.floor LIMIT $5::bigint)
+        UNION ALL ({_FROM_FLOOR}) LIMIT $5::bigint
+"""
+_SEEN = f"SELECT {XMIN} AS fence, 0::bigint AS ended"
+_SEEN_OPEN = """SELECT coalesce((
+        SELECT min(x) FROM txid_snapshot_xip(txid_current_snapshot()) x WHERE x <> ALL($10::bigint[])
+    ), txid_snapshot_xmax(txid_current_snapshot())) AS fence, coalesce((
+        SELECT min(x) FROM unnest($10::bigint[]) x WHERE txid_visible_in_snapshot(x, txid_current_snapshot())
+    ), 0) AS ended"""
+
+
+def _claim(found: str, seen: str) -> str:
+    """The claim of a batch; found: of one partition. seen: what the snapshot says of others' transactions."""
+    return f"""WITH held AS MATERIALIZED (
+    SELECT id, CASE WHEN $7::boolean THEN flight ELSE '{{{{}}}}' END AS flight
+    FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+), owned AS MATERIALIZED (
+    SELECT p.* FROM held, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
+), due AS MATERIALIZED (
+    SELECT b.* FROM owned, LATERAL (
+        SELECT partition, chain FROM {{blocked}} b
+        WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
+        ORDER BY b.due_at LIMIT $5::bigint
+    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
+), retried AS MATERIALIZED (
+    SELECT o.* FROM held, due, LATERAL (
+        SELECT {_COUNTED}, true AS was_parked FROM {{outbox}} o
+        WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
+        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
+    ) o LIMIT $4::bigint
+), found AS MATERIALIZED (
+    SELECT o.*, (
+        SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
+    ) IS NOT NULL AS waits
+    FROM owned, LATERAL ({found}) o WHERE NOT $7::boolean LIMIT $4::bigint
+), parking AS (
+    UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.xid = f.xid AND o.sequence = f.sequence
+), counted AS (
+    UPDATE {{outbox}} o SET attempts = r.attempts + 1 FROM retried r
+    WHERE $7::boolean AND o.xid = r.xid AND o.sequence = r.sequence
+), taken AS MATERIALIZED (
+    SELECT {_MESSAGE}, was_parked FROM retried
+    UNION ALL SELECT {_MESSAGE}, was_parked FROM found WHERE NOT waits
+), flight AS (
+    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint,
+        flight_xids = $8::bigint[] || f.xids, flight = $9::bigint[] || f.sequences
+    FROM held, (
+        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
+        FROM taken
+    ) f
+    WHERE r.id = held.id
+)
+SELECT EXISTS (SELECT FROM held),
+    EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
+        SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}
+    ), fence, ended, (SELECT array_agg(partition) FROM found WHERE waits), taken.*
+FROM ({seen}) AS seen LEFT JOIN taken ON true"""
+
 
 _STATEMENTS = {
     "add": f"""INSERT INTO {{outbox}} ({_ADD})
@@ -328,66 +399,8 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 ) RETURNING 1""",
     "mine": "SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition",
     "leave": "DELETE FROM {relays} WHERE id = $1::uuid AND flight = '{{}}' RETURNING 1",
-    "claim": f"""WITH held AS MATERIALIZED (
-    SELECT id, CASE WHEN $7::boolean THEN flight ELSE '{{{{}}}}' END AS flight FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
-), owned AS MATERIALIZED (
-    SELECT p.* FROM held, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
-), due AS MATERIALIZED (
-    SELECT b.* FROM owned, LATERAL (
-        SELECT partition, chain FROM {{blocked}} b
-        WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
-        ORDER BY b.due_at LIMIT $5::bigint
-    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
-), retried AS MATERIALIZED (
-    SELECT o.* FROM held, due, LATERAL (
-        SELECT {_COUNTED}, true AS was_parked FROM {{outbox}} o
-        WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
-        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
-    ) o LIMIT $4::bigint
-), found AS MATERIALIZED (
-    SELECT o.*, (
-        SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
-    ) IS NOT NULL AS waits
-    FROM owned, LATERAL (
-        (SELECT o.* FROM unnest($10::bigint[]) AS early(xid), LATERAL (
-            SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
-            WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 = early.xid
-            ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
-        ) o WHERE early.xid < owned.floor LIMIT $5::bigint)
-        UNION ALL
-        (SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
-        WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 >= owned.floor
-        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint)
-        LIMIT $5::bigint
-    ) o WHERE NOT $7::boolean LIMIT $4::bigint
-), parking AS (
-    UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.xid = f.xid AND o.sequence = f.sequence
-), counted AS (
-    UPDATE {{outbox}} o SET attempts = r.attempts + 1 FROM retried r
-    WHERE $7::boolean AND o.xid = r.xid AND o.sequence = r.sequence
-), taken AS MATERIALIZED (
-    SELECT {_MESSAGE}, was_parked FROM retried
-    UNION ALL SELECT {_MESSAGE}, was_parked FROM found WHERE NOT waits
-), flight AS (
-    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint,
-        flight_xids = $8::bigint[] || f.xids, flight = $9::bigint[] || f.sequences
-    FROM held, (
-        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
-        FROM taken
-    ) f
-    WHERE r.id = held.id
-)
-SELECT EXISTS (SELECT FROM held),
-    EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
-        SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}
-    ), fence, ended, (SELECT array_agg(partition) FROM found WHERE waits), taken.*
-FROM (
-    SELECT coalesce((
-        SELECT min(x) FROM txid_snapshot_xip(txid_current_snapshot()) x WHERE x <> ALL($10::bigint[])
-    ), txid_snapshot_xmax(txid_current_snapshot())) AS fence, coalesce((
-        SELECT min(x) FROM unnest($10::bigint[]) x WHERE txid_visible_in_snapshot(x, txid_current_snapshot())
-    ), 0) AS ended
-) AS seen LEFT JOIN taken ON true""",
+    "claim": _claim(_FROM_FLOOR, _SEEN),
+    "claim_open": _claim(_FROM_OPEN, _SEEN_OPEN),
     "running": "SELECT x FROM txid_snapshot_xip(txid_current_snapshot()) x ORDER BY x",
     "claim_strict": f"""WITH held AS MATERIALIZED (
     SELECT id, flight FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
