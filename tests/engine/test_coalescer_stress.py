@@ -15,7 +15,7 @@ import pytest
 
 from retryproof.core.commands import Acquired, Claim, FenceReply, Renew, Reply, Running, Unreachable
 from retryproof.core.hold import Hold
-from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, bridge, tasks
+from retryproof.stores.coalesce import Bridge, BridgeEnd, TaskCoalescer, ThreadCoalescer, bridge, tasks
 from retryproof.stores.coalesce.alarm import NEVER, Alarm
 from retryproof.stores.coalesce.bridge import _Crossing
 from retryproof.stores.coalesce.tasks import WORTH_SPLITTING
@@ -556,3 +556,38 @@ async def test_c3_a_loop_that_shuts_down_tells_what_is_on_its_way_and_what_is_no
         assert isinstance(await lanes.perform(make_claim("later"), SECONDS), Acquired)
     assert [type(reply) for reply in replies] == [Unreachable] * 2
     assert [claim.id for claim in lanes.orphans] == [make_claim("gone").id]
+
+
+# Loops that end
+
+
+@pytest.mark.parametrize("trigger", ["next command", "end of the thread"])
+def test_c3_a_claim_whose_loop_was_closed_before_it_handed_out_the_reply_is_an_orphan(trigger: str) -> None:
+    """The loop had stopped and was not closed yet when it was given the reply."""
+    door = Door()
+    crossing = Tracked(Turnstile(door))
+    claim = make_claim()
+    loop = asyncio.new_event_loop()
+
+    async def ask() -> BridgeEnd:
+        end = crossing.end()
+        end.perform(claim, SECONDS)
+        return end
+
+    end = loop.run_until_complete(ask())
+    assert door.entered.wait(SECONDS)
+    door.open.set()
+    wait_until(lambda: bool(end.underway))
+    loop.close()
+
+    async def ask_another() -> Reply:
+        return await crossing.end().perform(make_claim("another"), SECONDS)
+
+    if trigger == "next command":
+        assert isinstance(asyncio.run(ask_another()), Acquired)
+        wait_until(lambda: bool(crossing.orphans))
+    else:
+        crossing.close()
+    assert crossing.orphans == [claim]
+    crossing.close()
+    assert crossing.orphans == [claim]

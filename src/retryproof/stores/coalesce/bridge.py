@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from retryproof.core.commands import Claim, Reply
@@ -44,6 +45,7 @@ class Bridge:
         self._orphaned = orphaned
         self._hang_limit = hang_limit
         self._waiting: deque[_Crossing] = deque()
+        self._ends: dict[BridgeEnd, None] = {}  # those that may have replies underway; the thread's own
         self._work = threading.Condition()
         self._asleep = True  # it looks at what waits once more after it has said so
         self._thread: threading.Thread | None = None
@@ -103,9 +105,18 @@ class Bridge:
         for one, reply in zip(wanted, replies, strict=True):
             by_end.setdefault(one.end, []).append((one, reply))
         for end, answers in by_end.items():
-            if not end.deliver(answers):
-                for one, reply in answers:
+            end.deliver(answers)
+            self._ends[end] = None
+        self._undo_undelivered()
+
+    def _undo_undelivered(self) -> None:
+        """Loops that are closed hand nothing out: their callers have gone."""
+        for end in list(self._ends):
+            while end.is_closed and end.underway:
+                for one, reply in end.underway.popleft():
                     self.undo(one.command, reply)
+            if not end.underway:
+                del self._ends[end]
 
     def _wait(self) -> bool:
         """Wait for work; False when the thread is to end."""
@@ -115,6 +126,7 @@ class Bridge:
             self._asleep = True
             while not self._waiting:
                 if self._closing or (not self._work.wait(IDLE_SECONDS) and not self._waiting):
+                    self._undo_undelivered()
                     self._thread = None
                     return False
             self._asleep = False
@@ -127,12 +139,14 @@ class Bridge:
 
 
 class BridgeEnd:
-    """One event loop's end of the bridge. All but `deliver` is called in the loop."""
+    """One event loop's end of the bridge. What the thread may use says so; the rest is the loop's."""
 
     def __init__(self, bridge: Bridge, loop: asyncio.AbstractEventLoop) -> None:
         self._bridge = bridge
         self._loop = loop
         self._crossings: dict[_Crossing, None] = {}
+        self.underway: deque[Sequence[tuple[_Crossing, Reply]]] = deque()
+        """Replies that the loop was given and has not handed out."""
         self._alarm = Alarm(loop, self._expire)
 
     def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
@@ -156,15 +170,19 @@ class BridgeEnd:
             self._alarm.set(deadline)
         return future
 
-    def deliver(self, answers: Sequence[tuple[_Crossing, Reply]]) -> bool:
-        """Hand replies out in the loop; False when it is closed, and its callers have gone. Called in the thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._hand_out, answers)
-        except RuntimeError:
-            return False
-        return True
+    @property
+    def is_closed(self) -> bool:
+        """Whether the loop will never run again."""
+        return self._loop.is_closed()
 
-    def _hand_out(self, answers: Sequence[tuple[_Crossing, Reply]]) -> None:
+    def deliver(self, answers: Sequence[tuple[_Crossing, Reply]]) -> None:
+        """Have replies handed out in the loop. Called in the thread, which sees to those that a closed loop leaves."""
+        self.underway.append(answers)
+        with suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        answers = self.underway.popleft()
         for crossing, reply in answers:
             self._crossings.pop(crossing, None)
             if not crossing.future.done():
