@@ -14,7 +14,7 @@ from redis import Redis
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message, chain_of, uuid7
-from retryproof.publishers import DELIVERED, UNTRIED, Batch, Failed, open_publisher
+from retryproof.publishers import DELIVERED, UNTRIED, Batch, Failed, Untried, open_publisher
 from retryproof.publishers.function import FunctionPublisher
 from retryproof.publishers.httpx import HttpPublisher
 from retryproof.publishers.redis import RedisStreamPublisher
@@ -150,6 +150,25 @@ def test_m6_a_refused_email_fails_alone_for_good_with_5xx() -> None:
     assert isinstance(later, Failed)
     assert (never.permanent, later.permanent) == (True, False)
     assert "no such user" in never.reason
+
+
+def test_c15_a_connection_that_is_lost_over_one_email_counts_no_attempt_of_the_others() -> None:
+    batch = [message(mail(), "a"), message(mail("poison@example.com"), "b"), message(mail(), "c"), message(mail(), "d")]
+    with smtp_receiver() as mailbox:
+        mailbox.refuse = lambda content: "421 too much for me" if b"poison@" in content else None
+        publisher = SmtpPublisher("127.0.0.1", mailbox.port, tls="off")
+        outcomes = publisher.publish(Batch(batch))
+    assert [outcomes[0], *outcomes[2:]] == [DELIVERED, UNTRIED, UNTRIED]
+    assert isinstance(outcomes[1], Failed)
+    assert not outcomes[1].permanent
+
+
+def test_m6_a_server_that_cannot_be_reached_fails_the_first_email_of_each_key() -> None:
+    with smtp_receiver() as mailbox:
+        pass
+    publisher = SmtpPublisher("127.0.0.1", mailbox.port, tls="off")
+    outcomes = publisher.publish(Batch([message(mail(), "a"), message(mail(), "a"), message(mail(), "b")]))
+    assert [type(outcome) for outcome in outcomes] == [Failed, Untried, Failed]
 
 
 def test_m6_starttls_is_required_and_the_certificate_checked(tmp_path: Path) -> None:

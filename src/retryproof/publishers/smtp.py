@@ -59,39 +59,41 @@ class SmtpPublisher:
         self._context = context
 
     def publish(self, batch: Batch) -> Sequence[Outcome]:
-        """Send the messages one after another; where the server cannot be reached, the first of each key fails."""
+        """Send the messages one after another; where the server cannot be reached, the first of each key fails.
+
+        Where the connection is lost over a message, that one fails, and later ones are not tried.
+        """
         outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
         order = chains(batch.messages)
         try:
             with self._connected() as server:
                 for chain in order:
-                    self._send_chain(server, batch, chain, outcomes)
-        except (OSError, smtplib.SMTPException) as error:
+                    if not self._send_chain(server, batch, chain, outcomes):
+                        break
+        except OSError as error:  # of connecting; SMTPException is one
             for chain in order:
-                if outcomes[chain[0]] is UNTRIED:
-                    outcomes[chain[0]] = Failed(described(error))
+                outcomes[chain[0]] = Failed(described(error))
         return outcomes
 
     def close(self) -> None:
         """Nothing: connections end with their batch."""
 
-    def _send_chain(self, server: smtplib.SMTP, batch: Batch, chain: list[int], outcomes: list[Outcome]) -> None:
+    def _send_chain(self, server: smtplib.SMTP, batch: Batch, chain: list[int], outcomes: list[Outcome]) -> bool:
+        """Send until one fails; whether the connection is there still."""
         for place in chain:
             if not batch.live():
-                return
+                break
             try:
                 outcomes[place] = self._send(server, batch.messages[place])
-            except smtplib.SMTPServerDisconnected as error:
-                outcomes[place] = Failed(described(error))
-                raise
-            except smtplib.SMTPException as error:
+            except OSError as error:  # SMTPException is one
                 outcomes[place] = _refused(error)
-                with suppress(smtplib.SMTPException):
+                with suppress(OSError):
                     server.rset()
             except ValueError as error:
                 outcomes[place] = Failed(described(error), permanent=True)
             if outcomes[place] is not DELIVERED:
-                return
+                break
+        return server.sock is not None
 
     @contextmanager
     def _connected(self) -> Iterator[smtplib.SMTP]:
@@ -144,7 +146,7 @@ def _envelope(mail: EmailMessage) -> tuple[str, list[str]]:
     return senders[0][1], recipients
 
 
-def _refused(error: smtplib.SMTPException) -> Failed:
+def _refused(error: OSError) -> Failed:
     """A 5xx is for good; with several recipients, only where all of them are."""
     codes = [getattr(error, "smtp_code", 0)]
     if isinstance(error, smtplib.SMTPRecipientsRefused):
