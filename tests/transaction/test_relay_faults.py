@@ -20,6 +20,7 @@ from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.outbox import Taken
 from retryproof.stores.sql.plan import Plan, Statement, aperform
 from retryproof.transaction import Relay
+from retryproof.transaction.flights import Pace
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
 from tests.transaction.test_relay_slow import PATIENT, running, until
 
@@ -250,3 +251,37 @@ async def test_t6_what_is_done_of_a_batch_with_a_slow_message_is_let_go(database
     answer.set()
     await relay.run_until_idle()
     assert database.pending == 0
+
+
+async def test_t6_a_few_slow_keys_among_many_cost_the_others_little(database: Database) -> None:
+    """One key in fifty hangs, so that each batch has some; with the whole patience for each it would take 40 s."""
+    database.send(*(f"slow{number}" if number % 50 == 0 else f"k{number}" for number in range(2_000)))
+    answer = Event()
+    quick = 0
+
+    async def hang(message: Message) -> None:
+        nonlocal quick
+        if str(message.key).startswith("slow"):
+            await answer.wait()
+        else:
+            quick += 1
+
+    relay = Relay(database.url, hang, policy=replace(QUICK, patience=1.0, batch=50))
+    began = monotonic()
+    async with running(relay):
+        await until(lambda: quick == 1_960)
+        assert monotonic() - began < 12.0
+        answer.set()
+        await until(lambda: database.pending == 0)
+    assert relay.totals.delivered == 2_000
+
+
+def test_t6_a_receiver_that_is_slow_for_all_is_given_time_for_the_rest_of_a_batch() -> None:
+    pace = Pace(1.0, others=100)
+    assert pace.left(0) > 0.9
+    pace._begun -= 0.4  # the first answers take that long
+    pace.until -= 0.4
+    assert 0.5 < pace.left(10) <= 0.6
+    assert Pace(1.0, others=0).left(50) > 0.9
+    quick = Pace(1.0, others=3)
+    assert 0.2 < quick.left(50) <= 0.25

@@ -1,6 +1,6 @@
 """What a relay is sending: batches given to the publisher, and messages that take longer than a batch may (T6).
 
-A batch has a moment, the relay's patience. What is being sent when it is over goes on by itself, one message for each
+A batch has a moment, the relay's patience, or less where others hang already. What is being sent when it is over goes on by itself, one message for each
 of its chains; what was not begun is given back, as untried. The relay holds those chains back, ends what is done, and
 takes its next batch. A message that a dead relay left has its moment by itself: what kills a relay does so at once, as
 a rule, and where it takes longer, all that was on its way is tried by itself again. Its last attempt has nothing that
@@ -24,17 +24,44 @@ from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 from retryproof.publishers.base import UNTRIED, Batch, Failed, Outcome, Progress, Publisher, being_cancelled, described
 
-SLOW = 64
+SLOW = 256
 """Messages that may be on their way beside a batch; with more, the relay waits for one to end."""
 
 LATE = 60.0
 """Seconds after which a publisher is named that has a batch, and does not say how far it is."""
+SHORTEST = 16
+"""Parts of the patience, of which a batch has one at least after the last of its messages ended."""
 LOOK = 0.25
 """Seconds between two looks whether the relay is to stop, while a batch is waited for."""
 LETTING_GO = 1.0
 """Seconds that what is being sent has to notice that it is cancelled."""
 
 log = logging.getLogger("retryproof.relay")
+
+
+class Pace:
+    """How long a batch is waited for: its patience, and less once the rest of it has ended and others go on already.
+
+    Where one message of a hundred hangs, each batch has one; with the whole patience for each, all keys would wait.
+    """
+
+    def __init__(self, patience: float, others: int) -> None:
+        self._begun = self._last = monotonic()
+        self.until = self._begun + patience
+        self._quiet = max(patience / SHORTEST, patience / (1 + others))
+        self._first = 0.0
+        self._ended = 0
+        self.look = min(LOOK, self._quiet / 2)
+
+    def left(self, ended: int) -> float:
+        """Seconds that are left; ended: messages of the batch that have."""
+        now = monotonic()
+        if ended > self._ended:
+            self._first = self._first or now - self._begun
+            self._ended, self._last = ended, now
+        if not ended:
+            return self.until - now
+        return min(self.until, self._last + max(self._quiet, 2 * self._first)) - now
 
 
 class Flights:
@@ -67,14 +94,14 @@ class Flights:
 
         A publisher that does not say which messages it has begun has as long as it takes.
         """
-        sending = self._sendings[-1]
-        until = monotonic() + patience
-        late = until + LATE
+        *others, sending = self._sendings
+        pace = Pace(patience, sum(len(other.left) for other in others))
+        late = pace.until + LATE
         while not sending.task.done() and not over():
-            left = until - monotonic()
+            left = pace.left(len(sending.progress.ended))
             if left <= 0 and sending.told_how_far:
                 break
-            await asyncio.wait({sending.task}, timeout=min(left, LOOK) if left > 0 else LOOK)
+            await asyncio.wait({sending.task}, timeout=min(left, pace.look) if left > 0 else LOOK)
             if monotonic() > late:
                 late = inf
                 _say_late(len(sending.messages))

@@ -56,7 +56,8 @@ class RelayPolicy:
     random part of it. on_failure: "block" holds later messages of the key back, "pass" sends them.
     order: "key", or "strict": all messages in the order of commits, one relay at a time.
     poll, max_poll: the pause after nothing was found, doubled up to the limit.
-    patience: how long a batch may keep other keys waiting; what takes longer goes on beside the next batches.
+    patience: how long a batch may keep other keys waiting; what takes longer goes on beside the next batches, which
+    are waited for less the more goes on.
     timeout: for one message, where messages are sent one at a time; then it has failed.
     listen: whether to be woken by `Outbox.notify`, over a connection of its own. On PostgreSQL only.
     drain: how long a batch may go on once the relay is to stop. partitions: must be the database's number.

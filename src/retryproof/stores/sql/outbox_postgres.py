@@ -472,7 +472,10 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequenc
 ), waiting AS (
     UPDATE {{outbox}} o SET parked = true FROM slow s WHERE o.xid = s.xid AND o.sequence = s.sequence AND NOT o.parked
 ), holding AS (
-    INSERT INTO {{blocked}} (partition, chain, due_at, alone) SELECT partition, chain, {HELD}, false FROM slow
+    INSERT INTO {{blocked}} (partition, chain, due_at, alone) SELECT partition, chain, {HELD}, false FROM slow s
+    WHERE NOT EXISTS (
+        SELECT FROM {{blocked}} b WHERE b.partition = s.partition AND b.chain = s.chain AND b.due_at = {HELD}
+    )
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
 )
 SELECT count(*) FROM held""",

@@ -342,9 +342,18 @@ class SqliteOutbox:
 
     def _hold(self, slow: Sequence[Message]) -> Plan[None]:
         """Keep the chains back whose messages are being sent still."""
-        if slow:
-            yield Statement(f"UPDATE retryproof_outbox SET parked = 1 WHERE sequence IN {_AMONG}", (_sequences(slow),))
+        if not slow:
+            return
+        yield Statement(f"UPDATE retryproof_outbox SET parked = 1 WHERE sequence IN {_AMONG}", (_sequences(slow),))
+        partitions = json.dumps([message.partition for message in slow])
+        held = yield Statement(
+            f"SELECT partition, chain FROM retryproof_outbox_blocked WHERE due_at = {HELD} AND partition IN {_AMONG}",
+            (partitions,),
+        )
+        known = {tuple(row) for row in held}
         for message in slow:
+            if message.line in known:
+                continue
             alone = yield from _has_alone(message.partition, message.chain)
             yield from _block(message.partition, message.chain, HELD, alone=alone)
 
