@@ -1,10 +1,11 @@
 """What a relay is sending: batches given to the publisher, and messages that take longer than a batch may (T6).
 
-A batch has a moment, the relay's patience, or less where others hang already. What is being sent when it is over goes on by itself, one message for each
-of its chains; what was not begun is given back, as untried. The relay holds those chains back, ends what is done, and
-takes its next batch. A message that a dead relay left has its moment by itself: what kills a relay does so at once, as
-a rule, and where it takes longer, all that was on its way is tried by itself again. Its last attempt has nothing that
-is begun beside it, however long it takes, so that no message is given up for what another one did (C15).
+A batch has a moment, the relay's patience, or less where others hang already. What is being sent when it is over goes
+on by itself, one message for each of its chains; what was not begun is given back, as untried. The relay holds those
+chains back, ends what is done, and takes its next batch. A message that a dead relay left has its moment by itself:
+what kills a relay does so at once, as a rule, and where it takes longer, all that was on its way is tried by itself
+again. Its last attempt has nothing that is begun beside it, however long it takes, so that no message is given up for
+what another one did (C15).
 
 What landed stays here until the database knows, so that a lost answer costs nothing.
 """
