@@ -3,14 +3,18 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
+from retryproof.publishers import Failed
 from retryproof.stores.sql.migrate import migrate
+from retryproof.transaction import Relay
+from retryproof.transaction.operator import Operator
 from tests.cli.conftest import Run
-from tests.transaction.outboxes import Database
+from tests.transaction.outboxes import Database, Noting
 from tests.transaction.receivers import http_receiver
 
 
@@ -50,6 +54,26 @@ def test_o1_dead_letters_are_listed_requeued_and_dropped(run: Run, database: Dat
     assert run("outbox", "purge", database.url, "--older-than", "3600", "--json").document["purged"] == 0
     assert run("outbox", "requeue", database.url, "--all", "--json").document["requeued"] == 1
     assert database.pending == 2
+
+
+def test_o1_all_dead_letters_are_requeued_once_though_a_relay_gives_them_up_again(
+    run: Run, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.send("a", "b", "c")
+    publisher = Noting(lambda message: Failed("never", permanent=True))
+    requeue = Operator.requeue
+
+    async def requeued_and_given_up(operator: Operator, ids: Sequence[UUID]) -> int:
+        count = await requeue(operator, ids)
+        await Relay(database.url, publisher).run_until_idle()
+        return count
+
+    with http_receiver() as receiver:
+        receiver.answer = lambda request: (410, {})
+        run("relay", database.url, "--to", receiver.url, "--once")
+    monkeypatch.setattr(Operator, "requeue", requeued_and_given_up)
+    assert run("outbox", "requeue", database.url, "--all", "--json").document["requeued"] == 3
+    assert len(publisher.tried) == 3
 
 
 def test_t6_relay_drains_on_sigterm(database: Database) -> None:

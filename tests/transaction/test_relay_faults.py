@@ -285,3 +285,51 @@ def test_t6_a_receiver_that_is_slow_for_all_is_given_time_for_the_rest_of_a_batc
     assert Pace(1.0, others=0).left(50) > 0.9
     quick = Pace(1.0, others=3)
     assert 0.2 < quick.left(50) <= 0.25
+
+
+async def test_t6_a_publisher_that_hangs_with_its_batch_has_the_drain_time(database: Database) -> None:
+    database.send("a", "a", "b")
+    begun = Event()
+
+    class Hanging(Noting):
+        async def publish(self, batch: Batch) -> Sequence[Outcome]:
+            begun.set()
+            await Event().wait()
+            return []
+
+    relay = Relay(database.url, Hanging(), policy=replace(PATIENT, drain=0.2, lease=0.5))
+    task = create_task(relay.run())
+    await wait_for(begun.wait(), 20.0)
+    relay.stop()
+    await wait_for(task, 10.0)
+    assert database.pending == 3
+    publisher = Noting()
+    relay = Relay(database.url, publisher, policy=QUICK)
+    await until_empty(relay)
+    assert [payload for payload in publisher.payloads if payload[0] == "a"] == ["a:0", "a:1"]
+    assert database.rows("SELECT * FROM retryproof_outbox_blocked") == []
+    await relay.aclose()
+
+
+@pytest.mark.parametrize("passing", ["block", "pass"])
+async def test_t6_a_slow_message_that_fails_in_the_end_leaves_nothing_held_back(
+    database: Database, passing: Any
+) -> None:
+    bad, *_ = database.send("slow", "slow", "slow", "good")
+    answer = Event()
+    sent: list[bytes] = []
+
+    async def hang(message: Message) -> None:
+        if message.id == bad.id and message.attempts < 2:
+            await answer.wait()
+            raise ValueError("no")
+        sent.append(message.payload)
+
+    relay = Relay(database.url, hang, policy=replace(PATIENT, on_failure=passing, listen=False))
+    async with running(relay):
+        await until(lambda: database.pending == 3)
+        answer.set()
+        await until(lambda: database.pending == 0)
+    assert sorted(sent[1:]) == [b"slow:0", b"slow:1", b"slow:2"]
+    assert passing == "pass" or sent[1:] == [b"slow:0", b"slow:1", b"slow:2"]
+    assert database.rows("SELECT * FROM retryproof_outbox_blocked") == []

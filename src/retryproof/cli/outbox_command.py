@@ -63,17 +63,21 @@ def act(
     async def work(operator: Operator) -> int:
         if not everything:
             return await action(operator, ids)
-        done = 0
+        done, seen = 0, set[UUID]()
         while letters := await operator.dead(topic=topic, limit=PAGE):
-            done += await action(operator, [letter.message.id for letter in letters])
+            new = [letter.message.id for letter in letters if letter.message.id not in seen]
+            if not new:  # what comes last died again meanwhile
+                break
+            seen.update(new)
+            done += await action(operator, new)
             tell(f"{done} done")
         return done
 
     with output.progress(word) as tell:
         count = with_operator(url, work)
     output.answer({"store": redacted(url), word: count}, f"{word}: {count}")
-    if count < len(ids):
-        raise Refused(f"{len(ids) - count} of {len(ids)} ids name no dead letter; the others are {word}.")
+    if count < len(set(ids)):
+        raise Refused(f"{len(set(ids)) - count} of {len(set(ids))} ids name no dead letter; the others are {word}.")
 
 
 def _ids(texts: Sequence[str]) -> list[UUID]:
