@@ -45,7 +45,7 @@ class Bridge:
         self._orphaned = orphaned
         self._hang_limit = hang_limit
         self._waiting: deque[_Crossing] = deque()
-        self._ends: dict[BridgeEnd, None] = {}  # those that may have replies underway; the thread's own
+        self._ends: dict[BridgeEnd, None] = {}  # with replies underway, perhaps; the thread's, if there is one
         self._work = threading.Condition()
         self._asleep = True  # it looks at what waits once more after it has said so
         self._thread: threading.Thread | None = None
@@ -85,6 +85,8 @@ class Bridge:
             self._closing = True
             self._work.notify()
             thread = self._thread
+            if thread is None:
+                self._undo_undelivered()
         if thread is not None:
             thread.join(self._hang_limit)
 
