@@ -77,14 +77,15 @@ def test_c10_what_the_store_does_not_take_in_time_is_left_to_the_background(
         assert conclusion == Failed(linger.hold, released=False)
 
 
+@pytest.mark.parametrize("late", [LEASE, LEASE + 1.0])
 @pytest.mark.parametrize("outcome", [Returned(b"result"), Raised()], ids=str)
-def test_c6_past_its_own_count_of_the_lease_it_renews_before_it_settles(outcome: Outcome) -> None:
+def test_c6_past_its_own_count_of_the_lease_it_renews_before_it_settles(outcome: Outcome, late: float) -> None:
     early, command = settle(outcome, Policy(), now=LEASE - 0.1)
     assert isinstance(command, Complete | Release)
-    flow, renewal = settle(outcome, Policy(), now=LEASE)
+    flow, renewal = settle(outcome, Policy(), now=late)
     assert isinstance(renewal, Renew)
-    assert flow.send((DONE, LEASE)) == command
-    assert type(conclude(flow, DONE, LEASE)) is type(conclude(early, DONE, LEASE))
+    assert flow.send((DONE, late)) == command
+    assert type(conclude(flow, DONE, late)) is type(conclude(early, DONE, LEASE))
 
 
 @pytest.mark.parametrize("outcome", [Returned(b"result"), Raised()], ids=str)
