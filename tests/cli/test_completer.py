@@ -108,7 +108,7 @@ def test_what_was_given_up_is_revived(run: Run, abandoned: str) -> None:
 
 
 def test_what_cannot_be_loaded_is_a_usage_error(run: Run, abandoned: str) -> None:
-    for target in ("nothing", "no_such_module:phased", f"{abandoned}:missing", f"{abandoned}:nothing"):
+    for target in ("nothing", "no_such_module:phased", f"{abandoned}:missing", f"{abandoned}:nothing", "json:loads"):
         assert run("completer", target, "--once").code == 2
 
 

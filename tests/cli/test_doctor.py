@@ -214,3 +214,10 @@ def test_o2_a_damaged_file_fails(run: Run, tmp_path: Path) -> None:
     ran = run("doctor", f"sqlite:///{path}", "--json")
 
     assert ran.code in (1, 3)
+
+
+def test_o2_a_folder_that_is_missing_is_named_as_such(run: Run, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/nowhere/keys.db"
+    assert "its folder does not exist" in run("doctor", url).out
+    listed = run("reap", url)
+    assert "make the folder" in listed.err

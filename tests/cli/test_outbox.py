@@ -99,3 +99,15 @@ def test_what_makes_no_sense_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("relay", url, "--to", "ftp://host/").code == 2
     assert run("relay", "redis://127.0.0.1/0", "--to", "json:loads", "--once").code == 2
     assert run("outbox", "stats", "memory://").code == 2
+
+
+def test_a_function_in_the_present_directory_is_found(tmp_path: Path) -> None:
+    (tmp_path / "sending.py").write_text("def send(message): ...\n")
+    program = (
+        "import sys; sys.path = [part for part in sys.path if part]; from retryproof.cli.__main__ import main; main()"
+    )
+    relay = ["relay", f"sqlite:///{tmp_path}/outbox.db", "--to", "sending:send", "--once"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *relay], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stderr

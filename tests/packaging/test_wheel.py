@@ -68,3 +68,12 @@ def test_the_command_without_its_extra_says_what_to_install(bare_environment: Pa
     assert done.returncode != 0
     assert "retryproof[cli]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("client.httpx", "httpx"), ("observe.prometheus", "prometheus"), ("observe.opentelemetry", "opentelemetry")],
+)
+def test_a_module_without_its_extra_says_what_to_install(bare_environment: Path, module: str, extra: str) -> None:
+    done = run(bare_environment / "bin" / "python", "-I", "-c", f"import retryproof.{module}")
+    assert f"pip install 'retryproof[{extra}]'" in done.stderr.splitlines()[-1]

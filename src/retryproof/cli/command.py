@@ -106,3 +106,9 @@ def opened(url: str, timeout: float = 5.0) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+def find_modules_here() -> None:
+    """Let MODULE:OBJECT name modules of the present directory, as under `python -m`."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import signal
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +16,7 @@ import click
 from rich.table import Table
 
 from retryproof.cli import exits
-from retryproof.cli.command import Usage, json_option
+from retryproof.cli.command import Usage, find_modules_here, json_option
 from retryproof.cli.output import Output, Tell, add_row, table
 from retryproof.cli.shown import moment
 from retryproof.core.keys import short_digest
@@ -98,7 +98,7 @@ async def _opened(target: str) -> AsyncIterator[Phased | BlockingPhased]:
     """The Phased that is named, entered where it is a context manager, with its engine closed where it is not."""
     found = _load(target)
     if callable(found):
-        found = found()
+        found = _made(target, found)
     if isinstance(found, AbstractAsyncContextManager):
         async with found as phased:
             yield _checked(target, phased)
@@ -117,8 +117,7 @@ def _load(target: str) -> Any:
     module, separator, name = target.partition(":")
     if not separator or not module or not name:
         raise Usage(f"{target!r} is no MODULE:OBJECT, such as app:phased.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` has it: modules of the present directory
+    find_modules_here()
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -127,6 +126,16 @@ def _load(target: str) -> Any:
         raise
     except AttributeError as error:
         raise Usage(f"The module {module!r} has no {name!r}.") from error
+
+
+def _made(target: str, factory: Callable[..., Any]) -> Any:
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise Usage(
+            f"{target} needs arguments; give a Phased, or a function without arguments that makes one."
+        ) from error
+    return factory()
 
 
 def _checked(target: str, found: Any) -> Phased | BlockingPhased:

@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from retryproof.cli import exits
-from retryproof.cli.command import json_option, url_argument
+from retryproof.cli.command import find_modules_here, json_option, url_argument
 from retryproof.cli.output import Output, Tell
 from retryproof.cli.redact import redacted
 from retryproof.core.message import PARTITIONS
@@ -124,6 +124,7 @@ def relay(
 
 
 async def _run(url: str, to: str, policy: RelayPolicy, *, public_only: bool, once: bool, tell: Tell) -> Totals:
+    find_modules_here()
     options = {"public_only": True} if public_only else {}
     working = Relay(url, open_publisher(to, **options), policy=policy)
     loop = asyncio.get_running_loop()

@@ -24,7 +24,10 @@ from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
-import httpx
+try:
+    import httpx
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError("RetryTransport needs httpx: pip install 'retryproof[httpx]'", name="httpx") from missing
 
 from retryproof.client.budget import RetryBudget
 from retryproof.client.flow import Answered, Broken, Call, Command, Pause, Resumed, Send, Stop, problem_code, retrying

@@ -70,7 +70,7 @@ def parse_key(field_lines: Sequence[bytes], *, strict: bool = False, strength: S
 def check_key(key: str, strength: Strength = "any") -> str:
     """Return `key` unchanged if it has the length, characters and strength asked for; raise InvalidKey otherwise."""
     if not isinstance(key, str):
-        raise InvalidKey(f"The key is a {type(key).__name__}, not a string; convert it to a string first.")
+        raise InvalidKey(f"The key is of type {type(key).__name__}, not a string; convert it to a string first.")
     if not key:
         raise InvalidKey("The key is empty; send 1 to 255 printable ASCII characters, such as a UUIDv4.")
     if len(key) > MAX_LENGTH:

@@ -13,9 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from opentelemetry import trace
-from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TracerProvider
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+try:
+    from opentelemetry import trace
+    from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TracerProvider
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "OpenTelemetryListener needs opentelemetry-api: pip install 'retryproof[opentelemetry]'", name="opentelemetry"
+    ) from missing
 
 from retryproof.observe.events import Event, Kind
 

@@ -9,7 +9,12 @@ of endpoints should be few; past `max_where` of them the rest count as "other", 
 
 from __future__ import annotations
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "PrometheusListener needs prometheus-client: pip install 'retryproof[prometheus]'", name="prometheus_client"
+    ) from missing
 
 from retryproof.observe.events import Event
 

@@ -305,6 +305,9 @@ class SqliteStore:
     def _unavailable(self, error: sqlite3.Error | OSError) -> StoreUnavailable:
         locked = "is kept locked by another writer"
         what = locked if _is_busy(error) else f"cannot be used: {error}"
+        folder = os.path.dirname(os.path.abspath(self.path))
+        if not os.path.isdir(folder):
+            return StoreUnavailable(f"The SQLite database {self.path} {what}; make the folder {folder} first.")
         return StoreUnavailable(f"The SQLite database {self.path} {what}; try again.")
 
 

@@ -35,6 +35,7 @@ class Facts:
     version: int = 0
     integrity: str = ""
     release: str = sqlite3.sqlite_version
+    folder_exists: bool = True
 
 
 def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
@@ -49,7 +50,7 @@ def gather(path: Path, synchronous: str, timeout: float) -> Facts:
     filesystem = filesystem_of(folder, _mounts())
     writable = os.access(folder, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
     if not path.exists():
-        return Facts(synchronous, False, writable, filesystem)
+        return Facts(synchronous, False, writable, filesystem, folder_exists=folder.is_dir())
     try:
         connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True, timeout=timeout)
         try:
@@ -127,6 +128,8 @@ def _place(facts: Facts) -> Finding:
 def _writable(facts: Facts) -> Finding:
     if facts.writable:
         return Finding("permission", OK, "file and folder can be written")
+    if not facts.folder_exists:
+        return Finding("permission", FAIL, "its folder does not exist", "Make it, or mend the path.")
     return Finding(
         "permission", FAIL, "this user cannot write the file and its folder", "SQLite writes -wal and -shm beside it."
     )
