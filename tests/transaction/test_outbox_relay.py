@@ -137,7 +137,7 @@ async def test_c15_what_a_dead_relay_had_is_tried_alone_and_counts_only_then(dat
 
 async def test_c15_a_message_that_kills_its_relay_again_and_again_is_a_dead_letter(database: Database) -> None:
     poison, _ = database.send("poison", "good")
-    policy = replace(QUICK, lease=0.3, max_attempts=2)
+    policy = replace(QUICK, lease=1.0, max_attempts=2)
     for _ in range(3):  # beside the other one, then twice alone
         dying = Relay(database.url, Noting(), policy=policy)
         while True:
