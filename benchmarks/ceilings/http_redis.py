@@ -14,6 +14,10 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Response = tuple[int, list[tuple[bytes, bytes]], bytes]
+Store = Callable[[Response], Awaitable[bool]]
+"""Stores a response, fenced; False where the lease was lost."""
+LEASE_LOST: Response = (409, [], b"lease lost")
 
 
 class HandWrittenMiddleware:
@@ -45,10 +49,11 @@ class HandWrittenMiddleware:
         reply = await redis.claims.submit((record, fingerprint, nonce))
         if reply[:1] != b"A":
             return await answer(send, reply)
-        response = await self._run(scope, receive, body)
-        if not await redis.completions.submit((record, nonce, reply[1:], encode(response))):
-            return await respond(send, (409, [], b"lease lost"))
-        return await respond(send, response)
+
+        async def store(response: Response) -> bool:
+            return bool(await redis.completions.submit((record, nonce, reply[1:], encode(response))))
+
+        return await self._run(scope, receiving_again(body, receive), send, store)
 
     async def _open(self) -> CoalescedRedis:
         redis = CoalescedRedis(self._url)
@@ -56,47 +61,38 @@ class HandWrittenMiddleware:
         self._redis = redis
         return redis
 
-    async def _run(self, scope: Scope, receive: Receive, body: bytes) -> Response:
+    async def _run(self, scope: Scope, receive: Receive, send: Send, store: Store) -> None:
+        """Run the app and answer, once the response is stored."""
         messages: list[Message] = []
 
         async def capture(message: Message) -> None:
             messages.append(message)
 
-        await self._app(scope, receiving_again(body, receive), capture)
-        return as_response(messages)
+        await self._app(scope, receive, capture)
+        response = as_response(messages)
+        await respond(send, response if await store(response) else LEASE_LOST)
 
 
 class HandWrittenInLastSend(HandWrittenMiddleware):
-    """The same with the endings of ours: the app runs in a task of its own, so that it outlives a server that leaves,
+    """The same with the endings of ours.
 
-    and its response is stored inside of its last `send`, so that background tasks run after it and do not delay it.
+    The app runs in a task of its own, so that it outlives a server that leaves, and its response is stored inside of
+    its last `send`, so that background tasks run after it and do not delay it.
     """
 
-    async def _once(self, scope: Scope, receive: Receive, send: Send, user: bytes, key: bytes) -> None:
-        redis = self._redis or await self._open()
-        body = await read_body(receive)
-        record, fingerprint = identify(scope, user, key, body)
-        nonce = os.urandom(16)
-        reply = await redis.claims.submit((record, fingerprint, nonce))
-        if reply[:1] != b"A":
-            return await answer(send, reply)
+    async def _run(self, scope: Scope, receive: Receive, send: Send, store: Store) -> None:
         messages: list[Message] = []
 
         async def settle_and_send(message: Message) -> None:
             messages.append(message)
             if message["type"] == "http.response.start" or message.get("more_body"):
                 return None
-            stored = encode(as_response(messages))
-            if not await redis.completions.submit((record, nonce, reply[1:], stored)):
-                return await respond(send, (409, [], b"lease lost"))
+            if not await store(as_response(messages)):
+                return await respond(send, LEASE_LOST)
             for held in messages:
                 await send(held)
 
-        running = asyncio.create_task(self._app(scope, receiving_again(body, receive), settle_and_send))
-        await asyncio.shield(running)
-
-
-Response = tuple[int, list[tuple[bytes, bytes]], bytes]
+        await asyncio.shield(asyncio.create_task(self._app(scope, receive, settle_and_send)))
 
 
 async def read_body(receive: Receive) -> bytes:

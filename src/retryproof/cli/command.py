@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -60,6 +60,11 @@ def json_option(function: Function) -> Function:
             sys.exit(error.exit_code)
 
     return wrapped
+
+
+def apart(targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """URLs, and the names of what is meant."""
+    return [target for target in targets if "://" in target], [target for target in targets if "://" not in target]
 
 
 def _url_of(options: dict[str, Any]) -> str:

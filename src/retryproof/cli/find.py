@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from retryproof.cli.command import STORE_VARIABLE, Function, Refused, no_url
+from retryproof.cli.command import STORE_VARIABLE, Function, Refused, apart, no_url
 from retryproof.core.keys import check_key, record_id, short_digest
 from retryproof.core.record import Record, State
 from retryproof.stores import Store
@@ -77,8 +77,8 @@ def sought(options: dict[str, Any]) -> Sought:
 
 
 def _targets(targets: Sequence[str]) -> tuple[str, str]:
-    urls = [target for target in targets if "://" in target]
-    digests = [target.lower() for target in targets if "://" not in target]
+    urls, names = apart(targets)
+    digests = [name.lower() for name in names]
     if len(urls) > 1 or len(digests) > 1:
         raise click.UsageError("Give one URL and one digest at most.")
     if digests and not _DIGEST.fullmatch(digests[0]):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from retryproof.cli.operated import closing
 from retryproof.transaction.inbox_operator import InboxOperator
 
 T = TypeVar("T")
@@ -14,11 +14,4 @@ T = TypeVar("T")
 def with_inbox(url: str, work: Callable[[InboxOperator], Awaitable[T]]) -> T:
     """Do something to the inbox of a database."""
 
-    async def run() -> T:
-        operator = InboxOperator(url)
-        try:
-            return await work(operator)
-        finally:
-            await operator.aclose()
-
-    return asyncio.run(run())
+    return closing(lambda: InboxOperator(url), work)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import click
 
 from retryproof.cli import exits
-from retryproof.cli.command import Refused, json_option, no_url
+from retryproof.cli.command import apart, json_option, no_url
 from retryproof.cli.inbox_command import with_inbox
+from retryproof.cli.operated import tell_of_letters
 from retryproof.cli.output import Output
-from retryproof.cli.redact import redacted
 
 
 @click.command(epilog=exits.HELP)
@@ -18,14 +18,9 @@ from retryproof.cli.redact import redacted
 @json_option
 def drop(targets: Sequence[str], output: Output) -> None:
     """Forget dead letters, by their ids as `inbox list` shows them; for all that are old take `inbox purge --dead`."""
-    urls = [target for target in targets if "://" in target]
-    names = [target for target in targets if "://" not in target]
+    urls, names = apart(targets)
     if len(urls) > 1 or not names:
         raise click.UsageError("Give one URL at most, and the ids of dead letters.")
     url = urls[0] if urls else no_url()
     count = with_inbox(url, lambda operator: operator.drop(names))
-    output.answer({"store": redacted(url), "dropped": count}, f"dropped: {count}")
-    if count < len(set(names)):
-        raise Refused(
-            f"{len(set(names)) - count} of {len(set(names))} ids name no dead letter; the others are dropped."
-        )
+    tell_of_letters(url, output, "dropped", count, names)

@@ -6,9 +6,8 @@ import click
 
 from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
-from retryproof.cli.inbox_command import with_inbox
+from retryproof.cli.operated import purge_all
 from retryproof.cli.output import Output
-from retryproof.cli.redact import redacted
 from retryproof.transaction.inbox_operator import InboxOperator
 
 
@@ -24,13 +23,9 @@ def purge(url: str, older_than: float, dead: bool, output: Output) -> None:
     retention, and the age at which its dead letters may be replayed.
     """
 
-    async def work(operator: InboxOperator) -> int:
-        purged = 0
-        while removed := await (operator.purge_dead(older_than) if dead else operator.purge(older_than)):
-            purged += removed
-            tell(f"{purged} purged")
-        return purged
-
-    with output.progress("purging") as tell:
-        count = with_inbox(url, work)
-    output.answer({"store": redacted(url), "purged": count}, f"purged: {count}")
+    purge_all(
+        url,
+        output,
+        lambda: InboxOperator(url),
+        lambda inbox: inbox.purge_dead(older_than) if dead else inbox.purge(older_than),
+    )

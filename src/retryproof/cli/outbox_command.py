@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 from uuid import UUID
 
 import click
 
-from retryproof.cli.command import Function, Refused, no_url
+from retryproof.cli.command import Function, apart, no_url
+from retryproof.cli.operated import closing, tell_of_letters
 from retryproof.cli.output import Output
-from retryproof.cli.redact import redacted
 from retryproof.core.message import PARTITIONS
 from retryproof.transaction.operator import Operator
 
@@ -22,14 +21,7 @@ PAGE = 1_000
 def with_operator(url: str, work: Callable[[Operator], Awaitable[T]], partitions: int = PARTITIONS) -> T:
     """Do something to the outbox of a database."""
 
-    async def run() -> T:
-        operator = Operator(url, partitions=partitions)
-        try:
-            return await work(operator)
-        finally:
-            await operator.aclose()
-
-    return asyncio.run(run())
+    return closing(lambda: Operator(url, partitions=partitions), work)
 
 
 def letters_argument(function: Function) -> Function:
@@ -52,8 +44,8 @@ def act(
     word: str,
 ) -> None:
     """Do something to the dead letters that are meant, and say to how many."""
-    urls = [target for target in targets if "://" in target]
-    ids = _ids([target for target in targets if "://" not in target])
+    urls, names = apart(targets)
+    ids = _ids(names)
     if len(urls) > 1:
         raise click.UsageError("Give one URL at most.")
     if bool(ids) == everything or (topic is not None and not everything):
@@ -75,9 +67,7 @@ def act(
 
     with output.progress(word) as tell:
         count = with_operator(url, work)
-    output.answer({"store": redacted(url), word: count}, f"{word}: {count}")
-    if count < len(set(ids)):
-        raise Refused(f"{len(set(ids)) - count} of {len(set(ids))} ids name no dead letter; the others are {word}.")
+    tell_of_letters(url, output, word, count, ids)
 
 
 def _ids(texts: Sequence[str]) -> list[UUID]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Literal
 
 import click
 
 from retryproof.cli import exits
-from retryproof.cli.command import find_modules_here, json_option, url_argument
+from retryproof.cli.command import Function, find_modules_here, json_option, url_argument
 from retryproof.cli.output import Output, Tell
 from retryproof.cli.redact import redacted
 from retryproof.core.message import PARTITIONS
@@ -20,6 +21,11 @@ from retryproof.transaction.relay import Relay
 from retryproof.transaction.relay_policy import RelayPolicy, Totals
 
 DEFAULTS = RelayPolicy()
+
+
+def _seconds(name: str, default: float, words: str) -> Callable[[Function], Function]:
+    """An option of more than no seconds."""
+    return click.option(name, type=click.FloatRange(0.0, min_open=True), default=default, show_default=True, help=words)
 
 
 @click.command(epilog=exits.HELP)
@@ -34,13 +40,7 @@ DEFAULTS = RelayPolicy()
     help="Seconds until others take over from a relay that died.",
 )
 @click.option("--max-attempts", type=click.IntRange(1), default=DEFAULTS.max_attempts, show_default=True)
-@click.option(
-    "--backoff",
-    type=click.FloatRange(0.0, min_open=True),
-    default=DEFAULTS.backoff,
-    show_default=True,
-    help="Longest pause after a first failure, in seconds; doubled after each.",
-)
+@_seconds("--backoff", DEFAULTS.backoff, "Longest pause after a first failure, in seconds; doubled after each.")
 @click.option(
     "--on-failure",
     type=click.Choice(["block", "pass"]),
@@ -49,27 +49,9 @@ DEFAULTS = RelayPolicy()
     help="Whether a failing message holds later ones of its key back.",
 )
 @click.option("--strict-order", is_flag=True, help="All messages in the order of commits; one relay works at a time.")
-@click.option(
-    "--patience",
-    type=click.FloatRange(0.0, min_open=True),
-    default=DEFAULTS.patience,
-    show_default=True,
-    help="Seconds that slow messages may keep other keys waiting.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0.0, min_open=True),
-    default=DEFAULTS.timeout,
-    show_default=True,
-    help="Seconds for one message, where they are sent one by one.",
-)
-@click.option(
-    "--poll",
-    type=click.FloatRange(0.0, min_open=True),
-    default=DEFAULTS.max_poll,
-    show_default=True,
-    help="Longest pause, in seconds, between two looks at an idle outbox.",
-)
+@_seconds("--patience", DEFAULTS.patience, "Seconds that slow messages may keep other keys waiting.")
+@_seconds("--timeout", DEFAULTS.timeout, "Seconds for one message, where they are sent one by one.")
+@_seconds("--poll", DEFAULTS.max_poll, "Longest pause, in seconds, between two looks at an idle outbox.")
 @click.option("--no-listen", is_flag=True, help="Do not try to be woken by notifications (PostgreSQL).")
 @click.option("--partitions", type=click.IntRange(1), default=PARTITIONS, show_default=True)
 @click.option("--public-only", is_flag=True, help="Refuse webhooks at addresses that are not public.")

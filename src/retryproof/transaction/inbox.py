@@ -28,13 +28,13 @@ from uuid import UUID
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
+from retryproof.core.record import microseconds
 from retryproof.stores.sql.inbox import Entry, InboxPlans
 from retryproof.stores.sql.plan import Plan, aperform, perform
 from retryproof.transaction.connections import BlockingConnection, LoopConnection, adapt, missing_table
 
 T = TypeVar("T")
 
-MICROSECONDS = 1_000_000
 REUSED = "the message's id was used before, with another payload"
 START = 8
 """Bytes of an id, and of a fingerprint, that name a dead letter."""
@@ -241,22 +241,22 @@ class Inbox:
         older_than must exceed the time for which the broker may deliver a message again.
         """
         adapted, plans = self._opened(connection)
-        return _performed(adapted, plans.purge(round(older_than * MICROSECONDS), limit))
+        return _performed(adapted, plans.purge(microseconds(older_than), limit))
 
     async def apurge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """`purge` on a connection of the event loop."""
         adapted, plans = self._aopened(connection)
-        return await _aperformed(adapted, plans.purge(round(older_than * MICROSECONDS), limit))
+        return await _aperformed(adapted, plans.purge(microseconds(older_than), limit))
 
     def purge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """Forget at most `limit` dead letters, of all consumers, older than so many seconds; how many."""
         adapted, plans = self._opened(connection)
-        return _performed(adapted, plans.purge_dead(round(older_than * MICROSECONDS), limit))
+        return _performed(adapted, plans.purge_dead(microseconds(older_than), limit))
 
     async def apurge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """`purge_dead` on a connection of the event loop."""
         adapted, plans = self._aopened(connection)
-        return await _aperformed(adapted, plans.purge_dead(round(older_than * MICROSECONDS), limit))
+        return await _aperformed(adapted, plans.purge_dead(microseconds(older_than), limit))
 
     def _receiving(self, plans: InboxPlans, source: str, messages: Sequence[Incoming]) -> Plan[list[Received]]:
         if not messages:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.transaction.inbox import MICROSECONDS, START, DeadLetter, letter_of
+from retryproof.core.record import microseconds
+from retryproof.transaction.inbox import START, DeadLetter, letter_of
 from retryproof.transaction.outbox_database import Database, open_database
 
 PURGE_BATCH = 1_000
@@ -48,12 +49,12 @@ class InboxOperator:
 
     async def purge(self, older_than: float) -> int:
         """Forget a bounded number of messages that came more than so many seconds ago; 0 when all are gone."""
-        age = round(older_than * MICROSECONDS)
+        age = microseconds(older_than)
         return await self._database.perform(lambda: self._database.inbox.purge(age, PURGE_BATCH))
 
     async def purge_dead(self, older_than: float) -> int:
         """`purge` of dead letters."""
-        age = round(older_than * MICROSECONDS)
+        age = microseconds(older_than)
         return await self._database.perform(lambda: self._database.inbox.purge_dead(age, PURGE_BATCH))
 
     async def aclose(self) -> None:

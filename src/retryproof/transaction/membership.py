@@ -15,10 +15,11 @@ from uuid import UUID, uuid4
 
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.message import Conclusion, Message
+from retryproof.core.record import microseconds
 from retryproof.stores.sql.outbox import Taken
 from retryproof.stores.sql.plan import Plan
 from retryproof.transaction.outbox_database import Database
-from retryproof.transaction.relay_policy import MICROSECONDS, RelayPolicy
+from retryproof.transaction.relay_policy import RelayPolicy
 from retryproof.transaction.share import Share
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Membership:
         self._policy = policy
         self._id = id
         self._lease_end = lease_end
-        self._lease = round(policy.lease * MICROSECONDS)
+        self._lease = microseconds(policy.lease)
         self._strict = policy.order == "strict"
         self._balance_at = 0.0
         self._floors: dict[int, int] = {}
@@ -77,7 +78,7 @@ class Membership:
                 settings.unsure,
             )
         id, begun = uuid4(), monotonic()
-        lease, strict = round(policy.lease * MICROSECONDS), policy.order == "strict"
+        lease, strict = microseconds(policy.lease), policy.order == "strict"
         if not await database.perform(lambda: database.plans.join(id, lease, strict)):
             raise ConfigurationError(
                 f"Relays of another order than {policy.order!r} are at work on this outbox; stop them first."

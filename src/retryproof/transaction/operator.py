@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from retryproof.core.message import PARTITIONS
+from retryproof.core.record import microseconds
 from retryproof.stores.sql.outbox import DeadLetter, Stats
 from retryproof.transaction.outbox_database import Database, open_database
 
-MICROSECONDS = 1_000_000
 PURGE_BATCH = 1_000
 
 
@@ -44,7 +44,7 @@ class Operator:
     async def purge(self, older_than: float) -> int:
         """Forget a bounded number of dead letters that died more than so many seconds ago; 0 when all are gone."""
         await self._prepare()
-        age = round(older_than * MICROSECONDS)
+        age = microseconds(older_than)
         return await self._database.perform(lambda: self._database.plans.purge(age, PURGE_BATCH))
 
     async def adopt(self) -> int:

@@ -9,9 +9,9 @@ from typing import Literal
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import PARTITIONS, Conclusion, Failure, Message
+from retryproof.core.record import microseconds
 from retryproof.publishers.base import DELIVERED, Delivered, Failed, Outcome, Untried
 
-MICROSECONDS = 1_000_000
 MAX_BATCH = 1_000
 _POSITIVE = (
     *("batch", "lease", "max_attempts", "backoff", "max_backoff", "poll", "max_poll", "patience", "timeout"),
@@ -116,7 +116,7 @@ def conclude(
                 dead.append((message, attempts, reason))
             case Failed(reason=reason, retry_after=retry_after):
                 delay = max(policy.delay(attempts), retry_after or 0.0)
-                failed.append(Failure(message, attempts, reason, round(delay * MICROSECONDS)))
+                failed.append(Failure(message, attempts, reason, microseconds(delay)))
                 if policy.on_failure == "block":
                     closed.add(message.line)
             case Untried():

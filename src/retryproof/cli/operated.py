@@ -1,0 +1,57 @@
+"""What the commands on an outbox and an inbox have in common: an operator by URL, purging, and what is said."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from typing import Protocol, TypeVar
+
+from retryproof.cli.command import Refused
+from retryproof.cli.output import Output
+from retryproof.cli.redact import redacted
+
+
+class Closing(Protocol):
+    """What is closed after its use."""
+
+    async def aclose(self) -> None: ...
+
+
+C = TypeVar("C", bound=Closing)
+T = TypeVar("T")
+
+
+def closing(make: Callable[[], C], work: Callable[[C], Awaitable[T]]) -> T:
+    """Do something with what is made and closed in an event loop of its own."""
+
+    async def run() -> T:
+        made = make()
+        try:
+            return await work(made)
+        finally:
+            await made.aclose()
+
+    return asyncio.run(run())
+
+
+def purge_all(url: str, output: Output, make: Callable[[], C], purge: Callable[[C], Awaitable[int]]) -> None:
+    """Purge in bounded passes until nothing is left, and say how many went."""
+
+    async def work(operator: C) -> int:
+        purged = 0
+        while removed := await purge(operator):
+            purged += removed
+            tell(f"{purged} purged")
+        return purged
+
+    with output.progress("purging") as tell:
+        count = closing(make, work)
+    output.answer({"store": redacted(url), "purged": count}, f"purged: {count}")
+
+
+def tell_of_letters(url: str, output: Output, word: str, count: int, names: Collection[object]) -> None:
+    """Say to how many dead letters something was done; refused where some of those that were named are not there."""
+    output.answer({"store": redacted(url), word: count}, f"{word}: {count}")
+    wanted = len(set(names))
+    if count < wanted:
+        raise Refused(f"{wanted - count} of {wanted} ids name no dead letter; the others are {word}.")
