@@ -115,36 +115,6 @@ def drive(
             background.unwatch(hold)
 
 
-async def adrive(
-    flow: Steps[T],
-    store: AsyncPerformer,
-    timeout: float,
-    run: Callable[[Hold], Awaitable[Reply]],
-    pause: Callable[[Pause], Awaitable[Paused]],
-) -> T:
-    """Pump a flow to its conclusion in this task.
-
-    A cancellation that arrives while the attempt is being settled cannot lose its result: the rest of the flow goes on
-    in a task of its own, is waited for, and only then the cancellation goes on. A second one does not wait.
-    """
-    step = await abegin(flow, store, timeout, pause)
-    if not isinstance(step, Run):
-        return step
-    hold, rest = step.hold, set[asyncio.Task[T]]()
-    store.background.watch(hold)
-    try:
-        reply = await run(hold)
-    except BaseException:
-        store.background.unwatch(hold)
-        raise
-    try:
-        return await afinish(flow, reply, hold, store, timeout, rest.add)
-    except asyncio.CancelledError:
-        if rest:
-            await asyncio.wait(rest)
-        raise
-
-
 def abegin(
     flow: Steps[T], store: AsyncPerformer, timeout: float, pause: Callable[[Pause], Awaitable[Paused]]
 ) -> Awaitable[T | Run]:

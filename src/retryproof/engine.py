@@ -22,16 +22,17 @@ from typing import Any, Generic, Self, TypeVar, overload
 from retryproof.conclusions import error_of, event_of, kind_of
 from retryproof.core import errors
 from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
-from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused, Raised, Reply, Returned
+from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused, Raised, Reply, Returned, Run
+from retryproof.core.commands import Outcome as Ended
 from retryproof.core.fingerprint import Method, seal
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Flow, Replayed, attempt
 from retryproof.core.hold import Hold
 from retryproof.core.keys import check_key, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import adrive, clock, drive
+from retryproof.drive import abegin, afinish, clock, drive
 from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
 from retryproof.observe.logging import log_event
-from retryproof.operation import EPOCH, BlockingOperation, LoopOperation, Settled, asettle, enter, leave, settle
+from retryproof.operation import ENDED, EPOCH, BlockingOperation, LoopOperation, Settled, asettle, enter, leave, settle
 from retryproof.stores.base import AsyncStore, Store
 from retryproof.stores.opened import AsyncOpened, AsyncView, Opened, Source
 
@@ -346,36 +347,18 @@ class AsyncIdempotency(Engine):
         """`run` for a record whose id is known, and its fingerprint as it is stored. beside: as for `flow`."""
         policy, codec = policy or self.policy, codec or self._codec
         opened = self._source.aopened()
-        work = _Work(codec, _limit(policy, opened))
-
-        async def run_fn(hold: Hold) -> Reply:
-            self.listen(hold, where)
-            overtaking = Overtaking(hold, cancels=policy.on_lease_lost == "cancel")
-            operation = LoopOperation(hold, opened, policy, overtaking.loop)
-            token = enter(operation)
-            try:
-                with overtaking:
-                    value: Any = fn()
-                    if inspect.isawaitable(value):
-                        value = await value
-            except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
-                outcome = LeaseLost() if overtaking.cancelled(error) else work.failed(error)
-                return work.settled(await asettle(operation, outcome))
-            finally:
-                leave(token)
-            return work.settled(await asettle(operation, work.returned(value)))
-
-        async def pause(command: Pause) -> Paused:
-            return await self.pause(command, policy)
-
+        work = _LoopWork(codec, _limit(policy, opened))
         began = clock()
         flow = self.flow(opened, id, fingerprint, policy, tenant, beside=beside)
         try:
-            conclusion = await adrive(flow, opened, policy.store_timeout, run_fn, pause)
+            step = await abegin(flow, opened, policy.store_timeout, lambda pause: self.pause(pause, policy))
+            if isinstance(step, Run):
+                self.listen(step.hold, where)
+                step = await work.carry_out(flow, step.hold, fn, opened, policy)
         finally:
             opened.background.leave()
-        self.conclude(conclusion, id, where, began)
-        return work.outcome(conclusion, id)
+        self.conclude(step, id, where, began)
+        return work.outcome(step, id)
 
     async def pause(
         self, command: Pause, policy: Policy, sleep: Callable[[float], Awaitable[bool]] | None = None
@@ -477,31 +460,79 @@ def _is_overtaken(conclusion: Conclusion) -> bool:
     return isinstance(conclusion, Replayed | Busy | Down) and conclusion.overtaken
 
 
-class Overtaking:
-    """Cancels the task that runs a handler when its lease is lost (C8), and tells that cancellation from others."""
+class _LoopWork(_Work):
+    """The run of a function that an event loop runs, and what it came to."""
 
-    __slots__ = ("_active", "_cancels", "_hold", "_ours", "_task", "loop")
+    __slots__ = ("_rest",)
 
-    def __init__(self, hold: Hold, *, cancels: bool) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, codec: Codec, limit: int) -> None:
+        super().__init__(codec, limit)
+        self._rest: asyncio.Task[Conclusion] | None = None
+
+    async def carry_out(
+        self, flow: Flow, hold: Hold, fn: Callable[[], Any], opened: AsyncOpened | AsyncView, policy: Policy
+    ) -> Conclusion:
+        """Run the function under its hold, and settle what it came to.
+
+        A cancellation that arrives while it is being settled cannot lose its result: the rest of the flow goes on in a
+        task of its own, is waited for, and only then the cancellation goes on. A second one does not wait.
+        """
+        overtaking = _Overtaking(hold, opened.loop) if policy.on_lease_lost == "cancel" else None
+        operation = LoopOperation(hold, opened, policy, opened.loop)
+        opened.background.watch(hold)
+        token = enter(operation)
+        try:
+            try:
+                value: Any = fn()
+                if inspect.isawaitable(value):
+                    value = await value
+            finally:
+                leave(token)
+                if overtaking is not None:
+                    overtaking.end()
+        except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
+            lost = overtaking is not None and overtaking.caused(error)
+            outcome: Ended = LeaseLost() if lost else self.failed(error)
+        else:
+            outcome = self.returned(value)
+        operation.refuses_transactions = ENDED
+        reply: Reply = outcome
+        if operation.joined:
+            try:
+                reply = self.settled(await asettle(operation, outcome))
+            except BaseException:
+                opened.background.unwatch(hold)
+                raise
+        try:
+            return await afinish(flow, reply, hold, opened, policy.store_timeout, self._adopt)
+        except asyncio.CancelledError:
+            if self._rest is not None:
+                await asyncio.wait({self._rest})
+            raise
+
+    def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
+        self._rest = rest
+class _Overtaking:
+    """Cancels the task that runs a function when its lease is lost (C8), and tells that cancellation from others."""
+
+    __slots__ = ("_active", "_hold", "_loop", "_ours", "_task")
+
+    def __init__(self, hold: Hold, loop: asyncio.AbstractEventLoop) -> None:
         self._hold = hold
-        self._cancels = cancels
-        self._task = asyncio.current_task()
+        self._loop = loop
+        self._task = asyncio.current_task(loop)
         self._active = True
         self._ours = False
+        hold.on_lost = self._lost
 
-    def __enter__(self) -> Self:
-        if self._cancels:
-            self._hold.on_lost = self._lost
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def end(self) -> None:
+        """The function has ended."""
         self._active = False
         self._hold.on_lost = None
         if self._ours and self._task is not None:
             self._task.uncancel()
 
-    def cancelled(self, error: BaseException) -> bool:
+    def caused(self, error: BaseException) -> bool:
         """Whether that is the cancellation that we made, and nobody else cancelled the task as well."""
         alone = self._task is None or self._task.cancelling() == 0
         return self._ours and alone and isinstance(error, asyncio.CancelledError)
@@ -509,7 +540,7 @@ class Overtaking:
     def _lost(self) -> None:
         """Called from the keeper's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the task has ended with it
-            self.loop.call_soon_threadsafe(self._cancel)
+            self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         if self._active and not self._ours and self._task is not None:

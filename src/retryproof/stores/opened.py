@@ -82,6 +82,7 @@ class AsyncView:
     """An opened blocking store as the tasks of an event loop see it."""
 
     def __init__(self, opened: Opened) -> None:
+        self.loop = asyncio.get_running_loop()
         self.opened = opened
         self.capabilities = opened.capabilities
         self.background = opened.background
