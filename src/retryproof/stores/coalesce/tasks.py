@@ -61,12 +61,15 @@ class _Lane:
     def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """Put a command on its way."""
         future: asyncio.Future[Reply] = self._loop.create_future()
-        deadline = clock() + timeout
-        waiter = _Waiter(command, future, deadline, timeout)
-        if len(self._pending) + len(self._later) + self._twins >= MAX_WAITING:
+        pending = self._pending
+        if len(pending) + len(self._later) + self._twins >= MAX_WAITING:
             future.set_result(overfull(self._coalescer.name))
             return future
-        self._queue(waiter)
+        deadline = clock() + timeout
+        waiter = _Waiter(command, future, deadline, timeout)
+        standing = pending.setdefault(command.id, waiter)
+        if standing is not waiter:
+            self._queue_behind(standing, waiter)
         if self._task is None:
             self._task = self._loop.create_task(self._run())
             self._task.add_done_callback(self._ended)
@@ -76,8 +79,10 @@ class _Lane:
 
     def _queue(self, waiter: _Waiter) -> None:
         standing = self._pending.setdefault(waiter.command.id, waiter)
-        if standing is waiter:
-            return
+        if standing is not waiter:
+            self._queue_behind(standing, waiter)
+
+    def _queue_behind(self, standing: _Waiter, waiter: _Waiter) -> None:
         if are_twins(standing.command, waiter.command):
             self._twins += 1
             if standing.twins is None:
@@ -95,10 +100,9 @@ class _Lane:
                     continue
                 answers = await self._send([waiter.command for waiter in self._flying])
                 turn = len(answers) // 2 if len(answers) >= WORTH_SPLITTING else len(answers)
-                for number, (waiter, answer) in enumerate(zip(self._flying, answers, strict=True), start=1):
-                    self._deliver(waiter, as_reply(self._coalescer.name, answer))
-                    if number == turn:  # what these callers ask next is under way while the others still work
-                        await asyncio.sleep(0)
+                self._deliver_all(self._flying[:turn], answers[:turn])
+                await asyncio.sleep(0)  # what these callers ask next is under way while the others still work
+                self._deliver_all(self._flying[turn:], answers[turn:])
                 self._flying = ()
         finally:
             self._task = None
@@ -118,11 +122,11 @@ class _Lane:
             batch = [self._pending.pop(id) for id in list(self._pending)[: self._size]]
         for _ in range(len(self._later)):
             self._queue(self._later.popleft())
-        return [waiter for waiter in batch if not self._taken_back(waiter)]
+        return [waiter for waiter in batch if not (waiter.future.done() and self._taken_back(waiter))]
 
     def _taken_back(self, waiter: _Waiter) -> bool:
-        """Whether this is a claim whose caller left before it was sent; a twin of it takes its place."""
-        if not waiter.future.done() or not isinstance(waiter.command, Claim):
+        """Whether this, which is answered, is a claim whose caller left before it was sent; a twin takes its place."""
+        if not isinstance(waiter.command, Claim):
             return False
         for twin in self._twins_of(waiter):
             self._queue(twin)
@@ -146,6 +150,13 @@ class _Lane:
             broken = StoreUnavailable(f"The store answered {len(answers)} of {len(commands)} commands; it is broken.")
             return [broken] * len(commands)
         return answers
+
+    def _deliver_all(self, waiters: Sequence[_Waiter], answers: Sequence[Any]) -> None:
+        for waiter, answer in zip(waiters, answers, strict=True):
+            if waiter.twins is None and not isinstance(answer, Exception) and not waiter.future.done():
+                waiter.future.set_result(answer)  # nearly always, and then `_deliver` has nothing to add
+            else:
+                self._deliver(waiter, as_reply(self._coalescer.name, answer))
 
     def _deliver(self, waiter: _Waiter, reply: Reply) -> None:
         gone = waiter.future.done()
