@@ -121,18 +121,18 @@ class Engine:
         beside: others that were taken over run side by side with it, so that its death would not count (C15).
         """
         alone = opened.background.enter()
-        claim = Claim(
-            id=id,
-            fingerprint=fingerprint,
-            nonce=os.urandom(16),
-            lease=policy.lease,
-            retention=policy.retention,
-            unsettled_retention=policy.unsettled_retention,
-            on_abandoned=policy.on_abandoned,
-            max_attempts=policy.max_attempts,
-            tenant=tenant,
-            trace=trace if self._traces is None else recorded_trace(self._traces, trace),
-            alone=0 if beside else alone,
+        claim = Claim(  # in the order of its fields: by name it takes twice as long
+            id,
+            fingerprint,
+            os.urandom(16),
+            policy.lease,
+            policy.retention,
+            policy.unsettled_retention,
+            policy.on_abandoned,
+            policy.max_attempts,
+            tenant,
+            trace if self._traces is None else recorded_trace(self._traces, trace),
+            0 if beside else alone,
         )
         return attempt(claim, policy, clock(), refingerprint)
 

@@ -16,6 +16,7 @@ import json
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 from retryproof.core.convert import converter_for
@@ -33,6 +34,7 @@ __all__ = [
     "encode_and_replay",
     "encode_response",
     "encode_value",
+    "pack_response",
 ]
 
 VERSION = 1
@@ -59,15 +61,21 @@ class StoredResponse:
 
 def encode_response(response: StoredResponse) -> bytes:
     """Return a response as it is stored; raise Unencodable for what no HTTP response can be."""
-    if not 100 <= response.status <= 999:
-        raise Unencodable(f"{response.status} is no status of a response")
-    parts = [part for header in response.headers for part in header]
-    flags = _OMITTED if response.omitted else 0
-    count = len(response.headers)
+    return pack_response(response.status, response.headers, response.body, omitted=response.omitted)
+
+
+def pack_response(
+    status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, *, omitted: bool = False
+) -> bytes:
+    """`encode_response` of the parts of one."""
+    if not 100 <= status <= 999:
+        raise Unencodable(f"{status} is no status of a response")
+    parts = [part for header in headers for part in header]
+    count = len(headers)
     try:
-        head = _HEAD.pack(VERSION, _RESPONSE, flags, response.status, count, len(response.body))
+        head = _HEAD.pack(VERSION, _RESPONSE, _OMITTED if omitted else 0, status, count, len(body))
         lengths = struct.pack(">" + "HI" * count, *map(len, parts))
-        return b"".join((head, lengths, *parts, response.body))
+        return b"".join((head, lengths, *parts, body))
     except (struct.error, TypeError) as error:
         raise Unencodable(f"not a response that can be stored: {error}") from error
 
@@ -124,7 +132,12 @@ def encode_value(codec: Codec, value: object) -> bytes:
 
 
 def _envelope(name: str, payload: bytes) -> bytes:
-    return b"%c%c%c%b%b" % (VERSION, _VALUE, len(name), name.encode("ascii"), payload)
+    return _envelope_of(name) + payload
+
+
+@lru_cache(maxsize=64)
+def _envelope_of(name: str) -> bytes:
+    return b"%c%c%c%b" % (VERSION, _VALUE, len(name), name.encode("ascii"))
 
 
 def decode_value(codec: Codec, data: bytes) -> Any:
@@ -205,7 +218,19 @@ def codec_for(annotation: object, extensions: Sequence[Extension] = ()) -> Codec
     return JsonCodec(annotation)
 
 
-_to_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+def _text_encoder() -> Callable[[Any], str]:
+    """Writes plain JSON compactly, with the encoder of the json module made once: `encode` makes one at each call."""
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    try:
+        # No table of what is being written: a value that holds itself was refused before it came here.
+        chunks = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+    except TypeError:  # a Python that has none, or another
+        return encoder.encode
+    return lambda value: "".join(chunks(value, 0))
+
+
+_to_text = _text_encoder()
 
 
 def _unreadable(data: bytes, kind: int) -> Unreadable:

@@ -24,7 +24,7 @@ NOTHING: Mapping[str, bytes] = MappingProxyType({})
 # Commands to a store
 
 
-@value(kw_only=True)
+@value
 class Claim:
     """Take the operation, or say why not. Repeated with the same nonce it gives the same answer (C3).
 

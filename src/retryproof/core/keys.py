@@ -190,8 +190,7 @@ def record_id(scope: Sequence[str | bytes], key: str | bytes, *, pepper: bytes =
     Every part is framed by its type and length, so that no two different pairs share an id (C11).
     """
     parts = tuple(scope)
-    framed = _framed if sum(map(len, parts)) <= REMEMBERED else _framed.__wrapped__
-    message = framed(parts) + _frame(key)
+    message = (_frames.get(parts) or _framed(parts)) + _frame(key)
     return hmac.digest(pepper, message, "sha256") if pepper else hashlib.sha256(message).digest()
 
 
@@ -212,9 +211,17 @@ def short_digest(record: bytes) -> str:
     return record[:8].hex()
 
 
-@lru_cache(maxsize=1_024)
+_frames: dict[tuple[str | bytes, ...], bytes] = {}
+"""Scopes that were met, framed; emptied when there are many."""
+
+
 def _framed(scope: tuple[str | bytes, ...]) -> bytes:
-    return b"".join([b"retryproof record 1\n", *map(_frame, scope)])
+    framed = b"".join([b"retryproof record 1\n", *map(_frame, scope)])
+    if len(framed) <= REMEMBERED:
+        if len(_frames) >= 1_024:
+            _frames.clear()
+        _frames[scope] = framed
+    return framed
 
 
 def _frame(part: str | bytes) -> bytes:

@@ -49,13 +49,17 @@ def name_of(annotation: Any) -> str:
 # --- Plain JSON -----------------------------------------------------------------------------------------------------
 
 
+_ATOMS = frozenset({str, int, bool, type(None)})
+"""Types whose values are plain JSON as they are."""
+
+
 def _plain(value: Any) -> Any:
     """Return a plain JSON value itself, or with lists in place of its tuples, as every caller is given it (C16).
 
     Raises Unencodable for all others.
     """
     kind = type(value)
-    if kind is str or kind is int or kind is bool or value is None:
+    if kind in _ATOMS:
         return value
     if kind is float:
         return _finite(value)
@@ -65,11 +69,17 @@ def _plain(value: Any) -> Any:
     if kind is tuple:
         return [_plain(item) for item in value]
     if kind is dict:
-        for name in value:
+        plain = value
+        for name, item in value.items():
             if type(name) is not str:
                 raise Unencodable(f"a dict with a name of type {name_of(type(name))} is not JSON")
-        items = [_plain(item) for item in value.values()]
-        return value if all(map(is_, items, value.values())) else dict(zip(value, items, strict=True))
+            if type(item) in _ATOMS:
+                continue
+            kept = _plain(item)
+            if kept is not item:
+                plain = dict(value) if plain is value else plain
+                plain[name] = kept
+        return plain
     raise Unencodable(f"{name_of(kind)} is not plain JSON; annotate the result with its type")
 
 

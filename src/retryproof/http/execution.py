@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Protocol, assert_never
 
 from retryproof import operation
-from retryproof.core.codec import StoredResponse, Unencodable, encode_response
+from retryproof.core.codec import Unencodable, pack_response
 from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.flow import (
@@ -435,7 +435,7 @@ class Execution:
                 mark=self._options.replay_header,
             )
             if self._copy is not None:
-                encoded = encode_response(StoredResponse(status, tuple(headers), b"".join(self._copy)))
+                encoded = pack_response(status, headers, b"".join(self._copy))
                 if len(encoded) <= self._max_result:
                     return encoded
             return self._omitting(status, headers)
@@ -443,9 +443,9 @@ class Execution:
             return None
 
     def _omitting(self, status: int, headers: Headers) -> bytes | None:
-        nothing: tuple[Header, ...] = ()
-        for kept in (tuple(headers_without_body(headers)), nothing):
-            encoded = encode_response(StoredResponse(status, kept, b"", omitted=True))
+        nothing: Headers = []
+        for kept in (headers_without_body(headers), nothing):
+            encoded = pack_response(status, kept, b"", omitted=True)
             if len(encoded) <= self._max_result:
                 return encoded
         return None

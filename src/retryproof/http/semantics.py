@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from inspect import iscoroutinefunction
 from typing import Literal, TypeAlias, get_args
 
@@ -130,18 +131,22 @@ def kept_headers(headers: Iterable[Header], *, set_cookie: bool = True, mark: by
 
     mark: the header that replays are given; the app may have handed on another service's.
     """
-    listed = [(name.lower(), value) for name, value in headers]
-    dropped = _DROPPED
-    for name, value in listed:
-        if name == b"connection":
-            dropped = dropped | {token.strip().lower() for token in value.split(b",")}
-    if not set_cookie:
-        dropped = dropped | {b"set-cookie"}
-    return [
-        (name, value)
-        for name, value in listed
-        if name not in dropped and name != mark and not name.startswith(_DROPPED_PREFIXES)
-    ]
+    kept = []
+    unwanted = {mark} if set_cookie else {mark, b"set-cookie"}
+    for name, value in headers:
+        lowered = _kept_name(name)
+        if lowered is not None:
+            kept.append((lowered, value))
+        elif name.lower() == b"connection":
+            unwanted.update(token.strip().lower() for token in value.split(b","))
+    return [header for header in kept if header[0] not in unwanted]
+
+
+@lru_cache(maxsize=256)
+def _kept_name(name: bytes) -> bytes | None:
+    """A header's name in lower case, or None where the header is dropped whatever it says."""
+    lowered = name.lower()
+    return None if lowered in _DROPPED or lowered.startswith(_DROPPED_PREFIXES) else lowered
 
 
 def headers_without_body(headers: Iterable[Header]) -> Headers:
