@@ -15,13 +15,13 @@ A value is `version u8 | kind "V" | length of the codec's name u8 | name | what 
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 from retryproof.core.convert import converter_for
 from retryproof.core.errors import Unreadable
 from retryproof.core.scalars import Converter, Unencodable, unchanged
+from retryproof.core.value import value as value_class
 
 __all__ = [
     "Codec",
@@ -44,9 +44,10 @@ _VALUE = ord("V")
 _OMITTED = 1
 
 _HEAD = struct.Struct(">BBBHHI")
+_LENGTHS = struct.Struct(">HI")
 
 
-@dataclass(frozen=True, slots=True)
+@value_class
 class StoredResponse:
     """An HTTP response as it is replayed: names and values byte for byte, in order, repeated names kept.
 
@@ -86,20 +87,19 @@ def decode_response(data: bytes) -> StoredResponse:
         version, kind, flags, status, count, body_length = _HEAD.unpack_from(data)
         if version != VERSION or kind != _RESPONSE or flags > _OMITTED or not 100 <= status <= 999:
             raise _unreadable(data, _RESPONSE)
-        lengths = struct.unpack_from(">" + "HI" * count, data, _HEAD.size)
+        at = _HEAD.size + _LENGTHS.size * count
+        lengths = _LENGTHS.iter_unpack(data[_HEAD.size : at])
     except struct.error as error:
         raise _unreadable(data, _RESPONSE) from error
-    at = _HEAD.size + 6 * count
-    if at + sum(lengths) + body_length != len(data):
-        raise _unreadable(data, _RESPONSE)
-    parts = []
-    for length in lengths:
-        end = at + length
-        parts.append(data[at:end])
+    headers = []
+    for name_length, value_length in lengths:
+        middle = at + name_length
+        end = middle + value_length
+        headers.append((data[at:middle], data[middle:end]))
         at = end
-    # One iterator zipped with itself pairs names with values.
-    pairs = iter(parts)
-    return StoredResponse(status, tuple(zip(pairs, pairs, strict=True)), data[at:], flags == _OMITTED)
+    if at + body_length != len(data):
+        raise _unreadable(data, _RESPONSE)
+    return StoredResponse(status, tuple(headers), data[at:], flags == _OMITTED)
 
 
 class Codec(Protocol):
