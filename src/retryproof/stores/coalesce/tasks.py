@@ -25,7 +25,13 @@ from retryproof.stores.coalesce.replies import (
 )
 
 WORTH_SPLITTING = 16
-"""Replies from which on they are handed out in two portions, so that client and server work at the same time."""
+"""Replies from which on they are handed out in portions, so that client and server work at the same time."""
+PORTION = 32
+"""Replies that are handed out at once, at most; larger portions leave the one or the other idle."""
+
+
+def _portion(replies: int) -> int:
+    return replies if replies < WORTH_SPLITTING else min(PORTION, (replies + 1) // 2)
 
 
 class _Waiter:
@@ -99,10 +105,11 @@ class _Lane:
                 if not self._flying:
                     continue
                 answers = await self._send([waiter.command for waiter in self._flying])
-                turn = len(answers) // 2 if len(answers) >= WORTH_SPLITTING else len(answers)
-                self._deliver_all(self._flying[:turn], answers[:turn])
-                await asyncio.sleep(0)  # what these callers ask next is under way while the others still work
-                self._deliver_all(self._flying[turn:], answers[turn:])
+                size = _portion(len(answers))
+                for start in range(0, len(answers), size):
+                    if start:  # what these callers ask next is under way while the others still work
+                        await asyncio.sleep(0)
+                    self._deliver_all(self._flying[start : start + size], answers[start : start + size])
                 self._flying = ()
         finally:
             self._task = None
