@@ -42,6 +42,8 @@ GOALS = (
     Goal("http replay 256", "ceiling", 0.8, LAYERED, no_errors=True),
     Goal("http new 32", "ceiling, same endings", 0.85, LAYERED, no_errors=True),
     Goal("http new 256", "ceiling, same endings", 0.8, LAYERED, no_errors=True),
+    Goal("http collector 32", "ceiling, tuned", 0.85, f"{LAYERED}, tuned"),
+    Goal("http collector 32", "ceiling, same endings, tuned", 0.85, f"{LAYERED}, tuned"),
     Goal("http new 32", "idemkit", 2.0, LAYERED),
     Goal("http replay 32", "idemkit", 3.0, LAYERED),
     Goal("engine redis new 32", "bare coalesced script", 0.75),

@@ -25,7 +25,20 @@ from benchmarks.measure import Figure, OutOfTime, Pace  # noqa: E402
 from benchmarks.peers import PEERS, PeerMissing, peer_python  # noqa: E402
 from benchmarks.services import Services  # noqa: E402
 
-FAMILIES = ("http", "asgi", "engine", "threads", "inbox", "outbox", "phases", "beside", "growth", "held", "roundtrips")
+FAMILIES = (
+    "http",
+    "collector",
+    "asgi",
+    "engine",
+    "threads",
+    "inbox",
+    "outbox",
+    "phases",
+    "beside",
+    "growth",
+    "held",
+    "roundtrips",
+)
 ON_POSTGRES = {
     "inbox": inbox.figures,
     "outbox": outbox.figures,
@@ -77,6 +90,9 @@ async def take(options: argparse.Namespace, services: Services) -> tuple[list[Fi
         subjects = http_subjects(services, stores, ours=ours, peers=options.peers)
         figures += await http.figures(subjects, pace, options.connections)
     pace = Pace.of(options.quick, options.limit - (time.monotonic() - began))
+    if "collector" in options.only and "redis" in stores:
+        subjects = http_subjects(services, ["redis"], ours=ours, peers=False)
+        figures += await http.collector_figures(subjects, pace)
     if "engine" in options.only:
         for store in stores:
             figures += await engine.STORES[store](services, pace, ours=ours)

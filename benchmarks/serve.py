@@ -6,6 +6,7 @@ Runs in the virtual environment of its subject, so a layer is imported only wher
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -85,13 +86,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--subject", choices=SUBJECTS, required=True)
     parser.add_argument("--store", default="", help="the store's URL")
+    parser.add_argument("--tuned-collector", action="store_true")
     options = parser.parse_args()
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(BACKLOG)
     print(listener.getsockname()[1], flush=True)
+    app = SUBJECTS[options.subject](options.store)
+    if options.tuned_collector:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000, 10, 10)
     config = uvicorn.Config(
-        SUBJECTS[options.subject](options.store),
+        app,
         loop="uvloop",
         http="httptools",
         lifespan="on",

@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import Figure, OutOfTime, Pace, Run, Sample, interleave
@@ -39,6 +39,8 @@ class HttpSubject:
     serve: str
     store: str = ""
     python: str = sys.executable
+    tuned: bool = False
+    """The garbage collector set as docs/howto/fastapi.md advises."""
 
 
 class ServerDied(RuntimeError):
@@ -50,6 +52,7 @@ class Server:
 
     def __init__(self, subject: HttpSubject) -> None:
         command = [subject.python, "-m", "benchmarks.serve", "--subject", subject.serve, "--store", subject.store]
+        command += ["--tuned-collector"] if subject.tuned else []
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -142,6 +145,17 @@ def flag(sample: Sample, fault: str, expected: int) -> Sample:
         return sample
     details = {**sample.details, "fault": fault}
     return Sample(sample.operations, sample.seconds, sample.cpu_seconds, sample.errors + wrong, details)
+
+
+async def collector_figures(subjects: list[HttpSubject], pace: Pace) -> list[Figure]:
+    """New keys, under the collector as Python has it and under one that is tuned."""
+    both = [*subjects, *(replace(subject, name=f"{subject.name}, tuned", tuned=True) for subject in subjects)]
+    async with serving(both) as servers:
+        runs = {name: new_keys(server, 32) for name, server in servers.items()}
+        try:
+            return [await interleave("http collector 32", METHOD, runs, pace)]
+        except OutOfTime:
+            return []
 
 
 async def figures(subjects: list[HttpSubject], pace: Pace, connections: tuple[int, ...] = CONNECTIONS) -> list[Figure]:

@@ -512,6 +512,8 @@ class _LoopWork(_Work):
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest
+
+
 class _Overtaking:
     """Cancels the task that runs a function when its lease is lost (C8), and tells that cancellation from others."""
 

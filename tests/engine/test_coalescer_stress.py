@@ -13,12 +13,23 @@ from typing import Any
 
 import pytest
 
-from retryproof.core.commands import Acquired, Claim, FenceReply, Renew, Reply, Running, Unreachable
+from retryproof.core.commands import (
+    Acquired,
+    Claim,
+    Done,
+    FenceReply,
+    Lost,
+    Release,
+    Renew,
+    Reply,
+    Running,
+    Unreachable,
+)
 from retryproof.core.hold import Hold
 from retryproof.stores.coalesce import Bridge, BridgeEnd, TaskCoalescer, ThreadCoalescer, bridge, tasks
 from retryproof.stores.coalesce.alarm import NEVER, Alarm
 from retryproof.stores.coalesce.bridge import _Crossing
-from retryproof.stores.coalesce.tasks import WORTH_SPLITTING
+from retryproof.stores.coalesce.tasks import PORTION, WORTH_SPLITTING
 from retryproof.stores.keeper import Keeper
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
 
@@ -470,7 +481,7 @@ async def test_twins_that_were_answered_count_no_more(monkeypatch: pytest.Monkey
         assert [type(reply) for reply in replies] == [Acquired, Running, Running]
 
 
-# Replies in two portions
+# Replies in portions
 
 
 def batches_of(lanes: Lanes) -> asyncio.Task[Any]:
@@ -508,6 +519,24 @@ async def test_a_small_batch_is_answered_at_once_and_asks_together() -> None:
     async with asyncio.timeout(SECONDS):
         await asyncio.gather(*(visit(number) for number in range(WORTH_SPLITTING - 1)))
     assert store.sent == [("claim", WORTH_SPLITTING - 1)] * 2
+
+
+async def test_a_batch_of_many_is_answered_in_portions_of_bounded_size() -> None:
+    """A store that is asked next by half of hundreds would wait for that half, and they for it."""
+    store = OnLoop()
+    lanes = Lanes(store)
+    count = 3 * PORTION + 1
+
+    async def visit(number: int) -> None:
+        assert isinstance(await lanes.perform(make_claim(f"{number}"), SECONDS), Acquired)
+        release = Release(make_claim(f"{number}").id, bytes(16), 1)
+        assert isinstance(await lanes.perform(release, SECONDS), Done | Lost)
+
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(visit(number) for number in range(count)))
+    assert store.sent[0] == ("claim", count)
+    assert store.sent[1] == ("release", PORTION)
+    assert sum(size for kind, size in store.sent if kind == "release") == count
 
 
 async def between_the_portions(lanes: Lanes, count: int = WORTH_SPLITTING) -> tuple[list[Claim], list[Any]]:

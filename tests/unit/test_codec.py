@@ -32,6 +32,7 @@ from retryproof.core.codec import (
     JsonCodec,
     StoredResponse,
     Unencodable,
+    _text_encoder,
     codec_for,
     decode_response,
     decode_value,
@@ -209,6 +210,30 @@ def test_c16_plain_json_is_read_back_as_it_was(value: Any) -> None:
     decoded = again(value)
     assert decoded == value
     assert repr(decoded) == repr(value)
+
+
+@given(plain_values)
+def test_c16_plain_json_is_written_alike_with_and_without_the_encoder_in_c(value: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("json.encoder.c_make_encoder", None)
+        in_python = _text_encoder()
+        assert in_python(value) == encode_value(JsonCodec(), value)[len(encode_value(JsonCodec(), 0)) - 1 :].decode(
+            "utf-8", "surrogatepass"
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [
+        ({"a": (1, {"b": ()}), "c": 2}, {"a": [1, {"b": []}], "c": 2}),
+        ([(1,), {"a": [()]}], [[1], {"a": [[]]}]),
+        ({"a": {"b": {"c": (1,)}}, "d": [2]}, {"a": {"b": {"c": [1]}}, "d": [2]}),
+    ],
+)
+def test_c16_tuples_are_lists_for_every_caller_however_deep_and_the_given_value_stays(value: Any, seen: Any) -> None:
+    before = repr(value)
+    data, replayed = encode_and_replay(JsonCodec(), value)
+    assert (repr(replayed), repr(decode_value(JsonCodec(), data)), repr(value)) == (repr(seen), repr(seen), before)
 
 
 @pytest.mark.parametrize("value", [None, "", False, 0, 0.0, [], {}, "\ud83d\ude00"])

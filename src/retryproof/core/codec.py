@@ -65,9 +65,7 @@ def encode_response(response: StoredResponse) -> bytes:
     return pack_response(response.status, response.headers, response.body, omitted=response.omitted)
 
 
-def pack_response(
-    status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, *, omitted: bool = False
-) -> bytes:
+def pack_response(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, *, omitted: bool = False) -> bytes:
     """`encode_response` of the parts of one."""
     if not 100 <= status <= 999:
         raise Unencodable(f"{status} is no status of a response")
