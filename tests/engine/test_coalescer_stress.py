@@ -539,6 +539,24 @@ async def test_a_batch_of_many_is_answered_in_portions_of_bounded_size() -> None
     assert sum(size for kind, size in store.sent if kind == "release") == count
 
 
+async def test_who_waits_is_sent_before_those_ask_again_who_were_just_answered() -> None:
+    """Otherwise all callers would end up in one crowd, and the store would be idle while they work."""
+    store = Held()
+    lanes = Lanes(store)
+
+    async def visit(number: int) -> None:
+        await lanes.perform(make_claim(f"{number}"), SECONDS)
+        await lanes.perform(make_claim(f"{number} again"), SECONDS)
+
+    async with asyncio.timeout(SECONDS):
+        visits = asyncio.gather(*(visit(number) for number in range(WORTH_SPLITTING)))
+        await store.entered.wait()
+        late = lanes.perform(make_claim("late"), SECONDS)
+        store.go.set()
+        await asyncio.gather(visits, late)
+    assert store.sent == [("claim", WORTH_SPLITTING), ("claim", 1), ("claim", WORTH_SPLITTING)]
+
+
 async def between_the_portions(lanes: Lanes, count: int = WORTH_SPLITTING) -> tuple[list[Claim], list[Any]]:
     """Claims on their way, of which the first half has its replies."""
     claims = [make_claim(f"{number}") for number in range(count)]

@@ -107,7 +107,9 @@ class _Lane:
                 answers = await self._send([waiter.command for waiter in self._flying])
                 size = _portion(len(answers))
                 for start in range(0, len(answers), size):
-                    if start:  # what these callers ask next is under way while the others still work
+                    if start and not self._pending:
+                        # What these callers ask next is under way while the others still work. Who waits for this lane
+                        # goes first: a pause would merge all callers into one crowd that works or waits in step.
                         await asyncio.sleep(0)
                     self._deliver_all(self._flying[start : start + size], answers[start : start + size])
                 self._flying = ()
