@@ -480,6 +480,20 @@ class _LoopWork(_Work):
         overtaking = _Overtaking(hold, opened.loop) if policy.on_lease_lost == "cancel" else None
         operation = LoopOperation(hold, opened, policy, opened.loop)
         opened.background.watch(hold)
+        try:
+            outcome = await self._run(fn, operation, overtaking)
+            reply = self.settled(await asettle(operation, outcome)) if operation.joined else outcome
+        except BaseException:
+            opened.background.unwatch(hold)
+            raise
+        try:
+            return await afinish(flow, reply, hold, opened, policy.store_timeout, self._adopt)
+        except asyncio.CancelledError:
+            if self._rest is not None:
+                await asyncio.wait({self._rest})
+            raise
+
+    async def _run(self, fn: Callable[[], Any], operation: LoopOperation, overtaking: _Overtaking | None) -> Ended:
         token = enter(operation)
         try:
             try:
@@ -487,28 +501,17 @@ class _LoopWork(_Work):
                 if inspect.isawaitable(value):
                     value = await value
             finally:
-                leave(token)
                 if overtaking is not None:
                     overtaking.end()
+                leave(token)
         except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
-            lost = overtaking is not None and overtaking.caused(error)
-            outcome: Ended = LeaseLost() if lost else self.failed(error)
+            if overtaking is not None and overtaking.caused(error):
+                return LeaseLost()
+            return self.failed(error)
         else:
-            outcome = self.returned(value)
-        operation.refuses_transactions = ENDED
-        reply: Reply = outcome
-        if operation.joined:
-            try:
-                reply = self.settled(await asettle(operation, outcome))
-            except BaseException:
-                opened.background.unwatch(hold)
-                raise
-        try:
-            return await afinish(flow, reply, hold, opened, policy.store_timeout, self._adopt)
-        except asyncio.CancelledError:
-            if self._rest is not None:
-                await asyncio.wait({self._rest})
-            raise
+            return self.returned(value)
+        finally:
+            operation.refuses_transactions = ENDED
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from retryproof import Idempotency, Policy, current_operation, errors
+from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from retryproof.core.codec import JsonCodec
 from retryproof.stores import MemoryStore
 from retryproof.testing import ManualClock
-from tests.engine.support import Events
+from tests.engine.support import SECONDS, Events
 
 LEASE = 10.0
 
@@ -211,6 +212,32 @@ def test_c17_a_result_that_is_not_kept_is_its_callers_and_never_none_to_another(
     with pytest.raises(errors.ResultOmitted):
         bench.run(lambda: runs.append(2))
     assert runs == [1]
+
+
+@pytest.mark.parametrize("name", ["", "ü", "x" * 256])
+def test_c17_a_codec_with_an_odd_name_keeps_no_result_and_loses_no_effect(name: str) -> None:
+    bench, odd, ran = Bench(), JsonCodec(), list[Any]()
+    odd.name = name
+    assert bench.engine.run("k", noting(ran, 1), scope="s", codec=odd).value == 1
+    with pytest.raises(errors.ResultOmitted):
+        bench.run(noting(ran, 2))
+    assert ran == [1]
+
+
+class Exits(JsonCodec):
+    """A codec whose process is told to end."""
+
+    def encode_plain(self, value: Any) -> tuple[Any, bytes]:
+        raise SystemExit
+
+
+async def test_c6_no_lease_is_renewed_of_an_attempt_that_is_over_however_it_ended() -> None:
+    """What is renewed for ever could be taken over by nobody."""
+    async with AsyncIdempotency(MemoryStore(), policy=Policy(lease=0.3, wait=SECONDS, poll=0.02)) as engine:
+        with pytest.raises(SystemExit):
+            await engine.run("k", lambda: 1, scope="s", codec=Exits())
+        outcome = await engine.run("k", lambda: 2, scope="s")
+    assert (outcome.value, outcome.attempt) == (2, 2)
 
 
 def test_outside_an_operation_there_is_none() -> None:

@@ -135,6 +135,8 @@ def _envelope(name: str, payload: bytes) -> bytes:
 
 @lru_cache(maxsize=64)
 def _envelope_of(name: str) -> bytes:
+    if not (name.isascii() and 1 <= len(name) <= 255):
+        raise Unencodable(f"the codec's name {name!r} is not 1 to 255 ASCII characters")
     return b"%c%c%c%b" % (VERSION, _VALUE, len(name), name.encode("ascii"))
 
 
