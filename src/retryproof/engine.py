@@ -494,24 +494,22 @@ class _LoopWork(_Work):
             raise
 
     async def _run(self, fn: Callable[[], Any], operation: LoopOperation, overtaking: _Overtaking | None) -> Ended:
+        """Run the function: what came of it. What is raised here is none of its own, and leaves its outcome unknown."""
         token = enter(operation)
         try:
-            try:
-                value: Any = fn()
-                if inspect.isawaitable(value):
-                    value = await value
-            finally:
-                if overtaking is not None:
-                    overtaking.end()
-                leave(token)
+            value: Any = fn()
+            if inspect.isawaitable(value):
+                value = await value
         except BaseException as error:  # noqa: BLE001  # raised again once the record says what it means
-            if overtaking is not None and overtaking.caused(error):
-                return LeaseLost()
-            return self.failed(error)
+            lost = overtaking is not None and overtaking.caused(error)
+            return LeaseLost() if lost else self.failed(error)
         else:
             return self.returned(value)
         finally:
             operation.refuses_transactions = ENDED
+            if overtaking is not None:
+                overtaking.end()
+            leave(token)  # raises where this task was closed from outside, as when its loop is gone
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest
@@ -531,14 +529,15 @@ class _Overtaking:
         hold.on_lost = self._lost
 
     def end(self) -> None:
-        """The function has ended."""
-        self._active = False
+        """The function has ended; once or more."""
+        active, self._active = self._active, False
         self._hold.on_lost = None
-        if self._ours and self._task is not None:
+        if active and self._ours and self._task is not None:
             self._task.uncancel()
 
     def caused(self, error: BaseException) -> bool:
-        """Whether that is the cancellation that we made, and nobody else cancelled the task as well."""
+        """End, and say whether that is the cancellation that we made, and nobody else cancelled the task as well."""
+        self.end()
         alone = self._task is None or self._task.cancelling() == 0
         return self._ours and alone and isinstance(error, asyncio.CancelledError)
 

@@ -224,10 +224,45 @@ def test_c17_a_codec_with_an_odd_name_keeps_no_result_and_loses_no_effect(name: 
     assert ran == [1]
 
 
+class Text(JsonCodec):
+    """A codec that writes what cannot be stored."""
+
+    def encode(self, value: Any, /) -> Any:
+        return "text"
+
+
+def test_c17_a_codec_that_writes_no_bytes_keeps_no_result_and_loses_no_effect() -> None:
+    bench, ran = Bench(), list[Any]()
+    assert bench.engine.run("k", noting(ran, 1), scope="s", codec=Text()).value == 1
+    with pytest.raises(errors.ResultOmitted):
+        bench.run(noting(ran, 2))
+    assert ran == [1]
+
+
+class Secret(JsonCodec):
+    """A codec of somebody's own that builds on ours."""
+
+    def encode(self, value: Any, /) -> bytes:
+        return super().encode(value)[::-1]
+
+    def decode(self, data: bytes, /) -> Any:
+        return super().decode(data[::-1])
+
+
+def test_c16_what_a_codec_makes_of_ours_is_what_is_stored() -> None:
+    bench = Bench()
+    assert bench.engine.run("k", lambda: [1, 2], scope="s", codec=Secret()).value == [1, 2]
+    [record] = bench.engine.opened().store.get([bench.engine.id_of("s", "k")])
+    assert record is not None
+    assert record.result is not None
+    assert record.result.endswith(b"]2,1[")
+    assert bench.engine.run("k", lambda: list[int](), scope="s", codec=Secret()).value == [1, 2]
+
+
 class Exits(JsonCodec):
     """A codec whose process is told to end."""
 
-    def encode_plain(self, value: Any) -> tuple[Any, bytes]:
+    def encode(self, value: Any, /) -> bytes:
         raise SystemExit
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -328,3 +330,51 @@ def test_c18_waiters_in_threads_are_counted_right() -> None:
     first.result(SECONDS)
     assert [thread.result(SECONDS) for thread in waiting].count(True) >= 15
     assert engine._waiters == 0
+
+
+async def charged() -> str:
+    await asyncio.sleep(0)
+    return "charged"
+
+
+def step_in_contexts_of_their_own(run: Coroutine[Any, Any, Any]) -> None:
+    while True:
+        contextvars.copy_context().run(run.send, None)
+
+
+async def test_c5_a_run_that_is_stepped_in_another_context_leaves_its_outcome_unknown() -> None:
+    """What goes wrong beside the function is no failure of the function: it may have had its effect."""
+    store = MemoryStore()
+    engine = AsyncIdempotency(store)
+    run = engine.run("k", charged, scope="s")
+    with pytest.raises(ValueError, match="different Context"):
+        step_in_contexts_of_their_own(run)
+    [record] = store.get([engine.id_of("s", "k")])
+    assert record is not None
+    assert record.state is State.IN_PROGRESS
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_c5_a_run_whose_loop_is_gone_is_not_given_back() -> None:
+    """The garbage collector closes it, in a context that is not its own; what it did stands."""
+    store = MemoryStore()
+    engine = AsyncIdempotency(store, policy=Policy(on_lease_lost="continue"))
+
+    async def start() -> None:
+        began = asyncio.Event()
+
+        async def never_ends() -> None:
+            began.set()
+            await asyncio.get_running_loop().create_future()
+
+        running = asyncio.ensure_future(engine.run("k", never_ends, scope="s"))
+        await began.wait()
+        assert not running.done()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(start())
+    loop.close()
+    gc.collect()
+    [record] = store.get([engine.id_of("s", "k")])
+    assert record is not None
+    assert record.state is State.IN_PROGRESS

@@ -25,6 +25,7 @@ from retryproof.core.commands import (
     Running,
     Unreachable,
 )
+from retryproof.core.errors import StoreUnavailable
 from retryproof.core.hold import Hold
 from retryproof.stores.coalesce import Bridge, BridgeEnd, TaskCoalescer, ThreadCoalescer, bridge, tasks
 from retryproof.stores.coalesce.alarm import NEVER, Alarm
@@ -557,6 +558,77 @@ async def test_who_waits_is_sent_before_those_ask_again_who_were_just_answered()
     assert store.sent == [("claim", WORTH_SPLITTING), ("claim", 1), ("claim", WORTH_SPLITTING)]
 
 
+async def test_c10_replies_that_are_here_are_not_overdue_while_others_work() -> None:
+    """Told that the store did not answer, a caller would disown a claim that it holds."""
+    lanes = Lanes(OnLoop())
+
+    async def visit(number: int) -> Reply:
+        reply = await lanes.perform(make_claim(f"{number}"), 0.05)
+        if number == 0:
+            time.sleep(0.1)  # noqa: ASYNC251  # a handler that computes
+            await asyncio.sleep(0)
+        return reply
+
+    async with asyncio.timeout(SECONDS):
+        replies = await asyncio.gather(*(visit(number) for number in range(4 * PORTION)))
+    assert {type(reply) for reply in replies} == {Acquired}
+
+
+async def test_twins_of_a_claim_that_fails_give_way_to_the_loop() -> None:
+    """Each has to ask for itself, and a store that fails at once never gives way."""
+    store = OnLoop()
+    store.before = fail
+    lanes = Lanes(store)
+    rounds = 0
+
+    async def count_rounds() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_rounds())
+    async with asyncio.timeout(SECONDS):
+        replies = await asyncio.gather(*(lanes.perform(make_claim(), SECONDS) for _ in range(100)))
+    counting.cancel()
+    assert {type(reply) for reply in replies} == {Unreachable}
+    assert rounds >= 100
+
+
+def fail(name: str, commands: Sequence[object]) -> Any:
+    raise StoreUnavailable("The pool is closed.")
+
+
+class Odd(OnLoop):
+    """Answers with whatever `shape` makes of the answers."""
+
+    def __init__(self, shape: Callable[[Sequence[Any]], Any]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    async def _call(self, name: str, commands: Sequence[Any]) -> Any:
+        return self.shape(await super()._call(name, commands))
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        (tuple, Acquired),
+        (deque, Acquired),
+        (iter, Acquired),
+        (lambda answers: None, Unreachable),
+        (lambda answers: answers[1:], Unreachable),
+    ],
+    ids=["tuple", "deque", "iterator", "none", "one too few"],
+)
+async def test_c10_answers_of_any_shape_are_handed_out_or_definite(shape: Any, told: type) -> None:
+    lanes = Lanes(Odd(shape))
+    async with asyncio.timeout(SECONDS):
+        replies = await asyncio.gather(*(lanes.perform(make_claim(f"{number}"), SECONDS) for number in range(20)))
+        again = await lanes.perform(make_claim("again"), SECONDS)
+    assert {type(reply) for reply in [*replies, again]} == {told}
+
+
 async def between_the_portions(lanes: Lanes, count: int = WORTH_SPLITTING) -> tuple[list[Claim], list[Any]]:
     """Claims on their way, of which the first half has its replies."""
     claims = [make_claim(f"{number}") for number in range(count)]
@@ -586,6 +658,21 @@ async def test_c3_a_loop_that_shuts_down_between_the_portions_leaves_nobody_wait
     half = WORTH_SPLITTING // 2
     assert [type(reply) for reply in replies] == [Acquired] * half + [Unreachable] * half
     assert lanes.orphans == claims[-1:]
+
+
+async def test_c3_who_left_before_the_portions_is_disowned_once_though_the_loop_shuts_down() -> None:
+    store = Held()
+    lanes = Lanes(store)
+    claims = [make_claim(f"{number}") for number in range(WORTH_SPLITTING)]
+    asked = [lanes.perform(claim, SECONDS) for claim in claims]
+    await store.entered.wait()
+    asked[0].cancel()
+    store.go.set()
+    await asked[1]
+    batches_of(lanes).cancel()
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*asked[1:])
+    assert lanes.orphans == claims[:1]
 
 
 @pytest.mark.parametrize("sent", [True, False])

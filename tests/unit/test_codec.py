@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -41,6 +42,7 @@ from retryproof.core.codec import (
     encode_value,
 )
 from retryproof.core.errors import ConfigurationError, Unreadable
+from retryproof.core.scalars import MAX_DEPTH
 
 # --- Responses ------------------------------------------------------------------------------------------------------
 
@@ -241,11 +243,36 @@ def test_c12_empty_false_and_zero_values_are_values(value: Any) -> None:
     assert repr(again(value)) == repr(value)
 
 
-def deep() -> Any:
+def deep(levels: int = 100_000, wrap: Callable[[Any], Any] = lambda value: [value]) -> Any:
     value: Any = []
-    for _ in range(100_000):
-        value = [value]
+    for _ in range(levels - 1):
+        value = wrap(value)
     return value
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda value: [value], lambda value: (value,), lambda value: {"a": value}], ids=["list", "tuple", "dict"]
+)
+def test_c16_what_is_written_is_read_however_deep_the_reader_is(wrap: Callable[[Any], Any]) -> None:
+    data = encode_value(JsonCodec(), deep(MAX_DEPTH, wrap))
+    with pytest.raises(Unencodable, match="lists and objects"):
+        encode_value(JsonCodec(), deep(MAX_DEPTH + 1, wrap))
+
+    def read(frames: int) -> Any:
+        return read(frames - 1) if frames else decode_value(JsonCodec(), data)
+
+    read(sys.getrecursionlimit() // 2)
+
+
+class Meta(type):
+    """Of classes that cannot be hashed."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+class Odd(metaclass=Meta):
+    """A class that cannot be hashed."""
 
 
 @pytest.mark.parametrize(
@@ -261,6 +288,8 @@ def deep() -> Any:
         object(),
         Number.ONE,
         type("Text", (str,), {})("x"),
+        Odd(),
+        {"a": [Odd()]},
     ],
 )
 def test_c16_what_json_cannot_give_back_is_unencodable(value: Any) -> None:

@@ -121,20 +121,15 @@ class Codec(Protocol):
 def encode_value(codec: Codec, value: object) -> bytes:
     """Return a value as it is stored; raise Unencodable, and nothing else, where the codec cannot write it."""
     try:
-        payload = codec.encode(value)
+        return _envelope(codec.name) + codec.encode(value)
     except Unencodable:
         raise
     except Exception as error:  # The effect has happened: whatever a codec raises must end as a tombstone (C17).
         raise Unencodable(f"codec {codec.name} failed: {error!r}") from error
-    return _envelope(codec.name, payload)
-
-
-def _envelope(name: str, payload: bytes) -> bytes:
-    return _envelope_of(name) + payload
 
 
 @lru_cache(maxsize=64)
-def _envelope_of(name: str) -> bytes:
+def _envelope(name: str) -> bytes:
     if not (name.isascii() and 1 <= len(name) <= 255):
         raise Unencodable(f"the codec's name {name!r} is not 1 to 255 ASCII characters")
     return b"%c%c%c%b" % (VERSION, _VALUE, len(name), name.encode("ascii"))
@@ -164,10 +159,10 @@ def encode_and_replay(codec: Codec, value: object) -> tuple[bytes, Any]:
 
     Raises Unencodable, and nothing else, for a value that the codec cannot write or could not read back.
     """
-    if isinstance(codec, JsonCodec) and codec.is_plain:
+    if type(codec) is JsonCodec and codec.is_plain:
         # Plain JSON is read back as it was written, so there is nothing to read.
         value, payload = codec.encode_plain(value)
-        return _envelope(codec.name, payload), value
+        return _envelope(codec.name) + payload, value
     data = encode_value(codec, value)
     try:
         return data, decode_value(codec, data)

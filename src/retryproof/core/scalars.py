@@ -49,33 +49,37 @@ def name_of(annotation: Any) -> str:
 # --- Plain JSON -----------------------------------------------------------------------------------------------------
 
 
-_ATOMS = frozenset({str, int, bool, type(None)})
-"""Types whose values are plain JSON as they are."""
+MAX_DEPTH = 256
+"""Lists and objects in each other that plain JSON may have: what is written must be read anywhere, however deep in
+other calls the reader is."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = MAX_DEPTH) -> Any:
     """Return a plain JSON value itself, or with lists in place of its tuples, as every caller is given it (C16).
 
     Raises Unencodable for all others.
     """
     kind = type(value)
-    if kind in _ATOMS:
+    if kind is str or kind is int or kind is bool or value is None:
         return value
     if kind is float:
         return _finite(value)
+    if depth == 0:
+        raise Unencodable(f"plain JSON may have {MAX_DEPTH} lists and objects in each other, and this has more")
     if kind is list:
-        items = [_plain(item) for item in value]
+        items = [_plain(item, depth - 1) for item in value]
         return value if all(map(is_, items, value)) else items
     if kind is tuple:
-        return [_plain(item) for item in value]
+        return [_plain(item, depth - 1) for item in value]
     if kind is dict:
         plain = value
         for name, item in value.items():
             if type(name) is not str:
                 raise Unencodable(f"a dict with a name of type {name_of(type(name))} is not JSON")
-            if type(item) in _ATOMS:
+            kind = type(item)
+            if kind is str or kind is int or kind is bool or item is None:
                 continue
-            kept = _plain(item)
+            kept = _plain(item, depth - 1)
             if kept is not item:
                 plain = dict(value) if plain is value else plain
                 plain[name] = kept

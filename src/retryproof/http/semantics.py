@@ -134,12 +134,16 @@ def kept_headers(headers: Iterable[Header], *, set_cookie: bool = True, mark: by
     kept = []
     unwanted = {mark} if set_cookie else {mark, b"set-cookie"}
     for name, value in headers:
-        lowered = _kept_name(name)
+        lowered = _kept_name(name) if len(name) <= REMEMBERED else _kept_name.__wrapped__(name)
         if lowered is not None:
             kept.append((lowered, value))
         elif name.lower() == b"connection":
             unwanted.update(token.strip().lower() for token in value.split(b","))
     return [header for header in kept if header[0] not in unwanted]
+
+
+REMEMBERED = 64
+"""Characters up to which a header's name is remembered: an app may echo what others send."""
 
 
 @lru_cache(maxsize=256)

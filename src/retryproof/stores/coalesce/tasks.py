@@ -50,7 +50,20 @@ class _Waiter:
 class _Lane:
     """All commands of one kind for one async store: at most one batch on its way."""
 
-    __slots__ = ("_alarm", "_call", "_coalescer", "_flying", "_later", "_loop", "_pending", "_size", "_task", "_twins")
+    __slots__ = (
+        "_alarm",
+        "_answered",
+        "_call",
+        "_coalescer",
+        "_flying",
+        "_later",
+        "_loop",
+        "_pending",
+        "_requeued",
+        "_size",
+        "_task",
+        "_twins",
+    )
 
     def __init__(self, coalescer: TaskCoalescer, call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]) -> None:
         self._coalescer = coalescer
@@ -61,6 +74,8 @@ class _Lane:
         self._later: deque[_Waiter] = deque()
         self._twins = 0  # of those in line and on their way
         self._flying: Sequence[_Waiter] = ()
+        self._answered: Sequence[_Waiter] = ()  # whose replies are here, and are handed out next: not overdue any more
+        self._requeued = False
         self._task: asyncio.Task[None] | None = None
         self._alarm = Alarm(coalescer.loop, self._expire)
 
@@ -105,18 +120,29 @@ class _Lane:
                 if not self._flying:
                     continue
                 answers = await self._send([waiter.command for waiter in self._flying])
-                size = _portion(len(answers))
-                for start in range(0, len(answers), size):
-                    if start and not self._pending:
-                        # What these callers ask next is under way while the others still work. Who waits for this lane
-                        # goes first: a pause would merge all callers into one crowd that works or waits in step.
-                        await asyncio.sleep(0)
-                    self._deliver_all(self._flying[start : start + size], answers[start : start + size])
-                self._flying = ()
+                await self._hand_out(answers)
         finally:
             self._task = None
-            if self._flying or self._pending:  # only when this task was cancelled, as its loop shuts down
+            if self._flying or self._answered or self._pending:  # only when this task was cancelled, as its loop ends
                 self._abandon()
+
+    async def _hand_out(self, answers: Sequence[Any]) -> None:
+        """Answer the batch, in portions.
+
+        What the callers of a portion ask next is under way while the others still work. Who waits for this lane goes
+        first: a pause would merge all callers into one crowd that works or waits in step.
+        """
+        waiters = self._answered = self._flying
+        self._flying = ()
+        size = _portion(len(waiters))
+        for start in range(0, len(waiters), size):
+            if start and not self._pending:
+                await asyncio.sleep(0)
+            self._answered = waiters[start + size :]
+            self._deliver_all(waiters[start : start + size], answers[start : start + size])
+        if self._requeued:  # by a store that may answer without ever giving way to the loop
+            self._requeued = False
+            await asyncio.sleep(0)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A task that is cancelled before it has begun runs nothing, not even its end."""
@@ -152,7 +178,7 @@ class _Lane:
     async def _send(self, commands: Sequence[Any]) -> Sequence[Any]:
         try:
             async with asyncio.timeout(self._coalescer.hang_limit):
-                answers = await self._call(commands)
+                answers = list(await self._call(commands))
         except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
             return [error] * len(commands)
         if len(answers) != len(commands):
@@ -179,6 +205,7 @@ class _Lane:
                 continue
             if told is None:
                 self._queue(twin)
+                self._requeued = True
             else:
                 twin.future.set_result(told)
 
@@ -198,8 +225,8 @@ class _Lane:
 
     def _abandon(self) -> None:
         """The loop shuts down: who still waits gets a definite answer, and may ask again."""
-        waiters = [*self._flying, *self._pending.values(), *self._later]
-        self._flying, self._pending, self._later = (), {}, deque()
+        waiters = [*self._flying, *self._answered, *self._pending.values(), *self._later]
+        self._flying, self._answered, self._pending, self._later = (), (), {}, deque()
         for waiter in waiters:
             for one in (waiter, *self._twins_of(waiter)):
                 if not one.future.done():
