@@ -509,7 +509,8 @@ class _LoopWork(_Work):
             operation.refuses_transactions = ENDED
             if overtaking is not None:
                 overtaking.end()
-            leave(token)  # raises where this task was closed from outside, as when its loop is gone
+            with contextlib.suppress(ValueError):  # whoever closes this in another context has nothing to leave
+                leave(token)
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest
@@ -518,12 +519,13 @@ class _LoopWork(_Work):
 class _Overtaking:
     """Cancels the task that runs a function when its lease is lost (C8), and tells that cancellation from others."""
 
-    __slots__ = ("_active", "_hold", "_loop", "_ours", "_task")
+    __slots__ = ("_active", "_hold", "_loop", "_others", "_ours", "_task")
 
     def __init__(self, hold: Hold, loop: asyncio.AbstractEventLoop) -> None:
         self._hold = hold
         self._loop = loop
         self._task = asyncio.current_task(loop)
+        self._others = 0 if self._task is None else self._task.cancelling()  # cancellations of others, before
         self._active = True
         self._ours = False
         hold.on_lost = self._lost
@@ -538,7 +540,7 @@ class _Overtaking:
     def caused(self, error: BaseException) -> bool:
         """End, and say whether that is the cancellation that we made, and nobody else cancelled the task as well."""
         self.end()
-        alone = self._task is None or self._task.cancelling() == 0
+        alone = self._task is None or self._task.cancelling() == self._others
         return self._ours and alone and isinstance(error, asyncio.CancelledError)
 
     def _lost(self) -> None:

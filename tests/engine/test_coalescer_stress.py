@@ -599,6 +599,53 @@ def fail(name: str, commands: Sequence[object]) -> Any:
     raise StoreUnavailable("The pool is closed.")
 
 
+async def test_c10_a_twin_that_asks_again_is_told_in_time_whenever_the_alarm_has_rung() -> None:
+    """Even when it rang while the replies of the batch before were being handed out."""
+    store = OnLoop()
+    lanes = Lanes(store)
+    calls = 0
+
+    async def fail_then_hang(name: str, commands: Sequence[object]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            await asyncio.sleep(0.05)
+            raise OSError
+        await asyncio.sleep(SECONDS)
+
+    store.before = fail_then_hang
+    asked = [lanes.perform(make_claim(f"{number}"), 0.1) for number in range(3 * PORTION + 1)]
+    twin = lanes.perform(make_claim(f"{3 * PORTION}"), 0.3)
+
+    async def compute() -> None:
+        await asked[0]
+        time.sleep(0.15)  # noqa: ASYNC251  # past the time-out of the first, and its alarm
+
+    await asyncio.gather(asyncio.create_task(compute()), *asked)
+    async with asyncio.timeout(SECONDS / 2):
+        assert isinstance(await twin, Unreachable)
+    assert calls == 2
+
+
+async def test_c3_everybody_is_answered_although_a_claim_cannot_be_disowned() -> None:
+    store = Held()
+    lanes = Lanes(store)
+    asked = [lanes.perform(make_claim(f"{number}"), SECONDS) for number in range(10)]
+    await store.entered.wait()
+    asked[3].cancel()
+
+    def orphaned(claim: Claim) -> None:
+        raise MemoryError
+
+    sending = batches_of(lanes)
+    lanes.orphaned = orphaned
+    store.go.set()
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*asked[:3], *asked[4:])
+        with pytest.raises(MemoryError):
+            await sending
+
+
 class Odd(OnLoop):
     """Answers with whatever `shape` makes of the answers."""
 

@@ -184,7 +184,7 @@ def test_c16_the_first_caller_sees_the_value_as_a_replay_gives_it() -> None:
 
 
 def test_c17_whatever_a_codec_raises_is_unencodable() -> None:
-    with pytest.raises(Unencodable, match="reversing"):
+    with pytest.raises(Unencodable, match="Reversing"):
         encode_value(Reversing(), 7)
 
 
@@ -262,6 +262,43 @@ def test_c16_what_is_written_is_read_however_deep_the_reader_is(wrap: Callable[[
         return read(frames - 1) if frames else decode_value(JsonCodec(), data)
 
     read(sys.getrecursionlimit() // 2)
+
+
+class Unspeakable(Exception):
+    def __repr__(self) -> str:
+        raise ValueError
+
+    __str__ = __repr__
+
+
+class Nameless(JsonCodec):
+    """A codec that raises wherever it can."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # a property in place of a value
+        raise Unspeakable
+
+
+class Speechless(JsonCodec):
+    """A codec whose error cannot be printed."""
+
+    def encode(self, value: Any, /) -> bytes:
+        raise Unspeakable
+
+
+@pytest.mark.parametrize("codec", [Nameless(), Speechless()], ids=["name", "encode"])
+def test_c17_even_what_cannot_be_said_is_unencodable(codec: Codec) -> None:
+    with pytest.raises(Unencodable):
+        encode_and_replay(codec, 1)
+
+
+def test_c17_a_result_that_another_thread_changes_is_unencodable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(value: object) -> str:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr("retryproof.core.codec._to_text", changed)
+    with pytest.raises(Unencodable, match="changed size"):
+        encode_and_replay(JsonCodec(), {"a": 1})
 
 
 class Meta(type):

@@ -125,7 +125,14 @@ def encode_value(codec: Codec, value: object) -> bytes:
     except Unencodable:
         raise
     except Exception as error:  # The effect has happened: whatever a codec raises must end as a tombstone (C17).
-        raise Unencodable(f"codec {codec.name} failed: {error!r}") from error
+        raise Unencodable(f"codec {type(codec).__name__} failed: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - an error that cannot be printed
+        return type(error).__name__
 
 
 @lru_cache(maxsize=64)
@@ -188,10 +195,10 @@ class JsonCodec:
         try:
             plain = self._converter.encode(value)
             return plain, _to_text(plain).encode("utf-8", "surrogatepass")
-        except (RecursionError, ValueError) as error:
-            if isinstance(error, Unencodable):
-                raise
-            raise Unencodable(f"the result cannot be written as JSON: {error}") from error
+        except Unencodable:
+            raise
+        except Exception as error:  # as by a thread that changes the result meanwhile (C17)
+            raise Unencodable(f"the result cannot be written as JSON: {_said(error)}") from error
 
     def decode(self, data: bytes, /) -> Any:
         """Return the value of such bytes."""

@@ -138,8 +138,8 @@ class _Lane:
         for start in range(0, len(waiters), size):
             if start and not self._pending:
                 await asyncio.sleep(0)
-            self._answered = waiters[start + size :]
             self._deliver_all(waiters[start : start + size], answers[start : start + size])
+            self._answered = waiters[start + size :]
         if self._requeued:  # by a store that may answer without ever giving way to the loop
             self._requeued = False
             await asyncio.sleep(0)
@@ -206,6 +206,8 @@ class _Lane:
             if told is None:
                 self._queue(twin)
                 self._requeued = True
+                if twin.deadline < self._alarm.due:
+                    self._alarm.set(twin.deadline)
             else:
                 twin.future.set_result(told)
 
@@ -227,12 +229,16 @@ class _Lane:
         """The loop shuts down: who still waits gets a definite answer, and may ask again."""
         waiters = [*self._flying, *self._answered, *self._pending.values(), *self._later]
         self._flying, self._answered, self._pending, self._later = (), (), {}, deque()
+        self._requeued = False
+        orphans: list[Claim] = []
         for waiter in waiters:
             for one in (waiter, *self._twins_of(waiter)):
                 if not one.future.done():
                     one.future.set_result(interrupted(self._coalescer.name))
                 elif one.future.cancelled() and isinstance(one.command, Claim):
-                    self._coalescer.orphaned(one.command)
+                    orphans.append(one.command)
+        for orphan in orphans:  # once everybody is answered, whatever becomes of this
+            self._coalescer.orphaned(orphan)
 
 
 class TaskCoalescer:
