@@ -23,7 +23,6 @@ from retryproof.conclusions import error_of, event_of, kind_of
 from retryproof.core import errors
 from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
 from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused, Raised, Reply, Returned, Run
-from retryproof.core.commands import Outcome as Ended
 from retryproof.core.fingerprint import Method, seal
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Flow, Replayed, attempt
 from retryproof.core.hold import Hold
@@ -493,7 +492,9 @@ class _LoopWork(_Work):
                 await asyncio.wait({self._rest})
             raise
 
-    async def _run(self, fn: Callable[[], Any], operation: LoopOperation, overtaking: _Overtaking | None) -> Ended:
+    async def _run(
+        self, fn: Callable[[], Any], operation: LoopOperation, overtaking: _Overtaking | None
+    ) -> Returned | Raised | Cancelled | LeaseLost:
         """Run the function: what came of it. What is raised here is none of its own, and leaves its outcome unknown."""
         token = enter(operation)
         try:

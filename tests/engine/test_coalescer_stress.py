@@ -509,16 +509,17 @@ async def test_a_large_batch_is_answered_in_two_portions_and_the_first_asks_whil
     assert order == list(range(WORTH_SPLITTING))
 
 
+async def ask_twice(lanes: Lanes, number: int) -> None:
+    await lanes.perform(make_claim(f"{number}"), SECONDS)
+    await lanes.perform(make_claim(f"{number} again"), SECONDS)
+
+
 async def test_a_small_batch_is_answered_at_once_and_asks_together() -> None:
     store = OnLoop()
     lanes = Lanes(store)
 
-    async def visit(number: int) -> None:
-        await lanes.perform(make_claim(f"{number}"), SECONDS)
-        await lanes.perform(make_claim(f"{number} again"), SECONDS)
-
     async with asyncio.timeout(SECONDS):
-        await asyncio.gather(*(visit(number) for number in range(WORTH_SPLITTING - 1)))
+        await asyncio.gather(*(ask_twice(lanes, number) for number in range(WORTH_SPLITTING - 1)))
     assert store.sent == [("claim", WORTH_SPLITTING - 1)] * 2
 
 
@@ -545,16 +546,12 @@ async def test_who_waits_is_sent_before_those_ask_again_who_were_just_answered()
     store = Held()
     lanes = Lanes(store)
 
-    async def visit(number: int) -> None:
-        await lanes.perform(make_claim(f"{number}"), SECONDS)
-        await lanes.perform(make_claim(f"{number} again"), SECONDS)
-
     async with asyncio.timeout(SECONDS):
-        visits = asyncio.gather(*(visit(number) for number in range(WORTH_SPLITTING)))
+        asking = asyncio.gather(*(ask_twice(lanes, number) for number in range(WORTH_SPLITTING)))
         await store.entered.wait()
         late = lanes.perform(make_claim("late"), SECONDS)
         store.go.set()
-        await asyncio.gather(visits, late)
+        await asyncio.gather(asking, late)
     assert store.sent == [("claim", WORTH_SPLITTING), ("claim", 1), ("claim", WORTH_SPLITTING)]
 
 

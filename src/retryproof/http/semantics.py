@@ -207,8 +207,6 @@ def accepts(coding: bytes, accept_encoding: bytes) -> bool:
 
 def adapted(headers: Headers, body: bytes, accept_encoding: bytes) -> tuple[Headers, bytes]:
     """A stored response for a caller that may not take its coding: as it is, or with the coding undone."""
-    if not accept_encoding:
-        return headers, body
     codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
     if len(codings) != 1 or codings[0] not in _CODINGS or accepts(codings[0], accept_encoding):
         return headers, body

@@ -82,15 +82,12 @@ class _Lane:
     def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """Put a command on its way."""
         future: asyncio.Future[Reply] = self._loop.create_future()
-        pending = self._pending
-        if len(pending) + len(self._later) + self._twins >= MAX_WAITING:
+        if len(self._pending) + len(self._later) + self._twins >= MAX_WAITING:
             future.set_result(overfull(self._coalescer.name))
             return future
         deadline = clock() + timeout
         waiter = _Waiter(command, future, deadline, timeout)
-        standing = pending.setdefault(command.id, waiter)
-        if standing is not waiter:
-            self._queue_behind(standing, waiter)
+        self._queue(waiter)
         if self._task is None:
             self._task = self._loop.create_task(self._run())
             self._task.add_done_callback(self._ended)
@@ -100,10 +97,8 @@ class _Lane:
 
     def _queue(self, waiter: _Waiter) -> None:
         standing = self._pending.setdefault(waiter.command.id, waiter)
-        if standing is not waiter:
-            self._queue_behind(standing, waiter)
-
-    def _queue_behind(self, standing: _Waiter, waiter: _Waiter) -> None:
+        if standing is waiter:
+            return
         if are_twins(standing.command, waiter.command):
             self._twins += 1
             if standing.twins is None:
