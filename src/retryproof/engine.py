@@ -26,7 +26,7 @@ from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused,
 from retryproof.core.fingerprint import Method, seal
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Flow, Replayed, attempt
 from retryproof.core.hold import Hold
-from retryproof.core.keys import check_key, record_id, short_digest, tenant_digest
+from retryproof.core.keys import REMEMBERED, check_key, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import abegin, afinish, clock, drive
 from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
@@ -164,8 +164,12 @@ def _limit(policy: Policy, opened: Opened | AsyncOpened | AsyncView) -> int:
     return policy.max_result if own is None else min(policy.max_result, own)
 
 
-@lru_cache(maxsize=256)
 def _seal(fingerprint: bytes) -> bytes:
+    return (_sealed if len(fingerprint) <= REMEMBERED else _sealed.__wrapped__)(fingerprint)
+
+
+@lru_cache(maxsize=256)
+def _sealed(fingerprint: bytes) -> bytes:
     return seal(Method.CUSTOM, sha256(fingerprint).digest())
 
 

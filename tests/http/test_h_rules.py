@@ -15,7 +15,7 @@ from retryproof.core.errors import OutcomeUnknown
 from retryproof.core.policy import Policy
 from retryproof.http import by_header, by_user
 from retryproof.http.asgi import IdempotencyMiddleware
-from retryproof.http.body import BUDGET, SPOOL_BUDGET
+from retryproof.http.body import BUDGET, LIMIT
 from retryproof.http.key_source import json_field
 from retryproof.http.types import Message, Receive, Scope, Send
 from retryproof.stores.memory import MemoryStore
@@ -681,7 +681,7 @@ async def test_h7_large_bodies_past_the_budget_of_the_process_are_asked_to_come_
         conversation.give(b"")
         return await conversation.end()
 
-    taken = SPOOL_BUDGET - 2_500_000
+    taken = LIMIT - 2_500_000
     BUDGET.take(taken)
     try:
         busy = await upload()
@@ -689,5 +689,5 @@ async def test_h7_large_bodies_past_the_budget_of_the_process_are_asked_to_come_
         BUDGET.give(taken)
     assert (busy.status, busy.code, busy.values(b"retry-after"), app.effects) == (503, "too-busy", [b"1"], 0)
     assert (await upload()).status == 201
-    BUDGET.take(SPOOL_BUDGET)  # every byte was given back
-    BUDGET.give(SPOOL_BUDGET)
+    BUDGET.take(LIMIT)  # every byte was given back
+    BUDGET.give(LIMIT)

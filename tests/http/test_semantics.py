@@ -164,7 +164,7 @@ def test_h5_by_header_refuses_what_is_no_headers_name(name: str) -> None:
 
 
 def test_h7_every_problem_has_a_code_of_its_own() -> None:
-    assert len(problem.KINDS) == 13
+    assert len(problem.KINDS) == 14
     for kind in problem.KINDS.values():
         status, headers, body = problem.render(problem.Problem(kind, "What to do.", 3, "ab"), "https://example.org/d")
         document = json.loads(body)
@@ -237,8 +237,9 @@ def test_h14_accept_encoding_is_understood(header: bytes, accepted: bool) -> Non
 
 
 def test_h7_a_small_body_stays_in_memory() -> None:
-    body = Body(Budget(0))
+    body = Body(Budget(SPOOL_FROM))
     body.append(b"a" * SPOOL_FROM)
+    assert body._file is None
     assert body.read() == b"a" * SPOOL_FROM
 
 

@@ -19,10 +19,14 @@ from typing import Protocol, TypeAlias
 
 from retryproof.core.canonical import Json, NotCanonical, canonical_json, parse, serialise
 from retryproof.core.errors import ConfigurationError, Unreadable
+from retryproof.core.keys import REMEMBERED
 from retryproof.core.multipart import MultipartDigest
 
 VERSION = 1
 LENGTH = 34
+MAX_JSON = 1024 * 1024
+"""Bytes up to which a JSON body is compared by its value, which takes some 0.3 s of a core at this size. A larger body
+is compared byte for byte."""
 
 
 class Method(IntEnum):
@@ -131,7 +135,7 @@ class RequestFingerprint:
     __slots__ = ("_hash", "update")
 
     def __init__(self, method: str, path: bytes, query: bytes, content_type: bytes) -> None:
-        self._hash = _raw_head(method, path, query, content_type).copy()
+        self._hash = _raw_hash(method, path, query, content_type).copy()
         self.update = self._hash.update
 
     def digest(self) -> bytes:
@@ -163,7 +167,7 @@ class MultipartFingerprint:
 
 
 class _BufferedFingerprint:
-    """Keeps the body, for methods that need all of it; the caller's body limit bounds it."""
+    """Keeps the body, for a callable that wants all of it; the caller's body limit bounds it."""
 
     __slots__ = ("_chunks", "_finish")
 
@@ -176,6 +180,48 @@ class _BufferedFingerprint:
 
     def digest(self) -> bytes:
         return self._finish(b"".join(self._chunks))
+
+
+class _JsonFingerprint:
+    """Reduces a JSON body to what counts; one past MAX_JSON, or one that cannot be reduced, is taken raw."""
+
+    __slots__ = ("_chunks", "_method", "_raw", "_reduce", "_request", "_size")
+
+    def __init__(
+        self, method: Method, reduce: Callable[[bytes], bytes | None], request: tuple[str, bytes, bytes, bytes]
+    ) -> None:
+        self._method = method
+        self._reduce = reduce
+        self._request = request
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._raw: Hasher | None = None
+
+    def update(self, chunk: bytes) -> None:
+        """Take the next bytes of the body."""
+        self._size += len(chunk)
+        if self._raw is not None:
+            self._raw.update(chunk)
+        elif self._size <= MAX_JSON:
+            self._chunks.append(chunk)
+        else:
+            self._raw = self._taken_raw(b"".join([*self._chunks, chunk]))
+            self._chunks = []
+
+    def digest(self) -> bytes:
+        """Return the fingerprint as it is stored."""
+        if self._raw is not None:
+            return self._raw.digest()
+        body = b"".join(self._chunks)
+        reduced = self._reduce(body)
+        if reduced is None:
+            return self._taken_raw(body).digest()
+        return seal(self._method, hashlib.sha256(_head(self._method, *self._request) + reduced).digest())
+
+    def _taken_raw(self, body: bytes) -> Hasher:
+        hasher = raw.begin(*self._request)
+        hasher.update(body)
+        return hasher
 
 
 # --- Strategies -----------------------------------------------------------------------------------------------------
@@ -267,19 +313,8 @@ def strategy_for(option: object) -> Strategy:
 def _begin_json(
     method: Method, reduce: Callable[[bytes], bytes | None], request: tuple[str, bytes, bytes, bytes]
 ) -> Hasher:
-    """Return a hasher that reduces JSON bodies, and takes others, and those that cannot be reduced, raw."""
-    if not _is_json(request[3]):
-        return raw.begin(*request)
-
-    def finish(body: bytes) -> bytes:
-        reduced = reduce(body)
-        if reduced is not None:
-            return seal(method, hashlib.sha256(_head(method, *request) + reduced).digest())
-        unreduced = raw.begin(*request)
-        unreduced.update(body)
-        return unreduced.digest()
-
-    return _BufferedFingerprint(finish)
+    """Return a hasher that reduces JSON bodies, and takes others raw."""
+    return _JsonFingerprint(method, reduce, request) if _is_json(request[3]) else raw.begin(*request)
 
 
 # --- Parts ----------------------------------------------------------------------------------------------------------
@@ -293,13 +328,20 @@ def _tag(method: Method) -> bytes:
     return b"retryproof fingerprint %d.%d\n" % (VERSION, method)
 
 
+def _raw_hash(method: str, path: bytes, query: bytes, content_type: bytes) -> "hashlib._Hash":
+    """Return the hash that raw fingerprints of a route begin with; to be copied, not updated.
+
+    It is remembered where path, query and media type, which callers choose, are short.
+    """
+    short = len(path) + len(query) + len(content_type) <= REMEMBERED
+    return (_raw_head if short else _raw_head.__wrapped__)(method, path, query, content_type)
+
+
 @lru_cache(maxsize=128)  # apps have few routes
 def _raw_head(method: str, path: bytes, query: bytes, content_type: bytes) -> "hashlib._Hash":
-    """Return the hash that raw fingerprints of a route begin with; to be copied, not updated."""
     return hashlib.sha256(_head(Method.RAW, method, path, query, content_type))
 
 
-@lru_cache(maxsize=128)
 def _head(kind: Method, method: str, path: bytes, query: bytes, content_type: bytes) -> bytes:
     name = method.encode("utf-8", "surrogatepass")
     return _tag(kind) + _frame(name, path, query, canonical_media_type(content_type))

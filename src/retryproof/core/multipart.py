@@ -4,6 +4,7 @@ Clients draw a new boundary for every attempt, so the raw bytes of a retry diffe
 in order: its header block (name, file name, content type and whatever else it says) and its body, byte for byte. The
 parser is strict: anything it would have to interpret (text before the first or after the last delimiter, a line that
 merely starts like the boundary, a part without headers) makes the body malformed, and the caller takes the raw bytes.
+So does a body of more than MAX_PARTS parts: each costs microseconds, and a body may consist of nothing else.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import TypeAlias
 
+MAX_PARTS = 10_000
 _MAX_HEADERS = 16 * 1024
 _MAX_PADDING = 64
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
@@ -30,6 +32,7 @@ class MultipartDigest:
         self._at = 0
         self._parts = hashlib.sha256()
         self._body = hashlib.sha256()
+        self._count = 0
         self._state: _State = self._preamble if _BOUNDARY.fullmatch(boundary) else self._malformed
 
     def update(self, chunk: bytes) -> None:
@@ -72,6 +75,9 @@ class MultipartDigest:
         end = self._buffer.find(b"\r\n\r\n", self._at, self._at + _MAX_HEADERS + 4)
         if end < 0:
             return len(self._buffer) > self._at + _MAX_HEADERS + 3 and self._go_to(self._malformed)
+        self._count += 1
+        if self._count > MAX_PARTS:
+            return self._go_to(self._malformed)
         block = self._buffer[self._at + 2 : end]
         if self._delimiter in self._buffer[self._at : end] or not _well_formed(block):
             return self._go_to(self._malformed)

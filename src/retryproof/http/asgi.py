@@ -15,7 +15,7 @@ from retryproof.core.keys import Strength
 from retryproof.core.policy import Policy
 from retryproof.http.exchange import COVERED, Exchange, HttpEngine
 from retryproof.http.key_source import FindKey, JsonFieldKey
-from retryproof.http.options import MAX_BODY, Authorize, PerRequest, check_options
+from retryproof.http.options import BODY_TIMEOUT, MAX_BODY, Authorize, PerRequest, check_options
 from retryproof.http.problem import DOCS_URL
 from retryproof.http.scope import Identify
 from retryproof.http.semantics import Preset, StoreWhen
@@ -39,7 +39,8 @@ class IdempotencyMiddleware:
     strict: only the quoted spelling. fingerprint: what makes two requests the same; every byte by default.
     store_when: "default", "stripe", "success-only", or a callable of status and headers: which responses settle it.
     authorize: asked before each replay whether this caller may have it.
-    max_body: bytes. fail_open: run without protection when the store is down, and say so in the answer.
+    max_body: bytes. body_timeout: seconds that a body may stall, and that it may take beside one for every 16 KiB.
+    fail_open: run without protection when the store is down, and say so in the answer.
     replay_header: marks a replay. keep_set_cookie: whether replays repeat cookies. docs_url: for problem documents.
     events: listeners; the log by default. pepper: a secret mixed into record ids. name: tells apps that share a store
     apart.
@@ -62,6 +63,7 @@ class IdempotencyMiddleware:
         store_when: Preset | StoreWhen = "default",
         authorize: Authorize | None = None,
         max_body: int = MAX_BODY,
+        body_timeout: float = BODY_TIMEOUT,
         fail_open: PerRequest[bool] = False,
         replay_header: str = "Idempotency-Replayed",
         keep_set_cookie: bool = True,
@@ -83,6 +85,7 @@ class IdempotencyMiddleware:
             store_when=store_when,
             authorize=authorize,
             max_body=max_body,
+            body_timeout=body_timeout,
             fail_open=fail_open,
             replay_header=replay_header,
             keep_set_cookie=keep_set_cookie,

@@ -1,7 +1,8 @@
 """A request's body, read once and given again: small ones in memory, large ones in unlinked files (H7).
 
-A body past SPOOL_FROM goes to a temporary file that has no name and is readable by this user alone. All such files of
-a process together hold SPOOL_BUDGET bytes at most, so that many slow uploads cannot fill the disk.
+A body past SPOOL_FROM goes to a temporary file that has no name and is readable by this user alone. All bodies that
+come in several messages together hold BUDGET bytes at most in a process, those of one caller SHARE: so many uploads
+fill neither memory nor disk, and one caller's uploads leave room for the others'. A body that stalls is given up.
 """
 
 from __future__ import annotations
@@ -13,51 +14,74 @@ from threading import Lock
 from typing import BinaryIO, cast
 
 SPOOL_FROM = 1024 * 1024
-SPOOL_BUDGET = 1024 * 1024 * 1024
+LIMIT = 1024 * 1024 * 1024
+SHARE = LIMIT // 4
+SLOWEST = 16 * 1024
+"""Bytes a second that a body must come at on average, after its first seconds."""
 CHUNK = 64 * 1024
 
 
 class OverBudget(Exception):
-    """The process holds as many spooled bytes as it may, or the disk is full; a later request may fit."""
+    """The process, or this caller, holds as many bytes as it may, or the disk is full; a later request may fit."""
 
 
 class Budget:
-    """Bytes that may be spooled at once in this process, over all its threads and loops."""
+    """Bytes of bodies that may be held at once in this process, over all its threads and loops."""
 
     def __init__(self, limit: int) -> None:
         self._left = limit
+        self._held: dict[object, int] = {}
         self._lock = Lock()
 
-    def take(self, size: int) -> None:
-        """Reserve bytes; raise OverBudget when there are not enough."""
+    def take(self, size: int, owner: object = None, share: int = 0) -> None:
+        """Reserve bytes, of which this owner may hold `share`; without an owner, any. Raises OverBudget."""
         with self._lock:
-            if size > self._left:
+            held = 0 if owner is None else self._held.get(owner, 0) + size
+            if size > self._left or held > share:
                 raise OverBudget
             self._left -= size
+            if owner is not None:
+                self._held[owner] = held
 
-    def give(self, size: int) -> None:
+    def give(self, size: int, owner: object = None) -> None:
         """Return reserved bytes."""
         with self._lock:
             self._left += size
+            if owner is not None:
+                self._held[owner] -= size
+                if not self._held[owner]:
+                    del self._held[owner]
 
 
-BUDGET = Budget(SPOOL_BUDGET)
+BUDGET = Budget(LIMIT)
+
+
+def deadline(began: float, now: float, size: int, patience: float) -> float:
+    """When the next part of a body must have come, of which `size` bytes have: it neither stalls nor drips."""
+    return min(now, began + size / SLOWEST) + patience
 
 
 class Body:
-    """Takes a body chunk by chunk, and gives its bytes back as often as asked."""
+    """Takes a body chunk by chunk, and gives its bytes back as often as asked.
 
-    __slots__ = ("_budget", "_chunks", "_file", "_spooled", "size")
+    owner: whose share of the budget it counts towards, None for none. share: bytes.
+    """
 
-    def __init__(self, budget: Budget = BUDGET) -> None:
+    __slots__ = ("_budget", "_chunks", "_file", "_owner", "_share", "_taken", "size")
+
+    def __init__(self, budget: Budget = BUDGET, owner: object = None, share: int = SHARE) -> None:
         self.size = 0
         self._chunks: list[bytes] = []
         self._file: BinaryIO | None = None
-        self._spooled = 0
+        self._taken = 0
         self._budget = budget
+        self._owner = owner
+        self._share = share
 
     def append(self, chunk: bytes) -> None:
         """Take the next bytes; raises OverBudget."""
+        self._budget.take(len(chunk), self._owner, self._share)
+        self._taken += len(chunk)
         self.size += len(chunk)
         if self._file is not None:
             self._spool(chunk)
@@ -69,8 +93,6 @@ class Body:
             self._chunks.append(chunk)
 
     def _spool(self, chunk: bytes) -> None:
-        self._budget.take(len(chunk))
-        self._spooled += len(chunk)
         try:
             cast("BinaryIO", self._file).write(chunk)
         except OSError as error:  # the disk is full
@@ -90,11 +112,12 @@ class Body:
             yield chunk
 
     def close(self) -> None:
-        """Let go of the file, if there is one; the bytes are gone then. May be called twice."""
+        """Let go of the bytes, and of the file if there is one. May be called twice."""
+        taken, self._taken = self._taken, 0
+        if taken:
+            self._budget.give(taken, self._owner)
         if self._file is not None:
             file, self._file = self._file, None
-            self._budget.give(self._spooled)
-            self._spooled = 0
             with suppress(OSError):  # what a full disk has not taken
                 file.close()
         self._chunks = []

@@ -55,6 +55,10 @@ class ClientLink:
         """All of the body, in memory."""
         return self.body if isinstance(self.body, bytes) else self.body.read()
 
+    def body_size(self) -> int:
+        """Bytes of the body."""
+        return len(self.body) if isinstance(self.body, bytes) else self.body.size
+
     def body_chunks(self) -> Iterable[bytes]:
         """The body in order."""
         return (self.body,) if isinstance(self.body, bytes) else self.body.chunks()

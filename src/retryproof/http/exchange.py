@@ -31,14 +31,23 @@ from retryproof.core.policy import Policy
 from retryproof.drive import abegin, clock
 from retryproof.engine import AsyncIdempotency
 from retryproof.http import problem as problems
-from retryproof.http.body import Body, OverBudget
+from retryproof.http.body import BUDGET, SHARE, Body, OverBudget, deadline
 from retryproof.http.client_link import DISCONNECT, ClientLink
 from retryproof.http.execution import Execution
 from retryproof.http.key_source import CallableKey, HeaderKey, JsonFieldKey
 from retryproof.http.options import Authorize, Options
 from retryproof.http.problem import Kind, Problem, render
-from retryproof.http.scope import Identity
-from retryproof.http.semantics import Header, adapted, replayed_headers, retry_after
+from retryproof.http.scope import Identity, single_tenant
+from retryproof.http.semantics import (
+    Header,
+    Headers,
+    headers_of_undone,
+    headers_without_body,
+    replayed_headers,
+    retry_after,
+    unaccepted_codings,
+    undone,
+)
 from retryproof.http.types import App, Message, Receive, Scope, Send
 from retryproof.observe.events import Event
 from retryproof.observe.events import Kind as EventKind
@@ -48,6 +57,10 @@ COVERED = "retryproof.covered"
 """In the scope of a request that a layer covers, so that a second layer further in lets it pass."""
 OMITTED: Header = (b"idempotency-replay", b"omitted")
 UNPROTECTED: Header = (b"idempotency-unprotected", b"store-unavailable")
+OFF_LOOP_FROM = 64 * 1024
+"""Bytes of a body from which its fingerprint is finished in a thread: parsing takes a millisecond then."""
+UNDO_OFF_LOOP_FROM = 2 * 1024
+"""Bytes of a compressed body from which its coding is undone in a thread: they may hold a thousand times as many."""
 _NOTHING_KEPT = StoredResponse(200, (), b"", omitted=True)
 _HIDDEN_EXTENSIONS = ("http.response.pathsend", "http.response.zerocopysend")
 """Ways to send a file past everybody; without them an app sends its bytes, which can be kept."""
@@ -164,7 +177,7 @@ class Exchange:
         if key is None and not isinstance(options.key, JsonFieldKey):
             return self._no_key()
         hasher = options.fingerprint.begin(*self._request())
-        unread = await self._read_body(hasher)
+        unread = await self._read_body(hasher, identity)
         if unread is not None:
             return unread
         if isinstance(options.key, JsonFieldKey):
@@ -176,7 +189,8 @@ class Exchange:
         if key is None:
             return self._no_key()
         self._name(key, identity)
-        self._fingerprint = hasher.digest()
+        large = self.link.body_size() >= OFF_LOOP_FROM
+        self._fingerprint = await asyncio.to_thread(hasher.digest) if large else hasher.digest()
         return None
 
     def _name(self, key: str, identity: Identity) -> None:
@@ -230,7 +244,7 @@ class Exchange:
         why = " This caller is anonymous to the service, and then only keys that cannot be guessed are taken."
         return Problem(problems.KEY_INVALID, error.message + (why if anonymous else ""))
 
-    async def _read_body(self, hasher: Hasher) -> Problem | Gone | None:
+    async def _read_body(self, hasher: Hasher, identity: Identity) -> Problem | Gone | None:
         announced = self._announced_length()
         limit = self.options.max_body
         if announced is not None and announced > limit:
@@ -240,7 +254,7 @@ class Exchange:
             return GONE
         chunk = message.get("body", b"")
         if message.get("more_body", False):
-            size = await self._read_chunks(message, hasher)
+            size = await self._read_chunks(message, hasher, identity)
             if not isinstance(size, int):
                 return size
         else:
@@ -256,12 +270,15 @@ class Exchange:
             )
         return None
 
-    async def _read_chunks(self, message: Message, hasher: Hasher) -> int | Problem | Gone:
+    async def _read_chunks(self, message: Message, hasher: Hasher, identity: Identity) -> int | Problem | Gone:
         """Take a body that comes in several messages, of which this is the first; its size."""
-        body = self.link.body = Body()
+        options, now = self.options, asyncio.get_running_loop().time
+        owner = None if options.scope is single_tenant else identity or ""
+        body = self.link.body = Body(BUDGET, owner, max(SHARE, options.max_body))
+        began = now()
         while True:
             chunk = message.get("body", b"")
-            if body.size + len(chunk) > self.options.max_body:
+            if body.size + len(chunk) > options.max_body:
                 return self._too_large()
             try:
                 body.append(chunk)
@@ -270,7 +287,14 @@ class Exchange:
             hasher.update(chunk)
             if not message.get("more_body", False):
                 return body.size
-            message = await self._receive()
+            try:
+                async with asyncio.timeout_at(deadline(began, now(), body.size, options.body_timeout)):
+                    message = await self._receive()
+            except TimeoutError:
+                return Problem(
+                    problems.BODY_TIMEOUT,
+                    f"The body stalled after {body.size} bytes. Nothing was done; send it again with the same key.",
+                )
             if message["type"] == DISCONNECT:
                 return GONE
 
@@ -390,11 +414,23 @@ class Exchange:
             self._engine.tell(Event(kind=EventKind.UNREADABLE, digest=digest, where=self._where, error=error))
             await self._refuse(Problem(problems.RECORD_UNREADABLE, error.message, retry_after=1, operation=digest))
             return
-        headers, body = adapted(list(response.headers), response.body, self._headers.get(b"accept-encoding", b""))
+        headers, body, omitted = await self._readable(response)
         marks = [(self.options.replay_header, b"true")]
-        if response.omitted:
+        if omitted:
             marks.append(OMITTED)
         await self._send(response.status, replayed_headers(response.status, headers, len(body), marks), body)
+
+    async def _readable(self, response: StoredResponse) -> tuple[Headers, bytes, bool]:
+        """Headers and body that this caller can read, and whether the body is left out (H14)."""
+        headers, body = list(response.headers), response.body
+        codings = unaccepted_codings(headers, self._headers.get(b"accept-encoding", b"")) if body else []
+        if not codings:
+            return headers, body, response.omitted
+        large = len(body) >= UNDO_OFF_LOOP_FROM
+        plain = await asyncio.to_thread(undone, codings, body) if large else undone(codings, body)
+        if plain is None:
+            return headers_without_body(headers), b"", True
+        return headers_of_undone(headers), plain, False
 
     async def _authorized(self, authorize: Authorize) -> bool:
         answer = authorize(self._scope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
@@ -24,6 +25,7 @@ Authorize: TypeAlias = Callable[[Any], bool | Awaitable[bool]]
 """Whether this caller may have the stored response, asked before each replay (H13)."""
 
 MAX_BODY = 64 * 1024 * 1024
+BODY_TIMEOUT = 30.0
 
 
 class Choice(Generic[V]):
@@ -76,6 +78,7 @@ class Options:
     store_when: StoreWhen
     authorize: Authorize | None
     max_body: int
+    body_timeout: float
     fail_open: Choice[bool]
     replay_header: bytes
     keep_set_cookie: bool
@@ -98,6 +101,7 @@ def check_options(
     store_when: Preset | StoreWhen,
     authorize: Authorize | None,
     max_body: int,
+    body_timeout: float,
     fail_open: PerRequest[bool],
     replay_header: str,
     keep_set_cookie: bool,
@@ -111,6 +115,7 @@ def check_options(
     if authorize is not None and not callable(authorize):
         raise ConfigurationError(f"authorize={authorize!r} must be a callable of the ASGI scope.")
     _check_size("max_body", max_body)
+    _check_timeout("body_timeout", body_timeout)
     _check_bytes_and_text(pepper, name)
     source = key_source_for(key, strict=strict)
     return Options(
@@ -126,6 +131,7 @@ def check_options(
         store_when=store_when_for(store_when),
         authorize=authorize,
         max_body=max_body,
+        body_timeout=body_timeout,
         fail_open=Choice("fail_open", fail_open, bool),
         replay_header=_header_name("replay_header", replay_header),
         keep_set_cookie=bool(keep_set_cookie),
@@ -138,6 +144,11 @@ def check_options(
 def _check_size(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ConfigurationError(f"{name}={value!r} must be a whole number of bytes.")
+
+
+def _check_timeout(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigurationError(f"{name}={value!r} must be a number of seconds, more than zero.")
 
 
 def _check_bytes_and_text(pepper: object, name: object) -> None:

@@ -26,6 +26,7 @@ KEY_MISSING = Kind("key-missing", 400, "This request needs an idempotency key")
 KEY_INVALID = Kind("key-invalid", 400, "The idempotency key is not valid")
 BODY_MISMATCH = Kind("body-length-mismatch", 400, "The body does not have the length that was announced")
 REPLAY_DENIED = Kind("replay-denied", 403, "The stored response is not for this caller")
+BODY_TIMEOUT = Kind("body-timeout", 408, "The body did not come in time")
 IN_PROGRESS = Kind("in-progress", 409, "The same request is being processed")
 OUTCOME_UNKNOWN = Kind("outcome-unknown", 409, "Whether an earlier attempt took effect is not known")
 BODY_TOO_LARGE = Kind("body-too-large", 413, "The body is too large")
@@ -44,6 +45,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             KEY_INVALID,
             BODY_MISMATCH,
             REPLAY_DENIED,
+            BODY_TIMEOUT,
             IN_PROGRESS,
             OUTCOME_UNKNOWN,
             BODY_TOO_LARGE,

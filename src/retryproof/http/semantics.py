@@ -205,13 +205,38 @@ def accepts(coding: bytes, accept_encoding: bytes) -> bool:
     return allowed.get(coding, allowed.get(b"*", False))
 
 
-def adapted(headers: Headers, body: bytes, accept_encoding: bytes) -> tuple[Headers, bytes]:
-    """A stored response for a caller that may not take its coding: as it is, or with the coding undone."""
-    codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
-    if len(codings) != 1 or codings[0] not in _CODINGS or accepts(codings[0], accept_encoding):
-        return headers, body
-    try:
-        plain = zlib.decompress(body, _CODINGS[codings[0]])
-    except zlib.error:
-        return headers, body
-    return [(name, value) for name, value in headers if name not in _OF_CODED_BYTES], plain
+def unaccepted_codings(headers: Headers, accept_encoding: bytes) -> list[bytes]:
+    """The content codings of a stored response, in the order they were applied, if this caller may not take one."""
+    listed = b",".join(value for name, value in headers if name == b"content-encoding").lower()
+    codings = [coding for item in listed.split(b",") if (coding := item.strip()) not in (b"", b"identity")]
+    return [] if all(accepts(coding, accept_encoding) for coding in codings) else codings
+
+
+UNDO_LIMIT = 16 * 1024 * 1024
+"""Bytes that a stored body may have with its coding undone: a megabyte of gzip can hold a gigabyte."""
+
+
+def undone(codings: Sequence[bytes], body: bytes) -> bytes | None:
+    """A body with its content coding undone; None where that is not possible in whole, or passes UNDO_LIMIT (H14)."""
+    bits = _CODINGS.get(codings[0]) if len(codings) == 1 else None
+    if bits is None:
+        return None
+    plain: list[bytes] = []
+    left = UNDO_LIMIT
+    while body:  # gzip may have several members, one after the other (RFC 1952)
+        stream = zlib.decompressobj(bits)
+        try:
+            part = stream.decompress(body, left + 1)
+        except zlib.error:
+            return None
+        left -= len(part)
+        if left < 0 or not stream.eof:
+            return None
+        plain.append(part)
+        body = stream.unused_data
+    return b"".join(plain)
+
+
+def headers_of_undone(headers: Headers) -> Headers:
+    """The headers of a stored response whose coding is undone."""
+    return [(name, value) for name, value in headers if name not in _OF_CODED_BYTES]
