@@ -104,7 +104,7 @@ def mariadb_url(run_directory: RunDirectory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def dynamodb_url(run_directory: RunDirectory) -> str:
-    """An endpoint of DynamoDB's protocol that others may share: take names of tables from `unique`."""
+    """An emulator of DynamoDB that others may share: take names of tables from `unique`."""
     return _server("dynamodb", run_directory).url
 
 
@@ -140,7 +140,7 @@ def private_mariadb(run_directory: RunDirectory) -> Iterator[PrivateServer]:
 
 @pytest.fixture
 def private_dynamodb(run_directory: RunDirectory) -> Iterator[PrivateServer]:
-    """Starts DynamoDB Locals of this test's own, to be killed, paused, restarted: `private_dynamodb(*options)`."""
+    """Starts emulators of this test's own, to be killed and paused; what they hold ends with them."""
     yield from _private("dynamodb", run_directory)
 
 

