@@ -207,6 +207,14 @@ def test_h7_a_caller_holds_its_share_and_no_more() -> None:
     Body(budget, "me", 40).append(b"x" * 40)
 
 
+def test_h7_nobody_is_remembered_for_nothing() -> None:
+    budget = Budget(100)
+    body = Body(budget, "me", 40)
+    body.append(b"")
+    body.close()
+    assert not budget._held
+
+
 @pytest.mark.parametrize(
     ("now", "size", "expected"),
     [

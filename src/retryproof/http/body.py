@@ -40,7 +40,7 @@ class Budget:
             if size > self._left or held > share:
                 raise OverBudget
             self._left -= size
-            if owner is not None:
+            if held:
                 self._held[owner] = held
 
     def give(self, size: int, owner: object = None) -> None:
