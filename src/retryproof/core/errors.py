@@ -5,7 +5,7 @@ IdempotencyError
 ├── Mismatch            the key was used before, with other input; it never runs
 ├── OutcomeUnknown      an earlier attempt died and may have had its effect; an operator settles it
 ├── LeaseLost           another attempt took over; what this one did is not recorded
-├── StoreUnavailable    the store gave no answer; nothing was run
+├── StoreUnavailable    the store gave no answer; the message says whether anything was begun
 ├── InvalidKey          the key is missing, malformed or too weak
 ├── ResultOmitted       done, never run again; the result was too large or could not be kept
 ├── Unreadable          a record written in a format that this version cannot read
@@ -60,7 +60,11 @@ class LeaseLost(IdempotencyError):
 
 
 class StoreUnavailable(IdempotencyError):
-    """The store gave no answer in time."""
+    """The store gave no answer in time; the message says whether anything was begun.
+
+    Raised by `run` before the function begins: nothing was run. Raised inside it, by a step, a phase or a commit: the
+    message says what is known. Try again with the same key; never with a new one.
+    """
 
 
 class InvalidKey(IdempotencyError):

@@ -84,7 +84,8 @@ def _plain(value: Any, depth: int = MAX_DEPTH) -> Any:
                 plain = dict(value) if plain is value else plain
                 plain[name] = kept
         return plain
-    raise Unencodable(f"{name_of(kind)} is not plain JSON; annotate the result with its type")
+    name = name_of(kind)
+    raise Unencodable(f"{name} is not plain JSON; pass codec=codec_for({name}), or annotate the field that holds it")
 
 
 def _finite(value: float) -> float:
