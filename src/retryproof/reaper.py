@@ -91,5 +91,6 @@ def _add(totals: Totals, reaped: Reaped, events: Sequence[Listener], on_ended: O
 
 
 def _is_settled_by_hand(record: Record) -> bool:
-    """Whether an operator said that it never happened, and nothing was kept beside."""
-    return record.state is State.RELEASED and record.checkpoints.keys() == {SETTLED_BY_HAND}
+    """Whether an operator said that it never happened, nothing was kept beside, and no attempt ended unknown since."""
+    released = record.state is State.RELEASED and record.attempt == 1
+    return released and record.checkpoints.keys() == {SETTLED_BY_HAND}

@@ -2,15 +2,18 @@
 
 import json
 import os
+import time
 
 import pytest
 
 from retryproof.cli.command import Refused
 from retryproof.cli.settlement import LEASE, UNSETTLED_RETENTION, Settlement, check_settleable, settle
+from retryproof.cli.shown import state_of
 from retryproof.core.commands import LOST, Abandoned, Acquired, Checkpoint, Claim, Complete, Done, Release, Running
 from retryproof.core.record import SETTLED_BY_HAND, Record, State
 from retryproof.reaper import reap_all
 from retryproof.stores import MemoryStore
+from retryproof.stores.keeper import Keeper
 from tests.cli.conftest import FINGERPRINT, claim, found
 
 DONE_WITH = Settlement(True, b"result")
@@ -147,6 +150,53 @@ def test_c12_the_end_of_what_an_operator_released_is_no_unknown_outcome(store: M
     clock.forward(UNSETTLED_RETENTION + 1)
     totals = reap_all(store, events=[])
     assert (totals.settled, totals.unsettled) == (1, 1), "what was kept beside the operator's word is still told"
+
+
+def fail_again(store: MemoryStore, record: Record) -> None:
+    """One more attempt, which fails cleanly."""
+    retry = again(record)
+    (held,) = store.claim([retry])
+    assert isinstance(held, Acquired)
+    store.release([Release(record.id, retry.nonce, held.token)])
+
+
+def test_c12_what_ended_unknown_and_then_failed_is_shown_as_abandoned_and_can_be_settled(
+    store: MemoryStore, clock: Clock
+) -> None:
+    record = died(store, clock)
+    fail_again(store, record)
+    record = found(store, record.id)
+    assert (record.state, state_of(record)) == (State.RELEASED, "abandoned")
+    check_settleable(record)
+    settle(store, record, NEVER, ENTRY)
+    assert state_of(found(store, record.id)) == "released"
+    assert isinstance(store.claim([again(record, on_abandoned="refuse")])[0], Acquired)
+
+
+def test_c12_an_operators_word_does_not_cover_what_ended_unknown_after_it(store: MemoryStore, clock: Clock) -> None:
+    record = died(store, clock)
+    settle(store, record, NEVER, ENTRY)
+    store.claim([again(record)])  # and dies
+    clock.forward(11.0)
+    fail_again(store, record)
+    clock.forward(UNSETTLED_RETENTION + 1)
+    totals = reap_all(store, events=[])
+    assert (totals.settled, totals.unsettled) == (0, 1)
+
+
+def test_c12_a_claim_that_the_keeper_gives_back_leaves_what_ended_unknown(store: MemoryStore, clock: Clock) -> None:
+    record = died(store, clock)
+    keeper = Keeper(lambda: store, owns=False, max_batch=10)
+    keeper.disown(again(record))
+    end = time.monotonic() + 10
+    while not keeper.idle and time.monotonic() < end:
+        time.sleep(0.005)
+    keeper.close()
+    released = found(store, record.id)
+    assert (released.state, released.settled) == (State.RELEASED, False)
+    assert isinstance(store.claim([again(record, on_abandoned="refuse")])[0], Abandoned)
+    clock.forward(2 * 86_400)
+    assert [ended.id for ended in store.reap().unsettled] == [record.id]
 
 
 def test_c2_the_dead_attempts_late_result_is_fenced_off(store: MemoryStore, clock: Clock) -> None:

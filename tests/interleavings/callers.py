@@ -10,6 +10,7 @@ from typing import Any
 from retryproof.core import flow
 from retryproof.core import record as table
 from retryproof.core.commands import (
+    Acquired,
     Checkpoint,
     Claim,
     ClaimReply,
@@ -48,6 +49,7 @@ class Rules:
     settle: Callable[[Record | None, Complete | Release, int], Written] = table.settle
     renew: Callable[[Record | None, Renew, int], Written] = table.renew
     checkpoint: Callable[[Record | None, Checkpoint], Written] = table.checkpoint
+    disown: Callable[[Claim, Acquired], Release] = lambda claim, held: Release(claim.id, claim.nonce, held.token)
     attempt: Callable[..., flow.Flow] = flow.attempt
     fenced: Callable[..., Generator[Command, tuple[Reply, float], Any]] = flow.fenced
 

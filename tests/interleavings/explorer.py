@@ -45,9 +45,8 @@ from retryproof.core.commands import (
     StoreCommand,
 )
 from retryproof.core.hold import Hold
-from retryproof.core.record import MICROSECONDS, Record
+from retryproof.core.record import MICROSECONDS, Record, State
 from tests.interleavings.callers import (
-    ID,
     LEASE,
     NO_ANSWER,
     RENEWED,
@@ -140,7 +139,6 @@ class Explorer:
         self.scenario = scenario
         self.rules = rules
         self.report = Report()
-        self._only_refuse = all(caller.policy.on_abandoned == "refuse" for caller in scenario.callers)
         self._recovered: set[Hashable] = set()
         self._numbers: dict[Hashable, int] = {}
         self._records: dict[Hashable, Record | None] = {frozen(None): None}
@@ -289,7 +287,7 @@ class Explorer:
         if isinstance(late, Disown):
             applied, reply = self._apply(world, late.claim)
             if isinstance(reply, Acquired):
-                return self._send(applied, Release(ID, late.claim.nonce, reply.token))
+                return self._send(applied, self.rules.disown(late.claim, reply))
             return applied
         applied, _ = self._apply(world, late)
         return applied
@@ -339,6 +337,9 @@ class Explorer:
         if key not in self._applied:
             self._applied[key] = self._write(world.record, command, world.clock)
         record, reply = self._applied[key]
+        clean = record is not None and record.state is State.RELEASED and record.settled
+        if clean and record is not None and any(birth == record.birth for birth, _ in world.dirty):
+            raise Violation("I7: an operation counts as settled, and one of its attempts ended unknown")
         return replace(world, record=record), reply
 
     def _write(self, before: Record | None, command: StoreCommand, now: int) -> tuple[Record | None, Any]:
@@ -363,7 +364,7 @@ class Explorer:
 
     def _begin_to_run(self, world: World, number: int, hold: Hold) -> World:
         others = {other for birth, other in world.dirty if birth == hold.birth and other != number}
-        if self._only_refuse and others:
+        if others and self.scenario.callers[number].policy.on_abandoned == "refuse":
             raise Violation("C7: a handler runs although an earlier one may have had its effect")
         return replace(world, dirty=world.dirty | {(hold.birth, number)})
 

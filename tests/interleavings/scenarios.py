@@ -17,6 +17,10 @@ PAIRS: dict[str, Scenario] = {
     "past the retention": Scenario(TWICE, faults=1, lapses=0, expiries=1),
     "a policy that refuses": Scenario(REFUSE, faults=1, lapses=1),
     "one that waits": Scenario((Caller("A"), Caller("B", policy(wait=10.0))), faults=0, lapses=1),
+    "one that refuses beside others": Scenario(
+        (*TWICE, Caller("C", policy(on_abandoned="refuse"))), faults=0, lapses=1
+    ),
+    "a claim without an answer": Scenario(TWICE, faults=2, lapses=1),
     "one released when cancelled": Scenario(
         (Caller("A", policy(release_on_cancel=True)), Caller("B")), faults=1, lapses=1
     ),
@@ -30,7 +34,7 @@ PAIRS: dict[str, Scenario] = {
     "input of an unknown version": Scenario((Caller("A"), Caller("B", fingerprint=b"\1\2new")), faults=1, lapses=0),
     "no input beside some": Scenario((Caller("A"), Caller("B", fingerprint=b"")), faults=0, lapses=1),
 }
-"""Two callers: seconds."""
+"""Two callers, or three to whom little happens: seconds."""
 
 TRIOS: dict[str, Scenario] = {
     "the same request three times": Scenario((*TWICE, Caller("C")), faults=1, lapses=1),

@@ -57,6 +57,16 @@ def settle_without_repeats(record: Record | None, command: Complete | Release, n
     return table.settle(record, command, now)
 
 
+def settle_that_forgets_earlier_attempts(record: Record | None, command: Complete | Release, now: int) -> Written:
+    written, reply = table.settle(record, command, now)
+    return written and replace(written, attempt=1), reply
+
+
+def disown_that_settles(claim: Claim, held: Acquired) -> Release:
+    """As if nothing had been known of the operation before the claim that nobody wants."""
+    return Release(claim.id, claim.nonce, held.token, settles=True)
+
+
 def settle_that_says_done_and_stores_nothing(record: Record | None, command: Complete | Release, now: int) -> Written:
     return None, DONE
 
@@ -89,6 +99,13 @@ def decide_with_a_token_that_stands_still(record: Record | None, claim: Claim, n
 def decide_that_drops_what_is_over(record: Record | None, claim: Claim, now: int) -> Written:
     if record is not None and not record.settled and now >= record.lease_until:
         record = None
+    return table.decide(record, claim, now)
+
+
+def decide_that_runs_what_was_released(record: Record | None, claim: Claim, now: int) -> Written:
+    """A policy that refuses takes a clean failure for the end of every doubt."""
+    if record is not None and record.state is State.RELEASED:
+        claim = replace(claim, on_abandoned="rerun")
     return table.decide(record, claim, now)
 
 
@@ -168,6 +185,17 @@ FAULTS: dict[str, tuple[Rules, Scenario, str]] = {
     "no lease": (Rules(decide=decide_without_the_lease), SAME, "I1"),
     "a token that stands still": (Rules(decide=decide_with_a_token_that_stands_still), SAME, "C2"),
     "unsettled is dropped": (Rules(decide=decide_that_drops_what_is_over), SAME, "I7"),
+    "unknown, then failed": (Rules(settle=settle_that_forgets_earlier_attempts), SAME, "I7: an operation counts"),
+    "unknown, then failed, then refused": (
+        Rules(decide=decide_that_runs_what_was_released),
+        PAIRS["one that refuses beside others"],
+        "C7",
+    ),
+    "a disowned claim": (
+        Rules(disown=disown_that_settles),
+        PAIRS["a claim without an answer"],
+        "I7: an operation counts",
+    ),
     "checkpoints are forgotten": (
         Rules(decide=decide_that_forgets_checkpoints),
         PAIRS["with steps and renewals"],
@@ -177,7 +205,7 @@ FAULTS: dict[str, tuple[Rules, Scenario, str]] = {
     "seen before stored": (Rules(attempt=_attempt(end=shown_before_it_is_stored)), SAME, "I5"),
     "its own result": (Rules(attempt=_attempt(end=shown_although_overtaken)), SAME, "I5|I10"),
     "a lease counted from the reply": (Rules(attempt=_attempt(enter=Hold.renewed)), SAME, "I1: two"),
-    "released when cancelled": (Rules(attempt=_attempt(change=released_when_cancelled)), REFUSED, "C7"),
+    "released when cancelled": (Rules(attempt=_attempt(change=released_when_cancelled)), REFUSED, "C7|I7"),
     "no end": (Rules(attempt=attempt_that_never_ends), SAME, "a path without end"),
 }
 

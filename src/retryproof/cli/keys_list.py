@@ -21,14 +21,18 @@ STATES = ("in_progress", "abandoned", "released", "completed", "tombstone")
 
 @click.command("list", epilog=exits.HELP)
 @url_argument
-@click.option("--state", type=click.Choice(STATES), help="Only these; abandoned: in progress without a live lease.")
+@click.option(
+    "--state",
+    type=click.Choice(STATES),
+    help="Only these; abandoned: unknown whether it happened, and nobody is at it.",
+)
 @click.option("--tenant", help="Only those of this tenant: its name, or its digest as `keys show` gives it.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--all", "everything", is_flag=True, help="Without a limit.")
 @json_option
 def list_keys(url: str, state: str | None, tenant: str | None, limit: int, everything: bool, output: Output) -> None:
     """List operations of the store at URL in the order of their digests."""
-    wanted = None if state is None else State.IN_PROGRESS if state == "abandoned" else State[state.upper()]
+    wanted = None if state in (None, "abandoned") else State[state.upper()]
     with opened(url) as store, output.progress("reading") as tell:
         found: list[Record] = []
         records = pages(store, state=wanted, tenant=_tenant(tenant))

@@ -68,7 +68,7 @@ def settle(store: Store, record: Record, settlement: Settlement, entry: dict[str
         return
     note = json.dumps(entry).encode()
     _must(store.checkpoint([Checkpoint(claim.id, claim.nonce, held.token, SETTLED_BY_HAND, note)]))
-    _must(store.release([Release(claim.id, claim.nonce, held.token)]))
+    _must(store.release([Release(claim.id, claim.nonce, held.token, settles=True)]))
 
 
 def _take_over(store: Store, record: Record, claim: Claim) -> Acquired:

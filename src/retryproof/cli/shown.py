@@ -26,12 +26,14 @@ def moment(microseconds: int) -> str:
 
 
 def abandoned(record: Record) -> bool:
-    """In progress, and nobody holds it: its attempt died, or its outcome is unknown."""
+    """Nobody holds it, and an attempt died or said that its outcome is unknown; a later one may have failed cleanly."""
+    if record.state is State.RELEASED:
+        return record.attempt > 1
     return record.state is State.IN_PROGRESS and not record.live(record.read_at)
 
 
 def state_of(record: Record) -> str:
-    """One word; `abandoned` is in progress without a live lease."""
+    """One word; `abandoned` says that whether it happened is unknown, and nobody is at it."""
     return "abandoned" if abandoned(record) else record.state.name.lower()
 
 

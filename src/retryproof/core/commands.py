@@ -63,11 +63,16 @@ class Complete:
 
 @value
 class Release:
-    """Give the operation back: this attempt failed and said so."""
+    """Give the operation back: this attempt failed and said so, or nothing ran under it.
+
+    settles: an operator says that no attempt had its effect, those included that ended unknown: attempts and deaths are
+    counted from the start again (C12, C15).
+    """
 
     id: bytes
     nonce: bytes
     token: int
+    settles: bool = False
 
 
 @value

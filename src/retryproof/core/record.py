@@ -5,12 +5,17 @@
     in progress, lease live                   Running                               Mismatch
     in progress, lease over                   taken over: Acquired, or Abandoned    Mismatch
     released                                  Acquired (attempt not counted)        Mismatch
+    released, an earlier one ended unknown    the same, or Abandoned, by policy     Mismatch
     completed, or a tombstone                 Finished                              Mismatch
 
 `decide` is that table. Stores written in Python call it; those that decide in a script or in SQL mirror it, and one
 model-based test holds them all to it. A released record keeps its row, so that its token never comes back. It counts
 as settled, since its attempt said that it had no effect; unless it kept something, a step's result or a recovery point:
-then part of the effect is there, and to forget it would be to have it again.
+then part of the effect is there, and to forget it would be to have it again. Nor is it settled where an earlier attempt
+ended unknown, which a clean failure of another one does not change (C12). That needs no column: an attempt is counted
+when it takes over what was left in progress, so `attempt` is past 1 exactly where some attempt ended unknown. A claim
+that nobody wants is released as well, and leaves just that. Only completing settles such a record, or an operator who
+says that it never happened, with whom attempts start anew.
 """
 
 from __future__ import annotations
@@ -82,9 +87,9 @@ class Record:
 
     @property
     def settled(self) -> bool:
-        """Whether its outcome is known: completed, tombstone, or released with nothing kept."""
+        """Whether its outcome is known: completed, tombstone, or released with nothing kept and nothing unknown."""
         if self.state is State.RELEASED:
-            return not self.checkpoints
+            return self.attempt == 1 and not self.checkpoints
         return self.state is not State.IN_PROGRESS
 
     def expired(self, now: int) -> bool:
@@ -113,6 +118,8 @@ def decide(record: Record | None, claim: Claim, now: int) -> tuple[Record | None
         case State.RELEASED:
             if record.nonce == claim.nonce:  # a late duplicate: its attempt is over, and nobody would run this one
                 return None, Running(0.0)
+            if record.attempt > 1 and claim.on_abandoned == "refuse":
+                return None, Abandoned("refused", record.attempt)
             return _take(record, claim, now)
         case State.IN_PROGRESS:
             return _decide_in_progress(record, claim, now)
@@ -184,22 +191,26 @@ def settle(record: Record | None, command: Complete | Release, now: int) -> tupl
         # A repeat of the command that settled it, or a late command of an attempt that settled otherwise.
         same = isinstance(command, Release) == (record.state is State.RELEASED)
         return None, DONE if same else LOST
-    kept = record.checkpoints if isinstance(command, Release) else NOTHING
-    settled = replace(
+    return _released(record, command, now) if isinstance(command, Release) else _completed(record, command, now), DONE
+
+
+def _completed(record: Record, command: Complete, now: int) -> Record:
+    return replace(
         record,
-        state=_state_after(command),
-        result=command.result if isinstance(command, Complete) else None,
-        expires_at=record.expires_at if kept else now + microseconds(record.retention),
+        state=State.TOMBSTONE if command.result is None else State.COMPLETED,
+        result=command.result,
+        expires_at=now + microseconds(record.retention),
         lease_until=now,
-        checkpoints=kept,
+        checkpoints=NOTHING,
     )
-    return settled, DONE
 
 
-def _state_after(command: Complete | Release) -> State:
-    if isinstance(command, Release):
-        return State.RELEASED
-    return State.TOMBSTONE if command.result is None else State.COMPLETED
+def _released(record: Record, command: Release, now: int) -> Record:
+    """Retention starts where nothing is left unsettled; else the end is that of what died."""
+    if command.settles:
+        record = replace(record, attempt=1, deaths=0)
+    released = replace(record, state=State.RELEASED, result=None, lease_until=now)
+    return replace(released, expires_at=now + microseconds(record.retention)) if released.settled else released
 
 
 def renew(record: Record | None, command: Renew, now: int) -> tuple[Record | None, FenceReply]:

@@ -249,6 +249,87 @@ async def c12_what_was_released_with_something_kept_is_kept_as_long_as_what_died
     assert dict((await bench.record(claim.id)).checkpoints) == {"step": b"value"}
 
 
+async def _failed_after_a_death(bench: Bench, **changes: Any) -> tuple[Claim, Acquired]:
+    """An attempt ended unknown, and the next one failed and said so: the first claim, and what the second one held."""
+    dead = new_claim(lease=SHORT, **changes)
+    await bench.dead(dead)
+    later = again(dead, **changes)
+    second = await bench.held(later)
+    assert await bench.fenced(release(later, second)) == DONE
+    return dead, second
+
+
+@case
+async def c12_a_clean_failure_does_not_settle_what_ended_unknown_before(bench: Bench) -> None:
+    dead, second = await _failed_after_a_death(bench, retention=SHORT, unsettled_retention=2 * LONG)
+    record = await bench.record(dead.id)
+    assert (record.state, record.attempt, record.settled) == (State.RELEASED, 2, False)
+    assert record.expires_at - record.read_at > LONG * 1_000_000
+    await bench.reap()
+    assert (await bench.frozen(dead.id)) == replace(record, read_at=0)
+    third = await bench.held(again(dead))
+    assert (third.attempt, third.birth, third.first_seen) == (2, second.birth, second.first_seen)
+
+
+@case
+async def c12_what_ended_unknown_and_then_failed_is_never_fresh(bench: Bench) -> None:
+    dead, second = await _failed_after_a_death(bench, retention=SHORT, unsettled_retention=SHORT)
+    await bench.wait_past(dead.id, lambda record: record.expires_at)
+    assert dead.id in {record.id for record in await _scan_all(bench, prefix=dead.id[:8])}
+    assert await bench.claim(other_input(dead)) == Mismatch(dead.fingerprint)
+    third = await bench.held(again(dead))
+    assert (third.attempt, third.birth, third.first_seen) == (2, second.birth, second.first_seen)
+
+
+@case
+async def c7_what_ended_unknown_and_then_failed_is_abandoned_to_a_policy_that_refuses(bench: Bench) -> None:
+    dead, _ = await _failed_after_a_death(bench)
+    before = await bench.frozen(dead.id)
+    assert await bench.claim(again(dead, on_abandoned="refuse")) == Abandoned("refused", 2)
+    assert await bench.frozen(dead.id) == before
+
+
+@case
+async def c12_a_disowned_claim_leaves_what_was_known_before_it(bench: Bench) -> None:
+    dead = new_claim(lease=SHORT, retention=SHORT, unsettled_retention=2 * LONG)
+    first = await bench.held(dead)
+    assert await bench.fenced(checkpoint(dead, first)) == DONE
+    await bench.outlive(dead.id)
+    for _ in range(3):  # each is applied, its caller has gone, and the keeper gives it back
+        unwanted = again(dead, retention=SHORT, unsettled_retention=2 * LONG)
+        assert await bench.fenced(release(unwanted, await bench.held(unwanted))) == DONE
+        await bench.reap()
+    assert await bench.claim(again(dead, on_abandoned="refuse")) == Abandoned("refused", 2)
+    taken = await bench.held(again(dead, max_attempts=2, lease=SHORT))
+    assert (taken.attempt, taken.birth, dict(taken.checkpoints)) == (2, first.birth, {"step": b"value"})
+    await bench.outlive(dead.id)
+    assert await bench.claim(again(dead, max_attempts=2)) == Abandoned("poisoned", 2)
+
+
+@case
+async def o1_an_operator_who_says_that_it_never_happened_settles_what_ended_unknown(bench: Bench) -> None:
+    dead = new_claim(lease=SHORT, retention=2 * LONG, unsettled_retention=4 * LONG)
+    first = await bench.dead(dead)
+    operator = again(dead, retention=2 * LONG, unsettled_retention=4 * LONG)
+    assert await bench.fenced(replace(release(operator, await bench.held(operator)), settles=True)) == DONE
+    record = await bench.record(dead.id)
+    assert (record.state, record.attempt, record.deaths, record.settled) == (State.RELEASED, 1, 0, True)
+    assert record.expires_at - record.read_at <= 2 * LONG * 1_000_000 + 2_000
+    taken = await bench.held(again(dead, on_abandoned="refuse", max_attempts=1))
+    assert (taken.attempt, taken.birth) == (1, first.birth)
+
+
+@case
+async def o1_what_an_operator_settled_is_fresh_after_its_retention(bench: Bench) -> None:
+    dead = new_claim(lease=SHORT, retention=SHORT, unsettled_retention=2 * LONG)
+    await bench.dead(dead)
+    operator = again(dead, retention=SHORT)
+    assert await bench.fenced(replace(release(operator, await bench.held(operator)), settles=True)) == DONE
+    await bench.wait_gone(dead.id)
+    later = again(dead)
+    assert (await bench.held(later)).birth == later.nonce
+
+
 # The claim's table: settled
 
 
@@ -787,6 +868,16 @@ async def c12_the_end_of_what_was_released_with_something_kept_is_reported(bench
     assert claim.id in ended
     assert (ended[claim.id].state, dict(ended[claim.id].checkpoints)) == (State.RELEASED, {"step": b"value"})
     assert await bench.get(claim.id) is None
+
+
+@case
+async def c12_the_end_of_what_ended_unknown_and_then_failed_is_reported(bench: Bench) -> None:
+    dead, _ = await _failed_after_a_death(bench, retention=SHORT, unsettled_retention=SHORT)
+    await bench.wait_past(dead.id, lambda record: record.expires_at)
+    ended = {record.id: record for record in (await bench.reap()).unsettled}
+    assert dead.id in ended
+    assert (ended[dead.id].state, ended[dead.id].attempt) == (State.RELEASED, 2)
+    assert await bench.get(dead.id) is None
 
 
 @case

@@ -277,7 +277,7 @@ def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
 def _outcome(command: Complete | Release) -> tuple[str, bytes]:
     """The state to settle in and the result, which an empty one does not stand for: the state says whether it is."""
     if isinstance(command, Release):
-        return "2", b""
+        return "2", b"1" if command.settles else b""
     return ("4", b"") if command.result is None else ("3", command.result)
 
 

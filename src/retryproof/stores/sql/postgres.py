@@ -233,7 +233,8 @@ def _complete(commands: Sequence[Complete], table: str) -> Statement:
 
 
 def _release(commands: Sequence[Release], table: str) -> Statement:
-    return _batch(lambda one: statements.release(table, one=one), _fence(commands))
+    settles = [command.settles for command in commands]
+    return _batch(lambda one: statements.release(table, one=one), (*_fence(commands), settles))
 
 
 def _renew(commands: Sequence[Renew], table: str) -> Statement:

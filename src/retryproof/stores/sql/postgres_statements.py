@@ -39,8 +39,9 @@ seen AS MATERIALIZED (
             WHEN {settled} AND clock.now >= r.expires_at THEN 2
             WHEN r.fingerprint <> asked.fingerprint THEN 8
             WHEN r.state >= 3 THEN 7
-            WHEN r.state = 2 AND r.nonce <> asked.nonce THEN 3
-            WHEN r.state = 2 THEN 6 -- a late duplicate: its attempt is over, and nobody would run this one
+            WHEN r.state = 2 AND r.nonce = asked.nonce THEN 6 -- late: its attempt is over, nobody would run this one
+            WHEN r.state = 2 AND asked.refuse AND r.attempt > 1 THEN 9
+            WHEN r.state = 2 THEN 3
             WHEN r.nonce = asked.nonce THEN 5
             WHEN clock.now < r.lease_until THEN 6
             WHEN asked.refuse THEN 9
@@ -234,7 +235,7 @@ def _asked(columns: dict[str, str], *, one: bool) -> str:
 
 def _settled(row: str) -> str:
     """Whether the outcome of a row's operation is known; as `core.record.Record.settled`."""
-    return f"({row}.state >= 3 OR {row}.state = 2 AND {row}.checkpoints IS NULL)"
+    return f"({row}.state >= 3 OR {row}.state = 2 AND {row}.checkpoints IS NULL AND {row}.attempt = 1)"
 
 
 @cache
@@ -277,8 +278,11 @@ def worklist(table: str) -> str:
 def release(table: str, *, one: bool = False) -> str:
     """Give a batch back."""
     changes = """state = 2, result = NULL, lease_until = s.now,
-        expires_at = CASE WHEN o.checkpoints IS NULL THEN s.now + o.retention ELSE o.expires_at END"""
-    return _fenced(table, changes, {}, one=one)
+        attempt = CASE WHEN s.settles THEN 1 ELSE o.attempt END,
+        deaths = CASE WHEN s.settles THEN 0 ELSE o.deaths END,
+        expires_at = CASE WHEN o.checkpoints IS NULL AND (s.settles OR o.attempt = 1) THEN s.now + o.retention
+            ELSE o.expires_at END"""
+    return _fenced(table, changes, {"settles": "bool"}, one=one)
 
 
 @cache

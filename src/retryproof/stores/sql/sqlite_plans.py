@@ -74,7 +74,7 @@ _INSERT = f"INSERT INTO retryproof_operations ({COLUMNS}) VALUES "
 _REPLACE = f"REPLACE INTO retryproof_operations ({COLUMNS}) VALUES {_PLACES}"
 _MARK = "retryproof_joined"
 _CHANGES = Statement("SELECT changes()")
-_UNSETTLED = f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} AND checkpoints IS NOT NULL"
+_UNSETTLED = f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} AND (checkpoints IS NOT NULL OR attempt > 1)"
 _OVER = f"expires_at <= ? AND (state <> {State.IN_PROGRESS:d} OR lease_until <= ?)"
 
 

@@ -61,7 +61,7 @@ local function reclaim(key, found, fingerprint, nonce, tenant, trace, term)
   if not (state and found[2] and found[3]) then
     return UNREADABLE
   end
-  if state ~= IN_PROGRESS and not (state == RELEASED and steps == '1') and now >= tonumber(expires_at) then
+  if state ~= IN_PROGRESS and not unsettled(state, steps, attempt) and now >= tonumber(expires_at) then
     call('DEL', key)
     return be_born(key, math.max(token + 1, now), fingerprint, nonce, tenant, trace, term)
   end
@@ -92,6 +92,8 @@ local function reclaim(key, found, fingerprint, nonce, tenant, trace, term)
     end
   elseif found[3] == nonce then
     return {'R', 0}
+  elseif attempt > 1 and term.refuse then
+    return {'X', 'refused', attempt}
   else
     call('PERSIST', key)
   end

@@ -1,5 +1,5 @@
 -- Completes or releases a batch, mirroring `settle` in core/record.py. ARGV: for each key nonce, token, the state to
--- settle in (2 released, 3 completed, 4 tombstone) and the result, empty but for state 3.
+-- settle in (2 released, 3 completed, 4 tombstone) and the result of state 3; for state 2 "1" where an operator settles.
 local function forget_steps(key)
   for _, name in ipairs(call('HKEYS', key)) do
     if sub(name, 1, 5) == 'step:' then
@@ -29,10 +29,16 @@ return fenced(function(key, at, state, token, rest)
     return (state == RELEASED) == (new_state == RELEASED), false
   end
   local expires_at, retention, steps, tail = match(rest, '^%d+ (%d+) (%d+) ([01])(.+)$')
-  if steps == '1' and new_state == RELEASED then
-    -- Part of the effect is there: as in progress, only a reaper ends it.
-    call('HSET', key, 'head', format('%s %s %.0f %s %s 1%s', RELEASED, token, now, expires_at, retention, tail))
-    return true, true
+  if new_state == RELEASED then
+    local counts, first_seen, attempt = match(tail, '^ ([01]) (%d+) (%d+)')
+    if ARGV[at + 1] == '1' then
+      attempt, tail = '1', format(' %s %s 1 0', counts, first_seen)
+    end
+    if unsettled(RELEASED, steps, attempt) then
+      -- All or part of the effect may be there: as in progress, only a reaper ends it.
+      call('HSET', key, 'head', format('%s %s %.0f %s %s %s%s', RELEASED, token, now, expires_at, retention, steps, tail))
+      return true, true
+    end
   end
   if steps == '1' then
     forget_steps(key)
