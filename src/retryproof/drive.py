@@ -12,11 +12,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Protocol, TypeVar
 
 from retryproof.core.commands import (
+    NOT_BEGUN,
     Claim,
     Command,
     Complete,
     Disown,
     Linger,
+    NotBegun,
     Pause,
     Paused,
     Raised,
@@ -82,7 +84,8 @@ def drive(
 ) -> T:
     """Pump a flow to its conclusion in this thread.
 
-    An interruption while the attempt is being settled cannot lose its result: the keeper goes on.
+    run: calls the work, unless its hold may not begin it. An interruption while the attempt is being settled cannot
+        lose its result: the keeper goes on.
     """
     background = store.background
     hold: Hold | None = None
@@ -93,9 +96,11 @@ def drive(
             kind = type(command)
             reply: Reply = None
             if isinstance(command, Run):
-                hold = command.hold
-                background.watch(hold)
-                reply = outcome = run(hold)
+                if hold is None:
+                    hold = command.hold
+                    background.watch(hold)
+                outcome = None
+                reply = outcome = run(hold) if hold.may_begin(clock()) else NOT_BEGUN
             elif isinstance(command, Pause):
                 reply = pause(command)
             elif kind is Disown or kind is Linger:
@@ -120,9 +125,27 @@ def abegin(
 ) -> Awaitable[T | Run]:
     """Pump a flow up to its `Run`, which the caller then performs and hands to `afinish`; or to its conclusion.
 
-    The caller watches the hold; `afinish` unwatches it.
+    The caller watches the hold; `afinish` unwatches it. In the step that calls the work it asks `hold.may_begin`, and
+    where that says no it pumps `arenew` first.
     """
     return _pump(flow, next(flow), store, timeout, pause)
+
+
+async def arenew(flow: Steps[T], hold: Hold, store: AsyncPerformer, timeout: float) -> T | None:
+    """Pump a flow whose hold may not begin its work (C6): None, when it may now; or the flow's conclusion, unwatched.
+
+    What is cancelled meanwhile was not begun, and is given back.
+    """
+    try:
+        while not hold.may_begin(clock()):
+            step = await _pump(flow, flow.send((NOT_BEGUN, clock())), store, timeout, _sleep)
+            if not isinstance(step, Run):
+                store.background.unwatch(hold)
+                return step
+    except BaseException:
+        store.background.linger(hold, hold.release())
+        raise
+    return None
 
 
 async def afinish(
@@ -224,7 +247,7 @@ def _leave_settling_to(background: Background, hold: Hold, outcome: Reply) -> No
     """Who was settling this attempt has been interrupted: what it came to must not be lost (C4)."""
     if isinstance(outcome, Returned):
         background.linger(hold, hold.complete(outcome.result))
-    elif isinstance(outcome, Raised) and not outcome.unknown:
+    elif isinstance(outcome, NotBegun) or (isinstance(outcome, Raised) and not outcome.unknown):
         background.linger(hold, hold.release())
 
 

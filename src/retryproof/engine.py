@@ -28,7 +28,7 @@ from retryproof.core.flow import Busy, Completed, Conclusion, Down, Flow, Replay
 from retryproof.core.hold import Hold
 from retryproof.core.keys import REMEMBERED, check_key, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import abegin, afinish, clock, drive
+from retryproof.drive import abegin, afinish, arenew, clock, drive
 from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
 from retryproof.observe.logging import log_event
 from retryproof.operation import ENDED, EPOCH, BlockingOperation, LoopOperation, Settled, asettle, enter, leave, settle
@@ -480,9 +480,13 @@ class _LoopWork(_Work):
         A cancellation that arrives while it is being settled cannot lose its result: the rest of the flow goes on in a
         task of its own, is waited for, and only then the cancellation goes on. A second one does not wait.
         """
-        overtaking = _Overtaking(hold, opened.loop) if policy.on_lease_lost == "cancel" else None
         operation = LoopOperation(hold, opened, policy, opened.loop)
         opened.background.watch(hold)
+        if not hold.may_begin(clock()):
+            conclusion = await arenew(flow, hold, opened, policy.store_timeout)
+            if conclusion is not None:
+                return conclusion
+        overtaking = _Overtaking(hold, opened.loop) if policy.on_lease_lost == "cancel" else None
         try:
             outcome = await self._run(fn, operation, overtaking)
             reply = self.settled(await asettle(operation, outcome)) if operation.joined else outcome
@@ -534,6 +538,8 @@ class _Overtaking:
         self._active = True
         self._ours = False
         hold.on_lost = self._lost
+        if hold.lost:  # told meanwhile, in the keeper's thread
+            self._lost()
 
     def end(self) -> None:
         """The function has ended; once or more."""

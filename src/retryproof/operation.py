@@ -322,7 +322,8 @@ class Operation:
     def _renewed(self, name: str, reply: Reply, sent: float) -> None:
         if isinstance(reply, Done):
             self._hold.renewed(sent)
-            return
+            if clock() < self._hold.deadline:
+                return
         self._forget_name(name)
         if isinstance(reply, Lost):
             self._hold.lose()

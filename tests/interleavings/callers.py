@@ -52,6 +52,7 @@ class Rules:
     disown: Callable[[Claim, Acquired], Release] = lambda claim, held: Release(claim.id, claim.nonce, held.token)
     attempt: Callable[..., flow.Flow] = flow.attempt
     fenced: Callable[..., Generator[Command, tuple[Reply, float], Any]] = flow.fenced
+    may_begin: Callable[[Hold, float], bool] = Hold.may_begin
 
 
 def policy(**changes: Any) -> Policy:
@@ -96,14 +97,14 @@ class Told:
     now: float
 
 
-STEP, RENEWED = "step", "renewed"
+BEGUN, STEP, RENEWED = "begun", "step", "renewed"
 TRANSPARENT = (Pause, Disown, Linger)
 STATES: dict[type[Any], str] = {
     Claim: flow.START,
     Run: flow.RUNNING,
     Complete: flow.SETTLING,
     Release: flow.SETTLING,
-    Renew: flow.SETTLING,
+    Renew: flow.RENEWING,
     Look: flow.OVERTAKEN,
 }
 
@@ -119,7 +120,7 @@ class Replay:
         self._from: tuple[str, str] | None = None
         self.conclusion: flow.Conclusion | None = None
         self.hold: Hold | None = None
-        self.stepped = self.renewed = False
+        self.begun = self.stepped = self.renewed = False
         self._step: Generator[Command, tuple[Reply, float], Any] | None = None
         self._flow = rules.attempt(caller.claim(), caller.policy, told[0].now, caller.refingerprint)
         self.command: Command | None = next(self._flow)
@@ -129,10 +130,12 @@ class Replay:
     @property
     def running(self) -> bool:
         """Whether its handler runs, in a step or not."""
-        return self._step is not None or isinstance(self.command, Run)
+        return self.begun and (self._step is not None or isinstance(self.command, Run))
 
     def _tell(self, item: Told) -> None:
-        if item.what == STEP:
+        if item.what == BEGUN:
+            self.begun = True
+        elif item.what == STEP:
             assert self.hold is not None
             self.stepped = True
             self._step = self._rules.fenced(self.hold, self.hold.checkpoint("step", b"kept"), item.now)
@@ -158,7 +161,7 @@ class Replay:
         if isinstance(self.command, Run):
             self.hold = self.command.hold
         if not isinstance(self.command, TRANSPARENT):
-            self._arrive(STATES[type(self.command)])
+            self._arrive(self._state(self.command))
 
     def _reply_in_step(self, step: Generator[Command, tuple[Reply, float], Any], reply: Reply, now: float) -> None:
         assert self.hold is not None
@@ -172,9 +175,14 @@ class Replay:
 
     def _note(self, reply: Reply) -> None:
         asked = self.command
-        renewing = isinstance(asked, Renew) and not isinstance(reply, Unreachable)
-        if not isinstance(asked, TRANSPARENT) and not renewing:
-            self._from = (STATES[type(asked)], type(reply).__name__)
+        settling = isinstance(asked, Renew) and self.begun
+        if settling and not isinstance(reply, Unreachable):
+            return
+        if not isinstance(asked, TRANSPARENT):
+            self._from = (self._state(asked), type(reply).__name__)
+
+    def _state(self, command: Command | None) -> str:
+        return flow.SETTLING if isinstance(command, Renew) and self.begun else STATES[type(command)]
 
     def _arrive(self, where: str) -> None:
         if self._from is not None:
@@ -183,7 +191,7 @@ class Replay:
 
     def standing(self) -> Hashable:
         """Equal for two callers that will do the same from here on."""
-        return (frozen(self._flow), frozen(self._step), self._from, self.stepped, self.renewed)
+        return (frozen(self._flow), frozen(self._step), self._from, self.begun, self.stepped, self.renewed)
 
 
 _CONSTANT = (bytes, int, float, str, type(None), Claim, Complete, Release, Policy)

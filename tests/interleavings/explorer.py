@@ -19,6 +19,7 @@ from typing import Any, assert_never
 from retryproof.core import flow
 from retryproof.core import record as table
 from retryproof.core.commands import (
+    NOT_BEGUN,
     Acquired,
     Cancelled,
     Checkpoint,
@@ -47,6 +48,7 @@ from retryproof.core.commands import (
 from retryproof.core.hold import Hold
 from retryproof.core.record import MICROSECONDS, Record, State
 from tests.interleavings.callers import (
+    BEGUN,
     LEASE,
     NO_ANSWER,
     RENEWED,
@@ -218,6 +220,10 @@ class Explorer:
         match worker.command:
             case Claim() | Complete() | Release() | Renew() | Checkpoint() as command:
                 yield from self._store_answers(world, number, command)
+            case Run(hold) if not worker.running:
+                begins = self.rules.may_begin(hold, world.now)
+                told = Told(BEGUN if begins else NOT_BEGUN, world.now)
+                yield ("begins its work" if begins else "is too late",), self._tell(world, number, told)
             case Run(hold):
                 yield from self._run_answers(world, number, worker, hold)
             case Pause(seconds, waiting):
@@ -363,6 +369,8 @@ class Explorer:
     # Invariants
 
     def _begin_to_run(self, world: World, number: int, hold: Hold) -> World:
+        if not holds(world.record, hold):
+            raise Violation("I1: a handler begins whose operation another attempt took over")
         others = {other for birth, other in world.dirty if birth == hold.birth and other != number}
         if others and self.scenario.callers[number].policy.on_abandoned == "refuse":
             raise Violation("C7: a handler runs although an earlier one may have had its effect")
@@ -403,6 +411,7 @@ class Explorer:
         while (replay := Replay(self.rules, last, told)).conclusion is None:
             match replay.command:
                 case Run():
+                    told = (*told, Told(BEGUN, later.now))
                     reply: Reply = Returned(b"last")
                 case Claim() | Complete() as command:
                     later, reply = self._apply(later, command)

@@ -205,6 +205,7 @@ FAULTS: dict[str, tuple[Rules, Scenario, str]] = {
     "seen before stored": (Rules(attempt=_attempt(end=shown_before_it_is_stored)), SAME, "I5"),
     "its own result": (Rules(attempt=_attempt(end=shown_although_overtaken)), SAME, "I5|I10"),
     "a lease counted from the reply": (Rules(attempt=_attempt(enter=Hold.renewed)), SAME, "I1: two"),
+    "start under a lease that is over": (Rules(may_begin=lambda hold, now: True), SAME, "I1: a handler begins"),
     "released when cancelled": (Rules(attempt=_attempt(change=released_when_cancelled)), REFUSED, "C7|I7"),
     "no end": (Rules(attempt=attempt_that_never_ends), SAME, "a path without end"),
 }

@@ -204,7 +204,7 @@ def test_a_reply_that_does_not_belong_to_its_command_is_an_error() -> None:
 
 
 def test_the_table_leads_only_to_states_and_conclusions() -> None:
-    states = {flow.START, flow.RUNNING, flow.SETTLING, flow.OVERTAKEN}
+    states = {flow.START, flow.RUNNING, flow.RENEWING, flow.SETTLING, flow.OVERTAKEN}
     led = {to for leads in flow.TABLE.values() for to in leads}
     assert {to for to in led if to not in states} <= {
         "Completed", "Replayed", "Busy", "Failed", "Mismatched", "Refused", "Down", "Foreign",

@@ -102,7 +102,7 @@ class Checkpoint:
 
 @value
 class Run:
-    """Run the caller's work under this hold; answered with an Outcome."""
+    """Run the caller's work under this hold; answered with an Outcome, or with NotBegun."""
 
     hold: Hold
 
@@ -258,6 +258,11 @@ class LeaseLost:
 
 
 @value
+class NotBegun:
+    """The work was not called: in the step that was to call it, `hold.may_begin` said no (C6)."""
+
+
+@value
 class Paused:
     """The pause is over; `on` False says that there is no more waiting: too many wait, or the client has left."""
 
@@ -267,4 +272,6 @@ class Paused:
 Outcome = Returned | Committed | Raised | Cancelled | LeaseLost
 """What came of the work."""
 
-Reply = ClaimReply | FenceReply | Unreachable | Found | Outcome | Paused | None
+NOT_BEGUN = NotBegun()
+
+Reply = ClaimReply | FenceReply | Unreachable | Found | Outcome | NotBegun | Paused | None

@@ -34,6 +34,7 @@ from retryproof.core.commands import (
     Look,
     Lost,
     Mismatch,
+    NotBegun,
     Pause,
     Paused,
     Raised,
@@ -44,6 +45,7 @@ from retryproof.core.commands import (
     Running,
     Unreachable,
 )
+from retryproof.core.errors import StoreUnavailable
 from retryproof.core.hold import Hold
 from retryproof.core.policy import Policy
 from retryproof.core.record import MICROSECONDS, Record, State
@@ -127,7 +129,7 @@ Conclusion = Completed | Replayed | Busy | Failed | Mismatched | Refused | Down 
 
 # The table
 
-START, RUNNING, SETTLING, OVERTAKEN = "claiming", "running", "settling", "overtaken"
+START, RUNNING, RENEWING, SETTLING, OVERTAKEN = "claiming", "running", "renewing", "settling", "overtaken"
 
 TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     (START, "Acquired"): (RUNNING,),
@@ -141,6 +143,10 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     (RUNNING, "Raised"): (SETTLING, "Failed"),
     (RUNNING, "Cancelled"): (SETTLING, "Failed"),
     (RUNNING, "LeaseLost"): (OVERTAKEN,),
+    (RUNNING, "NotBegun"): (RENEWING, "Down"),
+    (RENEWING, "Done"): (RUNNING,),
+    (RENEWING, "Lost"): (OVERTAKEN,),
+    (RENEWING, "Unreachable"): ("Down",),
     (SETTLING, "Done"): ("Completed", "Failed"),
     (SETTLING, "Lost"): (OVERTAKEN,),
     (SETTLING, "Unreachable"): (SETTLING, "Completed", "Failed"),
@@ -166,6 +172,8 @@ def attempt(
         return claimed
     del claim, refingerprint  # what outlives the claim is seen by every garbage collection while the work runs
     outcome, now = yield Run(claimed)
+    if isinstance(outcome, NotBegun):
+        outcome, now = yield from _begin_late(claimed, now)
     match outcome:
         case Returned(result):
             return (yield from _settle(claimed, claimed.complete(result), policy, now))
@@ -179,8 +187,32 @@ def attempt(
             return (yield from _settle(claimed, claimed.release(), policy, now))
         case LeaseLost():
             return (yield from _overtaken(claimed))
+        case Unreachable(error):  # nothing was begun, so that whoever asks next may run at once
+            yield Linger(claimed, claimed.release())
+            return Down(error)
         case _:
             _unexpected(outcome)
+
+
+def _begin_late(hold: Hold, now: float) -> Generator[Command, tuple[Reply, float], tuple[Reply, float]]:
+    """Renew the lease of work that came too late to begin, once, and call it then: what came of it (C6).
+
+    Unreachable: the work was not begun, since the store gave no answer, or gave it too late again.
+    """
+    sent = now
+    reply, now = yield hold.renew()
+    match _fence_reply(reply):
+        case Done():
+            hold.renewed(sent)
+        case Lost():
+            return LeaseLost(), now
+        case Unreachable() as unreachable:
+            return unreachable, now
+    outcome, now = yield Run(hold)
+    if isinstance(outcome, NotBegun):
+        late = f"The work was not begun: the store's answers take longer than the lease of {hold.lease:g} s."
+        return Unreachable(StoreUnavailable(late)), now
+    return outcome, now
 
 
 def _claim(
@@ -190,11 +222,13 @@ def _claim(
     began = sent = now
     doubted = unanswered = False
     while True:
+        asked = now
         reply, now = yield claim
         match reply:
             case Acquired():
-                # Any sending under this nonce may be the one that was applied, on its way for as long as it liked.
-                return Hold(claim, reply, began, policy.max_run)
+                # Any sending under this nonce may be the one that was applied, on its way for as long as it liked: the
+                # lease is counted from the first. A waiter's time to run begins when it may run (C18).
+                return Hold(claim, reply, began, asked + policy.max_run)
             case Running(left):
                 if now - began < policy.wait:
                     paused, now = yield Pause(min(policy.poll, began + policy.wait - now), waiting=True)

@@ -8,8 +8,9 @@ from retryproof.core.commands import Acquired, Checkpoint, Claim, Complete, Rele
 
 
 class Hold:
-    """One attempt's claim. Times are the pump's monotonic seconds, counted from before the claim was sent (C6).
+    """One attempt's claim. Times are the pump's monotonic seconds (C6).
 
+    since: before the claim was sent for the first time; the lease is counted from it. end: when renewal ends.
     where: the endpoint or function, for events.
     listed: the operation is in the completer's worklist.
     on_lost: called once, from the keeper's thread, when another attempt took over.
@@ -44,7 +45,7 @@ class Hold:
     RENEW_AT = 1 / 3
     """The part of a lease after which it is renewed."""
 
-    def __init__(self, claim: Claim, acquired: Acquired, since: float, max_run: float = float("inf")) -> None:
+    def __init__(self, claim: Claim, acquired: Acquired, since: float, end: float = float("inf")) -> None:
         self.id = claim.id
         self.nonce = claim.nonce
         self.token = acquired.token
@@ -62,7 +63,7 @@ class Hold:
         self.on_overrun: Callable[[Hold], None] | None = None
         self.on_settled: Callable[[Hold, bool], None] | None = None
         self.due = since + lease * self.RENEW_AT
-        self.end = since + max_run
+        self.end = end
         self.demoted = False
         self.lingers = False
 
@@ -81,6 +82,14 @@ class Hold:
     def checkpoint(self, name: str, value: bytes) -> Checkpoint:
         """The command that keeps a step's result."""
         return Checkpoint(self.id, self.nonce, self.token, name, value)
+
+    def may_begin(self, now: float) -> bool:
+        """Whether work may begin under this hold: its lease is neither over by our own count nor lost (C6).
+
+        Asked in the same step that calls the work. A task starts later than it was made, and the answer to a claim may
+        come after its lease.
+        """
+        return now < self.deadline and not self.lost
 
     def renewed(self, sent: float) -> None:
         """Count the lease from when the renewal was sent."""

@@ -35,7 +35,7 @@ from retryproof.core.flow import (
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import AsyncPerformer, afinish
+from retryproof.drive import AsyncPerformer, afinish, arenew, clock
 from retryproof.http.client_link import ClientLink
 from retryproof.http.options import Options
 from retryproof.http.problem import (
@@ -169,11 +169,7 @@ class Execution:
 
     def start(self) -> asyncio.Task[None]:
         """Start the app in its own task; the hold must be watched already."""
-        if self._policy.on_lease_lost == "cancel":
-            self._hold.on_lost = self._on_lost
         self._task = self._loop.create_task(self._run())
-        if self._hold.lost:
-            self._loop.call_soon(self._cancel_overtaken)
         return self._task
 
     async def outlast(self) -> None:
@@ -227,6 +223,13 @@ class Execution:
     async def _run(self) -> None:
         operation.enter(self._operation)
         try:
+            if not self._hold.may_begin(clock()) and not await self._renewed():
+                self._end(None)
+                return
+            if self._policy.on_lease_lost == "cancel":
+                self._hold.on_lost = self._on_lost
+                if self._hold.lost:  # told meanwhile, in the keeper's thread
+                    self._on_lost()
             try:
                 await self._owner.app(self._scope, self._link.receive, self._send)
             except asyncio.CancelledError:
@@ -247,6 +250,17 @@ class Execution:
             self._end(error)
         else:
             self._end(None)
+
+    async def _renewed(self) -> bool:
+        """Whether the app may begin after all; else another attempt has it, or the store gave no answer (C6)."""
+        self._conclusion = await arenew(self._flow, self._hold, self._store, self._policy.store_timeout)
+        if self._conclusion is None:
+            return True
+        self._settling = True
+        self._operation.refuses_transactions = operation.ENDED
+        self._owner.told(self._conclusion)
+        await self._answer_overtaken()
+        return False
 
     async def _after_return(self) -> None:
         if await self._settled_elsewhere():
