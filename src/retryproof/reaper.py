@@ -1,7 +1,8 @@
 """Reaping: removing records whose time is over, in bounded passes beside the traffic (C19).
 
 Any number of processes may do it at once. An operation that ends without an outcome is never dropped silently: each is
-an event, and is handed to `on_ended` (C12, I7).
+an event, and is handed to `on_ended`, and only then it is removed. So its end may be told twice (two that reap at once,
+one that dies in between, a reply that is lost), but never not at all (C12, I7).
 
     reap_all(store, events=[log_event])     # from a timer, a cron job, or `retryproof reap`
 """
@@ -47,12 +48,21 @@ def reap_all(
 ) -> Totals:
     """Reap until there is nothing more, or for a number of passes of at most `limit` records each.
 
-    on_ended: called with each operation that ended without an outcome. on_pass: called after each pass.
+    on_ended: called with each operation that ended without an outcome, before it is removed. Where it raises, those
+        told so far are removed, the others stay for the next time, and its exception is passed on.
+    on_pass: called after each pass.
     Raises StoreUnavailable.
     """
     totals = Totals(more=True)
     while totals.more and (passes is None or totals.passes < passes):
-        totals = _add(totals, store.reap(limit), events, on_ended)
+        reaped, told = store.reap(limit), list[Record]()
+        ended: Sequence[bytes] = ()
+        try:
+            _tell(reaped, told, events, on_ended)
+        finally:
+            if told:
+                ended = store.reap(0, told).ended
+        totals = _add(totals, reaped, ended)
         on_pass(totals)
     return totals
 
@@ -69,23 +79,41 @@ async def areap_all(
     """`reap_all` for a store of the event loop."""
     totals = Totals(more=True)
     while totals.more and (passes is None or totals.passes < passes):
-        totals = _add(totals, await store.reap(limit), events, on_ended)
+        reaped, told = await store.reap(limit), list[Record]()
+        ended: Sequence[bytes] = ()
+        try:
+            _tell(reaped, told, events, on_ended)
+        finally:
+            if told:
+                ended = (await store.reap(0, told)).ended
+        totals = _add(totals, reaped, ended)
         on_pass(totals)
     return totals
 
 
-def _add(totals: Totals, reaped: Reaped, events: Sequence[Listener], on_ended: OnEnded) -> Totals:
-    unsettled = [record for record in reaped.unsettled if not _is_settled_by_hand(record)]
-    for record in unsettled:
-        event = Event(
-            kind=Kind.EVICTED, digest=short_digest(record.id), attempt=record.attempt, trace=record.trace, note=ENDED
-        )
-        tell(events, event)
-        on_ended(record)
+def _tell(reaped: Reaped, told: list[Record], events: Sequence[Listener], on_ended: OnEnded) -> None:
+    """Tell of each end, and note who was told of, one by one."""
+    for record in reaped.unsettled:
+        if not _is_settled_by_hand(record):
+            event = Event(
+                kind=Kind.EVICTED,
+                digest=short_digest(record.id),
+                attempt=record.attempt,
+                trace=record.trace,
+                note=ENDED,
+            )
+            tell(events, event)
+            on_ended(record)
+        told.append(record)
+
+
+def _add(totals: Totals, reaped: Reaped, ended: Sequence[bytes]) -> Totals:
+    by_hand = {record.id for record in reaped.unsettled if _is_settled_by_hand(record)}
+    settled = len(by_hand.intersection(ended))
     return Totals(
         totals.passes + 1,
-        totals.settled + reaped.settled + len(reaped.unsettled) - len(unsettled),
-        totals.unsettled + len(unsettled),
+        totals.settled + reaped.settled + settled,
+        totals.unsettled + len(ended) - settled,
         reaped.more,
     )
 

@@ -79,6 +79,7 @@ def test_c19_reap_removes_what_is_over_and_lists_what_ended_without_an_outcome(
     assert ran.code == 0
     assert (ran.document["unsettled"], ran.document["more"]) == (3, False)
     assert {it["id"] for it in ran.document["ended"]} == {record.id.hex() for record in ended}
+    assert all(f"{short_digest(record.id)} ends without an outcome" in ran.err for record in ended)
     assert sum(message.startswith("evicted") for message in caplog.messages) == 3
     assert store.get([kept.id])[0] is not None
     assert "Removed 0 settled and 0 unsettled" in run("reap", url).out

@@ -157,6 +157,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         while True:
             reaped: Reaped = call("reap")
             ended |= {record.id: record for record in reaped.unsettled if record.id in self._ids}
+            call("reap", 0, reaped.unsettled)
             if not reaped.more:
                 return [replace(ended[id], read_at=ended[id].lease_until) for id in sorted(ended)]
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from retryproof.core.commands import Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.record import Record
 from retryproof.observe import Event
 from retryproof.stores.base import Capabilities
 from retryproof.stores.memory import MemoryStore
@@ -128,8 +129,8 @@ class OnLoop:
     async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         return self.store.evict(ids)
 
-    async def reap(self, limit: int = 1_000) -> Any:
-        return self.store.reap(limit)
+    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Any:
+        return self.store.reap(limit, told)
 
     async def aclose(self) -> None:
         """Nothing to close."""

@@ -13,6 +13,7 @@ import pytest
 from retryproof.core.commands import Claim, Complete
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.policy import Policy
+from retryproof.core.record import Record
 from retryproof.http.types import App, Message, Receive, Scope, Send
 from retryproof.operation import current_operation
 from retryproof.stores.memory import MemoryStore
@@ -310,8 +311,8 @@ class Slow:
     async def evict(self, ids: Any) -> Any:
         return self._store.evict(ids)
 
-    async def reap(self, limit: int = 1_000) -> Any:
-        return self._store.reap(limit)
+    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Any:
+        return self._store.reap(limit, told)
 
     async def aclose(self) -> None:
         self._store.close()

@@ -493,6 +493,7 @@ class TestPlans:
         "scan": postgres_statements.scan(TABLE, tenant=False, indexed=False),
         "scan a tenant": postgres_statements.scan(TABLE, tenant=True, indexed=True),
         "reap": postgres_statements.reap(TABLE),
+        "end": postgres_statements.end(TABLE),
     }
     VALUES: ClassVar[dict[str, str]] = {
         "bytea": r"\x0102",

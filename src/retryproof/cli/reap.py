@@ -6,7 +6,7 @@ import click
 
 from retryproof.cli import exits
 from retryproof.cli.command import json_option, opened, url_argument
-from retryproof.cli.output import Output, add_row, table
+from retryproof.cli.output import Output
 from retryproof.cli.redact import redacted
 from retryproof.cli.shown import as_document, moment
 from retryproof.core.keys import short_digest
@@ -22,8 +22,9 @@ from retryproof.reaper import LIMIT, Totals, reap_all
 def reap(url: str, once: bool, limit: int, output: Output) -> None:
     """Remove records of the store at URL that are past their retention, in bounded passes beside the traffic.
 
-    Operations that ended without an outcome are listed, and are events: whether they had their effect was never
-    settled. Run it from a timer, in as many places as you like; Redis and Valkey drop settled records by themselves.
+    Operations that end without an outcome are listed, on standard error and each before it is removed, and are events:
+    whether they had their effect was never settled. Run it from a timer, in as many places as you like; Redis and
+    Valkey drop settled records by themselves.
     """
     ended: list[Record] = []
     with opened(url) as store, output.progress("reaping") as tell:
@@ -31,7 +32,14 @@ def reap(url: str, once: bool, limit: int, output: Output) -> None:
         def told(totals: Totals) -> None:
             tell(f"{totals.settled + totals.unsettled} removed in {totals.passes} passes")
 
-        totals = reap_all(store, limit=limit, passes=1 if once else None, on_ended=ended.append, on_pass=told)
+        def list_it(record: Record) -> None:
+            first_seen = moment(record.first_seen)
+            output.note(
+                f"{short_digest(record.id)} ends without an outcome: attempt {record.attempt}, first {first_seen}"
+            )
+            ended.append(record)
+
+        totals = reap_all(store, limit=limit, passes=1 if once else None, on_ended=list_it, on_pass=told)
     document = {
         "store": redacted(url),
         "passes": totals.passes,
@@ -45,8 +53,3 @@ def reap(url: str, once: bool, limit: int, output: Output) -> None:
     if totals.more:
         lines.append("There is more: run it again, or without --once.")
     output.answer(document, *lines)
-    if ended and not output.as_json:
-        shown = table("ended without an outcome", "attempt", "first seen")
-        for record in ended:
-            add_row(shown, (short_digest(record.id), record.attempt, moment(record.first_seen)), "yellow")
-        output.answer(None, shown)

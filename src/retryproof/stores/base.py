@@ -58,15 +58,19 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """What one bounded pass of reaping removed.
+    """What one bounded pass of reaping did.
 
-    settled: records past their retention. unsettled: records that ended without an outcome; each is an event (C12).
+    settled: how many records past their retention it removed.
+    unsettled: records whose time is over and that have no outcome. They are still there: tell of each, and only then
+        give them back as `told` (C12).
     more: whether another pass would find more.
+    ended: ids of those of `told` that it removed.
     """
 
     settled: int = 0
     unsettled: Sequence[Record] = field(default=())
     more: bool = False
+    ended: Sequence[bytes] = field(default=())
 
 
 @runtime_checkable
@@ -112,9 +116,14 @@ class Store(Protocol):
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         """Forget each record, unless its lease is live; whether it is gone."""
 
-    def reap(self, limit: int = 1_000) -> Reaped:
-        """Remove at most `limit` records whose time is over: settled and past their retention, or with no outcome, no
-        live lease, and past their unsettled retention. Never blocks claims; any number of processes may do it."""
+    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
+        """Remove records that are settled and past their retention, and find those that have no outcome, no live lease,
+        and are past their unsettled retention: these stay. Both together are at most `limit`.
+
+        told: unsettled records that an earlier call handed back and whose end was told since. Each is removed if its
+            nonce and token are unchanged and its time is still over. A limit of 0 does no more than that.
+        Never blocks claims; any number of processes may do it, and then an end may be told twice, but never not at all.
+        """
 
     def close(self) -> None:
         """Let go of connections that the store made. Called once; not after a fork."""
@@ -151,7 +160,7 @@ class AsyncStore(Protocol):
 
     async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]: ...
 
-    async def reap(self, limit: int = 1_000) -> Reaped: ...
+    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped: ...
 
     async def aclose(self) -> None: ...
 

@@ -105,15 +105,17 @@ class MemoryStore:
             now = self._clock()
             return [self._evict(id, now) for id in ids]
 
-    def reap(self, limit: int = 1_000) -> Reaped:
-        """Remove records whose time is over."""
+    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
+        """Remove what is settled and over, find what is not settled and over, end what was told."""
         with self._lock:
             now = self._clock()
-            over = [record for record in self._records.values() if now >= record.expires_at and not record.live(now)]
-            for record in over[:limit]:
+            ended = [record.id for record in told if self._end(record, now)]
+            over = [record for record in self._records.values() if _is_over(record, now)]
+            settled = [record for record in over[:limit] if record.settled]
+            for record in settled:
                 del self._records[record.id]
         unsettled = [replace(record, read_at=now) for record in over[:limit] if not record.settled]
-        return Reaped(len(over[:limit]) - len(unsettled), unsettled, more=len(over) > limit)
+        return Reaped(len(settled), unsettled, more=len(over) > limit, ended=ended)
 
     def close(self) -> None:
         """Nothing to let go of: a named store outlives the engine that opened it."""
@@ -123,6 +125,13 @@ class MemoryStore:
         if record is not None and record.live(now):
             return False
         self._records.pop(id, None)
+        return True
+
+    def _end(self, told: Record, now: int) -> bool:
+        record = self._records.get(told.id)
+        if record is None or (record.nonce, record.token) != (told.nonce, told.token) or not _is_over(record, now):
+            return False
+        del self._records[told.id]
         return True
 
     def _write(self, record: Record | None) -> None:
@@ -147,3 +156,7 @@ class MemoryStore:
                 self._records.move_to_end(id)
                 return
             del self._records[id]
+
+
+def _is_over(record: Record, now: int) -> bool:
+    return now >= record.expires_at and not record.live(now)

@@ -69,9 +69,9 @@ class InThread:
         """Forget each record, unless its lease is live."""
         return await self._call(self.blocking.evict, ids)
 
-    async def reap(self, limit: int = 1_000) -> Reaped:
+    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """Remove records whose time is over."""
-        return await self._call(self.blocking.reap, limit)
+        return await self._call(self.blocking.reap, limit, told)
 
     async def aclose(self) -> None:
         """Close the store and end the thread."""

@@ -114,15 +114,22 @@ class Bench(ABC):
         return gone
 
     async def reap(self) -> Reaped:
-        """All passes of reaping together."""
+        """All passes of reaping together, with what each found told and ended."""
         settled = 0
         unsettled: list[Record] = []
+        ended: list[bytes] = []
         while True:
             reaped: Reaped = await self.call("reap")
             settled += reaped.settled
             unsettled += reaped.unsettled
+            ended += (await self.end(reaped.unsettled)).ended
             if not reaped.more:
-                return Reaped(settled, unsettled)
+                return Reaped(settled, unsettled, ended=ended)
+
+    async def end(self, told: Sequence[Record]) -> Reaped:
+        """End unsettled records whose end was told."""
+        reaped: Reaped = await self.call("reap", 0, told)
+        return reaped
 
     # Situations
 

@@ -25,7 +25,7 @@ from retryproof.core.commands import (
     StoreCommand,
 )
 from retryproof.core.record import Record, State
-from retryproof.stores.base import Capabilities
+from retryproof.stores.base import Capabilities, Reaped
 from retryproof.testing.bench import (
     LONG,
     SHORT,
@@ -880,6 +880,53 @@ async def c12_the_end_of_what_ended_unknown_and_then_failed_is_reported(bench: B
     assert await bench.get(dead.id) is None
 
 
+async def _over(bench: Bench, **changes: Any) -> tuple[Claim, Record]:
+    """An operation whose attempt died and whose unsettled retention is over, as a pass of reaping hands it back."""
+    dead = new_claim(lease=SHORT, unsettled_retention=SHORT, **changes)
+    await bench.held(dead)
+    await bench.wait_past(dead.id, lambda record: max(record.lease_until, record.expires_at))
+    found: dict[bytes, Record] = {}
+    while dead.id not in found:
+        reaped: Reaped = await bench.call("reap", 100_000)
+        found = {record.id: record for record in reaped.unsettled}
+    return dead, found[dead.id]
+
+
+@case
+async def i7_an_unsettled_record_stays_until_its_end_was_told(bench: Bench) -> None:
+    dead, over = await _over(bench)
+    for _ in range(3):  # a reaper that dies before it has told, as often as it likes
+        await bench.call("reap", 100_000)
+    assert await bench.claim(again(dead, on_abandoned="refuse")) == Abandoned("refused", 1)
+    assert list((await bench.end([over])).ended) == [dead.id]
+    assert list((await bench.end([over])).ended) == []
+    assert await bench.get(dead.id) is None
+
+
+@case
+async def i7_what_went_on_after_its_end_was_told_is_not_removed(bench: Bench) -> None:
+    for settle in (None, complete, release):
+        dead, over = await _over(bench)
+        later = again(dead)
+        acquired = await bench.held(later)
+        if settle is not None:
+            assert await bench.one(settle(later, acquired)) == DONE
+        assert list((await bench.end([over])).ended) == []
+        assert (await bench.record(dead.id)).token == acquired.token
+
+
+@case
+async def i7_what_died_again_after_its_end_was_told_is_told_again(bench: Bench) -> None:
+    dead, over = await _over(bench)
+    later = again(dead, lease=SHORT, unsettled_retention=SHORT)
+    await bench.held(later)
+    await bench.wait_past(dead.id, lambda record: max(record.lease_until, record.expires_at))
+    assert list((await bench.end([over])).ended) == []
+    ended = {record.id: record.attempt for record in (await bench.reap()).unsettled}
+    assert ended[dead.id] == 2
+    assert await bench.get(dead.id) is None
+
+
 @case
 async def reaping_leaves_a_live_lease_alone(bench: Bench) -> None:
     claim = new_claim(unsettled_retention=SHORT)
@@ -1030,7 +1077,9 @@ async def of_a_crowd_that_reaps_each_record_ends_once(bench: Bench) -> None:
     for claim in claims:
         await bench.wait_past(claim.id, lambda record: max(record.lease_until, record.expires_at))
     passes = await bench.together([lambda rival: rival.reap() for _ in range(4)])
-    ended = [record.id for reaped in passes for record in reaped.unsettled]
+    ended = [id for reaped in passes for id in reaped.ended]
+    told = {record.id for reaped in passes for record in reaped.unsettled}
+    assert {claim.id for claim in claims} <= told
     ours = [id for id in ended if id in {claim.id for claim in claims}]
     assert sorted(ours) == sorted(claim.id for claim in claims)
 

@@ -87,8 +87,8 @@ class AsyncRedisStore:
     async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         return await self.perform(self._protocol.evict(ids))
 
-    async def reap(self, limit: int = 1_000) -> Reaped:
-        return await self.perform(self._protocol.reap(limit))
+    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
+        return await self.perform(self._protocol.reap(limit, told))
 
     def keeper(self) -> RedisStore:
         """A blocking store over the same records."""

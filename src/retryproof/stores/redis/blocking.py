@@ -97,8 +97,8 @@ class RedisStore:
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         return self.perform(self._protocol.evict(ids))
 
-    def reap(self, limit: int = 1_000) -> Reaped:
-        return self.perform(self._protocol.reap(limit))
+    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
+        return self.perform(self._protocol.reap(limit, told))
 
     def close(self) -> None:
         self._closed = True

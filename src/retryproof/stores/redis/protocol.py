@@ -174,29 +174,23 @@ class Protocol:
             gone += (character == ord("1") for character in answer)
         return gone
 
-    def reap(self, limit: int) -> Plan[Reaped]:
-        """Looks at a bounded number of keys from where the last pass ended; the server removes what is settled itself.
+    def reap(self, limit: int, told: Sequence[Record] = ()) -> Plan[Reaped]:
+        """Looks at some keys from where the last pass ended; the server removes what is settled by itself."""
+        ended = yield from self._remove_over(told)
+        settled: list[bytes] = []
+        unsettled: dict[bytes, Record] = {}  # SCAN may give a key twice
+        more = yield from self._reap(limit, settled, unsettled)
+        return Reaped(len(settled), list(unsettled.values()), more, ended)
 
-        What was removed is told even where a later call of the pass fails.
-        """
-        removed: list[Record] = []
-        try:
-            more = yield from self._reap(limit, removed)
-        except StoreUnavailable:
-            if not removed:
-                raise
-            more = True
-        unsettled = [record for record in removed if not record.settled]
-        return Reaped(len(removed) - len(unsettled), unsettled, more)
-
-    def _reap(self, limit: int, removed: list[Record]) -> Plan[bool]:
-        for _ in range(REAP_LOOKS_AT_MOST):
+    def _reap(self, limit: int, settled: list[bytes], unsettled: dict[bytes, Record]) -> Plan[bool]:
+        for _ in range(REAP_LOOKS_AT_MOST if limit else 0):
             cursor, ids = yield from self._look(self._reap_cursor)
             for batch in _batches(ids):
                 records = yield from self._records(batch, "over", skip_unreadable=True)
-                over = [record for record in records if record is not None]
-                room = limit - len(removed)
-                yield from self._remove_over(over[:room], removed)
+                over = [record for record in records if record is not None and record.id not in unsettled]
+                room = limit - len(settled) - len(unsettled)
+                unsettled.update((record.id, record) for record in over[:room] if not record.settled)
+                settled += yield from self._remove_over([record for record in over[:room] if record.settled])
                 if len(over) > room:
                     return True  # the rest is found again from the same cursor
             self._reap_cursor = cursor
@@ -204,17 +198,16 @@ class Protocol:
                 return False
         return True
 
-    def _remove_over(self, over: Sequence[Record], removed: list[Record]) -> Plan[None]:
-        """Removes and notes them. Where the answer is lost they may be gone: told twice rather than never (I7)."""
-        if not over:
-            return
-        keys = [self.key(record.id) for record in over]
-        try:
-            answer = yield Request([len(keys), *keys, "over"], self._remove, repeatable=False)
-        except StoreUnavailable:
-            removed += over
-            raise
-        removed += (record for record, character in zip(over, answer, strict=True) if character == ord("1"))
+    def _remove_over(self, over: Sequence[Record]) -> Plan[list[bytes]]:
+        """Removes those that are unchanged and whose time is still over; their ids."""
+        gone: list[bytes] = []
+        for batch in _batches(over):
+            arguments: list[Argument] = [len(batch), *(self.key(record.id) for record in batch), "over"]
+            for record in batch:
+                arguments += (record.nonce, record.token)
+            answer = yield Request(arguments, self._remove, repeatable=False)
+            gone += (record.id for record, character in zip(batch, answer, strict=True) if character == ord("1"))
+        return gone
 
     def _keys(self, commands: Sequence[Claim | Complete | Release | Renew | Checkpoint]) -> list[Argument]:
         prefix = self._prefix

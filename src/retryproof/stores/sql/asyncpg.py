@@ -113,9 +113,9 @@ class AsyncpgStore:
         """Forget each record, unless its lease is live or its row is locked."""
         return await self._perform(lambda: postgres.evict_plan(ids, self._table))
 
-    async def reap(self, limit: int = 1_000) -> Reaped:
+    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """Remove records whose time is over."""
-        return await self._perform(lambda: postgres.reap_plan(limit, self._table))
+        return await self._perform(lambda: postgres.reap_plan(limit, told, self._table))
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan over other tables than the records'; as it may be run twice, it has to bear that."""
@@ -338,8 +338,8 @@ class _OnOwnLoop:
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         return self._wait(self._store.evict(ids))
 
-    def reap(self, limit: int = 1_000) -> Reaped:
-        return self._wait(self._store.reap(limit))
+    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
+        return self._wait(self._store.reap(limit, told))
 
     def close(self) -> None:
         self._wait(self._store.aclose())

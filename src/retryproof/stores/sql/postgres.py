@@ -294,17 +294,27 @@ def evict_plan(ids: Sequence[bytes], table: str = TABLE) -> Plan[Sequence[bool]]
     return [id not in kept for id in ids]
 
 
-def reap_plan(limit: int, table: str = TABLE) -> Plan[Reaped]:
-    """Remove at most `limit` records whose time is over, a bounded number a statement."""
-    removed, more = 0, True
+def reap_plan(limit: int, told: Sequence[Record] = (), table: str = TABLE) -> Plan[Reaped]:
+    """End what was told, then remove what is settled and find what is not, a bounded number a statement.
+
+    Each statement commits by itself, and none removes what nobody has been told of.
+    """
+    ended: list[bytes] = []
+    for start in range(0, len(told), REAP_BATCH):
+        batch = told[start : start + REAP_BATCH]
+        columns = [[record.id for record in batch], [record.nonce for record in batch]]
+        ended += [row[0] for row in (yield Statement(statements.end(table), (*columns, [r.token for r in batch])))]
+    settled, more = 0, True
     unsettled: list[Record] = []
-    while more and removed < limit:
-        rows = yield Statement(statements.reap(table), (min(REAP_BATCH, limit - removed),))
-        gone = [row for row in rows if row[-2]]
-        removed += len(gone)
-        unsettled += [read_record(row) for row in gone if row[-1]]
-        more = len(gone) < len(rows)
-    return Reaped(removed - len(unsettled), unsettled, more=more)
+    while more and (room := limit - settled - len(unsettled)) > 0:
+        seen = [record.id for record in unsettled]
+        rows = yield Statement(statements.reap(table), (min(REAP_BATCH, room), seen))
+        within = [row for row in rows if row[-2]]
+        found = [read_record(row) for row in within if row[-1]]
+        settled += len(within) - len(found)
+        unsettled += found
+        more = len(within) < len(rows)
+    return Reaped(settled, unsettled, more=more, ended=ended)
 
 
 def read_record(row: Row) -> Record:

@@ -203,24 +203,46 @@ WHERE r.id NOT IN (SELECT id FROM gone)
 _REAP = """
 WITH clock AS MATERIALIZED ({clock}),
 over AS MATERIALIZED (
-    SELECT o.*, row_number() OVER () <= $1 AS removed
+    SELECT o.*, row_number() OVER () <= $1 AS within, {settled} AS settled
     FROM (
         SELECT o.* FROM {table} AS o
         WHERE o.expires_at <= (SELECT now FROM clock)
             AND NOT (o.state = 1 AND o.lease_until > (SELECT now FROM clock))
+            AND NOT o.id = ANY ($2::bytea[])
         ORDER BY o.expires_at
         LIMIT $1::bigint + 1
         FOR UPDATE SKIP LOCKED
     ) AS o
 ),
 gone AS (
-    DELETE FROM {table} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed))
+    DELETE FROM {table} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE within AND settled))
 ),
 delisted AS (
-    DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE removed))
+    DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE within AND settled))
 )
-SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, o.removed, NOT {settled}
+SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, o.within, NOT o.settled
 FROM over AS o CROSS JOIN clock
+"""
+
+_END = """
+WITH clock AS MATERIALIZED ({clock}),
+gone AS (
+    DELETE FROM {table} WHERE id = ANY (ARRAY(
+        SELECT r.id FROM unnest($1::bytea[], $2::bytea[], $3::bigint[]) AS told (id, nonce, token)
+        CROSS JOIN clock
+        CROSS JOIN LATERAL (
+            SELECT o.id FROM {table} AS o
+            WHERE o.id = told.id AND o.nonce = told.nonce AND o.token = told.token
+                AND o.expires_at <= clock.now AND NOT (o.state = 1 AND o.lease_until > clock.now)
+            FOR UPDATE SKIP LOCKED
+        ) AS r
+    ))
+    RETURNING id
+),
+delisted AS (
+    DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM gone))
+)
+SELECT id FROM gone
 """
 
 
@@ -361,8 +383,15 @@ def evict(table: str) -> str:
 
 @cache
 def reap(table: str) -> str:
-    """Remove some records whose time is over, and see one more, not removed, if there is one.
+    """See some records whose time is over, but for those that are named, and one more if there is one; remove those of
+    them that are settled.
 
     With them goes what the completer's worklist has of them: nobody's input outlives its operation.
     """
     return _REAP.format(clock=_CLOCK, table=table, worklist=worklist(table), record=RECORD, settled=_settled("o"))
+
+
+@cache
+def end(table: str) -> str:
+    """Remove unsettled records whose end was told, as long as they are what they were; answers with those."""
+    return _END.format(clock=_CLOCK, table=table, worklist=worklist(table))

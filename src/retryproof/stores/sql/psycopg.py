@@ -259,9 +259,9 @@ class PsycopgStore:
         """Forget each record, unless its lease is live or its row is locked."""
         return self._perform(lambda: postgres.evict_plan(ids, self._table))
 
-    def reap(self, limit: int = 1_000) -> Reaped:
+    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """Remove records whose time is over."""
-        return self._perform(lambda: postgres.reap_plan(limit, self._table))
+        return self._perform(lambda: postgres.reap_plan(limit, told, self._table))
 
     def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan over other tables than the records'; as it may be run twice, it has to bear that."""

@@ -130,14 +130,15 @@ class SqliteStore:
         """Forget each record, unless its lease is live."""
         return self._write(lambda: plans.evict(ids, self._clock()))
 
-    def reap(self, limit: int = 1_000) -> Reaped:
-        """Remove records whose time is over; what to remove is found without the write lock."""
+    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
+        """End what was told, remove what is settled and over; what is over is found without the write lock."""
+        ended = self._write(lambda: plans.end(told, self._clock())) if told else []
         with self._lock:
-            over = self._perform(plans.find_over(limit + 1, self._clock()))
-        if not over:
-            return Reaped()
-        removed, unsettled = self._write(lambda: plans.remove_over(over[:limit], self._clock()))
-        return Reaped(removed - len(unsettled), unsettled, more=len(over) > limit)
+            settled, unsettled, more = (
+                self._perform(plans.find_over(limit, self._clock())) if limit else ([], [], False)
+            )
+        removed = self._write(lambda: plans.remove_over(settled, self._clock())) if settled else 0
+        return Reaped(removed, unsettled, more, ended)
 
     def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan over other tables than the records', in one transaction that holds the write lock."""

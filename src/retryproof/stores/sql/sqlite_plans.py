@@ -241,31 +241,41 @@ def evict(ids: Sequence[bytes], now: int) -> Plan[list[bool]]:
     return gone
 
 
-def find_over(limit: int, now: int) -> Plan[list[int]]:
-    """Rowids of records whose time is over."""
-    rows = yield Statement(f"SELECT rowid FROM retryproof_operations WHERE {_OVER} LIMIT ?", (now, now, limit))
-    return [row[0] for row in rows]
-
-
-def remove_over(rowids: Sequence[int], now: int) -> Plan[tuple[int, list[Record]]]:
-    """Remove those of the rows whose time is still over: how many, and the records that ended without an outcome.
-
-    With them goes what the completer's worklist has of them: nobody's input outlives its operation.
-    """
-    yield Statement(WORKLIST_SCHEMA)
+def find_over(limit: int, now: int) -> Plan[tuple[list[int], list[Record], bool]]:
+    """Of records whose time is over the settled ones' rowids and the unsettled ones; whether there are more."""
+    rows = yield Statement(
+        f"SELECT rowid, {_UNSETTLED} FROM retryproof_operations WHERE {_OVER} LIMIT ?", (now, now, limit + 1)
+    )
+    settled = [row[0] for row in rows[:limit] if not row[1]]
     unsettled: list[Record] = []
-    removed = 0
-    for rowid in rowids:
-        rows = yield Statement(
-            f"DELETE FROM retryproof_operations WHERE rowid = ? AND {_OVER} RETURNING {COLUMNS}", (rowid, now, now)
-        )
-        for row in rows:
-            removed += 1
-            record = replace(_to_record(row), read_at=now)
-            yield Statement("DELETE FROM retryproof_phased WHERE id = ?", (record.id,))
-            if not record.settled:
-                unsettled.append(record)
-    return removed, unsettled
+    for rowid in (row[0] for row in rows[:limit] if row[1]):
+        found = yield Statement(f"{_SELECT} WHERE rowid = ? AND {_OVER} AND ({_UNSETTLED})", (rowid, now, now))
+        unsettled += (replace(_to_record(row), read_at=now) for row in found)
+    return settled, unsettled, len(rows) > limit
+
+
+def remove_over(rowids: Sequence[int], now: int) -> Plan[int]:
+    """Remove those of the rows that are settled and whose time is over: how many."""
+    where = f"rowid = ? AND {_OVER} AND NOT ({_UNSETTLED})"
+    return len((yield from _remove(where, [(rowid, now, now) for rowid in rowids])))
+
+
+def end(told: Sequence[Record], now: int) -> Plan[list[bytes]]:
+    """Remove unsettled records whose end was told, as long as they are what they were; the ids of those."""
+    where = f"id = ? AND nonce = ? AND token = ? AND {_OVER}"
+    return (yield from _remove(where, [(record.id, record.nonce, record.token, now, now) for record in told]))
+
+
+def _remove(where: str, parameters: Sequence[Row]) -> Plan[list[bytes]]:
+    """Remove single records, and with each what the completer's worklist has of it: nobody's input outlives its
+    operation."""
+    yield Statement(WORKLIST_SCHEMA)
+    gone: list[bytes] = []
+    for values in parameters:
+        rows = yield Statement(f"DELETE FROM retryproof_operations WHERE {where} RETURNING id", values)
+        gone += (row[0] for row in rows)
+    yield Statement("DELETE FROM retryproof_phased WHERE id = ?", [(id,) for id in gone], many=True)
+    return gone
 
 
 def _load(ids: Sequence[bytes]) -> Plan[Mapping[bytes, Record]]:
