@@ -73,6 +73,12 @@ def error_of(conclusion: Conclusion, digest: str) -> errors.IdempotencyError:
                 "with `retryproof keys settle`.",
                 digest=digest,
             )
+        case Failed(hold):
+            return errors.OutcomeUnknown(
+                f"The work does not know whether it had its effect (attempt {hold.attempt}). Find out, then settle it "
+                "with `retryproof keys settle`.",
+                digest=digest,
+            )
         case Down(errors.ConfigurationError() | errors.Unreadable() as error):
             return error
         case Down(error, True):

@@ -23,6 +23,7 @@ from retryproof.conclusions import error_of, event_of, kind_of
 from retryproof.core import errors
 from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
 from retryproof.core.commands import Cancelled, Claim, LeaseLost, Pause, Paused, Raised, Reply, Returned, Run
+from retryproof.core.failure import outcome_of
 from retryproof.core.fingerprint import Method, seal
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Flow, Replayed, attempt
 from retryproof.core.hold import Hold
@@ -226,7 +227,7 @@ class Idempotency(Engine):
         """`run` for a record whose id is known, and its fingerprint as it is stored. beside: as for `flow`."""
         policy, codec = policy or self.policy, codec or self._codec
         opened = self._source.opened()
-        work = _Work(codec, _limit(policy, opened))
+        work = _Work(codec, _limit(policy, opened), policy.unknown_on)
 
         def run_fn(hold: Hold) -> Reply:
             self.listen(hold, where)
@@ -350,7 +351,7 @@ class AsyncIdempotency(Engine):
         """`run` for a record whose id is known, and its fingerprint as it is stored. beside: as for `flow`."""
         policy, codec = policy or self.policy, codec or self._codec
         opened = self._source.aopened()
-        work = _LoopWork(codec, _limit(policy, opened))
+        work = _LoopWork(codec, _limit(policy, opened), policy.unknown_on)
         began = clock()
         flow = self.flow(opened, id, fingerprint, policy, tenant, beside=beside)
         try:
@@ -399,11 +400,12 @@ class AsyncIdempotency(Engine):
 class _Work:
     """What a function's run came to: its value as every caller is to see it, or what it raised."""
 
-    __slots__ = ("_codec", "_error", "_limit", "_value")
+    __slots__ = ("_codec", "_error", "_limit", "_unknown_on", "_value")
 
-    def __init__(self, codec: Codec, limit: int) -> None:
+    def __init__(self, codec: Codec, limit: int, unknown_on: tuple[type[BaseException], ...]) -> None:
         self._codec = codec
         self._limit = limit
+        self._unknown_on = unknown_on
         self._value: Any = None
         self._error: BaseException | None = None
 
@@ -427,9 +429,7 @@ class _Work:
     def failed(self, error: BaseException) -> Raised | Cancelled:
         """What an exception means for the record (C5)."""
         self._error = error
-        if isinstance(error, errors.OutcomeUnknown):
-            return Raised(unknown=True)
-        return Raised() if isinstance(error, Exception) else Cancelled()
+        return outcome_of(error, self._unknown_on)
 
     def settled(self, settled: Settled) -> Reply:
         """What came of the work after its transaction; the error of that is what the caller is raised."""
@@ -468,8 +468,8 @@ class _LoopWork(_Work):
 
     __slots__ = ("_rest",)
 
-    def __init__(self, codec: Codec, limit: int) -> None:
-        super().__init__(codec, limit)
+    def __init__(self, codec: Codec, limit: int, unknown_on: tuple[type[BaseException], ...]) -> None:
+        super().__init__(codec, limit, unknown_on)
         self._rest: asyncio.Task[Conclusion] | None = None
 
     async def carry_out(
@@ -489,7 +489,7 @@ class _LoopWork(_Work):
         overtaking = _Overtaking(hold, opened.loop) if policy.on_lease_lost == "cancel" else None
         try:
             outcome = await self._run(fn, operation, overtaking)
-            reply = self.settled(await asettle(operation, outcome)) if operation.joined else outcome
+            reply = self.settled(await asettle(operation, outcome)) if operation.joined else operation.said(outcome)
         except BaseException:
             opened.background.unwatch(hold)
             raise

@@ -15,9 +15,11 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, TypeVar, overload
 from uuid import UUID
 
+from retryproof.core import commands
 from retryproof.core.codec import Codec, JsonCodec, decode_value, encode_value
 from retryproof.core.commands import Command, Done, Lost, Outcome, Raised, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, StoreUnavailable
+from retryproof.core.failure import outcome_of
 from retryproof.core.flow import fenced
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
@@ -90,6 +92,7 @@ class Operation:
         "_phased",
         "_policy",
         "_store",
+        "_unknown",
         "refuses_transactions",
     )
 
@@ -102,6 +105,7 @@ class Operation:
         self._phase: str | None = None
         self._phase_holds = False  # the record
         self._phased: Any = None
+        self._unknown = False
         self.refuses_transactions = ""
 
     @property
@@ -162,6 +166,24 @@ class Operation:
         data = encode_value(codec or _PLAIN, await fn(self.derive(name)))
         await self._akeep(name, data)
         return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
+
+    def outcome_unknown(self) -> None:
+        """Say that nobody knows whether this attempt had its effect: its record stays, for `on_abandoned` (C5).
+
+        Whatever the handler returns or raises afterwards is not kept and gives nothing back. For where raising
+        `errors.OutcomeUnknown` does not arrive: a framework, a middleware or the handler itself catches it and makes a
+        response of it. A function's caller is raised OutcomeUnknown unless the function raises.
+        """
+        self._unknown = True
+
+    def hear(self, error: BaseException) -> None:
+        """Hear what the handler raised, from a framework that makes a response of it (C5)."""
+        if outcome_of(error, self._policy.unknown_on) == Raised(unknown=True):
+            self.outcome_unknown()
+
+    def said(self, outcome: Outcome) -> Outcome:
+        """What came of the work, unless the handler said that nobody knows."""
+        return Raised(unknown=True) if self._unknown and not isinstance(outcome, commands.LeaseLost) else outcome
 
     @overload
     def transaction(self, connection: AbstractContextManager[T]) -> T: ...
@@ -492,6 +514,7 @@ def leave(token: Token[Operation]) -> None:
 def settle(operation: Operation, outcome: Outcome) -> Settled:
     """What came of the work, and of the transaction that it joined, which is over then. In the handler's thread."""
     operation.refuses_transactions = ENDED
+    outcome = operation.said(outcome)
     if operation._joined is None:
         return outcome, None
     settled: Settled = operation._joined.settle(outcome, operation._ask)
@@ -503,6 +526,7 @@ async def asettle(operation: Operation, outcome: Outcome) -> Settled:
     error, after the end. A second one does not wait.
     """
     operation.refuses_transactions = ENDED
+    outcome = operation.said(outcome)
     if operation._joined is None:
         return outcome, None
     return await _outlive(operation._joined, outcome, operation._aask)

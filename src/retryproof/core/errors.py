@@ -50,8 +50,9 @@ class Mismatch(IdempotencyError):
 class OutcomeUnknown(IdempotencyError):
     """An attempt ended without saying whether it had its effect.
 
-    Raised by a handler it keeps the record in progress, for `Policy.on_abandoned` to decide; raised to a caller it
-    means that the operation is refused until an operator settles it.
+    Raised by a handler, alone or in an exception group, it keeps the record in progress, for `Policy.on_abandoned` to
+    decide. Where something between the handler and Retryproof catches it, call `operation.outcome_unknown()`. Raised to
+    a caller it means that the operation is refused until an operator settles it.
     """
 
 

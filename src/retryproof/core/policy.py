@@ -29,6 +29,8 @@ class Policy:
     on_abandoned: `rerun` repeats what a dead attempt did, except what is covered by the caller's transaction, phases,
         steps or derived keys; `refuse` answers "outcome unknown" until an operator settles it.
     max_attempts: attempts that may die alone before the operation is refused as poison.
+    unknown_on: exceptions after which nobody knows whether the effect happened, such as a read time-out of a payment:
+        raised by the work, they keep the record in progress, as `errors.OutcomeUnknown` does.
     release_on_cancel: whether a cancelled function may run again at once; its effect may have happened.
     on_lease_lost: whether a handler whose lease was lost is cancelled.
     max_result: a larger result is not kept; a replay says that it was omitted.
@@ -45,6 +47,7 @@ class Policy:
     max_waiters: int = 1_000
     on_abandoned: OnAbandoned = "rerun"
     max_attempts: int = 5
+    unknown_on: tuple[type[BaseException], ...] = ()
     release_on_cancel: bool = False
     on_lease_lost: OnLeaseLost = "cancel"
     max_result: int = 1_048_576
@@ -58,6 +61,7 @@ class Policy:
             _check_seconds(name, getattr(self, name), zero=True)
         for name, least in (("max_waiters", 0), ("max_attempts", 1), ("max_result", 0)):
             _check_count(name, getattr(self, name), least)
+        _check_exceptions("unknown_on", self.unknown_on)
         _check_choice("on_abandoned", self.on_abandoned, get_args(OnAbandoned))
         _check_choice("on_lease_lost", self.on_lease_lost, get_args(OnLeaseLost))
         if self.lease < 0.01:
@@ -96,6 +100,15 @@ def _check_seconds(name: str, value: object, *, zero: bool) -> None:
 def _check_count(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigurationError(f"Policy({name}={value!r}) must be a whole number, {least} or more.")
+
+
+def _check_exceptions(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or not all(
+        isinstance(one, type) and issubclass(one, BaseException) for one in value
+    ):
+        raise ConfigurationError(
+            f"Policy({name}={value!r}) must be a tuple of exception types, such as (TimeoutError,)."
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

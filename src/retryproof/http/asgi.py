@@ -8,6 +8,7 @@ It needs nothing but ASGI, and what it does not cover passes through it untouche
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterable, Sequence
 
 from retryproof.core.fingerprint import CustomFingerprint, Strategy, raw
@@ -93,6 +94,8 @@ class IdempotencyMiddleware:
             pepper=pepper,
             name=name,
         )
+        if "django.core.signals" in sys.modules:
+            import retryproof.http.django  # noqa: F401  # hears what Django makes a response of
         self.app = app
         self._options = options
         self._methods = options.methods

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, assert_never
@@ -19,7 +20,8 @@ from typing import Protocol, assert_never
 from retryproof import operation
 from retryproof.core.codec import Unencodable, pack_response
 from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
-from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
+from retryproof.core.errors import IdempotencyError, StoreUnavailable
+from retryproof.core.failure import outcome_of, unknown_in
 from retryproof.core.flow import (
     Busy,
     Completed,
@@ -50,6 +52,8 @@ from retryproof.http.semantics import Header, Headers, headers_without_body, is_
 from retryproof.http.types import App, Message, Scope
 
 logger = logging.getLogger("retryproof.http")
+
+_UNKNOWN = "The service does not know whether it was done. Retrying does not help; ask the operator."
 
 _UNSTORABLE_END = ("http.response.pathsend", "http.response.trailers")
 _PARTS = ("http.response.body", "http.response.zerocopysend", *_UNSTORABLE_END)
@@ -234,15 +238,21 @@ class Execution:
                 await self._owner.app(self._scope, self._link.receive, self._send)
             except asyncio.CancelledError:
                 await self._after_cancellation()
-            except OutcomeUnknown as error:
-                await self._after_unknown(error)
-            except Exception as error:
-                await self._after_error(error)
-                raise
-            except BaseException:  # such as SystemExit: the effect may have happened
-                if not await self._settled_elsewhere():
-                    await self._settle(Cancelled())
-                raise
+            except BaseException as error:
+                outcome = outcome_of(error, self._policy.unknown_on)
+                if isinstance(outcome, Cancelled):  # such as SystemExit: the effect may have happened
+                    if not await self._settled_elsewhere():
+                        await self._settle(outcome)
+                    raise
+                if outcome.unknown and isinstance(error, Exception):
+                    await self._after_unknown(error)
+                elif isinstance(error, Exception):
+                    await self._after_error(error)
+                    raise
+                else:  # a group of both: what is unknown counts, and what stops the process goes on
+                    if not await self._settled_elsewhere():
+                        await self._settle(outcome)
+                    raise
             else:
                 if self._conclusion is None:
                     await self._after_return()
@@ -308,7 +318,7 @@ class Execution:
         await self._settle(self._outcome())
         await self._conclude()
 
-    async def _after_unknown(self, error: OutcomeUnknown) -> None:
+    async def _after_unknown(self, error: Exception) -> None:
         if await self._settled_elsewhere():
             raise error
         await self._settle(Raised(unknown=True))
@@ -317,8 +327,14 @@ class Execution:
         elif self._head_sent:
             raise error
         else:
-            logger.warning("A handler does not know the outcome of operation %s.", short_digest(self._hold.id))
-            problem = Problem(OUTCOME_UNKNOWN, error.message, operation=short_digest(self._hold.id))
+            said = unknown_in(error)
+            logger.warning(
+                "A handler does not know the outcome of operation %s.",
+                short_digest(self._hold.id),
+                exc_info=error if said is not error else None,
+            )
+            detail = _UNKNOWN if said is None else said.message
+            problem = Problem(OUTCOME_UNKNOWN, detail, operation=short_digest(self._hold.id))
             status, headers, body = render(problem, self._options.docs_url)
             await self._link.send({"type": "http.response.start", "status": status, "headers": headers})
             await self._link.send({"type": "http.response.body", "body": body})
@@ -370,6 +386,9 @@ class Execution:
         if not isinstance(headers, list | tuple):  # ASGI says an iterable, which may be good for one look
             message = {**message, "headers": (headers := list(headers))}
         self._head = message
+        answered = sys.exception()
+        if answered is not None:  # frameworks answer an exception while they handle it
+            self._operation.hear(answered)
         if message.get("trailers") or is_event_stream(headers):
             self._keep_nothing()
 
@@ -467,6 +486,10 @@ class Execution:
     async def _settle(self, reply: Outcome) -> None:
         self._settling = True
         self._link.keeps_going = True  # the app has nothing left to stop for
+        said = self._operation.said(reply)
+        if said is not reply and isinstance(reply, Returned) and self._head is not None and self._head["status"] < 400:
+            self._refusal = Problem(OUTCOME_UNKNOWN, _UNKNOWN)  # nobody sees a success that is not stored
+        reply = said
         if self._operation.joined:
             # In a task of its own: no cancellation may part the commit from what follows.
             self._rest = self._loop.create_task(self._end_transaction(reply))
