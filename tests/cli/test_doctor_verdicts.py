@@ -166,3 +166,23 @@ def test_a_redis_user_without_info_is_told_to_ask_as_another() -> None:
     (permission, clock) = redis_doctor.verdicts(redis_doctor.Facts({}))
 
     assert (permission.verdict, clock.verdict) == (WARN, OK)
+
+
+@pytest.mark.parametrize(
+    ("encrypted", "remote", "query", "verdict"),
+    [
+        (False, False, "", OK),
+        (False, True, "", WARN),
+        (None, True, "?sslmode=prefer", WARN),
+        (True, True, "", WARN),
+        (True, True, "?sslmode=require", WARN),
+        (True, True, "?sslmode=verify-full", OK),
+    ],
+)
+def test_o2_a_connection_in_the_clear_or_to_anybody_is_a_finding(
+    encrypted: bool | None, remote: bool, query: str, verdict: Verdict
+) -> None:
+    facts = replace(GOOD_POSTGRES, encrypted=encrypted, remote=remote)
+    finding = postgres_doctor.encryption(facts, f"postgresql://u:hush@h/d{query}")
+    assert finding.verdict is verdict
+    assert "hush" not in f"{finding}"

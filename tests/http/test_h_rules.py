@@ -691,3 +691,22 @@ async def test_h7_large_bodies_past_the_budget_of_the_process_are_asked_to_come_
     assert (await upload()).status == 201
     BUDGET.take(LIMIT)  # every byte was given back
     BUDGET.give(LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("header", "recorded"),
+    [
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", True),
+        (b"01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more", True),
+        (b"ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", False),
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\x9b31m", False),
+        (b"01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-\x1b[2J", False),
+        (b"anything", False),
+        (b"", False),
+    ],
+)
+async def test_o3_only_a_trace_context_is_recorded_as_one(layer: MakeLayer, header: bytes, recorded: bool) -> None:
+    store = MemoryStore()
+    await call(layer(Counting(), store=store), key=new_key(), headers=[(b"traceparent", header)])
+    (record,) = store.scan()
+    assert record.trace == (header.decode() if recorded else "")

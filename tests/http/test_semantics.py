@@ -122,20 +122,59 @@ class Account:
 @pytest.mark.parametrize(
     ("user", "identity"),
     [
-        (SimpleUser("alice"), "alice"),
+        (SimpleUser("alice"), "starlette.authentication.SimpleUser str alice"),
         (UnauthenticatedUser(), None),
         (None, None),
         ("alice", "alice"),
         ("", None),
-        ({"sub": "alice"}, "alice"),
-        (Account(id=0), "0"),
-        (Account(pk=7, username="a"), "7"),
+        ({"sub": "alice"}, "builtins.dict str alice"),
+        (Account(id=0), f"{__name__}.Account int 0"),
+        (Account(id="0"), f"{__name__}.Account str 0"),
+        (Account(pk=7, username="a"), f"{__name__}.Account int 7"),
         (Account(is_authenticated=False, id=1), None),
     ],
-    ids=["simple", "unauthenticated", "none", "text", "empty", "claims", "zero", "pk before name", "not authenticated"],
+    ids=[
+        "simple",
+        "unauthenticated",
+        "none",
+        "text",
+        "empty",
+        "claims",
+        "zero",
+        "zero as text",
+        "pk before name",
+        "not authenticated",
+    ],
 )
 def test_h5_by_user_finds_who_is_calling(user: Any, identity: str | None) -> None:
     assert by_user({"user": user}) == identity
+
+
+class Staff(Account):
+    """Another table, with numbers of its own."""
+
+
+def test_h5_by_user_tells_users_of_two_classes_and_ids_of_two_types_apart() -> None:
+    users = [Account(id=1), Staff(id=1), Account(id="1"), Account(id=b"1"), Account(id=True), {"id": 1}, "1"]
+    assert len({by_user({"user": user}) for user in users}) == len(users)
+
+
+class Lazy:
+    """A proxy such as Django's, which has the class of what is behind it."""
+
+    def __init__(self, behind: object) -> None:
+        self.__dict__["behind"] = behind
+
+    @property  # type: ignore[misc]  # as proxies do
+    def __class__(self) -> type:
+        return type(self.__dict__["behind"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["behind"], name)
+
+
+def test_h5_by_user_looks_through_a_proxy() -> None:
+    assert by_user({"user": Lazy(Account(id=1))}) == by_user({"user": Account(id=1)})
 
 
 def test_h5_by_user_without_authentication_is_anonymous() -> None:

@@ -35,7 +35,7 @@ async def test_m6_a_webhook_is_signed_as_standard_webhooks_has_it() -> None:
     sent = message(b'{"a":1}', content_type="application/json", headers={"X-Kind": "receipt"}, trace="00-aa-bb-01")
     secret = b"0" * 24
     with http_receiver() as receiver:
-        publisher = HttpPublisher(receiver.url, secrets=["whsec_" + base64.b64encode(secret).decode(), "older"])
+        publisher = HttpPublisher(receiver.url, secrets=["whsec_" + base64.b64encode(secret).decode(), b"older"])
         assert await publisher.publish(Batch([sent])) == [DELIVERED]
         await publisher.close()
     (request,) = receiver.requests
@@ -87,8 +87,21 @@ async def test_t6_after_a_failure_later_messages_of_its_key_are_not_sent() -> No
     assert sorted(request.body for request in receiver.requests) == [b"1", b"2", b"4"]
 
 
+SPECIAL = [
+    "[64:ff9b::a00:8]",  # NAT64 of 10.0.0.8
+    "[64:ff9b::808:808]",
+    "[64:ff9b:1::1]",
+    "[fec0::1]",
+    "[::10.0.0.8]",
+    "[2002:a00:8::1]",
+    "[2001:0:4136:e378:8000:63bf:3fff:fdd2]",
+    "192.88.99.1",
+    "224.0.0.1",
+]
+
+
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "[::1]", "10.0.0.8", "169.254.169.254", "[::ffff:10.0.0.8]"]
+    "host", ["127.0.0.1", "localhost", "[::1]", "10.0.0.8", "169.254.169.254", "[::ffff:10.0.0.8]", *SPECIAL]
 )
 async def test_m6_private_addresses_are_refused_by_choice(host: str) -> None:
     with http_receiver() as receiver:
@@ -229,3 +242,54 @@ async def test_m6_a_function_fails_by_an_exception() -> None:
 def test_a_url_without_a_publisher_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError):
         open_publisher(url)
+
+
+@pytest.mark.parametrize("secret", ["whsec_", "", b"", "whsec_not base64!", "plain words"], ids=repr)
+def test_m6_a_secret_that_would_sign_wrongly_or_with_nothing_is_refused(secret: str | bytes) -> None:
+    with pytest.raises(ConfigurationError, match="secret"):
+        HttpPublisher("https://example.com", secrets=[secret])
+
+
+async def test_m6_a_secret_means_the_same_with_its_prefix_and_without() -> None:
+    secret = base64.b64encode(b"k" * 24).decode()
+    with http_receiver() as receiver:
+        publisher = HttpPublisher(receiver.url, secrets=[secret, f"whsec_{secret}", b"k" * 24])
+        await publisher.publish(Batch([message()]))
+        await publisher.close()
+    signatures = receiver.requests[0].headers["webhook-signature"].split()
+    assert len(signatures) == 3
+    assert len(set(signatures)) == 1
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "=?utf-8?q?eve=40example.org=2C?= <ada@example.com>",
+        "=?utf-8?b?ZXZlQGV4YW1wbGUub3JnLA==?= <ada@example.com>",
+        "=?utf-8?q?=3Ceve=40example.org=3E=2C?= <ada@example.com>",
+        '"eve@example.org," <ada@example.com>',
+        "=?utf-8?q?Ad=C3=A1?= <ada@example.com>",
+    ],
+)
+def test_m6_an_encoded_name_is_no_recipient(field: str) -> None:
+    payload = f"From: shop@example.com\r\nTo: {field}\r\nSubject: hello\r\n\r\nText\r\n".encode()
+    with smtp_receiver() as mailbox:
+        publisher = SmtpPublisher("127.0.0.1", mailbox.port, tls="off")
+        assert publisher.publish(Batch([message(payload)])) == [DELIVERED]
+    assert [recipients for _, recipients, _ in mailbox.mails] == [["ada@example.com"]]
+
+
+def test_m6_an_encoded_address_fails_for_good() -> None:
+    payload = b"From: shop@example.com\r\nTo: =?utf-8?q?eve=40example.org?=\r\n\r\nText\r\n"
+    with smtp_receiver() as mailbox:
+        publisher = SmtpPublisher("127.0.0.1", mailbox.port, tls="off")
+        (outcome,) = publisher.publish(Batch([message(payload)]))
+    assert isinstance(outcome, Failed)
+    assert outcome.permanent
+    assert mailbox.mails == []
+
+
+@pytest.mark.parametrize("url", ["smtp://localhost:25?tls=off", "redis://localhost/stream", "os:getcwd"])
+def test_m6_public_only_is_refused_where_it_would_do_nothing(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="public_only"):
+        open_publisher(url, public_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from retryproof.cli import exits
-from retryproof.cli.output import Output
-from retryproof.cli.redact import scrubbed
+from retryproof.cli.output import Output, json_text, printable
+from retryproof.core.address import scrubbed
 from retryproof.core.errors import ConfigurationError, IdempotencyError, StoreUnavailable, Unreadable
 from retryproof.stores import Store, open_store
 
@@ -56,7 +55,7 @@ def json_option(function: Function) -> Function:
             if not as_json:
                 raise
             kind = type(error).__name__.lower()
-            click.echo(json.dumps({"error": {"kind": kind, "message": error.format_message()}}, ensure_ascii=False))
+            click.echo(json_text({"error": {"kind": kind, "message": error.format_message()}}, indent=None))
             sys.exit(error.exit_code)
 
     return wrapped
@@ -75,16 +74,20 @@ def _url_of(options: dict[str, Any]) -> str:
 @contextmanager
 def messages(*, secret_url: str) -> Iterator[None]:
     """The library's errors as the command line's, without the URL's password."""
+
+    def said(error: Exception) -> str:
+        return printable(scrubbed(str(error), secret_url))
+
     try:
         yield
     except ConfigurationError as error:
-        raise Usage(scrubbed(str(error), secret_url)) from error
+        raise Usage(said(error)) from error
     except StoreUnavailable as error:
-        raise Unreachable(scrubbed(str(error), secret_url)) from error
+        raise Unreachable(said(error)) from error
     except Unreadable as error:
-        raise Refused(scrubbed(str(error), secret_url)) from error
+        raise Refused(said(error)) from error
     except IdempotencyError as error:
-        raise Refused(scrubbed(str(error), secret_url)) from error
+        raise Refused(said(error)) from error
 
 
 def url_argument(function: Function) -> Function:

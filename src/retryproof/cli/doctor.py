@@ -9,7 +9,7 @@ import click
 from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.output import Output, add_row, table
-from retryproof.cli.redact import redacted
+from retryproof.core.address import redacted
 from retryproof.stores.diagnosis import Verdict, diagnose
 
 STYLES = {Verdict.OK: "", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}

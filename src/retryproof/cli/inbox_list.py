@@ -10,7 +10,7 @@ from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.inbox_command import with_inbox
 from retryproof.cli.output import Output, add_row, table
-from retryproof.cli.redact import redacted
+from retryproof.core.address import redacted
 from retryproof.transaction.inbox import DeadLetter
 
 

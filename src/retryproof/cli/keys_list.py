@@ -11,8 +11,8 @@ from retryproof.cli import exits
 from retryproof.cli.command import json_option, opened, url_argument
 from retryproof.cli.find import PEPPER_VARIABLE, pages
 from retryproof.cli.output import Output, add_row, duration, table
-from retryproof.cli.redact import redacted
 from retryproof.cli.shown import abandoned, as_document, moment, state_of
+from retryproof.core.address import redacted
 from retryproof.core.keys import short_digest, tenant_digest
 from retryproof.core.record import MICROSECONDS, Record, State
 

@@ -9,7 +9,7 @@ import click
 from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.output import Output
-from retryproof.cli.redact import redacted
+from retryproof.core.address import redacted
 from retryproof.stores.sql import migrate as servers
 from retryproof.stores.sql import sqlite_migrate as files
 from retryproof.stores.url import scheme_name

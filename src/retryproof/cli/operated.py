@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from retryproof.cli.command import Refused
 from retryproof.cli.output import Output
-from retryproof.cli.redact import redacted
+from retryproof.core.address import redacted
 
 
 class Closing(Protocol):

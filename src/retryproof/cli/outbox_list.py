@@ -10,8 +10,8 @@ from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.outbox_command import with_operator
 from retryproof.cli.output import Output, add_row, table
-from retryproof.cli.redact import redacted
 from retryproof.cli.shown import moment
+from retryproof.core.address import redacted
 from retryproof.stores.sql.outbox import DeadLetter
 
 

@@ -8,7 +8,7 @@ from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.outbox_command import with_operator
 from retryproof.cli.output import Output, add_row, duration, table
-from retryproof.cli.redact import redacted
+from retryproof.core.address import redacted
 
 
 @click.command(epilog=exits.HELP)

@@ -34,14 +34,14 @@ class Output:
     def answer(self, document: object, *lines: str | Table) -> None:
         """The answer, in both forms."""
         if self.as_json:
-            click.echo(json.dumps(document, ensure_ascii=False, indent=2, default=str))
+            click.echo(json_text(document))
             return
         for line in lines:
-            self._out.print(line)
+            self._out.print(printable(line) if isinstance(line, str) else line)
 
     def note(self, line: str) -> None:
         """A remark for people, beside the answer."""
-        self._err.print(line)
+        self._err.print(printable(line))
 
     @contextmanager
     def progress(self, text: str) -> Iterator[Tell]:
@@ -54,7 +54,7 @@ class Output:
             task = bar.add_task(text, total=None)
 
             def tell(line: str) -> None:
-                bar.update(task, description=f"{text}: {line}")
+                bar.update(task, description=printable(f"{text}: {line}"))
 
             yield tell
 
@@ -69,12 +69,22 @@ def table(*headings: str) -> Table:
 
 def add_row(to: Table, cells: Sequence[Any], style: str = "") -> None:
     """A row of plain text: what a store holds is never taken for markup."""
-    to.add_row(*(Text(_printable(str(cell))) for cell in cells), style=style)
+    to.add_row(*(Text(printable(str(cell)).replace("\n", "\N{REPLACEMENT CHARACTER}")) for cell in cells), style=style)
 
 
-def _printable(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+def printable(text: str) -> str:
+    """Without control characters (C0, C1, those that change the direction), which a terminal would obey."""
+    return "".join(_shown(character, "\N{REPLACEMENT CHARACTER}") for character in text)
+
+
+def json_text(document: object, indent: int | None = 2) -> str:
+    """A document on one terminal or in one program: text stays text, and control characters are escaped."""
+    written = json.dumps(document, ensure_ascii=False, indent=indent, default=str)
+    return "".join(_shown(character, json.dumps(character)[1:-1]) for character in written)
+
+
+def _shown(character: str, instead: str) -> str:
+    return character if character == "\n" or character.isprintable() else instead
 
 
 def duration(seconds: float) -> str:

@@ -7,8 +7,8 @@ import click
 from retryproof.cli import exits
 from retryproof.cli.command import json_option, opened, url_argument
 from retryproof.cli.output import Output
-from retryproof.cli.redact import redacted
 from retryproof.cli.shown import as_document, moment
+from retryproof.core.address import redacted
 from retryproof.core.keys import short_digest
 from retryproof.core.record import Record
 from retryproof.reaper import LIMIT, Totals, reap_all

@@ -14,7 +14,7 @@ import click
 from retryproof.cli import exits
 from retryproof.cli.command import Function, find_modules_here, json_option, url_argument
 from retryproof.cli.output import Output, Tell
-from retryproof.cli.redact import redacted
+from retryproof.core.address import redacted
 from retryproof.core.message import PARTITIONS
 from retryproof.publishers import open_publisher
 from retryproof.transaction.relay import Relay

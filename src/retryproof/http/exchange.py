@@ -45,6 +45,7 @@ from retryproof.http.semantics import (
     headers_without_body,
     replayed_headers,
     retry_after,
+    traceparent,
     unaccepted_codings,
     undone,
 )
@@ -334,7 +335,7 @@ class Exchange:
         except IdempotencyError as error:  # out of reach, or not set up; the event has it
             await self._conclude(Down(error))
             return None
-        trace = self._headers.get(b"traceparent", b"").decode("latin-1")[:128]
+        trace = traceparent(self._headers.get(b"traceparent", b""))
         flow = engine.flow(opened, self._id, self._fingerprint, self.policy, self._tenant, trace, self._refingerprint)
         execution: Execution | None = None
         try:

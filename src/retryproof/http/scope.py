@@ -40,8 +40,11 @@ def by_user(scope: AsgiScope) -> Identity:
     """The user in `scope["user"]`, as Starlette's and most other authentication middleware leave it there.
 
     Read from it are, first found: the user itself when it is a string, `identity`, `id`, `pk`, `sub`, `username`, as
-    attributes or names in a mapping. No user, or one that is not authenticated, is anonymous. Raises
-    ConfigurationError for a user that has none of these: two users would look alike.
+    attributes or names in a mapping. What is not the user itself counts with its class and its type, as in
+    "shop.models.Customer int 42": a member of the staff with the number 42 is somebody else, and so is "42". Renaming
+    the class makes keys of before unseen; a callable of your own can name users as you like.
+    No user, or one that is not authenticated, is anonymous. Raises ConfigurationError for a user that has none of
+    these: two users would look alike.
     """
     user = scope.get("user")
     if user is None or getattr(user, "is_authenticated", True) is False:
@@ -50,12 +53,21 @@ def by_user(scope: AsgiScope) -> Identity:
         return user or None
     for name in _IDENTITY_NAMES:
         found = _attribute(user, name)
-        if found is not None and found != "":
-            return found if isinstance(found, str | bytes) else _as_text(name, found)
+        if found is not None and found not in ("", b""):
+            return _told_apart(user, name, found)
     raise ConfigurationError(
         f"by_user finds none of {', '.join(_IDENTITY_NAMES)} in the user, a {type(user).__name__}; "
         "pass scope=lambda scope: … and return what tells users apart."
     )
+
+
+def _told_apart(user: object, name: str, found: object) -> str | bytes:
+    """An identity with the class of its user, which proxies know, and its own type."""
+    kind = user.__class__
+    prefix = f"{kind.__module__}.{kind.__qualname__} {type(found).__name__} "
+    if isinstance(found, bytes):
+        return prefix.encode() + found
+    return prefix + (found if isinstance(found, str) else _as_text(name, found))
 
 
 def _as_text(name: str, identity: object) -> str:

@@ -6,6 +6,7 @@ Rules H1, H8, H9, H10 and H14; the adapters (ASGI now) only carry messages.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -171,6 +172,14 @@ def is_event_stream(headers: Iterable[Header]) -> bool:
         if name.lower() == b"content-type":
             return value.partition(b";")[0].strip().lower() == b"text/event-stream"
     return False
+
+
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(?:-[!-~]{1,72})?")
+
+
+def traceparent(value: bytes) -> str:
+    """The trace context in a request's header; "" for what is none (W3C Trace Context, 3.2)."""
+    return value.decode("ascii") if _TRACEPARENT.fullmatch(value) else ""
 
 
 def retry_after(left: float, lease: float) -> int:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from retryproof.core.address import check_address
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 from retryproof.publishers.base import CONCURRENCY, DELIVERED, Batch, Failed, Outcome, one_by_one
@@ -41,7 +42,8 @@ _OWN = frozenset({"host", "content-length", "transfer-encoding", "connection", "
 class HttpPublisher:
     """Posts each payload to one URL; 2xx is delivery, 410 is for good, all else is tried again.
 
-    secrets: those to sign with, `whsec_…` or plain; several while they are rotated. timeout: seconds for one message.
+    secrets: those to sign with, several while they are rotated: base64, with `whsec_` before it or without, as Standard
+    Webhooks has it; or a key itself, as bytes. timeout: seconds for one message.
     public_only: refuse loopback, private, link-local and other addresses that are not public.
     """
 
@@ -49,17 +51,21 @@ class HttpPublisher:
         self,
         url: str,
         *,
-        secrets: Sequence[str] = (),
+        secrets: Sequence[str | bytes] = (),
         timeout: float = TIMEOUT,
         public_only: bool = False,
         max_payload: int | None = None,
         concurrency: int = CONCURRENCY,
     ) -> None:
+        check_address(url)
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigurationError("A webhook's URL is https://host/path.")
         self.max_payload = max_payload
-        self._url = httpx.URL(url)
+        try:
+            self._url = httpx.URL(url)
+        except httpx.InvalidURL:  # its message repeats a part of the URL
+            raise ConfigurationError("A webhook's URL is https://host/path; this one has no valid host.") from None
         self._keys = [_key(secret) for secret in secrets]
         self._timeout = timeout
         self._public_only = public_only
@@ -129,13 +135,21 @@ def sign(key: bytes, id: str, timestamp: str, payload: bytes) -> str:
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
-def _key(secret: str) -> bytes:
-    if not secret.startswith(SECRET_PREFIX):
-        return secret.encode()
+def _key(secret: str | bytes) -> bytes:
     try:
-        return base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-    except ValueError as error:
-        raise ConfigurationError("a webhook's secret after whsec_ must be base64") from error
+        key = secret if isinstance(secret, bytes) else _decoded(secret)
+    except ValueError:
+        raise ConfigurationError(
+            "A webhook's secret is base64, with whsec_ before it or without, as Standard Webhooks has it; "
+            "one that is not goes in as bytes, in Python."
+        ) from None
+    if not key:
+        raise ConfigurationError("A webhook's secret is empty: whoever reads this could sign.")
+    return key
+
+
+def _decoded(secret: str) -> bytes:
+    return base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
 
 
 async def _public_address(host: str, port: int) -> str:
@@ -148,10 +162,25 @@ async def _public_address(host: str, port: int) -> str:
     return addresses[0]
 
 
+_SPECIAL = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "::/96",  # IPv4-compatible: an IPv4 address inside
+        "64:ff9b::/96",  # NAT64, which leads to the IPv4 address inside
+        "64:ff9b:1::/48",  # NAT64 of a local network
+        "2001::/32",  # Teredo
+        "2002::/16",  # 6to4
+        "fec0::/10",  # site-local
+        "192.88.99.0/24",  # 6to4 relays
+    )
+)
+"""Networks that Python counts as global and that lead somewhere else, or may."""
+
+
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
-    return ip.is_global and not ip.is_multicast and (mapped is None or mapped.is_global)
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _SPECIAL)
 
 
 def _judge(response: httpx.Response) -> Outcome:

@@ -36,8 +36,9 @@ class RedisStreamPublisher:
         self._stream = stream
         self._max_length = max_length
         # No retries of its own: whether a batch came through is the relay's business.
+        tls = {"ssl_check_hostname": True} if checks_hostname(url) else {}  # redis-py 5 does not by itself
         self._client = Redis.from_url(
-            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0), **tls
         )
 
     async def publish(self, batch: Batch) -> Sequence[Outcome]:
@@ -55,6 +56,12 @@ class RedisStreamPublisher:
         await self._client.aclose()
 
 
+def checks_hostname(url: str) -> bool:
+    """Whether the server's certificate must be one of the URL's host: for TLS, unless the URL itself says how."""
+    options = dict(parse_qsl(urlsplit(url).query))
+    return url.startswith("rediss://") and not {"ssl_check_hostname", "ssl_cert_reqs"} & set(options)
+
+
 def fields(message: Message) -> dict[Any, Any]:
     """An entry's fields."""
     kept = {
@@ -69,8 +76,10 @@ def fields(message: Message) -> dict[Any, Any]:
     return {name: value for name, value in kept.items() if value is not None}
 
 
-def from_url(url: str, *, timeout: float = TIMEOUT, **_: object) -> RedisStreamPublisher:
+def from_url(url: str, *, timeout: float = TIMEOUT, public_only: bool = False) -> RedisStreamPublisher:
     """The publisher of redis://host:6379/stream or redis://host:6379/0/stream, with ?maxlen= where wanted."""
+    if public_only:
+        raise ConfigurationError("public_only is for webhooks; a stream's address is not looked at.")
     parts = urlsplit(url)
     path = [unquote(part) for part in parts.path.split("/") if part]
     database = path.pop(0) if len(path) == 2 else "0"

@@ -16,7 +16,6 @@ from email import policy
 from email.message import EmailMessage
 from email.parser import BytesParser
 from email.utils import format_datetime, getaddresses
-from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from retryproof.core.errors import ConfigurationError
@@ -137,10 +136,19 @@ def _parsed(message: Message, domain: str) -> EmailMessage:
 
 
 def _envelope(mail: EmailMessage) -> tuple[str, list[str]]:
-    """The sender's and the recipients' addresses; raises ValueError where one is missing."""
-    senders = getaddresses([str(mail["Sender"] or mail["From"] or "")])
-    fields: list[Any] = [value for name in ("To", "Cc", "Bcc") for value in mail.get_all(name, [])]
-    recipients = [address for _, address in getaddresses([str(field) for field in fields]) if address]
+    """The sender's and the recipients' addresses; raises ValueError where one is missing or malformed.
+
+    They are read from the fields as they stand: encoded words (RFC 2047) belong in names, and one that is decoded first
+    can hold an address that nobody wrote.
+    """
+    fields: dict[str, list[str]] = {}
+    for name, value in mail.raw_items():
+        fields.setdefault(name.lower(), []).append("".join(str(value).splitlines()))
+    senders = getaddresses(fields.get("sender") or fields.get("from") or [])
+    written = getaddresses([value for name in ("to", "cc", "bcc") for value in fields.get(name, ())])
+    recipients = [address for _, address in written if address]
+    if any("=?" in address for address in (*recipients, *(address for _, address in senders))):
+        raise ValueError("the e-mail has an encoded word in an address, where only a name may be encoded")
     if not senders or not senders[0][1] or not recipients:
         raise ValueError("the payload is no e-mail with a sender (From) and recipients (To, Cc or Bcc)")
     return senders[0][1], recipients
@@ -154,8 +162,10 @@ def _refused(error: OSError) -> Failed:
     return Failed(described(error), permanent=bool(codes) and all(code >= 500 for code in codes))
 
 
-def from_url(url: str, *, timeout: float = TIMEOUT, **_: object) -> SmtpPublisher:
+def from_url(url: str, *, timeout: float = TIMEOUT, public_only: bool = False) -> SmtpPublisher:
     """The publisher of smtp://user:password@host:587?domain=example.com, smtps://…, or smtp://host:25?tls=off."""
+    if public_only:
+        raise ConfigurationError("public_only is for webhooks; a mail server's address is not looked at.")
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     implicit = parts.scheme == "smtps"

@@ -6,6 +6,7 @@ import importlib
 import re
 from typing import Any
 
+from retryproof.core.address import check_address, scheme_of
 from retryproof.core.errors import ConfigurationError
 from retryproof.publishers.base import Publisher
 from retryproof.publishers.function import from_path
@@ -23,15 +24,18 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 def open_publisher(url: str, **options: Any) -> Publisher:
     """The publisher of https://…, smtp://…, redis://…/stream or module:function; it connects when it first sends."""
-    scheme, separator, _ = url.partition("://")
-    if not separator and _FUNCTION.fullmatch(url):
+    if _FUNCTION.fullmatch(url):
+        if options:
+            raise ConfigurationError(f"A function takes none of these options: {', '.join(options)}.")
         return from_path(url)
-    module, extra = _SCHEMES.get(scheme.lower(), ("", None))
-    if not separator or not module:
+    scheme = scheme_of(url)
+    module, extra = _SCHEMES.get(scheme, ("", None))
+    if not module:
         raise ConfigurationError(
-            f"There is no publisher for {scheme + '://' if separator else url!r}. Known: https://, http://, smtp://, "
-            "smtps://, redis://…/stream, rediss://…/stream, and module:function."
+            f"There is no publisher for {scheme + '://' if scheme else 'what was given'}. Known: https://, http://, "
+            "smtp://, smtps://, redis://…/stream, rediss://…/stream, and module:function."
         )
+    check_address(url)
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from retryproof.core.address import check_address, scheme_of
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.base import AsyncStore, Store
 from retryproof.stores.memory import MemoryStore
@@ -82,18 +83,19 @@ def is_async_url(url: str) -> bool:
 def scheme_name(url: str) -> str:
     """The URL's scheme in lower case; ConfigurationError for an unknown one."""
     _scheme(url)
-    return url.partition("://")[0].lower()
+    return scheme_of(url)
 
 
 def _scheme(url: str) -> Scheme:
-    name, separator, _ = url.partition("://")
-    scheme = SCHEMES.get(name.lower())
-    if not separator or scheme is None:
+    name = scheme_of(url)
+    scheme = SCHEMES.get(name)
+    if scheme is None:
         known = ", ".join(
             f"{known}://" + (f" (retryproof[{it.extra}])" if it.extra else "") for known, it in SCHEMES.items()
         )
-        shown = f"{name}://" if separator else "it has no scheme"
+        shown = f"{name}://" if name else "it has no scheme"
         raise ConfigurationError(f"Unknown store URL ({shown}). Known schemes, with the extra to install: {known}.")
+    check_address(url)
     return scheme
 
 

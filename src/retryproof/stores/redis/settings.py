@@ -6,8 +6,9 @@ it and the server: a time-out has to mean that what was asked may have been done
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlencode
 
@@ -42,7 +43,7 @@ class Settings:
     """Where the server is, and the options of redis-py's connections."""
 
     transport: Transport
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)  # with the password
     prefix: str
     timeout: float
 
@@ -94,6 +95,8 @@ class Settings:
             )
         if not prefix:
             raise ConfigurationError("the prefix of the store's keys must not be empty")
+        if transport == "tls" and options.get("ssl_cert_reqs", "required") in ("required", ssl.CERT_REQUIRED):
+            options.setdefault("ssl_check_hostname", True)  # redis-py 5 takes a certificate of any host otherwise
         return cls(transport, options, prefix, timeout)
 
     def connection_options(self, retry: object, socket_timeout: float | None) -> dict[str, Any]:

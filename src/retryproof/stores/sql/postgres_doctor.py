@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import parse_qsl, urlsplit
 
 from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
 from retryproof.stores.sql.migrate import migrations, transaction
@@ -23,6 +24,8 @@ SELECT current_setting('server_version_num')::int, current_setting('server_versi
        current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit'),
        current_setting('default_transaction_isolation'), current_setting('default_transaction_read_only'),
        extract(epoch FROM clock_timestamp())::float8, to_regclass($1::text) IS NOT NULL,
+       (SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()),
+       NOT coalesce(inet_server_addr() <<= '127.0.0.0/8' OR inet_server_addr() <<= '::1', true),
        to_regclass($2::text) IS NOT NULL
 """
 _INDEXES = """
@@ -37,7 +40,10 @@ WHERE NOT has_table_privilege($1::text, privilege)
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the server said; seconds since the epoch. version: the newest migration applied, None without any."""
+    """What the server said; seconds since the epoch. version: the newest migration applied, None without any.
+
+    encrypted: whether this connection is, None where a pooler does not say. remote: whether it leaves the machine.
+    """
 
     release: int
     product: str
@@ -48,6 +54,8 @@ class Facts:
     read_only: str
     clock: float
     table: bool
+    encrypted: bool | None = None
+    remote: bool = False
     before: float = 0.0
     after: float = 0.0
     version: int | None = None
@@ -62,7 +70,7 @@ def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
         facts = transaction(target, lambda: gather(target, time.time))
     except ReadReplica as error:
         return [Finding("role", FAIL, error.message)]
-    return verdicts(facts)
+    return [*verdicts(facts), encryption(facts, url)]
 
 
 def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
@@ -92,6 +100,19 @@ def verdicts(facts: Facts) -> Sequence[Finding]:
         _isolation(facts),
         clock_skew(facts.clock, facts.before, facts.after),
     ]
+
+
+def encryption(facts: Facts, url: str) -> Finding:
+    """Whether others on the network can read the records, or pose as the server; `sslmode` alone decides it."""
+    mode = dict(parse_qsl(urlsplit(url).query)).get("sslmode", "prefer")
+    advice = "Put ?sslmode=verify-full&sslrootcert=… into the URL."
+    if not facts.remote:
+        return Finding("encryption", OK, "the connection stays on this machine")
+    if not facts.encrypted:
+        return Finding("encryption", WARN, f"the connection is in the clear (sslmode {mode})", advice)
+    if mode not in ("verify-ca", "verify-full"):
+        return Finding("encryption", WARN, f"encrypted, but anybody may be the server (sslmode {mode})", advice)
+    return Finding("encryption", OK, f"encrypted, sslmode {mode}")
 
 
 def _version(facts: Facts) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from retryproof.core.errors import ConfigurationError, IdempotencyError, StoreUnavailable
@@ -40,7 +40,7 @@ class Target:
     statement_cache: whether statements stay prepared; not behind a pooler that changes sessions between them.
     """
 
-    dsns: tuple[str, ...]
+    dsns: tuple[str, ...] = field(repr=False)  # with the password
     schema: str | None = None
     statement_cache: bool = True
     pool_size: int = POOL_SIZE

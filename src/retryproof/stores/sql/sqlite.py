@@ -259,7 +259,7 @@ class SqliteStore:
         connection: sqlite3.Connection | None = None
         try:
             if self.path != ":memory:" and not os.path.exists(self.path):
-                _make_private_file(self.path)
+                _make_private_file(os.path.realpath(self.path))  # where a symbolic link leads, SQLite would make it
             connection = sqlite3.connect(
                 self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
             )
