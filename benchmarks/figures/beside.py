@@ -21,8 +21,8 @@ LONGEST = 60.0
 ENDING = 5.0
 KEYS = 500
 GUARANTEES = (
-    "ours: fenced by the relay's own row; order per key across retries and relays, by commit order",
-    "txoutbox: fenced by lease and worker; order per key by sequence, not by commit order; rows are kept, marked",
+    "ours: fenced by the relay's own row; order per key across retries and relays, by a number drawn at the insert",
+    "txoutbox: fenced by lease and worker; order per key by sequence; rows are kept, marked",
     "pgqueuer: a job queue, no order per key; fenced by heartbeat; a notification for each enqueue; a log row a job",
     "faststream-outbox: on SQLAlchemy; no order per key; fenced by a token; a notification for each enqueue",
     "every one: at least once; the enqueue commits with the business row",

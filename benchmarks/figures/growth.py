@@ -121,7 +121,6 @@ async def held_figures(services: Services, pace: Pace) -> list[Figure]:
     names = [f"held for {start} to {start + WINDOW} s" for start in range(0, HELD - WINDOW, WINDOW)]
     for name in (*names, "last ten seconds of the minute"):
         await measure(name, WINDOW)
-    stats = await steadies["strict"].working.stats()
     await transaction.rollback()
     await measure("after", AROUND)
     for steady in steadies.values():
@@ -131,7 +130,6 @@ async def held_figures(services: Services, pace: Pace) -> list[Figure]:
     while_held = sum(strict[name] for name in strict if name not in ("before", "after"))
     notes = (
         f"in strict order: {strict['before']} delivered before, {while_held} while held, {strict['after']} after",
-        f"at the end of the minute {stats.fenced} were fenced, by a transaction of {stats.fence_age:.0f} s",
         f"most memory of the process: {memory['before']} MB before, {memory['after']} MB after",
     )
     method = (

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 
@@ -106,6 +107,12 @@ async def until_empty(relay: Relay, passes: int = 2_000) -> None:
                 return
             await asyncio.sleep(0.005)
     raise AssertionError(f"still pending after {passes} passes")
+
+
+async def until_published(publisher: Noting, sent: set[UUID]) -> None:
+    """The test's time-out ends it where something is left."""
+    while not sent <= {message.id for message in publisher.published}:  # noqa: ASYNC110  # a publisher tells nobody
+        await asyncio.sleep(0.01)
 
 
 def sqlite_url(folder: Path) -> str:

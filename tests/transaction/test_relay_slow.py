@@ -181,7 +181,7 @@ async def test_t7_partitions_of_which_something_is_being_sent_are_not_given_up(d
     share = 64 // relays
 
     def owned(relay: Relay) -> set[int]:
-        return set(relay._member._floors) if relay._member is not None else set()
+        return set(relay._member._floors.at) if relay._member is not None else set()
 
     await first.run_once()
     assert len(sent) == 30

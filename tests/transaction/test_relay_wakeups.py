@@ -156,7 +156,7 @@ async def test_t7_an_idle_relay_keeps_its_lease_and_takes_a_dead_one_s_partition
     await member.balance()
     relay = Counting(database.url, Noting(), policy=replace(SLEEPY, lease=1.0))
     async with running(relay):
-        await until(lambda: relay._member is not None and len(relay._member._floors) == 64)
+        await until(lambda: relay._member is not None and len(relay._member._floors.at) == 64)
         await until(lambda: relay.sleeping)
         id = database.rows("SELECT id FROM retryproof_outbox_relays")
         began = monotonic()

@@ -23,8 +23,6 @@ def stats(url: str, output: Output) -> None:
         ("lag: age of the oldest", duration(found.lag)),
         ("held back behind a failure", found.parked),
         ("keys held back", found.blocked),
-        ("behind open transactions (strict order)", found.fenced),
-        ("oldest open transaction", duration(found.fence_age)),
         ("dead letters", found.dead),
         ("live relays", found.relays),
         ("partitions", found.partitions),

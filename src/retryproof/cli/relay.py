@@ -48,7 +48,7 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Function], Func
     show_default=True,
     help="Whether a failing message holds later ones of its key back.",
 )
-@click.option("--strict-order", is_flag=True, help="All messages in the order of commits; one relay works at a time.")
+@click.option("--strict-order", is_flag=True, help="Order all messages, not only those of a key; one relay works.")
 @_seconds("--patience", DEFAULTS.patience, "Seconds that slow messages may keep other keys waiting.")
 @_seconds("--timeout", DEFAULTS.timeout, "Seconds for one message, where they are sent one by one.")
 @_seconds("--poll", DEFAULTS.max_poll, "Longest pause, in seconds, between two looks at an idle outbox.")

@@ -23,7 +23,7 @@ class Message:
     """One message; `id` is the same however often it is sent. Not to be changed.
 
     attempts: how often publishing it was tried before. created_at: µs since the epoch, by the database's clock.
-    xid, sequence: its place; the sequence alone does not follow the order of commits.
+    sequence: the number that orders it, drawn when it was added: who saw another's commit before has a higher one.
     """
 
     id: UUID
@@ -35,16 +35,10 @@ class Message:
     trace: str | None = None
     attempts: int = 0
     created_at: int = 0
-    xid: int = 0
     sequence: int = 0
     partition: int = 0
     chain: bytes = b""
     parked: bool = False
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands in the outbox."""
-        return self.xid, self.sequence
 
     @property
     def line(self) -> tuple[int, bytes]:

@@ -18,17 +18,18 @@ from retryproof.core.message import Conclusion, Message
 from retryproof.core.record import microseconds
 from retryproof.stores.sql.outbox import Taken
 from retryproof.stores.sql.plan import Plan
+from retryproof.transaction.floors import Floors
 from retryproof.transaction.outbox_database import Database
 from retryproof.transaction.relay_policy import RelayPolicy
 from retryproof.transaction.share import Share
 
 T = TypeVar("T")
 
-MOST_OPEN = 16
-"""Transactions open for long that a claim asks after; more of them hold the floors back."""
+FROM_THE_START = 60.0
+"""Seconds between two looks from the first message on, whatever the floors say."""
 
 log = logging.getLogger("retryproof.relay")
-_PLACE = attrgetter("xid", "sequence")
+_NUMBER = attrgetter("sequence")
 
 
 class Membership:
@@ -42,13 +43,8 @@ class Membership:
         self._lease = microseconds(policy.lease)
         self._strict = policy.order == "strict"
         self._balance_at = 0.0
-        self._floors: dict[int, int] = {}
-        """By partition, in the order in which they are asked."""
-        self._ahead: dict[int, int] = {}
-        """The floors once all of the batch on its way is done."""
-        self._running: frozenset[int] = frozenset()
-        self._open: tuple[int, ...] = ()
-        """Transactions that were open at the last look and at the one before, and may be below the floors."""
+        self._floors = Floors()
+        self._start_at = 0.0
         self._share = Share(policy.batch)
         self._suspects = True
         self.alone = False
@@ -61,22 +57,7 @@ class Membership:
     @classmethod
     async def join(cls, database: Database, policy: RelayPolicy) -> Membership:
         """Become a relay; raises ConfigurationError where that would lose the order."""
-        settings = await database.perform(lambda: database.plans.settings(policy.partitions))
-        if settings.partitions != policy.partitions:
-            raise ConfigurationError(
-                f"This relay has partitions={policy.partitions}, and the database {settings.partitions}."
-            )
-        if settings.foreign:
-            raise ConfigurationError(
-                f"The outbox was restored from another PostgreSQL cluster: {settings.foreign}. Messages may have been "
-                "sent already after the backup. Look at them, and run `retryproof outbox adopt` to have them sent."
-            )
-        if settings.unsure:
-            log.warning(
-                "this role may not ask which cluster this is; a backup of another one is noticed only where its "
-                "transaction ids are ahead. To have it noticed: %s",
-                settings.unsure,
-            )
+        await _check(database, policy)
         id, begun = uuid4(), monotonic()
         lease, strict = microseconds(policy.lease), policy.order == "strict"
         if not await database.perform(lambda: database.plans.join(id, lease, strict)):
@@ -108,28 +89,24 @@ class Membership:
         owned = await self._database.perform(lambda: self._database.plans.balance(self._id, self._strict, kept))
         if owned is None:
             raise self._lost()
-        changed = set(owned) != set(self._floors)
+        changed = self._floors.own(owned)
         if changed:
             log.info("partitions: %d", len(owned))
-            self._floors = dict.fromkeys(owned, 0)
-        if not self._strict:
-            await self._look()
+        await self._look()
         self._suspects = True
         self._balance_at = monotonic() + self.heartbeat * random.uniform(0.8, 1.0)
         return changed
 
     async def _look(self) -> None:
-        """Find the transactions that are open for long: they are not to hold the floors back."""
-        running = await self._database.perform(self._database.plans.running)
-        still = tuple(xid for xid in running if xid in self._running)[:MOST_OPEN]
-        if over := set(self._open).difference(still):
-            self._lower(min(over))
-        self._running, self._open = frozenset(running), still
-
-    def _lower(self, xid: int) -> None:
-        """Begin again where a transaction may have left something that nobody asked for."""
-        self._floors = {partition: min(floor, xid) for partition, floor in self._floors.items()}
-        self._ahead = {}
+        """Begin at the first message again from time to time, and where numbers were set back: what they hide."""
+        last = await self._database.perform(self._database.plans.last_number)
+        if last is not None and last < self._floors.highest:
+            log.warning("the numbers of the outbox were set back, from %d to %d", self._floors.highest, last)
+            await _check(self._database, self._policy)
+            self._start_at = 0.0
+        if monotonic() >= self._start_at:
+            self._floors.reset()
+            self._start_at = monotonic() + FROM_THE_START
 
     @property
     def heartbeat(self) -> float:
@@ -138,7 +115,7 @@ class Membership:
 
     async def claim(self, slow: Sequence[Message] = ()) -> Sequence[Message]:
         """A batch; of one, where that is to be tried alone. slow: what is on its way from earlier batches."""
-        if not self._floors:
+        if not self._floors.at:
             return []
         alone, self.alone = self._suspects and not (self.alone or self._strict), False
         taken = await self._claim(slow, alone=alone)  # without an answer the next one is of the same kind
@@ -147,63 +124,61 @@ class Membership:
             self.alone = False
             taken = await self._claim(slow, alone=False)
         self.set_aside = bool(taken.waiting)
-        messages = sorted(taken.messages, key=_PLACE)
+        messages = sorted(taken.messages, key=_NUMBER)
         if slow:
             held = {message.line for message in slow}
             messages = [message for message in messages if message.line not in held]
-        self._ahead = {}
         if self._strict:
             self.alone = bool(messages) and messages[0].parked
             if messages:
-                self._ahead = dict.fromkeys(self._floors, messages[-1].xid)
+                self._floors.follow(dict.fromkeys(self._floors.at, messages[-1].sequence))
         elif not self.alone and len(messages) == len(taken.messages):
             self._follow(messages, taken)
-        if self._open and taken.ended:
-            self._lower(min(self._open))
-            self._open = ()
         return messages
 
     async def _claim(self, slow: Sequence[Message], *, alone: bool) -> Taken:
         floors, share, batch = self._floors, self._share.size, self._policy.batch
+        starts = floors.begin()
         taken = await self._fenced(
             lambda: self._database.plans.claim(
                 self._id,
-                floors,
+                starts,
                 batch=1 if alone else batch,
                 share=1 if alone else share,
                 lease=self._lease,
                 alone=alone,
                 strict=self._strict,
                 slow=slow,
-                open=self._open,
+                open=floors.open,
+                server=floors.server,
             )
         )
         if not taken.held:
             raise self._lost()
         self._suspects = taken.suspects
+        floors.learn(taken)
         return taken
 
     def _follow(self, messages: Sequence[Message], taken: Taken) -> None:
         """Where the next claim begins, and how much of each partition it takes."""
-        found: dict[int, int] = dict(Counter(taken.waiting)) if taken.waiting else {}
-        fence = taken.fence
+        ready: dict[int, int] = dict(Counter(taken.waiting)) if taken.waiting else {}
+        found, last = dict(ready), {}
         for message in messages:
             partition = message.partition
             found[partition] = found.get(partition, 0) + 1
             if not message.parked:
-                self._ahead[partition] = message.xid if message.xid < fence else fence
-        self._share.learn(found, len(self._floors))
-        self._rotate(found)
-
-    def _rotate(self, found: dict[int, int]) -> None:
-        """Begin after the last partition that gave something."""
-        order = list(self._floors)
-        last = max((place for place, partition in enumerate(order) if partition in found), default=-1) + 1
-        self._floors = {partition: self._floors[partition] for partition in (*order[last:], *order[:last])}
+                ready[partition] = ready.get(partition, 0) + 1
+                last[partition] = message.sequence
+        all_asked = sum(ready.values()) < self._policy.batch
+        size, owned = self._share.size, self._floors.at
+        self._floors.follow(last, [one for one in owned if ready.get(one, 0) < size] if all_asked else ())
+        if not messages:
+            self._floors.advance()
+        self._share.learn(found, len(owned))
+        self._floors.rotate(found)
 
     async def finish(self, conclusion: Conclusion, *, all_done: bool | None) -> None:
         """End the batch, or what went on from earlier ones (None); raises LeaseLost where another relay has it."""
-        ahead, self._ahead = self._ahead, {}
         held = await self._fenced(
             lambda: self._database.plans.finish(
                 self._id,
@@ -216,9 +191,9 @@ class Membership:
         if not held:
             raise self._lost()
         if all_done and not (self._strict and conclusion.slow):
-            self._floors.update(ahead)
-        elif all_done is not None:
-            self._floors = dict.fromkeys(self._floors, 0)
+            self._floors.advance()
+        else:
+            self._floors.stay()
 
     async def leave(self) -> None:
         """Give the partitions back."""
@@ -249,3 +224,34 @@ class Membership:
     def _lost(self) -> LeaseLost:
         self._lease_end = 0.0
         return LeaseLost("This relay's lease was lost; another one publishes what it had again, with the same ids.")
+
+
+async def _check(database: Database, policy: RelayPolicy) -> None:
+    """Raise ConfigurationError where working on this database would lose the order, or send another one's messages."""
+    settings = await database.perform(lambda: database.plans.settings(policy.partitions))
+    if settings.partitions != policy.partitions:
+        raise ConfigurationError(
+            f"This relay has partitions={policy.partitions}, and the database {settings.partitions}."
+        )
+    if settings.foreign:
+        raise ConfigurationError(
+            f"The outbox was restored from another PostgreSQL cluster: {settings.foreign}. Messages may have been "
+            "sent already after the backup. Look at them, and run `retryproof outbox adopt` to have them sent."
+        )
+    if settings.disordered:
+        raise ConfigurationError(
+            f"The numbers of this outbox cannot order its messages: {settings.disordered[0]}. "
+            f"Stop whoever adds, and run: {settings.disordered[1]}"
+        )
+    if settings.unsure:
+        log.warning(
+            "this role may not ask which cluster this is; a backup of another one is noticed only where its "
+            "transaction ids are ahead. To have it noticed: %s",
+            settings.unsure,
+        )
+    if settings.unnumbered:
+        log.warning(
+            "this role may not ask for the last number of the outbox; numbers that were set back go unnoticed. "
+            "To have it noticed: %s",
+            settings.unnumbered,
+        )

@@ -96,7 +96,8 @@ class Outbox:
     ) -> UUID:
         """Write a message into the transaction that is open on a connection that blocks; its id, a UUIDv7.
 
-        key: messages of one key are sent in their order. trace: a `traceparent`.
+        key: of two messages of one key, the one is sent first whose transaction had committed when the other was
+        added. So add after taking the lock that orders you. trace: a `traceparent`.
         Refused before anything is written, by ConfigurationError: no open transaction, a failed one, autocommit, a
         payload over the limit, a topic that was not declared.
         """

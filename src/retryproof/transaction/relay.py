@@ -158,7 +158,7 @@ class Relay:
         if not (messages or refused or self._flights.unheld):
             return Totals()
         if refused:
-            pairs = sorted([*refused, *zip(messages, outcomes, strict=True)], key=_place)
+            pairs = sorted([*refused, *zip(messages, outcomes, strict=True)], key=_number)
             messages, outcomes = [message for message, _ in pairs], [outcome for _, outcome in pairs]
         conclusion, totals = conclude(messages, outcomes, self.policy, self._flights.slow())
         all_done = len(conclusion.done) == len(messages)
@@ -269,8 +269,8 @@ class Relay:
             await self._send(member, messages)
             return []
         refused = [(message, why) for message in messages if (why := self._refusal(message, member.alone))]
-        unsent = {message.place for message, _ in refused}
-        left = [message for message in messages if message.place not in unsent]
+        unsent = {message.sequence for message, _ in refused}
+        left = [message for message in messages if message.sequence not in unsent]
         if left:
             await self._send(member, left)
         return [*refused]
@@ -309,5 +309,5 @@ def _publisher(given: Publisher | str | Callable[[Message], Any]) -> Publisher:
     return FunctionPublisher(given)
 
 
-def _place(pair: tuple[Message, Outcome]) -> tuple[int, int]:
-    return pair[0].place
+def _number(pair: tuple[Message, Outcome]) -> int:
+    return pair[0].sequence

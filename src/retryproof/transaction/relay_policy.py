@@ -54,7 +54,8 @@ class RelayPolicy:
     max_attempts: failures, or deaths of the relay while it published the message alone, until dead letters.
     backoff, max_backoff: the longest pause after the first failure, doubled after each, and its limit; the pause is a
     random part of it. on_failure: "block" holds later messages of the key back, "pass" sends them.
-    order: "key", or "strict": all messages in the order of commits, one relay at a time.
+    order: "key", or "strict": all messages, one relay at a time. The one goes first whose transaction had committed
+    when the other was added.
     poll, max_poll: the pause after nothing was found, doubled up to the limit.
     patience: how long a batch may keep other keys waiting; what takes longer goes on beside the next batches, which
     are waited for less the more goes on.

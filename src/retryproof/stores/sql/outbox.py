@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 from uuid import UUID
 
@@ -24,17 +25,21 @@ class Taken:
     """What a claim found.
 
     held: whether the relay is still one. suspects: whether there are messages to be tried alone.
-    fence: the transaction id below which nothing can still appear but for `open` ones; 0 where there is no such thing.
     waiting: the partition of each message that was found, and parked, since its chain is held back.
-    ended: the first of `open` that is over, or 0.
+    low: where partitions were begun at the most, below their floors, or None. open: transactions that the claim's
+    snapshot lists as open, and those asked after that are. unlisted: whether others may have had their ids by then.
+    own: the claim's id; whoever has a higher one got it later. server: tells one start of one server from others.
     """
 
     held: bool
     suspects: bool = False
-    fence: int = 0
     messages: Sequence[Message] = ()
     waiting: Sequence[int] = ()
-    ended: int = 0
+    low: int | None = None
+    open: Sequence[int] = ()
+    unlisted: bool = False
+    own: int = 0
+    server: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +47,14 @@ class Settings:
     """What the database says of its outbox.
 
     foreign: why its transaction ids are not this server's, or "". unsure: why that may have gone unnoticed, or "".
+    disordered: why its numbers do not order messages, and the SQL that mends it. unnumbered: as unsure, of numbers.
     """
 
     partitions: int
     foreign: str = ""
     unsure: str = ""
+    disordered: tuple[str, str] | None = None
+    unnumbered: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +62,7 @@ class Stats:
     """How an outbox stands. Ages are seconds.
 
     pending: messages that are visible, parked among them. blocked: chains that are held back.
-    lag: age of the oldest pending message. fenced: pending messages that strict order cannot publish yet, because an
-    older transaction is still open; fence_age: how long the oldest such transaction has been open, as far as seen.
+    lag: age of the oldest pending message.
     """
 
     pending: int
@@ -65,8 +72,6 @@ class Stats:
     relays: int
     partitions: int
     lag: float
-    fenced: int
-    fence_age: float
 
     def as_document(self) -> Mapping[str, float]:
         """For `--json`."""
@@ -123,16 +128,18 @@ class OutboxPlans(Protocol):
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
-        open: Sequence[int] = (),
+        open: Mapping[int, int] = MappingProxyType({}),
+        server: int = 0,
     ) -> Plan[Taken]:
-        """Take a batch: at most `share` of each partition, in the order of `floors`, which are where to begin.
+        """Take a batch, the lowest numbers: at most `share` of each partition, in the order of `floors`.
 
         alone: one message that a dead relay left, its attempt counted. slow: messages that stay on their way.
-        open: transactions whose messages are asked for below the floors too.
+        floors: where to begin in each partition. open: transactions, each with a number that is below all of its own:
+        where one of them has ended, partitions are begun there at the most. server: on another one, at the first.
         """
 
-    def running(self) -> Plan[Sequence[int]]:
-        """The transactions that may still bring messages, those that are the longest open first."""
+    def last_number(self) -> Plan[int | None]:
+        """The number that was drawn last, 0 where none was; None where it cannot be asked or cannot be set back."""
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch; False, and nothing changed, where the relay is gone."""

@@ -3,19 +3,23 @@
 A batch is found without locking or marking its messages: a partition has one relay, and a relay one batch at a time.
 What is on its way is written in the relay's own row, for whoever has to bury it.
 
-Claims begin at a floor for each partition, a transaction id below which everything was taken and nothing can appear
-any more: the last one taken, or the first that was still open then. It spares the walk over what was deleted and not
-yet vacuumed. A transaction that is open for long would hold all floors back; instead a claim is told of it, and asks
-for its messages below the floors as well.
+Messages are ordered by a number alone, which is drawn when one is added. Who saw another's commit before has a higher
+number, and a claim that sees it sees the other's as well; so what a claim takes in this order is in order, and waits
+for no other transaction. Two transactions that did not see each other may go out either way.
 
-`xid + 0` is what the indexes by partition hold. With a bare xid the planner may take the primary key instead, which has
-the same order, and read the whole table for a partition that is empty.
+Claims begin at floors (`retryproof.transaction.floors`), which spare the walk over what was deleted and not yet
+vacuumed. They rest on a transaction having its id before it draws a number: `xid` is the first column, and its default
+asks for the id, so it is evaluated before the number.
+
+`sequence + 0` is what the indexes by partition hold. With a bare number the planner may take the primary key instead,
+which has the same order, and read the whole table for a partition that is empty.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -25,15 +29,15 @@ from retryproof.stores.sql.plan import Plan, Row, Statement
 
 CHANNEL = "retryproof_outbox"
 NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
-XMIN = "txid_snapshot_xmin(txid_current_snapshot())"  # pg_snapshot_xmin by its older name, as a bigint
+STARTED = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
 GATE = -1
 """The partition that stands for all of them where the order is strict, with an empty chain."""
 
 _SENT = "id, topic, payload, key, headers, content_type, trace, attempts, created_at"
-_MESSAGE = f"{_SENT}, xid, sequence, partition, chain"  # as Message has them, which is made from a row as it comes
+_MESSAGE = f"{_SENT}, sequence, partition, chain"  # as Message has them, which is made from a row as it comes
 _COUNTED = _MESSAGE.replace("attempts", "greatest(0, attempts - (sequence = ANY(flight))::int) AS attempts")
 """Of a message to be tried alone: one that is on its way already was counted by a claim that had no answer."""
-_KEPT = f"{_SENT}, sequence, partition, chain"
+_TAKEN = f"{_MESSAGE}, was_parked, xid"
 
 
 class PostgresOutbox:
@@ -79,7 +83,7 @@ class PostgresOutbox:
     # A relay's life
 
     def settings(self, partitions: int) -> Plan[Settings]:
-        """What the database says, and whether its transaction ids are this server's."""
+        """What the database says, and whether its transaction ids and its numbers are this server's."""
         ((partitions, cluster, last, following, role, may_ask),) = yield self._statement("settings")
         server, unsure = None, ""
         if may_ask:
@@ -92,7 +96,15 @@ class PostgresOutbox:
             return Settings(partitions, f"its messages were written on the cluster {cluster}, and this is {server}")
         if last is not None and last >= following:
             return Settings(partitions, f"a message has the transaction id {last}, and this server is at {following}")
-        return Settings(partitions, unsure=unsure)
+        ((sequence, cache, increment, highest),) = yield self._statement("sequence")
+        last_number = yield from self.last_number()
+        unnumbered = f"GRANT SELECT ON SEQUENCE {sequence} TO {role}" if last_number is None else ""
+        return Settings(partitions, "", unsure, disorder(sequence, cache, increment, last_number, highest), unnumbered)
+
+    def last_number(self) -> Plan[int | None]:
+        """By the sequence, where this role may read it."""
+        ((last,),) = yield self._statement("last_number")
+        return None if last is None else int(last)
 
     def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
         """Become a relay."""
@@ -143,66 +155,62 @@ class PostgresOutbox:
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
-        open: Sequence[int] = (),
+        open: Mapping[int, int] = MappingProxyType({}),
+        server: int = 0,
     ) -> Plan[Taken]:
         """Take a batch."""
+        known = list(open), list(open.values()), server
         if strict:
-            rows = yield self._statement("claim_strict", relay, max(floors.values(), default=0), batch, lease)
+            rows = yield self._statement("claim_strict", relay, min(floors.values(), default=0), batch, lease, *known)
         else:
             starts = list(floors), list(floors.values())
-            parameters = (relay, *starts, batch, share, lease, alone, *_places(slow))
-            if open:
-                rows = yield self._statement("claim_open", *parameters, list(open))
-            else:
-                rows = yield self._statement("claim", *parameters)
-        held, suspects, fence, ended, waiting = rows[0][:5]
-        messages = [_message(row[5:]) for row in rows if row[5] is not None]
-        return Taken(held, suspects, fence, messages, waiting or (), ended)
-
-    def running(self) -> Plan[Sequence[int]]:
-        """Those that have a transaction id and are not over."""
-        rows = yield self._statement("running")
-        return [row[0] for row in rows]
+            parameters = (*starts, batch, share, lease, alone, _numbers(slow), *known)
+            rows = yield self._statement("claim", relay, *parameters)
+        held, suspects, waiting, low, running, unlisted, own, started = rows[0][:8]
+        messages = [_message(row[8:]) for row in rows[1:]]
+        return Taken(held, suspects, messages, waiting or (), low, running, unlisted, own, started)
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
-        places = _places(conclusion.done)
+        done = _numbers(conclusion.done)
         if conclusion.plain and not strict:
-            ((held,),) = yield self._statement("finish_plain", relay, lease, *places)
+            ((held,),) = yield self._statement("finish_plain", relay, lease, done)
             return bool(held)
         dead, failed = conclusion.dead, conclusion.failed
         parameters = (
-            *places,
-            *_places([message for message, _, _ in dead]),
+            done,
+            _numbers([message for message, _, _ in dead]),
             [attempts for _, attempts, _ in dead],
             [_clean(reason) for _, _, reason in dead],
-            *_places([failure.message for failure in failed]),
+            _numbers([failure.message for failure in failed]),
             [failure.attempts for failure in failed],
             [_clean(failure.reason) for failure in failed],
             [failure.delay for failure in failed],
+            _numbers(conclusion.slow),
         )
-        slow = conclusion.slow
         if strict:
-            rows = yield self._statement("finish_strict", relay, lease, *parameters, *_places(slow))
+            rows = yield self._statement("finish_strict", relay, lease, *parameters)
         else:
-            lines = (*_lines(conclusion.chains), passing, *_places(slow), *_lines([message.line for message in slow]))
-            rows = yield self._statement("finish", relay, lease, *parameters, *lines)
+            held_back = _lines([message.line for message in conclusion.slow])
+            rows = yield self._statement(
+                "finish", relay, lease, *parameters, *held_back, *_lines(conclusion.chains), passing
+            )
         return bool(rows[0][0])
 
     # For operators
 
     def stats(self) -> Plan[Stats]:
         """How it stands."""
-        ((pending, parked, blocked, dead, relays, partitions, lag, fenced, fence_age),) = yield self._statement("stats")
-        return Stats(pending, parked, blocked, dead, relays, partitions, float(lag), fenced, float(fence_age))
+        ((pending, parked, blocked, dead, relays, partitions, lag),) = yield self._statement("stats")
+        return Stats(pending, parked, blocked, dead, relays, partitions, float(lag))
 
     def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
         """Dead letters, the oldest first."""
         rows = yield self._statement("letters", topic, limit, [str(id) for id in ids])
-        return [DeadLetter(_message((*row[:9], 0, *row[9:12])), row[12], row[13]) for row in rows]
+        return [DeadLetter(_message(row[:12]), row[12], row[13]) for row in rows]
 
     def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
-        """Put dead letters back, at the end."""
+        """Put dead letters back, at the end: their old numbers are behind what was sent meanwhile."""
         ((count,),) = yield self._statement("requeue", [str(id) for id in ids])
         return int(count)
 
@@ -235,8 +243,21 @@ def _columns(message: Message) -> tuple[Any, ...]:
     )
 
 
-def _places(messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    return [message.xid for message in messages], [message.sequence for message in messages]
+def disorder(
+    sequence: str, cache: int, increment: int, drawn: int | None, highest: int | None
+) -> tuple[str, str] | None:
+    """Why numbers do not order messages, and the SQL that mends it; drawn: the last one, None where it is unknown."""
+    if cache != 1:
+        return f"{sequence} hands {cache} of them at once to each connection", f"ALTER SEQUENCE {sequence} CACHE 1"
+    if increment < 1:
+        return f"{sequence} counts by {increment}", f"ALTER SEQUENCE {sequence} INCREMENT BY 1"
+    if drawn is not None and highest is not None and drawn < highest:
+        return f"{sequence} is at {drawn}, and a message has {highest}", f"SELECT setval('{sequence}', {highest})"
+    return None
+
+
+def _numbers(messages: Sequence[Message]) -> list[int]:
+    return [message.sequence for message in messages]
 
 
 def _lines(lines: Sequence[tuple[int, bytes]]) -> tuple[list[int], list[bytes]]:
@@ -254,101 +275,66 @@ def _message(row: Row) -> Message:
     return message
 
 
-def _fenced(xids: str = "'{{}}'", sequences: str = "'{{}}'") -> str:
-    """The relay's row, locked and extended; what stays on its way."""
+def _xids(numbers: str) -> str:
+    """The transaction ids of messages, in their order: relays of the release before bury others by both."""
+    return f"""ARRAY(
+        SELECT coalesce(o.xid, 0) FROM unnest({numbers}) WITH ORDINALITY AS s(sequence, place)
+        LEFT JOIN {{outbox}} o ON o.sequence = s.sequence ORDER BY s.place
+    )"""
+
+
+def _fenced(slow: str = "") -> str:
+    """The relay's row, locked and extended; slow: what stays on its way."""
+    flight = f"flight_xids = {_xids(slow)}, flight = {slow}" if slow else "flight_xids = '{{}}', flight = '{{}}'"
     return f"""held AS MATERIALIZED (
-    UPDATE {{relays}} SET flight_xids = {xids}, flight = {sequences}, lease_until = {NOW} + $2::bigint
+    UPDATE {{relays}} SET {flight}, lease_until = {NOW} + $2::bigint
     WHERE id = $1::uuid RETURNING id
 )"""
 
 
 _ENDED = """gone AS (
-    DELETE FROM {outbox} o USING held, unnest($3::bigint[], $4::bigint[]) d(xid, sequence)
-    WHERE o.xid = d.xid AND o.sequence = d.sequence
+    DELETE FROM {outbox} o USING held, unnest($3::bigint[]) d(sequence) WHERE o.sequence = d.sequence
 )"""
 _BURIED = f"""dead AS (
-    DELETE FROM {{outbox}} o
-    USING held, unnest($5::bigint[], $6::bigint[], $7::int[], $8::text[]) d(xid, sequence, tried, why)
-    WHERE o.xid = d.xid AND o.sequence = d.sequence RETURNING o.*, d.tried, d.why
+    DELETE FROM {{outbox}} o USING held, unnest($4::bigint[], $5::int[], $6::text[]) d(sequence, tried, why)
+    WHERE o.sequence = d.sequence RETURNING o.*, d.tried, d.why
 ), buried AS (
-    INSERT INTO {{letters}} ({_KEPT}, reason, died_at)
-    SELECT {_KEPT.replace("attempts", "tried")}, why, {NOW} FROM dead
+    INSERT INTO {{letters}} ({_MESSAGE}, reason, died_at)
+    SELECT {_MESSAGE.replace("attempts", "tried")}, why, {NOW} FROM dead
     ON CONFLICT (id) DO UPDATE SET reason = excluded.reason, died_at = excluded.died_at, attempts = excluded.attempts
 ), fails AS MATERIALIZED (
-    SELECT f.* FROM held,
-    unnest($9::bigint[], $10::bigint[], $11::int[], $12::text[], $13::bigint[]) f(xid, sequence, tried, why, delay)
-), ended AS MATERIALIZED (
-    SELECT unnest($3::bigint[] || $5::bigint[]) AS xid, unnest($4::bigint[] || $6::bigint[]) AS sequence
-)"""
+    SELECT f.* FROM held, unnest($7::bigint[], $8::int[], $9::text[], $10::bigint[]) f(sequence, tried, why, delay)
+), ended AS MATERIALIZED (SELECT unnest($3::bigint[] || $4::bigint[]) AS sequence)"""
 _ADD = "id, partition, chain, topic, payload, key, headers, content_type, trace"
-_FROM_FLOOR = f"""
-        SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
-        WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 >= owned.floor
-        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
-"""
-_FROM_OPEN = f"""
-        (SELECT o.* FROM unnest($10::bigint[]) AS early(xid), LATERAL (
-            SELECT {_MESSAGE}, false AS was_parked FROM {{outbox}} o
-            WHERE o.partition = owned.partition AND NOT o.parked AND o.xid + 0 = early.xid
-            ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
-        ) o WHERE early.xid < owned.floor LIMIT $5::bigint)
-        UNION ALL ({_FROM_FLOOR}) LIMIT $5::bigint
-"""
-_SEEN = f"SELECT {XMIN} AS fence, 0::bigint AS ended"
-_SEEN_OPEN = """SELECT coalesce((
-        SELECT min(x) FROM txid_snapshot_xip(txid_current_snapshot()) x WHERE x <> ALL($10::bigint[])
-    ), txid_snapshot_xmax(txid_current_snapshot())) AS fence, coalesce((
-        SELECT min(x) FROM unnest($10::bigint[]) x WHERE txid_visible_in_snapshot(x, txid_current_snapshot())
-    ), 0) AS ended"""
 
 
-def _claim(found: str, seen: str) -> str:
-    """The claim of a batch; found: of one partition. seen: what the snapshot says of others' transactions."""
-    return f"""WITH held AS MATERIALIZED (
-    SELECT id, CASE WHEN $7::boolean THEN flight ELSE '{{{{}}}}' END AS flight
-    FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
-), owned AS MATERIALIZED (
-    SELECT p.* FROM held, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
-), due AS MATERIALIZED (
-    SELECT b.* FROM owned, LATERAL (
-        SELECT partition, chain FROM {{blocked}} b
-        WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
-        ORDER BY b.due_at LIMIT $5::bigint
-    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
-), retried AS MATERIALIZED (
-    SELECT o.* FROM held, due, LATERAL (
-        SELECT {_COUNTED}, true AS was_parked FROM {{outbox}} o
-        WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
-        ORDER BY o.xid + 0, o.sequence LIMIT $5::bigint
-    ) o LIMIT $4::bigint
-), found AS MATERIALIZED (
-    SELECT o.*, (
-        SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
-    ) IS NOT NULL AS waits
-    FROM owned, LATERAL ({found}) o WHERE NOT $7::boolean LIMIT $4::bigint
-), parking AS (
-    UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.xid = f.xid AND o.sequence = f.sequence
-), counted AS (
-    UPDATE {{outbox}} o SET attempts = r.attempts + 1 FROM retried r
-    WHERE $7::boolean AND o.xid = r.xid AND o.sequence = r.sequence
-), taken AS MATERIALIZED (
-    SELECT {_MESSAGE}, was_parked FROM retried
-    UNION ALL SELECT {_MESSAGE}, was_parked FROM found WHERE NOT waits
-), flight AS (
-    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint,
-        flight_xids = $8::bigint[] || f.xids, flight = $9::bigint[] || f.sequences
-    FROM held, (
-        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
-        FROM taken
-    ) f
-    WHERE r.id = held.id
-)
-SELECT EXISTS (SELECT FROM held),
-    EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
+def _seen(xids: str, lows: str, server: str) -> str:
+    """What the claim's snapshot says of transactions: where to begin at the most, and which are open still."""
+    return f"""snapshot AS MATERIALIZED (
+    SELECT txid_current_snapshot() AS snapshot, txid_current() AS own, {STARTED} AS started
+), known AS MATERIALIZED (
+    SELECT k.xid, k.low, txid_visible_in_snapshot(k.xid, snapshot) AS over
+    FROM snapshot, unnest({xids}::bigint[], {lows}::bigint[]) AS k(xid, low)
+), seen AS MATERIALIZED (
+    SELECT CASE WHEN started = {server}::bigint THEN (SELECT min(low) FROM known WHERE over) ELSE 0 END AS low,
+        ARRAY(SELECT xid FROM known WHERE NOT over UNION SELECT txid_snapshot_xip(snapshot) FROM snapshot) AS running,
+        txid_snapshot_xmax(snapshot) < own AS unlisted, own, started
+    FROM snapshot
+)"""
+
+
+def _answer(suspects: str, waiting: str) -> str:
+    """A row about the claim, and one for each message."""
+    return f"""SELECT EXISTS (SELECT FROM held) AS is_held, {suspects} AS suspects, {waiting} AS waiting,
+    low, running, unlisted, own, started, {", ".join(["NULL"] * len(_MESSAGE.split(",")))}, NULL
+FROM seen UNION ALL
+SELECT {", ".join(["NULL"] * 8)}, {_MESSAGE}, was_parked FROM taken"""
+
+
+_SUSPECTS = f"""EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
         SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}
-    ), fence, ended, (SELECT array_agg(partition) FROM found WHERE waits), taken.*
-FROM ({seen}) AS seen LEFT JOIN taken ON true"""
-
+    )"""
+_WAITING = "(SELECT array_agg(partition) FROM found WHERE waits)"
 
 _STATEMENTS = {
     "add": f"""INSERT INTO {{outbox}} ({_ADD})
@@ -360,9 +346,16 @@ FROM {{settings}}, unnest($2::text[]::uuid[], $3::int[], $4::bytea[], $5::text[]
     $9::text[], $10::text[]) WITH ORDINALITY AS m({_ADD}, place)
 WHERE partitions = $1::int ORDER BY m.place RETURNING 1""",
     "partition_number": "SELECT partitions FROM {settings}",
-    "settings": """SELECT partitions, cluster, (SELECT max(xid) FROM {outbox}),
-txid_snapshot_xmax(txid_current_snapshot()), quote_ident(current_user),
+    "settings": """SELECT partitions, cluster, (
+    SELECT max(xid) FROM ((SELECT xid FROM {outbox} ORDER BY sequence LIMIT 1)
+        UNION ALL (SELECT xid FROM {outbox} ORDER BY sequence DESC LIMIT 1)) AS ends
+), txid_snapshot_xmax(txid_current_snapshot()), quote_ident(current_user),
 has_function_privilege('pg_catalog.pg_control_system()', 'EXECUTE') FROM {settings}""",
+    "sequence": """SELECT s.seqrelid::regclass::text, s.seqcache, s.seqincrement, (SELECT max(sequence) FROM {outbox})
+FROM pg_catalog.pg_sequence s WHERE s.seqrelid = pg_get_serial_sequence('{outbox}', 'sequence')::regclass""",
+    "last_number": """SELECT CASE WHEN has_sequence_privilege(s.id, 'SELECT')
+THEN coalesce(pg_sequence_last_value(s.id), 0) END
+FROM (SELECT pg_get_serial_sequence('{outbox}', 'sequence')::regclass AS id) s""",
     "server": "SELECT system_identifier::text FROM pg_catalog.pg_control_system()",
     "own": "UPDATE {settings} SET cluster = $1::text WHERE cluster IS NULL RETURNING 1",
     "join": f"""INSERT INTO {{relays}} (id, lease_until, strict)
@@ -375,8 +368,7 @@ WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> $3::boolean AND lease_u
     DELETE FROM {{relays}} r USING over WHERE r.id = over.id RETURNING r.*
 ), suspects AS (
     UPDATE {{outbox}} o SET parked = NOT f.strict, alone = true
-    FROM (SELECT strict, unnest(flight_xids) AS xid, unnest(flight) AS sequence FROM buried) f
-    WHERE o.xid = f.xid AND o.sequence = f.sequence
+    FROM (SELECT strict, unnest(flight) AS sequence FROM buried) f WHERE o.sequence = f.sequence
     RETURNING CASE WHEN f.strict THEN {GATE} ELSE o.partition END AS partition,
         CASE WHEN f.strict THEN ''::bytea ELSE o.chain END AS chain
 ), marked AS (
@@ -399,31 +391,69 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 ) RETURNING 1""",
     "mine": "SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition",
     "leave": "DELETE FROM {relays} WHERE id = $1::uuid AND flight = '{{}}' RETURNING 1",
-    "claim": _claim(_FROM_FLOOR, _SEEN),
-    "claim_open": _claim(_FROM_OPEN, _SEEN_OPEN),
-    "running": "SELECT x FROM txid_snapshot_xip(txid_current_snapshot()) x ORDER BY x",
-    "claim_strict": f"""WITH held AS MATERIALIZED (
+    "claim": f"""WITH {_seen("$9", "$10", "$11")}, held AS MATERIALIZED (
+    SELECT id, CASE WHEN $7::boolean THEN flight ELSE '{{{{}}}}' END AS flight
+    FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+), owned AS MATERIALIZED (
+    SELECT p.partition, least(p.floor, seen.low) AS floor
+    FROM held, seen, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
+), due AS MATERIALIZED (
+    SELECT b.* FROM owned, LATERAL (
+        SELECT partition, chain FROM {{blocked}} b
+        WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
+        ORDER BY b.due_at LIMIT $5::bigint
+    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
+), retried AS MATERIALIZED (
+    SELECT o.* FROM held, due, LATERAL (
+        SELECT {_COUNTED}, true AS was_parked, xid FROM {{outbox}} o
+        WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
+        ORDER BY o.sequence + 0 LIMIT $5::bigint
+    ) o LIMIT $4::bigint
+), found AS MATERIALIZED (
+    SELECT o.*, (
+        SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
+    ) IS NOT NULL AS waits
+    FROM owned, LATERAL (
+        SELECT {_MESSAGE}, false AS was_parked, xid FROM {{outbox}} o
+        WHERE o.partition = owned.partition AND NOT o.parked AND o.sequence + 0 >= owned.floor
+        ORDER BY o.sequence + 0 LIMIT $5::bigint
+    ) o WHERE NOT $7::boolean LIMIT $4::bigint
+), parking AS (
+    UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.sequence = f.sequence
+), counted AS (
+    UPDATE {{outbox}} o SET attempts = r.attempts + 1 FROM retried r WHERE $7::boolean AND o.sequence = r.sequence
+), taken AS MATERIALIZED (
+    SELECT {_TAKEN} FROM retried UNION ALL SELECT {_TAKEN} FROM found WHERE NOT waits
+), flight AS (
+    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint,
+        flight_xids = {_xids("$8::bigint[]")} || f.xids, flight = $8::bigint[] || f.sequences
+    FROM held, (
+        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
+        FROM taken
+    ) f
+    WHERE r.id = held.id
+)
+{_answer(_SUSPECTS, _WAITING)}""",
+    "claim_strict": f"""WITH {_seen("$5", "$6", "$7")}, held AS MATERIALIZED (
     SELECT id, flight FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
 ), gate AS MATERIALIZED (
     SELECT due_at, alone FROM {{blocked}} WHERE partition = {GATE}
 ), found AS MATERIALIZED (
-    SELECT o.* FROM held, LATERAL (
-        SELECT {_MESSAGE}, false AS was_parked, alone FROM {{outbox}}
-        WHERE xid >= $2::bigint AND xid < {XMIN} AND NOT EXISTS (SELECT FROM gate WHERE due_at > {NOW})
-        ORDER BY xid, sequence LIMIT $3::bigint
+    SELECT o.* FROM held, seen, LATERAL (
+        SELECT {_MESSAGE}, false AS was_parked, xid, alone FROM {{outbox}}
+        WHERE sequence >= least($2::bigint, seen.low) AND NOT EXISTS (SELECT FROM gate WHERE due_at > {NOW})
+        ORDER BY sequence LIMIT $3::bigint
     ) o
 ), first_alone AS MATERIALIZED (
-    SELECT xid, sequence FROM found WHERE alone ORDER BY xid, sequence LIMIT 1
+    SELECT min(sequence) AS sequence FROM found WHERE alone
 ), single AS MATERIALIZED (
-    SELECT {_COUNTED} FROM (SELECT * FROM found ORDER BY xid, sequence LIMIT 1) f, (SELECT flight FROM held) h
-    WHERE f.alone
+    SELECT {_COUNTED}, true AS was_parked, xid
+    FROM (SELECT * FROM found ORDER BY sequence LIMIT 1) f, (SELECT flight FROM held) h WHERE f.alone
 ), counted AS (
-    UPDATE {{outbox}} o SET attempts = s.attempts + 1 FROM single s WHERE o.xid = s.xid AND o.sequence = s.sequence
+    UPDATE {{outbox}} o SET attempts = s.attempts + 1 FROM single s WHERE o.sequence = s.sequence
 ), taken AS MATERIALIZED (
-    SELECT {_MESSAGE}, true AS was_parked FROM single
-    UNION ALL
-    SELECT {_MESSAGE}, was_parked FROM found f
-    WHERE NOT EXISTS (SELECT FROM first_alone a WHERE (f.xid, f.sequence) >= (a.xid, a.sequence))
+    SELECT {_TAKEN} FROM single UNION ALL SELECT {_TAKEN} FROM found f
+    WHERE NOT EXISTS (SELECT FROM first_alone a WHERE f.sequence >= a.sequence)
 ), flight AS (
     UPDATE {{relays}} r SET lease_until = {NOW} + $4::bigint, flight_xids = f.xids, flight = f.sequences
     FROM held, (
@@ -432,25 +462,24 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     ) f
     WHERE r.id = held.id
 )
-SELECT EXISTS (SELECT FROM held), false, {XMIN}, 0::bigint, NULL::int[], taken.*
-FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequence""",
+{_answer("false", "NULL::int[]")}""",
     "finish_plain": f"WITH {_fenced()}, {_ENDED} SELECT count(*) FROM held",
-    "finish": f"""WITH {_fenced("$17::bigint[]", "$18::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
+    "finish": f"""WITH {_fenced("$11::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
     UPDATE {{outbox}} o SET parked = true, alone = false, attempts = f.tried, reason = f.why,
         chain = CASE WHEN $16::boolean THEN uuid_send(o.id) ELSE o.chain END
-    FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence
-    RETURNING o.partition, o.chain, o.xid, o.sequence, f.delay
+    FROM fails f WHERE o.sequence = f.sequence
+    RETURNING o.partition, o.chain, o.sequence, f.delay
 ), lines AS MATERIALIZED (
-    SELECT t.partition, t.chain, count(o.xid) AS more, coalesce(bool_or(o.alone), false) AS alone
+    SELECT t.partition, t.chain, count(o.sequence) AS more, coalesce(bool_or(o.alone), false) AS alone
     FROM held CROSS JOIN unnest($14::int[], $15::bytea[]) AS t(partition, chain)
     LEFT JOIN LATERAL (
-        SELECT o.xid, EXISTS (
+        SELECT o.sequence, EXISTS (
             SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = t.partition AND a.chain = t.chain
-            AND NOT EXISTS (SELECT FROM ended e WHERE e.xid = a.xid AND e.sequence = a.sequence)
-            AND NOT EXISTS (SELECT FROM fails f WHERE f.xid = a.xid AND f.sequence = a.sequence)) AS alone
+            AND NOT EXISTS (SELECT FROM ended e WHERE e.sequence = a.sequence)
+            AND NOT EXISTS (SELECT FROM fails f WHERE f.sequence = a.sequence)) AS alone
         FROM {{outbox}} o WHERE o.parked AND o.partition = t.partition AND o.chain = t.chain
-        AND NOT EXISTS (SELECT FROM ended e WHERE e.xid = o.xid AND e.sequence = o.sequence)
-        AND NOT EXISTS (SELECT FROM fails f WHERE f.xid = o.xid AND f.sequence = o.sequence)
+        AND NOT EXISTS (SELECT FROM ended e WHERE e.sequence = o.sequence)
+        AND NOT EXISTS (SELECT FROM fails f WHERE f.sequence = o.sequence)
         LIMIT 1
     ) o ON true GROUP BY t.partition, t.chain
 ), unblocked AS (
@@ -462,15 +491,14 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequenc
     INSERT INTO {{blocked}} (partition, chain, due_at, alone)
     SELECT f.partition, f.chain, {NOW} + f.delay, EXISTS (
         SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = f.partition AND a.chain = f.chain
-        AND (a.xid, a.sequence) <> (f.xid, f.sequence)
-        AND NOT EXISTS (SELECT FROM ended e WHERE e.xid = a.xid AND e.sequence = a.sequence))
+        AND a.sequence <> f.sequence
+        AND NOT EXISTS (SELECT FROM ended e WHERE e.sequence = a.sequence))
     FROM failing f
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone
 ), slow AS MATERIALIZED (
-    SELECT s.* FROM held,
-    unnest($17::bigint[], $18::bigint[], $19::int[], $20::bytea[]) s(xid, sequence, partition, chain)
+    SELECT s.* FROM held, unnest($11::bigint[], $12::int[], $13::bytea[]) s(sequence, partition, chain)
 ), waiting AS (
-    UPDATE {{outbox}} o SET parked = true FROM slow s WHERE o.xid = s.xid AND o.sequence = s.sequence AND NOT o.parked
+    UPDATE {{outbox}} o SET parked = true FROM slow s WHERE o.sequence = s.sequence AND NOT o.parked
 ), holding AS (
     INSERT INTO {{blocked}} (partition, chain, due_at, alone) SELECT partition, chain, {HELD}, false FROM slow s
     WHERE NOT EXISTS (
@@ -479,9 +507,9 @@ FROM (SELECT 1) AS one LEFT JOIN taken ON true ORDER BY taken.xid, taken.sequenc
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
 )
 SELECT count(*) FROM held""",
-    "finish_strict": f"""WITH {_fenced("$14::bigint[]", "$15::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
+    "finish_strict": f"""WITH {_fenced("$11::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
     UPDATE {{outbox}} o SET alone = false, attempts = f.tried, reason = f.why
-    FROM fails f WHERE o.xid = f.xid AND o.sequence = f.sequence RETURNING f.delay
+    FROM fails f WHERE o.sequence = f.sequence RETURNING f.delay
 ), opened AS (
     DELETE FROM {{blocked}} b USING held WHERE b.partition = {GATE} AND NOT EXISTS (SELECT FROM fails)
 ), closed AS (
@@ -493,11 +521,8 @@ SELECT count(*) FROM held""",
     "stats": f"""SELECT (SELECT count(*) FROM {{outbox}}), (SELECT count(*) FROM {{outbox}} WHERE parked),
 (SELECT count(*) FROM {{blocked}}), (SELECT count(*) FROM {{letters}}),
 (SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW}), (SELECT partitions FROM {{settings}}),
-greatest(0, coalesce(({NOW} - (SELECT min(created_at) FROM {{outbox}})) / 1e6, 0))::float8,
-(SELECT count(*) FROM {{outbox}} WHERE xid >= {XMIN}),
-coalesce((SELECT extract(epoch FROM clock_timestamp() - min(xact_start)) FROM pg_stat_activity
-    WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()), 0)::float8""",
-    "letters": f"""SELECT {_KEPT}, reason, died_at FROM {{letters}}
+greatest(0, coalesce(({NOW} - (SELECT min(created_at) FROM {{outbox}})) / 1e6, 0))::float8""",
+    "letters": f"""SELECT {_MESSAGE}, reason, died_at FROM {{letters}}
 WHERE ($1::text IS NULL OR topic = $1::text) AND (cardinality($3::text[]) = 0 OR id = ANY($3::text[]::uuid[]))
 ORDER BY died_at, id LIMIT $2::bigint""",
     "requeue": f"""WITH back AS (

@@ -1,12 +1,14 @@
 """The outbox on SQLite: the same tables and steps as on PostgreSQL, each step a transaction that holds the write lock.
 
-With one writer at a time sequences follow the commits, so that the order is always strict in the order of commits.
+A number is drawn behind the write lock, which its transaction keeps until it has committed: numbers are in the order
+of commits.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -211,7 +213,8 @@ class SqliteOutbox:
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
-        open: Sequence[int] = (),
+        open: Mapping[int, int] = MappingProxyType({}),
+        server: int = 0,
     ) -> Plan[Taken]:
         """Take a batch."""
         now = self._clock()
@@ -242,7 +245,7 @@ class SqliteOutbox:
             f"SELECT 1 FROM retryproof_outbox_blocked WHERE partition IN {_AMONG} AND alone AND due_at <= ? LIMIT 1",
             (json.dumps(list(floors)), now),
         )
-        return Taken(True, bool(suspects) and not strict, 0, taken, waiting)
+        return Taken(True, bool(suspects) and not strict, taken, waiting)
 
     def _due(self, floors: Mapping[int, int], batch: int, share: int, now: int, *, alone: bool) -> Plan[list[Message]]:
         lines = yield Statement(
@@ -296,10 +299,10 @@ class SqliteOutbox:
         first_alone = next((place for place, row in enumerate(rows) if row[-1]), len(rows))
         return [_message(row[:-1]) for row in rows[:first_alone]]
 
-    def running(self) -> Plan[Sequence[int]]:
-        """None: one transaction writes at a time."""
+    def last_number(self) -> Plan[int | None]:
+        """None: a number is never below that of a row that is there, and no claim begins at a floor."""
         yield from ()
-        return ()
+        return None
 
     def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
@@ -387,7 +390,7 @@ class SqliteOutbox:
             (self._clock(),),
         )
         lag = max(0.0, (self._clock() - oldest) / 1e6) if oldest is not None else 0.0
-        return Stats(pending, parked, blocked, dead, relays, partitions, lag, 0, 0.0)
+        return Stats(pending, parked, blocked, dead, relays, partitions, lag)
 
     def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
         """Dead letters, the oldest first."""
