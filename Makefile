@@ -27,7 +27,7 @@ bench:
 
 docs:
 	@scripts/setup dev
-	@for page in draw_protocol api_reference rules_index; do $(BIN)/python scripts/$$page.py --write || exit 1; done
+	@for page in draw_protocol draw_endings api_reference rules_index; do $(BIN)/python scripts/$$page.py --write || exit 1; done
 	@$(BIN)/python -m pytest tests/docs
 
 clean:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import api_reference
+import draw_endings
 import draw_protocol
 import rules_index
 from retryproof import Policy
@@ -26,6 +27,11 @@ POLICY = DOCS / "reference" / "policy.md"
 def test_the_protocols_diagram_is_drawn_from_the_table() -> None:
     page = (DOCS / "explain" / "protocol.md").read_text()
     assert draw_protocol.drawn(page) == page, "run scripts/draw_protocol.py --write"
+
+
+def test_the_endings_of_requests_are_drawn_from_the_table() -> None:
+    page = draw_endings.PAGE.read_text()
+    assert draw_endings.drawn(page) == page, "run scripts/draw_endings.py --write"
 
 
 def test_the_diagram_has_every_way_that_the_table_has() -> None:

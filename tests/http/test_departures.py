@@ -20,7 +20,7 @@ from retryproof.stores.memory import MemoryStore
 from retryproof.testing.clock import ManualClock
 from tests.http.conftest import MakeLayer
 from tests.http.harness import Answer, Conversation, Counting, Events, call, layered, new_key, read_body, start
-from tests.http.test_streams import Script, head, part, sent
+from tests.http.test_streams import Script, head, part, sent, settled_code
 
 
 async def replayed(covered: App, key: str) -> Answer:
@@ -35,25 +35,29 @@ async def replayed(covered: App, key: str) -> Answer:
 # H11: the client
 
 
-async def test_h11_receive_gives_the_body_once_then_waits_for_the_real_disconnect(layer: MakeLayer) -> None:
+async def test_h11_receive_gives_the_body_once_then_the_disconnect_once_it_is_settled(layer: MakeLayer) -> None:
     received: list[Message] = []
-    first_message = asyncio.Event()
+    left, settled = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         received.append(await receive())
-        first_message.set()
-        received.append(await receive())
+        listening = asyncio.ensure_future(receive())
+        left.set()
+        await asyncio.wait({listening}, timeout=0.05)
+        assert not listening.done()  # a framework would stop the handler
         await send(head())
         await send(part(b"", more=False))
+        settled.set()
+        received.append(await listening)
 
     covered, key = layer(app), new_key()
     conversation = start(covered, key=key)
     conversation.give(b"ab", more=True)
     conversation.give(b"c")
-    await asyncio.wait_for(first_message.wait(), 10)
-    assert len(received) == 1
+    await asyncio.wait_for(left.wait(), 10)
     conversation.leave()
     await conversation.end()
+    assert settled.is_set()
     assert received == [
         {"type": "http.request", "body": b"abc", "more_body": False},
         {"type": "http.disconnect"},
@@ -104,27 +108,167 @@ async def test_h11_a_stream_whose_client_left_is_stored_whole(layer: MakeLayer) 
     assert app.runs == 1
 
 
-async def test_h11_an_endless_stream_ends_when_its_client_leaves(layer: MakeLayer) -> None:
-    runs = 0
+EVENTS = (b"content-type", b"text/event-stream")
+
+
+def never_ending(*steps: Message) -> tuple[App, list[int]]:
+    """An app that never ends, and never waits either; and the number of its parts so far."""
+    parts = [0]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal runs
-        runs += 1
         await read_body(receive)
-        await send(head((b"content-type", b"text/event-stream"), status=201))
+        await send(head(EVENTS, status=201))
         while True:
+            parts[0] += 1
             await send(part(b"data: 1\n\n"))
-            await asyncio.sleep(0)
 
-    covered, key = layer(app), new_key()
+    return app, parts
+
+
+def by_route(scope: Scope) -> str:
+    return "stop" if scope["path"] == "/charges" else "finish"
+
+
+def by_head(status: int, headers: Sequence[tuple[bytes, bytes]]) -> str:
+    return "stop" if EVENTS in headers else "finish"
+
+
+REFUSE = Policy(lease=0.05, on_abandoned="refuse")
+
+
+@pytest.mark.parametrize("on_departure", ["stop", by_route, by_head])
+async def test_h11_a_stream_that_is_to_stop_does_and_its_outcome_is_unknown(
+    layer: MakeLayer, on_departure: Any
+) -> None:
+    app, _ = never_ending()
+    covered, key = layer(app, on_departure=on_departure, policy=REFUSE), new_key()
     conversation = start(covered, key=key)
     conversation.give()
     await conversation.until(sent(2))
     conversation.leave()
     with pytest.raises(OSError, match="left"):
         await conversation.end()
+    assert await settled_code(covered, key) == "outcome-unknown"
+
+
+async def test_h11_an_event_stream_whose_client_left_runs_to_its_end(layer: MakeLayer) -> None:
+    app = Script(head(EVENTS), part(b"a"), part(b"b"), part(b"c", more=False), paused=2)
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give()
+    await conversation.until(sent(2))
+    conversation.leave()
+    conversation.fail_sends_with = OSError("gone")
+    app.go_on.set()
+    await conversation.end()
     replay = await call(covered, key=key, body=b"")
-    assert (replay.status, replay.values(b"idempotency-replay"), runs) == (201, [b"omitted"], 1)
+    assert (replay.status, replay.values(b"idempotency-replay"), app.runs) == (200, [b"omitted"], 1)
+
+
+async def test_h11_an_endless_stream_without_a_client_yields_and_is_stopped_at_max_run(layer: MakeLayer) -> None:
+    app, parts = never_ending()
+    covered = layer(app, policy=Policy(lease=0.1, max_run=0.3, on_abandoned="refuse"))
+    key = new_key()
+    conversation = start(covered, key=key)
+    conversation.give()
+    await conversation.until(sent(2))
+    conversation.leave()
+    await conversation.end()  # in a loop that is held, no time-out would come
+    assert parts[0] > 2
+    assert await settled_code(covered, key) == "outcome-unknown"
+
+
+async def test_h11_a_handler_that_waits_for_the_disconnect_is_stopped_at_max_run(layer: MakeLayer) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive)
+        await receive()
+
+    covered, key = layer(app, policy=Policy(lease=0.1, max_run=0.2, on_abandoned="refuse")), new_key()
+    conversation = start(covered, key=key)
+    conversation.give()
+    conversation.leave()
+    await conversation.end()
+    assert await settled_code(covered, key) == "outcome-unknown"
+
+
+async def test_c6_a_handler_with_a_client_may_run_past_max_run(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app, policy=Policy(lease=0.1, max_run=0.1)), new_key()
+    conversation = start(covered, key=key)
+    conversation.give(b"{}")
+    await asyncio.wait_for(app.began.wait(), 10)
+    await asyncio.sleep(0.3)
+    assert app.gate is not None
+    app.gate.set()
+    assert (await conversation.end()).status == 201
+
+
+async def test_h11_over_the_limit_the_run_that_was_left_first_is_stopped(layer: MakeLayer) -> None:
+    app = Script(head(EVENTS), part(b"a"), part(b"b"), part(b"c", more=False), paused=2)
+    covered = layer(app, max_departed=1, policy=REFUSE)
+    keys = [new_key(), new_key()]
+    left: list[Conversation] = []
+    for key in keys:
+        conversation = start(covered, key=key)
+        conversation.give()
+        await conversation.until(sent(2))
+        conversation.leave()
+        left.append(conversation)
+    await left[0].end()
+    app.go_on.set()
+    await left[1].end()
+    assert await settled_code(covered, keys[0]) == "outcome-unknown"
+    assert (await call(covered, key=keys[1], body=b"")).replayed
+    assert len(covered._engine.departed) == 0
+
+
+class RollBack(Exception):
+    """What a handler raises to roll back."""
+
+
+@pytest.mark.parametrize("on_departure", ["finish", "stop"])
+async def test_h11_a_handler_that_raises_has_raised_whoever_left(layer: MakeLayer, on_departure: str) -> None:
+    runs = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal runs
+        runs += 1
+        await read_body(receive)
+        await send(head(EVENTS))
+        await send(part(b"a"))
+        if on_departure == "stop":
+            assert (await receive())["type"] == "http.disconnect"
+        raise RollBack
+
+    covered, key = layer(app, on_departure=on_departure), new_key()
+    for _ in range(2):
+        conversation = start(covered, key=key)
+        conversation.give()
+        await conversation.until(sent(2))
+        conversation.leave()
+        with pytest.raises(RollBack):
+            await conversation.end()
+    assert runs == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["go on", lambda: "stop", lambda a, b, c: "stop", lambda *a: "stop"],
+    ids=["another word", "no argument", "three", "any number"],
+)
+def test_h11_what_is_no_choice_for_departures_is_refused(layer: MakeLayer, wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="on_departure"):
+        layer(Counting(), on_departure=wrong)
+
+
+async def test_h11_a_wrong_answer_about_a_head_lets_the_handler_finish(layer: MakeLayer) -> None:
+    def raising(status: int, headers: object) -> str:
+        raise ZeroDivisionError
+
+    for decide in (raising, lambda status, headers: "perhaps"):
+        covered, key = layer(Script(head(), part(b"a", more=False)), on_departure=decide), new_key()
+        await call(covered, key=key)
+        assert (await call(covered, key=key)).replayed
 
 
 # H11: the server

@@ -21,8 +21,11 @@ from starlette.requests import Request
 from retryproof.core.policy import Policy
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
+from retryproof.http.options import Departure
 from tests.http.harness import new_key
 from tests.http.servers import connected, ended_cleanly, exchange, read_all, request_bytes, split, uvicorn_server
+
+QUICK = Policy(lease=0.2, on_abandoned="refuse")
 
 
 class Service:
@@ -41,6 +44,7 @@ class Service:
             ("/held", self.hold),
             ("/stream", self.stream),
             ("/events", self.events),
+            ("/endless", self.endless),
             ("/broken", self.broken),
             ("/upload", self.upload),
         ):
@@ -50,8 +54,12 @@ class Service:
             store=store,
             scope=single_tenant,
             max_body=8 * 1024 * 1024,
-            policy=lambda scope: Policy(lease=5.0, max_result=100_000),
+            policy=lambda scope: QUICK if scope["path"] == "/endless" else Policy(lease=5.0, max_result=100_000),
+            on_departure=self.on_departure,
         )
+
+    def on_departure(self, scope: Any) -> Departure:
+        return "stop" if scope["path"] == "/endless" else "finish"
 
     def effect(self, path: str) -> int:
         self.effects[path] = self.effects.get(path, 0) + 1
@@ -81,6 +89,17 @@ class Service:
 
     async def events(self) -> StreamingResponse:
         self.effect("/events")
+
+        async def parts() -> AsyncIterator[bytes]:
+            while not self.held.is_set():
+                yield b"data: 1\n\n"
+                await asyncio.sleep(0.01)
+            self.effect("/events to the end")
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
+
+    async def endless(self) -> StreamingResponse:
+        self.effect("/endless")
 
         async def parts() -> AsyncIterator[bytes]:
             while True:
@@ -222,16 +241,34 @@ def test_h10_a_stream_flows_as_it_is_produced(port: int, service: Service) -> No
     assert replay(port, "/stream", key)[2] == b"1:ab"
 
 
-def test_h10_server_sent_events_flow_and_leave_a_tombstone(port: int, service: Service) -> None:
-    key = new_key()
+def leave_during(port: int, path: str, key: str) -> None:
+    """Take a few parts of a stream, and go."""
     with connected(port) as connection:
-        connection.sendall(request_bytes("/events", key=key))
+        connection.sendall(request_bytes(path, key=key))
         received = b""
         while received.count(b"data: 1") < 3:
             received += connection.recv(65_536)
+
+
+def test_h11_server_sent_events_flow_run_to_their_end_and_leave_a_tombstone(port: int, service: Service) -> None:
+    key = new_key()
+    leave_during(port, "/events", key)
+    service.held.set()
     status, headers, body = replay(port, "/events", key)
     assert (status, body, headers[b"idempotency-replay"]) == (200, b"", [b"omitted"])
-    assert service.effects == {"/events": 1}
+    assert service.effects == {"/events": 1, "/events to the end": 1}
+
+
+def test_h11_a_stream_that_is_to_stop_is_no_success(port: int, service: Service) -> None:
+    key, codes = new_key(), []
+    leave_during(port, "/endless", key)
+
+    def is_refused() -> bool:
+        codes.append(json.loads(split(exchange(port, request_bytes("/endless", key=key)))[2])["code"])
+        return bool(codes[-1] != "in-progress")
+
+    eventually(is_refused)
+    assert (codes[-1], service.effects) == ("outcome-unknown", {"/endless": 1})
 
 
 def test_h8_a_stream_that_fails_is_cut_and_released(port: int, service: Service) -> None:

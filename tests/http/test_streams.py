@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from retryproof.core.errors import OutcomeUnknown
 from retryproof.core.policy import Policy
-from retryproof.http.types import Message, Receive, Scope, Send
+from retryproof.http.types import App, Message, Receive, Scope, Send
 from tests.http.conftest import MakeLayer
 from tests.http.harness import Conversation, Header, call, new_key, read_body, start
 
@@ -103,7 +104,7 @@ async def test_c4_a_single_message_is_held_until_it_is_stored(layer: MakeLayer) 
     assert replayed_at_head == [True]
 
 
-BODY_HEADERS = [(b"content-type", b"text/plain"), (b"content-length", b"4"), (b"etag", b'"1"')]
+BODY_HEADERS = [(b"content-type", b"text/plain"), (b"content-length", b"2048"), (b"etag", b'"1"')]
 
 
 @pytest.mark.parametrize(
@@ -164,20 +165,35 @@ async def test_h8_a_streamed_refusal_is_released(layer: MakeLayer) -> None:
     assert app.runs == 2
 
 
-async def test_an_app_that_answers_nothing_is_released(layer: MakeLayer) -> None:
+async def test_h11_an_app_that_answers_nothing_leaves_its_outcome_unknown(layer: MakeLayer) -> None:
     app = Script()
     covered, key = layer(app), new_key()
-    for _ in range(2):
-        assert (await call(covered, key=key, body=b"")).messages == []
-    assert app.runs == 2
+    assert (await call(covered, key=key, body=b"")).messages == []
+    assert (await call(covered, key=key, body=b"")).code == "in-progress"
+    assert app.runs == 1
 
 
-async def test_an_app_that_stops_half_way_is_not_run_again(layer: MakeLayer) -> None:
-    app = Script(head(status=201), part(b"a"))
-    covered, key = layer(app), new_key()
-    assert not (await call(covered, key=key, body=b"")).complete
-    replay = await call(covered, key=key, body=b"")
-    assert (replay.status, replay.values(b"idempotency-replay"), app.runs) == (201, [b"omitted"], 1)
+@pytest.mark.parametrize("messages", [[], [part(b"a")]], ids=["head held", "streaming"])
+async def test_h11_an_app_that_stops_half_way_is_cut_and_its_outcome_unknown(
+    layer: MakeLayer, messages: list[Message]
+) -> None:
+    app = Script(head(status=201), *messages)
+    covered, key = layer(app, policy=Policy(lease=0.05, on_abandoned="refuse")), new_key()
+    conversation = start(covered, key=key)
+    conversation.give()
+    with pytest.raises(OutcomeUnknown, match="cut"):
+        await conversation.end()
+    assert conversation.sent == [*app.messages][: 2 * len(messages)]
+    assert await settled_code(covered, key) == "outcome-unknown"
+    assert app.runs == 1
+
+
+async def settled_code(covered: App, key: str) -> str:
+    """What a retry is told once the lease of an unknown attempt is over."""
+    code = "in-progress"
+    while code == "in-progress":  # a call goes through the loop, where the renewal and the clock go on
+        code = (await call(covered, key=key, body=b"")).code
+    return code
 
 
 async def test_work_after_the_response_goes_on_after_it_was_stored(layer: MakeLayer) -> None:

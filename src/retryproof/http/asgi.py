@@ -16,7 +16,15 @@ from retryproof.core.keys import Strength
 from retryproof.core.policy import Policy
 from retryproof.http.exchange import COVERED, Exchange, HttpEngine
 from retryproof.http.key_source import FindKey, JsonFieldKey
-from retryproof.http.options import BODY_TIMEOUT, MAX_BODY, Authorize, PerRequest, check_options
+from retryproof.http.options import (
+    BODY_TIMEOUT,
+    MAX_BODY,
+    MAX_DEPARTED,
+    Authorize,
+    OnDeparture,
+    PerRequest,
+    check_options,
+)
 from retryproof.http.problem import DOCS_URL
 from retryproof.http.scope import Identify
 from retryproof.http.semantics import Preset, StoreWhen
@@ -39,6 +47,11 @@ class IdempotencyMiddleware:
     key: the header with the key, `json_field(…)`, or a callable. keys: "strong" refuses keys that can be guessed.
     strict: only the quoted spelling. fingerprint: what makes two requests the same; every byte by default.
     store_when: "default", "stripe", "success-only", or a callable of status and headers: which responses settle it.
+    on_departure: "finish" runs a handler, and the stream that it produces, to its end when its client leaves; "stop"
+    tells it, and a stream ends there, with an unknown outcome. Or a callable of the ASGI scope, or of a response's
+    status and headers, that returns one of them.
+    max_departed: how many may run at once without their clients; over it, the one that has done so for longest is
+    stopped, with an unknown outcome.
     authorize: asked before each replay whether this caller may have it.
     max_body: bytes. body_timeout: seconds that a body may stall, and that it may take beside one for every 16 KiB.
     fail_open: run without protection when the store is down, and say so in the answer.
@@ -62,6 +75,8 @@ class IdempotencyMiddleware:
         endpoint: PerRequest[str | None] = None,
         fingerprint: Strategy | CustomFingerprint = raw,
         store_when: Preset | StoreWhen = "default",
+        on_departure: OnDeparture = "finish",
+        max_departed: int = MAX_DEPARTED,
         authorize: Authorize | None = None,
         max_body: int = MAX_BODY,
         body_timeout: float = BODY_TIMEOUT,
@@ -84,6 +99,8 @@ class IdempotencyMiddleware:
             endpoint=endpoint,
             fingerprint=fingerprint,
             store_when=store_when,
+            on_departure=on_departure,
+            max_departed=max_departed,
             authorize=authorize,
             max_body=max_body,
             body_timeout=body_timeout,

@@ -1,13 +1,14 @@
 """One request's connection to its client, as the app behind the layer sees it.
 
-The body that was read is given once; after it, `receive` waits for the real disconnect (H11). What is sent to a client
-that has left is dropped while the response can still be stored whole, so that the handler runs to its end.
+The body that was read is given once; after it, `receive` waits for the real disconnect, and says so when the operation
+is settled (H11): an app that is told before stops, and nobody knows what its work lacks. What is sent to a client that
+has left is dropped, so that the handler runs to its end; where it is to stop, sending is an OSError.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from retryproof.http.body import Body
 from retryproof.http.types import Message, Receive, Send
@@ -15,27 +16,34 @@ from retryproof.http.types import Message, Receive, Send
 DISCONNECT = "http.disconnect"
 
 
+class ClientLeft(OSError):
+    """What an app is raised that sends to a client which has left, where it is to stop then."""
+
+
 class ClientLink:
     """Receives from and sends to one client.
 
     body: as it was read; bytes when it came in one message.
-    left: the client is known to have gone.
+    left: the client is known to have gone. on_left: called when that is found out, once.
     detached: the server is done with this request; nothing is sent any more.
-    keeps_going: whether the response goes on without its client; otherwise sending to one that left is an OSError.
+    tells: whether the app is told that its client has left; otherwise it is when `tell` is called.
+    stops: whether the app is to stop when its client leaves: sending raises ClientLeft then.
     """
 
     __slots__ = (
         "_chunks",
         "_given",
         "_receive",
-        "_receiving",
         "_send",
+        "_telling",
         "_unread",
         "_watch",
         "body",
         "detached",
-        "keeps_going",
         "left",
+        "on_left",
+        "stops",
+        "tells",
     )
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -43,13 +51,15 @@ class ClientLink:
         self._send = send
         self._chunks: Iterator[bytes] | None = None
         self._given = 0
-        self._receiving = 0
         self._unread = True
         self._watch: asyncio.Future[Message] | None = None
+        self._telling: asyncio.Future[None] | None = None
         self.body: bytes | Body = b""
         self.left = False
+        self.on_left: Callable[[], None] | None = None
         self.detached = False
-        self.keeps_going = True
+        self.tells = True
+        self.stops = False
 
     def whole_body(self) -> bytes:
         """All of the body, in memory."""
@@ -67,15 +77,16 @@ class ClientLink:
         """The body, then what the server has to say."""
         if self._unread:
             return self._next_chunk()
-        if self._watch is not None:
-            return await self._from_watch(self._watch)
-        self._receiving += 1
-        try:
-            message = await self._receive()
-        finally:
-            self._receiving -= 1
-        if message["type"] == DISCONNECT:
-            self.left = True
+        watch = self.watch()
+        message = watch.result() if watch.done() else await asyncio.shield(watch)
+        if message["type"] != DISCONNECT:
+            if self._watch is watch:
+                self._watch = None
+            return message
+        if not self.tells:
+            if self._telling is None:
+                self._telling = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._telling)
         return message
 
     def _next_chunk(self) -> Message:
@@ -92,50 +103,57 @@ class ClientLink:
             body.close()
         return {"type": "http.request", "body": chunk, "more_body": self._unread}
 
-    async def _from_watch(self, watch: asyncio.Future[Message]) -> Message:
-        message = watch.result() if watch.done() else await asyncio.shield(watch)
-        if message["type"] == DISCONNECT:
-            self.left = True
-        elif self._watch is watch:
-            self._watch = None
-        return message
+    def watch(self) -> asyncio.Future[Message]:
+        """What the server has to say next, the departure of the client above all; asked for once, whoever waits."""
+        if self._watch is None:
+            self._watch = asyncio.ensure_future(self._receive())
+            self._watch.add_done_callback(self._note)
+        return self._watch
+
+    def _note(self, watch: asyncio.Future[Message]) -> None:
+        if not watch.cancelled() and (watch.exception() is not None or watch.result()["type"] == DISCONNECT):
+            self._leave()
+
+    def _leave(self) -> None:
+        first, self.left = not self.left, True
+        if first and self.on_left is not None:
+            self.on_left()
 
     async def send(self, message: Message) -> None:
         """Send to the client, if it is still there."""
         if self.detached:
             return
-        if self._watch is not None and self._watch.done():
-            self._note(self._watch)
-        if self.left and not self.keeps_going:
-            raise OSError("The client has left.")
+        if self.left and self.stops:
+            raise ClientLeft("The client has left.")
         try:
             await self._send(message)
-        except OSError:
-            self.left = True
-            if not self.keeps_going:
-                raise
+        except OSError as error:
+            self._leave()
+            if self.stops:
+                raise ClientLeft("The client has left.") from error
 
     def stop_without_client(self) -> None:
-        """From now on the response ends when its client leaves: nothing of it can be stored."""
-        self.keeps_going = False
-        if self._watch is None and not self._receiving:
-            self._watch = asyncio.ensure_future(self._receive())
+        """From now on the app is to stop when its client leaves, and is told."""
+        self.stops = True
+        self.tell()
+        self.watch()
+
+    def tell(self) -> None:
+        """From now on the app may know that its client has left."""
+        self.tells = True
+        if self._telling is not None and not self._telling.done():
+            self._telling.set_result(None)
 
     async def stays(self, seconds: float) -> bool:
         """Wait; whether the client is still there. Ends early when it leaves."""
-        if self._watch is None:
-            self._watch = asyncio.ensure_future(self._receive())
-        if self._watch.done():
+        watch = self.watch()
+        if watch.done():
             await asyncio.sleep(seconds)
         else:
-            await asyncio.wait({self._watch}, timeout=seconds)
-        if self._watch.done():
-            self._note(self._watch)
+            await asyncio.wait({watch}, timeout=seconds)
+            if watch.done():
+                self._note(watch)
         return not self.left
-
-    def _note(self, watch: asyncio.Future[Message]) -> None:
-        if watch.cancelled() or watch.exception() is not None or watch.result()["type"] == DISCONNECT:
-            self.left = True
 
     def close(self) -> None:
         """Let go of the body and of what is still awaited."""
@@ -143,3 +161,5 @@ class ClientLink:
             self.body.close()
         if self._watch is not None:
             self._watch.cancel()
+        if self._telling is not None:
+            self.tell()

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from retryproof.core.codec import StoredResponse, decode_response
@@ -33,9 +33,9 @@ from retryproof.engine import AsyncIdempotency
 from retryproof.http import problem as problems
 from retryproof.http.body import BUDGET, SHARE, Body, OverBudget, deadline
 from retryproof.http.client_link import DISCONNECT, ClientLink
-from retryproof.http.execution import Execution
+from retryproof.http.execution import Departed, Execution
 from retryproof.http.key_source import CallableKey, HeaderKey, JsonFieldKey
-from retryproof.http.options import Authorize, Options
+from retryproof.http.options import Authorize, Choice, Departure, HeadDeparture, Options
 from retryproof.http.problem import Kind, Problem, render
 from retryproof.http.scope import Identity, single_tenant
 from retryproof.http.semantics import (
@@ -75,6 +75,7 @@ class HttpEngine(AsyncIdempotency):
         self.app = app
         self.options = options
         self.running: set[asyncio.Task[None]] = set()
+        self.departed = Departed(options.max_departed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Exchange:
         "_fingerprint",
         "_headers",
         "_id",
+        "_on_departure",
         "_opened",
         "_raw_path",
         "_receive",
@@ -133,7 +135,12 @@ class Exchange:
         self._tenant: bytes
         self._where: str
         self._fails_open: bool
+        self._on_departure: Departure | HeadDeparture
         self._opened: AsyncOpened | AsyncView
+
+    def departed(self) -> Departed:
+        """The runs of this layer that go on without their clients."""
+        return self._engine.departed
 
     @property
     def app(self) -> App:
@@ -204,6 +211,8 @@ class Exchange:
         self._tenant = b"" if identity is None else tenant_digest(identity, pepper=options.pepper)
         self._where = endpoint or ""
         self._fails_open = options.fail_open.of(scope)
+        departure = options.on_departure
+        self._on_departure = cast("Departure", departure.of(scope)) if isinstance(departure, Choice) else departure
 
     def _identity(self) -> Identity:
         identity: object = self.options.scope(self._scope)
@@ -358,12 +367,13 @@ class Exchange:
         self._opened = opened
         execution = Execution(
             self,
-            _app_scope(self._scope),
+            _app_scope(self._scope, stops=self._on_departure == "stop"),
             flow=flow,
             hold=run.hold,
             store=opened,
             max_result=policy.max_result if own is None else min(own, policy.max_result),
             fails_open=self._fails_open,
+            on_departure=self._on_departure,
         )
         self._running = True
         engine.listen(run.hold, self._where)
@@ -510,16 +520,17 @@ def _raw_path(scope: Scope) -> bytes:
     return bytes(raw).partition(b"?")[0]
 
 
-def _app_scope(scope: Scope) -> Scope:
+def _app_scope(scope: Scope, *, stops: bool) -> Scope:
     """The scope for the app: the same object, since what lies outside reads from it what routing put there.
 
     Ways to send a file past the layer are not offered. The app is told that sending to a client that has left is an
-    error (ASGI HTTP 2.4), which the link sees to: so a framework has no reason to stop a response by itself.
+    error (ASGI HTTP 2.4), which the link sees to: so a framework has no reason to stop a response by itself. Where it
+    is to stop (`stops`), it is told what the server said.
     """
     extensions = scope.get("extensions")
     if extensions and any(name in extensions for name in _HIDDEN_EXTENSIONS):
         scope["extensions"] = {name: value for name, value in extensions.items() if name not in _HIDDEN_EXTENSIONS}
     asgi = scope.get("asgi", {})
-    if asgi.get("spec_version", "2.0") in ("2.0", "2.1", "2.2", "2.3"):
+    if not stops and asgi.get("spec_version", "2.0") in ("2.0", "2.1", "2.2", "2.3"):
         scope["asgi"] = {**asgi, "spec_version": "2.4"}
     return scope

@@ -3,9 +3,7 @@
 The app runs in a task of its own. What it sends passes through `_send`, which settles the operation when the last
 message arrives and only then lets that message go. So a response with one body message is held entirely, a stream all
 but its end, and background tasks run after the operation was settled, as they run after the response without the layer.
-
-    no head --start--> head held --last--> settled --> head and last are sent
-                       head held --chunk--> streaming --last--> settled --> last is sent
+How far the response is stands in `recorder`, and what an end means in the table of `ending`; this file performs it.
 """
 
 from __future__ import annotations
@@ -13,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol, assert_never
 
 from retryproof import operation
-from retryproof.core.codec import Unencodable, pack_response
 from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
-from retryproof.core.errors import IdempotencyError, StoreUnavailable
+from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.failure import outcome_of, unknown_in
 from retryproof.core.flow import (
     Busy,
@@ -38,8 +35,10 @@ from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import AsyncPerformer, afinish, arenew, clock
-from retryproof.http.client_link import ClientLink
-from retryproof.http.options import Options
+from retryproof.http import ending as endings
+from retryproof.http.client_link import ClientLeft, ClientLink
+from retryproof.http.ending import ALONE, JOINED, TABLE, Ending, answer_of
+from retryproof.http.options import Departure, HeadDeparture, Options
 from retryproof.http.problem import (
     HANDLER_FAILED,
     OUTCOME_UNKNOWN,
@@ -48,15 +47,11 @@ from retryproof.http.problem import (
     Problem,
     render,
 )
-from retryproof.http.semantics import Header, Headers, headers_without_body, is_event_stream, kept_headers, settles
+from retryproof.http.recorder import NO_HEAD, WRONG, Recorder
+from retryproof.http.semantics import Header, settles
 from retryproof.http.types import App, Message, Scope
 
 logger = logging.getLogger("retryproof.http")
-
-_UNKNOWN = "The service does not know whether it was done. Retrying does not help; ask the operator."
-
-_UNSTORABLE_END = ("http.response.pathsend", "http.response.trailers")
-_PARTS = ("http.response.body", "http.response.zerocopysend", *_UNSTORABLE_END)
 
 _settling: set[asyncio.Task[Conclusion]] = set()
 """Tasks that the loop must not lose."""
@@ -64,9 +59,19 @@ _FAIL_OPEN = (
     "fail_open runs a handler without a record when the store is down, and in a transaction there is no such thing: "
     "use one or the other on a route."
 )
-_NOT_KEPT = (
-    "The response is one that this service does not keep, so what was done with it was rolled back. Nothing was done."
+_FAILED = Problem(
+    HANDLER_FAILED, "The handler failed. The policy of this service keeps failures, so a retry gets the same answer."
 )
+_NOT_KEPT = Problem(
+    TRANSACTION_FAILED,
+    "The response is one that this service does not keep, so what was done with it was rolled back. Nothing was done.",
+)
+_UNKNOWN = "The service does not know whether it was done. Retrying does not help; ask the operator."
+_DONE = Returned(None)
+_PROBLEMS = (endings.PROBLEM, endings.PROBLEM_AND_RAISE)
+_RAISING = (endings.RAISE, endings.PROBLEM_AND_RAISE)
+_TOO_MANY = "too many requests run without their clients"
+_TOO_LONG = "it ran past max_run, and its client has left"
 
 
 def _refusal(outcome: Outcome, error: BaseException) -> Problem:
@@ -89,6 +94,9 @@ class Owner(Protocol):
     @property
     def app(self) -> App: ...
 
+    def departed(self) -> Departed:
+        """The runs that go on without their clients."""
+
     def told(self, conclusion: Conclusion) -> None:
         """Hear the conclusion."""
 
@@ -99,34 +107,63 @@ class Owner(Protocol):
         """The app has returned or raised; called once, in its task."""
 
 
+class Departed:
+    """The runs of one layer that go on without their clients, in the order in which those left: a bounded number.
+
+    Over it, the one that has done so for longest is stopped: one that is about to end has left only now, and one that
+    never ends is the first to go.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._runs: dict[Execution, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def add(self, run: Execution) -> None:
+        """This run has no client any more."""
+        self._runs[run] = None
+        if len(self._runs) > self._limit:
+            longest = next(iter(self._runs))
+            del self._runs[longest]
+            longest.stop(_TOO_MANY)
+
+    def discard(self, run: Execution) -> None:
+        """It has ended, or is about to."""
+        self._runs.pop(run, None)
+
+
 class Execution:
     """The app's run for one request."""
 
     __slots__ = (
+        "_alone",
         "_conclusion",
-        "_copied",
-        "_copy",
         "_deserted",
+        "_ending",
         "_flow",
         "_head",
-        "_head_sent",
         "_hold",
         "_last",
         "_link",
         "_loop",
-        "_lost",
-        "_max_result",
+        "_on_departure",
         "_operation",
         "_options",
         "_over",
+        "_overran",
         "_owner",
         "_policy",
-        "_refusal",
+        "_problem",
+        "_recorder",
         "_rest",
         "_scope",
         "_settling",
+        "_stopped",
         "_store",
         "_task",
+        "_tell_overrun",
     )
 
     def __init__(
@@ -139,6 +176,7 @@ class Execution:
         store: AsyncPerformer,
         max_result: int,
         fails_open: bool,
+        on_departure: Departure | HeadDeparture,
     ) -> None:
         self._owner = owner
         self._scope = scope
@@ -148,31 +186,40 @@ class Execution:
         self._flow = flow
         self._hold = hold
         self._store = store
-        self._max_result = max_result
+        self._on_departure = on_departure
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._deserted = False  # by its server: nobody waits for what the app raises
         self._task: asyncio.Task[None] | None = None
-        # The response as the app makes it.
+        # The response as the app makes it, and what is held of it.
+        self._recorder = Recorder(max_result)
         self._head: Message | None = None
-        self._head_sent = False
-        self._copy: list[bytes] | None = []
-        self._copied = 0
         self._last: Message | None = None
         # Where the operation stands.
+        self._stopped = ""  # what happened, when we cancelled the app
+        self._overran = False
+        self._alone = False  # it goes on without its client
+        self._tell_overrun: Callable[[Hold], None] | None = None
         self._settling = False
         self._rest: asyncio.Task[Conclusion] | None = None
         self._conclusion: Conclusion | None = None
-        self._lost = False
         self._operation = operation.LoopOperation(self._hold, store, self._policy, self._loop)
         if fails_open:
             self._operation.refuses_transactions = _FAIL_OPEN
-        self._refusal: Problem | None = None
+        self._ending: Ending | None = None
+        self._problem: Problem | None = None  # said in place of the response
 
     # The server's task
 
     def start(self) -> asyncio.Task[None]:
         """Start the app in its own task; the hold must be watched already."""
+        hold = self._hold
+        self._tell_overrun, hold.on_overrun = hold.on_overrun, self._on_overrun
+        self._link.on_left = self._on_left
+        if self._on_departure == "stop":
+            self._link.stops = True
+        else:
+            self._link.tells = False
         self._task = self._loop.create_task(self._run())
         return self._task
 
@@ -187,6 +234,7 @@ class Execution:
         except asyncio.CancelledError:
             self._deserted = True
             if self._task is not None and not self._task.done():
+                self._on_left()
                 try:
                     await asyncio.wait({self._task})
                 except asyncio.CancelledError:
@@ -195,9 +243,12 @@ class Execution:
 
     def _end(self, error: BaseException | None) -> None:
         """The app has returned or raised."""
-        self._hold.on_lost = None  # leaves no cycle to the garbage collector
+        # Leaves no cycle to the garbage collector.
+        self._hold.on_lost, self._hold.on_overrun, self._link.on_left = None, self._tell_overrun, None
         if not self._settling:  # only after an error of the layer's own
             self._store.background.unwatch(self._hold)
+        if self._alone:
+            self._owner.departed().discard(self)
         if self._task is not None:
             self._owner.ended(self._task)
         if self._deserted or self._over.done():
@@ -210,22 +261,61 @@ class Execution:
         else:
             self._over.set_exception(error)
 
+    # What befalls it from outside
+
     def _on_lost(self) -> None:
         """Another attempt took over; called from the keeper's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._cancel_overtaken)
+            self._loop.call_soon_threadsafe(self._cancel, endings.LEASE_LOST)
         except RuntimeError:  # the loop is closed, and the run has ended with it
             return
 
-    def _cancel_overtaken(self) -> None:
-        if self._task is not None and not self._settling and not self._task.done():
-            self._lost = True
-            self._task.cancel()
+    def _on_overrun(self, hold: Hold) -> None:
+        """Its lease is not renewed any more; called from the keeper's thread."""
+        if self._tell_overrun is not None:
+            self._tell_overrun(hold)
+        try:
+            self._loop.call_soon_threadsafe(self._run_over)
+        except RuntimeError:  # as above
+            return
+
+    def _run_over(self) -> None:
+        """From here on it may run for its client alone (H11)."""
+        if self._settling:
+            return
+        self._overran = True
+        if self._link.left or self._deserted:
+            self.stop(_TOO_LONG)
+        else:
+            self._link.watch()
+
+    def _on_left(self) -> None:
+        """The client is gone, or the server is."""
+        if self._settling:
+            return
+        if self._overran:
+            self.stop(_TOO_LONG)
+        else:
+            self._alone = True
+            self._owner.departed().add(self)
+
+    def stop(self, why: str) -> None:
+        """Cancel the app, which nobody waits for: its outcome is unknown."""
+        if self._cancel(endings.STOPPED):
+            digest = short_digest(self._hold.id)
+            logger.warning("The handler of operation %s was stopped: %s. Its outcome is unknown.", digest, why)
+
+    def _cancel(self, happened: str) -> bool:
+        if self._task is None or self._settling or self._stopped or self._task.done():
+            return False
+        self._stopped = happened
+        return self._task.cancel()
 
     # The app's task
 
     async def _run(self) -> None:
         operation.enter(self._operation)
+        error: BaseException | None = None
         try:
             if not self._hold.may_begin(clock()) and not await self._renewed():
                 self._end(None)
@@ -236,30 +326,20 @@ class Execution:
                     self._on_lost()
             try:
                 await self._owner.app(self._scope, self._link.receive, self._send)
-            except asyncio.CancelledError:
-                await self._after_cancellation()
-            except BaseException as error:
-                outcome = outcome_of(error, self._policy.unknown_on)
-                if isinstance(outcome, Cancelled):  # such as SystemExit: the effect may have happened
-                    if not await self._settled_elsewhere():
-                        await self._settle(outcome)
-                    raise
-                if outcome.unknown and isinstance(error, Exception):
-                    await self._after_unknown(error)
-                elif isinstance(error, Exception):
-                    await self._after_error(error)
-                    raise
-                else:  # a group of both: what is unknown counts, and what stops the process goes on
-                    if not await self._settled_elsewhere():
-                        await self._settle(outcome)
-                    raise
+            except BaseException as raised:  # noqa: BLE001  # raised again, as the table says
+                error = raised
+            if await self._settled_before():
+                raises = True
             else:
-                if self._conclusion is None:
-                    await self._after_return()
-        except BaseException as error:  # noqa: BLE001  # handed to the server's task, which raises it
-            self._end(error)
+                raises = await self._finish(self._happened(error), error)
+            if error is not None and raises:
+                raise error
+        except BaseException as raised:  # noqa: BLE001  # handed to the server's task, which raises it
+            self._end(raised)
         else:
             self._end(None)
+        finally:
+            error = None  # its traceback leads here
 
     async def _renewed(self) -> bool:
         """Whether the app may begin after all; else another attempt has it, or the store gave no answer (C6)."""
@@ -269,92 +349,39 @@ class Execution:
         self._settling = True
         self._operation.refuses_transactions = operation.ENDED
         self._owner.told(self._conclusion)
-        await self._answer_overtaken()
+        await self._answer_overtaken()  # the table's NOT_BEGUN
         return False
 
-    async def _after_return(self) -> None:
-        if await self._settled_elsewhere():
-            return
-        if self._head is None and not self._link.left:
-            await self._fail(Raised())  # the server says what it thinks of an app that never answers
-            return
-        if self._operation.joined and self._last is None:
-            await self._fail(Raised())  # nobody knows what its work lacks, and here it can be undone
-            return
-        # The app stopped in the middle of its response, as frameworks do when the client leaves: its work is done.
-        self._copy = None
-        await self._settle(self._outcome())
-        if self._refusal is not None and isinstance(self._conclusion, Completed | Failed):
-            await self._refuse(self._refusal)
-        elif isinstance(self._conclusion, Completed | Failed) and self._head is not None and not self._head_sent:
-            await self._send_head()
-        elif not isinstance(self._conclusion, Completed | Failed):
-            await self._answer_overtaken()
+    def _happened(self, error: BaseException | None) -> str:
+        """What an end of the app is, in the words of the table."""
+        if error is None:
+            return self._answered()
+        if self._stopped == endings.STOPPED or (self._stopped and isinstance(error, asyncio.CancelledError)):
+            return self._stopped
+        outcome = outcome_of(error, self._policy.unknown_on)
+        if isinstance(outcome, Raised) and outcome.unknown:
+            # What stops the process goes on, even where it came in a group with what is unknown.
+            return endings.UNKNOWN if isinstance(error, Exception) else endings.UNKNOWN_RAISED
+        if self._says_unknown():
+            return endings.UNKNOWN_RAISED
+        if isinstance(outcome, Cancelled):  # SystemExit and its like as well: the effect may have happened
+            return endings.CANCELLED
+        if self._link.stops and self._link.left and _is_of_departure(error):
+            return endings.STOPPED
+        return endings.RAISED_KEPT if self._is_final(HANDLER_FAILED.status, ()) else endings.RAISED
 
-    async def _after_error(self, error: Exception) -> None:
-        if await self._settled_elsewhere():
-            return
-        parted = self._head_sent and self._link.left and not self._link.keeps_going
-        if parted and self._settles() and not self._operation.joined:
-            # What stopped the app is that its client had left; its work is done.
-            await self._settle(self._outcome())
-        elif self._is_final(HANDLER_FAILED.status, ()):
-            await self._store_failure()
-        else:
-            await self._fail(Raised())
+    def _answered(self) -> str:
+        """What the response says, as far as it is."""
+        recorder = self._recorder
+        if self._says_unknown():
+            return endings.UNKNOWN if recorder.status < 400 else endings.UNKNOWN_ANSWERED
+        return answer_of(recorder.status, kept=recorder.reach is NO_HEAD or self._settles())
 
-    async def _store_failure(self) -> None:
-        """The policy keeps failures: the first caller gets this one as a replay will give it. Its work is not kept."""
-        await self._operation.arollback()
-        if self._head_sent:
-            self._copy = None
-            await self._settle(self._outcome())
-            return
-        detail = "The handler failed. The policy of this service keeps failures, so a retry gets the same answer."
-        status, headers, body = render(Problem(HANDLER_FAILED, detail), self._options.docs_url)
-        self._head = {"type": "http.response.start", "status": status, "headers": headers}
-        self._copy, self._copied = [body], len(body)
-        self._last = {"type": "http.response.body", "body": body}
-        await self._settle(self._outcome())
-        await self._conclude()
+    def _says_unknown(self) -> bool:
+        """Whether the handler said that nobody knows, whatever became of that (C5)."""
+        return self._operation.said(_DONE) is not _DONE
 
-    async def _after_unknown(self, error: Exception) -> None:
-        if await self._settled_elsewhere():
-            raise error
-        await self._settle(Raised(unknown=True))
-        if not isinstance(self._conclusion, Completed | Failed):
-            await self._answer_overtaken()
-        elif self._head_sent:
-            raise error
-        else:
-            said = unknown_in(error)
-            logger.warning(
-                "A handler does not know the outcome of operation %s.",
-                short_digest(self._hold.id),
-                exc_info=error if said is not error else None,
-            )
-            detail = _UNKNOWN if said is None else said.message
-            problem = Problem(OUTCOME_UNKNOWN, detail, operation=short_digest(self._hold.id))
-            status, headers, body = render(problem, self._options.docs_url)
-            await self._link.send({"type": "http.response.start", "status": status, "headers": headers})
-            await self._link.send({"type": "http.response.body", "body": body})
-
-    async def _after_cancellation(self) -> None:
-        if await self._settled_elsewhere():
-            raise asyncio.CancelledError
-        if not self._lost:
-            await self._settle(Cancelled())
-            raise asyncio.CancelledError
-        if self._task is not None:
-            self._task.uncancel()
-        await self._fail(LeaseLost())
-
-    async def _fail(self, reply: Outcome) -> None:
-        await self._settle(reply)
-        if not isinstance(self._conclusion, Completed | Failed):
-            await self._answer_overtaken()
-
-    async def _settled_elsewhere(self) -> bool:
+    async def _settled_before(self) -> bool:
         """Whether the last message has come before; one whose sender was cancelled on the way is seen to its end."""
         if self._rest is not None and self._conclusion is None:
             self._conclusion = await asyncio.shield(self._rest)
@@ -366,6 +393,7 @@ class Execution:
 
     async def _send(self, message: Message) -> None:
         kind = message["type"]
+        recorder = self._recorder
         if self._settling:
             if self._conclusion is None or isinstance(self._conclusion, Completed | Failed):
                 await self._link.send(message)  # after the end; the server knows what to say
@@ -373,72 +401,84 @@ class Execution:
             if self._head is not None:  # in the words of servers, which would say so after the wrong head
                 raise RuntimeError("Unexpected ASGI message 'http.response.start': the response has started already.")
             self._take_head(message)
-        elif self._head is None or kind not in _PARTS:
+        elif self._head is None:
             await self._link.send(message)  # early hints, pushes, debug; and what is out of order
-        elif self._take(kind, message, self._head):
-            await self._settle(self._outcome())
-            await self._conclude()
+        elif kind == "http.response.body":
+            if recorder.part(message.get("body", b""), more=message.get("more_body", False)):
+                await self._last_part(message)
+            else:
+                await self._stream(message)
+        elif kind == "http.response.trailers":
+            if recorder.trailers(more=message.get("more_trailers", False)):
+                await self._last_part(message)
+            else:
+                await self._stream(message)
+        elif kind in ("http.response.pathsend", "http.response.zerocopysend"):
+            if recorder.unseen(more=kind.endswith("zerocopysend") and message.get("more_body", False)):
+                await self._last_part(message)
+            else:
+                await self._stream(message)
         else:
-            await self._stream(message)
+            await self._link.send(message)
 
     def _take_head(self, message: Message) -> None:
         headers = message.get("headers", ())
         if not isinstance(headers, list | tuple):  # ASGI says an iterable, which may be good for one look
-            message = {**message, "headers": (headers := list(headers))}
-        self._head = message
+            headers = list(headers)
+        status = message["status"]
+        try:
+            headers = self._recorder.head(status, headers, trailers=bool(message.get("trailers")))
+        except (TypeError, ValueError, AttributeError):  # headers that are none; the server will say so
+            logger.debug("The headers of a response are no pairs of bytes, and are not kept.")
+        self._head = {**message, "headers": headers}
+        if callable(self._on_departure):
+            self._on_departure = self._departure(self._on_departure)
+            if self._on_departure == "stop":
+                self._link.stop_without_client()
+
+    def _departure(self, decide: HeadDeparture) -> Departure:
+        """What `on_departure` says of this head; where it fails, the work is not stopped for it."""
+        try:
+            answer: object = decide(self._recorder.status, self._recorder.headers or ())
+        except Exception:
+            logger.exception("on_departure= failed on status %s; the handler runs to its end.", self._recorder.status)
+            return "finish"
+        if answer == "stop" or answer == "finish":
+            return answer
+        logger.error("on_departure= returned %r, not 'finish' or 'stop'; the handler runs to its end.", answer)
+        return "finish"
+
+    async def _last_part(self, message: Message) -> None:
+        self._last = message
         answered = sys.exception()
         if answered is not None:  # frameworks answer an exception while they handle it
             self._operation.hear(answered)
-        if message.get("trailers") or is_event_stream(headers):
-            self._keep_nothing()
-
-    def _take(self, kind: str, message: Message, head: Message) -> bool:
-        """Keep a part of the response, where it can be kept; whether it is the last."""
-        if kind == "http.response.body":
-            self._keep(message.get("body", b""))
-        else:
-            self._keep_nothing()
-        if kind in _UNSTORABLE_END:
-            last = not message.get("more_trailers", False)
-        else:
-            last = not message.get("more_body", False) and not head.get("trailers")
-        if last:
-            self._last = message
-        return last
+        await self._finish(self._answered(), None)
 
     async def _stream(self, message: Message) -> None:
         """Let go of a part that is not the last."""
-        if not self._head_sent:
-            if not self._settles():
-                self._keep_nothing()
-            await self._send_head()
-        if self._copy is None and self._link.keeps_going and not self._operation.joined:
-            self._link.stop_without_client()
-        await self._link.send(message)
-
-    def _keep(self, chunk: bytes) -> None:
-        if self._copy is None:
+        recorder, link = self._recorder, self._link
+        if recorder.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
+            await asyncio.sleep(0)
             return
-        self._copied += len(chunk)
-        if self._copied > self._max_result:
-            self._keep_nothing()
-        else:
-            self._copy.append(bytes(chunk))  # what an app sends may be its buffer, and is used again
-
-    def _keep_nothing(self) -> None:
-        self._copy = None
+        if not recorder.streamed:
+            if not self._settles():
+                recorder.keep_nothing()
+            link.watch()
+            await self._send_head()
+        # An app that never waits, and whose server takes what it says to nobody, would hold the loop.
+        await asyncio.sleep(0)
+        await link.send(message)
 
     async def _send_head(self) -> None:
-        self._head_sent = True
+        self._recorder.hand_on()
         if self._head is not None:
             await self._link.send(self._head)
 
     # Settling
 
     def _settles(self) -> bool:
-        if self._head is None:
-            return True
-        return self._is_final(self._head["status"], self._head.get("headers", ()))
+        return self._is_final(self._recorder.status, self._recorder.headers or ())
 
     def _is_final(self, status: int, headers: Sequence[Header]) -> bool:
         """What `store_when` says; where it fails, the default rule: the handler has run, and somebody must decide."""
@@ -452,47 +492,44 @@ class Execution:
         logger.error("store_when= returned %s, not a bool; the default rule decides.", type(answer).__name__)
         return settles(status, headers)
 
-    def _outcome(self) -> Outcome:
-        """What the response so far means for the operation."""
-        return Returned(self._encoded()) if self._settles() else Raised()
+    async def _finish(self, happened: str, error: BaseException | None) -> bool:
+        """Settle as the table says, and send what it says; whether what the app raised goes on."""
+        ending = TABLE[happened, self._recorder.reach, JOINED if self._operation.joined else ALONE]
+        ours = bool(self._stopped) and isinstance(error, asyncio.CancelledError)
+        if ours and self._task is not None:
+            self._task.uncancel()
+        self._ending = ending
+        if ending.there in _PROBLEMS:
+            self._problem = self._problem_of(happened, error)
+        await self._settle(ending.record)
+        await self._conclude()
+        return self._sent() in _RAISING and not ours
 
-    def _encoded(self) -> bytes | None:
-        """The response as it is stored: whole, or without its body, or not at all (H10)."""
-        if self._head is None:
-            return None
-        status: int = self._head["status"]
-        try:
-            headers = kept_headers(
-                self._head.get("headers", ()),
-                set_cookie=self._options.keep_set_cookie,
-                mark=self._options.replay_header,
-            )
-            if self._copy is not None:
-                encoded = pack_response(status, headers, b"".join(self._copy))
-                if len(encoded) <= self._max_result:
-                    return encoded
-            return self._omitting(status, headers)
-        except (Unencodable, TypeError, AttributeError):  # headers that are none; the server will say so
-            return None
+    def _problem_of(self, happened: str, error: BaseException | None) -> Problem:
+        if happened == endings.RAISED_KEPT:
+            return _FAILED
+        digest = short_digest(self._hold.id)
+        if happened == endings.DECLINED_SUCCESS:
+            return replace(_NOT_KEPT, operation=digest)
+        said = None if error is None else unknown_in(error)
+        logger.warning(
+            "A handler does not know the outcome of operation %s.",
+            digest,
+            exc_info=error if said is not error else None,
+        )
+        return Problem(OUTCOME_UNKNOWN, _UNKNOWN if said is None else said.message, operation=digest)
 
-    def _omitting(self, status: int, headers: Headers) -> bytes | None:
-        nothing: Headers = []
-        for kept in (headers_without_body(headers), nothing):
-            encoded = pack_response(status, kept, b"", omitted=True)
-            if len(encoded) <= self._max_result:
-                return encoded
-        return None
-
-    async def _settle(self, reply: Outcome) -> None:
+    async def _settle(self, record: str) -> None:
         self._settling = True
-        self._link.keeps_going = True  # the app has nothing left to stop for
-        said = self._operation.said(reply)
-        if said is not reply and isinstance(reply, Returned) and self._head is not None and self._head["status"] < 400:
-            self._refusal = Problem(OUTCOME_UNKNOWN, _UNKNOWN)  # nobody sees a success that is not stored
-        reply = said
+        link = self._link
+        link.stops = False  # the app has nothing left to stop for
+        if self._alone:
+            self._owner.departed().discard(self)
+        reply = self._operation.said(self._outcome(record))
         if self._operation.joined:
             # In a task of its own: no cancellation may part the commit from what follows.
-            self._rest = self._loop.create_task(self._end_transaction(reply))
+            alone = record in (endings.COMPLETED_ALONE, endings.FAILURE)
+            self._rest = self._loop.create_task(self._end_transaction(reply, alone=alone))
             _settling.add(self._rest)
             self._rest.add_done_callback(_settling.discard)
             self._conclusion = await asyncio.shield(self._rest)
@@ -501,50 +538,91 @@ class Execution:
             self._conclusion = await afinish(
                 self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
             )
+        link.tell()
         self._owner.told(self._conclusion)
 
-    async def _end_transaction(self, reply: Outcome) -> Conclusion:
+    def _outcome(self, record: str) -> Outcome:
+        """What the core is told for what the record is to get."""
+        match record:
+            case endings.COMPLETED | endings.COMPLETED_ALONE:
+                return Returned(self._encoded(self._recorder))
+            case endings.FAILURE:
+                return Returned(self._encoded(self._failure()))
+            case endings.RELEASED:
+                return Raised()
+            case endings.LEFT_UNKNOWN:
+                return Raised(unknown=True)
+            case endings.LEFT_CANCELLED:
+                return Cancelled()
+            case endings.LOST:
+                return LeaseLost()
+            case _:
+                raise TypeError(f"{record!r} is nothing that a record gets.")
+
+    def _encoded(self, recorder: Recorder) -> bytes | None:
+        options = self._options
+        return recorder.encoded(set_cookie=options.keep_set_cookie, mark=options.replay_header)
+
+    def _failure(self) -> Recorder:
+        """The answer that a failure gets where the policy keeps failures; its first caller gets the same."""
+        status, headers, body = render(_FAILED, self._options.docs_url)
+        failure = Recorder(self._recorder.limit)
+        failure.head(status, headers)
+        failure.part(body, more=False)
+        return failure
+
+    async def _end_transaction(self, reply: Outcome, *, alone: bool) -> Conclusion:
         """Commit the handler's transaction with its response, or roll it back and call that no success (T1).
 
-        A failure that the policy keeps is kept without the work: nobody takes a 500 for done.
+        alone: the response is kept without the work, as for a failure: nobody takes a 500 for done.
         """
-        if isinstance(reply, Returned) and self._head is not None and self._head["status"] >= 500:
-            await operation.asettle(self._operation, Raised())
-            settled: operation.Settled = (reply, None)
+        if alone:
+            settled = await operation.asettle(self._operation, Raised())
+            if settled[1] is None:
+                settled = (reply, None)
         else:
             settled = await operation.asettle(self._operation, reply)
         outcome, error = settled
         if error is not None:
-            logger.error("The transaction of operation %s failed.", short_digest(self._hold.id), exc_info=error)
-            self._refusal = _refusal(outcome, error)
-        elif isinstance(reply, Raised) and self._head is not None and self._head["status"] < 400:
-            self._refusal = Problem(TRANSACTION_FAILED, _NOT_KEPT)
+            digest = short_digest(self._hold.id)
+            logger.error("The transaction of operation %s failed.", digest, exc_info=error)
+            self._problem = replace(_refusal(outcome, error), operation=digest)
         return await afinish(self._flow, outcome, self._hold, self._store, self._policy.store_timeout, self._adopt)
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
         self._rest = rest
 
+    # What is sent once it is settled
+
+    def _sent(self) -> str:
+        if self._ending is None:
+            return endings.NOTHING
+        return self._ending.left if self._link.left or self._deserted else self._ending.there
+
     async def _conclude(self) -> None:
-        """The operation is settled, or was settled by another: let the response go, or answer for the other one."""
+        """The operation is settled, or was settled by another: send what its ending says, or answer for the other."""
+        sent = self._sent()
         if not isinstance(self._conclusion, Completed | Failed):
             await self._answer_overtaken()
-            return
-        if self._refusal is not None:
-            await self._refuse(self._refusal)
-            return
-        if not self._head_sent:
-            await self._send_head()
-        if self._last is not None:
-            await self._link.send(self._last)
+        elif self._problem is not None:
+            # Where the head has gone, what the app raised cuts the connection by itself.
+            if not (sent in _RAISING and self._recorder.streamed):
+                await self._refuse(self._problem)
+        elif sent == endings.RESPONSE:
+            if not self._recorder.streamed:
+                await self._send_head()
+            if self._last is not None:
+                await self._link.send(self._last)
+        elif sent == endings.CUT:
+            self._cut(self._incomplete())
 
     async def _refuse(self, problem: Problem) -> None:
-        """Say that the transaction failed, in place of the response that was to go with it."""
-        if self._head_sent:
-            if not self._over.done():
-                self._over.set_exception(StoreUnavailable(f"The response was cut: {problem.detail}"))
+        """Say what went wrong in place of the response; where that has begun, cut it."""
+        if self._recorder.streamed:
+            unknown = problem.kind is OUTCOME_UNKNOWN
+            self._cut((OutcomeUnknown if unknown else StoreUnavailable)(f"The response was cut: {problem.detail}"))
             return
-        self._head_sent = True
-        problem = replace(problem, operation=short_digest(self._hold.id))
+        self._recorder.hand_on()
         status, headers, body = render(problem, self._options.docs_url)
         await self._link.send({"type": "http.response.start", "status": status, "headers": headers})
         await self._link.send({"type": "http.response.body", "body": body})
@@ -554,14 +632,49 @@ class Execution:
         conclusion = self._conclusion
         if conclusion is None:
             return
-        if not self._head_sent:
-            self._head_sent = True
+        if not self._recorder.streamed:
+            self._recorder.hand_on()
             await self._owner.answer(conclusion)
-        elif not self._deserted and not self._over.done():
-            self._over.set_exception(_cut(conclusion, self._hold))
+        else:
+            self._cut(_cut_by(conclusion, self._hold))
+
+    def _cut(self, error: IdempotencyError) -> None:
+        """Make the server cut the connection, by an error: a clean end would be a whole response."""
+        if not self._deserted and not self._over.done():
+            self._over.set_exception(error)
+
+    def _incomplete(self) -> OutcomeUnknown:
+        recorder = self._recorder
+        what = (
+            f"the app announced {recorder.announced} bytes and sent {recorder.came}"
+            if recorder.reach is WRONG
+            else "the app stopped before its end"
+        )
+        message = f"The response was cut: {what}. It is not kept, and whether it was done is not known."
+        return OutcomeUnknown(message, digest=short_digest(self._hold.id))
 
 
-def _cut(conclusion: Conclusion, hold: Hold) -> IdempotencyError:
+def _is_of_departure(error: BaseException) -> bool:
+    """Whether an exception comes of our telling the app that its client has left, however it was wrapped."""
+    return any(isinstance(found, ClientLeft) for found in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what it holds as a group, and what led to it."""
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        found = left.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        if isinstance(found, BaseExceptionGroup):
+            left.extend(found.exceptions)
+        left.extend(before for before in (found.__cause__, found.__context__) if before is not None)
+
+
+def _cut_by(conclusion: Conclusion, hold: Hold) -> IdempotencyError:
     """The error that makes the server cut the connection."""
     digest = short_digest(hold.id)
     match conclusion:

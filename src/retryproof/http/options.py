@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from inspect import iscoroutinefunction
-from typing import Any, Generic, TypeAlias, TypeVar, get_args
+from inspect import Parameter, iscoroutinefunction, signature
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, get_args
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.fingerprint import Strategy, strategy_for
@@ -15,7 +15,7 @@ from retryproof.core.policy import Policy
 from retryproof.http.key_source import FindKey, HeaderKey, JsonFieldKey, KeySource, key_source_for
 from retryproof.http.problem import check_docs_url
 from retryproof.http.scope import AsgiScope, Identify, check_scope
-from retryproof.http.semantics import Preset, StoreWhen, covered_methods, store_when_for
+from retryproof.http.semantics import Header, Preset, StoreWhen, covered_methods, store_when_for
 
 V = TypeVar("V")
 PerRequest: TypeAlias = V | Callable[[Any], V]
@@ -24,6 +24,13 @@ PerRequest: TypeAlias = V | Callable[[Any], V]
 Authorize: TypeAlias = Callable[[Any], bool | Awaitable[bool]]
 """Whether this caller may have the stored response, asked before each replay (H13)."""
 
+Departure: TypeAlias = Literal["finish", "stop"]
+"""What becomes of a handler whose client has left (H11)."""
+HeadDeparture: TypeAlias = Callable[[int, Sequence[Header]], Departure]
+"""That, by the status and headers of its response."""
+OnDeparture: TypeAlias = PerRequest[Departure] | HeadDeparture
+
+MAX_DEPARTED = 1_000
 MAX_BODY = 64 * 1024 * 1024
 BODY_TIMEOUT = 30.0
 
@@ -76,6 +83,8 @@ class Options:
     endpoint: Choice[str | None]
     fingerprint: Strategy
     store_when: StoreWhen
+    on_departure: Departure | Choice[str] | HeadDeparture
+    max_departed: int
     authorize: Authorize | None
     max_body: int
     body_timeout: float
@@ -99,6 +108,8 @@ def check_options(
     endpoint: PerRequest[str | None],
     fingerprint: object,
     store_when: Preset | StoreWhen,
+    on_departure: OnDeparture,
+    max_departed: int,
     authorize: Authorize | None,
     max_body: int,
     body_timeout: float,
@@ -129,6 +140,8 @@ def check_options(
         endpoint=Choice("endpoint", endpoint, str | None),
         fingerprint=strategy_for(fingerprint),
         store_when=store_when_for(store_when),
+        on_departure=_departure(on_departure),
+        max_departed=_count("max_departed", max_departed),
         authorize=authorize,
         max_body=max_body,
         body_timeout=body_timeout,
@@ -139,6 +152,57 @@ def check_options(
         pepper=pepper,
         name=name,
     )
+
+
+class _DepartureChoice(Choice[str]):
+    """The choice of a route; a value that is neither of the two is an error before anything is claimed."""
+
+    __slots__ = ()
+
+    def of(self, scope: AsgiScope) -> Departure:
+        return _checked_departure(super().of(scope))
+
+
+def _checked_departure(value: object) -> Departure:
+    if value == "finish" or value == "stop":
+        return value
+    raise ConfigurationError(f"on_departure={value!r} must be 'finish' or 'stop'.")
+
+
+def _departure(option: Any) -> Departure | Choice[str] | HeadDeparture:
+    """A value or a callable of the ASGI scope; or, where it takes two arguments, one of a response's head."""
+    if isinstance(option, str):
+        return _checked_departure(option)
+    choice = _DepartureChoice("on_departure", option, str)
+    match _arguments(option):
+        case 1:
+            return choice
+        case 2:
+            return cast("HeadDeparture", option)
+        case _:
+            raise ConfigurationError(
+                f"on_departure={option!r} must take one argument, the ASGI scope, or two, the status and headers of a "
+                "response."
+            )
+
+
+def _arguments(function: Callable[..., object]) -> int | None:
+    """How many arguments it has to be called with; None where that cannot be told."""
+    try:
+        parameters = signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in kinds and parameter.default is Parameter.empty for parameter in parameters)
+
+
+def _count(name: str, value: int) -> int:
+    given: object = value
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number.")
+    return value
 
 
 def _check_size(name: str, value: object) -> None:

@@ -1,0 +1,167 @@
+"""A response as the app makes it: what of it is kept, and how far it came. Pure; knows no server interface (H9, H10).
+
+    NO_HEAD --head--> HELD --part--> STREAMING --last part--> COMPLETE, or WRONG
+                      HELD --last part--> COMPLETE, or WRONG
+
+What is kept is copied as it arrives: what outer layers do to the messages that are handed on to them, as compression,
+sessions and CORS do, is no part of it. WRONG is a response that is longer or shorter than its Content-Length: it is no
+response, however it ends. A proxy that loses its upstream half-way says `abort`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from retryproof.core.codec import Unencodable, pack_response
+from retryproof.http.semantics import Headers, headers_without_body, kept_headers
+
+NO_HEAD, HELD, STREAMING, COMPLETE, WRONG = "no head", "head held", "streaming", "complete", "wrong length"
+"""How far a response is. HELD: nothing of it was handed on. COMPLETE and WRONG: it has ended, but for its last part."""
+REACHES = (NO_HEAD, HELD, STREAMING, COMPLETE, WRONG)
+
+_WITHOUT_BODY = frozenset({204, 304})
+_EVENT_STREAM = b"text/event-stream"
+
+
+class Recorder:
+    """Takes one response. `head` comes first, then parts; the last one is marked.
+
+    reach: how far it is. status, headers: as they came; pairs, or None for headers that are none.
+    announced: the Content-Length, where there is one that is to be kept to. came: bytes of the body so far.
+    streamed: the head was handed on.
+    limit: bytes that a kept response may have.
+    """
+
+    __slots__ = (
+        "_parts",
+        "_trailers",
+        "announced",
+        "came",
+        "headers",
+        "limit",
+        "reach",
+        "status",
+        "streamed",
+    )
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._parts: list[bytes] | None = []
+        self._trailers = False
+        self.reach = NO_HEAD
+        self.status = 0
+        self.headers: tuple[tuple[bytes, bytes], ...] | None = ()
+        self.announced: int | None = None
+        self.came = 0
+        self.streamed = False
+
+    def head(self, status: int, headers: Iterable[Any], *, bodiless: bool = False, trailers: bool = False) -> Headers:
+        """Take the head; the headers to hand on, which are the caller's to change.
+
+        1xx are no heads: hand them on and take the final one. bodiless: the answer to a HEAD, whose Content-Length is
+        that of another response. trailers: they come after the body.
+        Raises TypeError or ValueError for headers that are no pairs, and keeps none then.
+        """
+        self.reach = HELD
+        self.status = status
+        self.headers = None
+        pairs: Headers = []
+        length: int | None = None
+        for name, value in headers:
+            pairs.append((name, value))
+            size = len(name)
+            if size == 12:
+                if name.lower() == b"content-type" and value.partition(b";")[0].strip().lower() == _EVENT_STREAM:
+                    self._parts = None
+            elif size == 14 and name.lower() == b"content-length" and value.isdigit() and len(value) < 20:
+                # Two that differ are kept to by no body.
+                length = int(value) if length in (None, int(value)) else -1
+        self.headers = tuple(pairs)
+        if not bodiless and status not in _WITHOUT_BODY:
+            self.announced = length
+        if trailers:
+            self._trailers = True
+            self._parts = None
+        return pairs
+
+    def part(self, body: bytes, *, more: bool) -> bool:
+        """Take a part of the body; whether it is the end of the response, which is COMPLETE or WRONG then."""
+        self.came = came = self.came + len(body)
+        if self._parts is not None:
+            if came > self.limit:
+                self._parts = None
+            else:
+                self._parts.append(bytes(body))  # what an app sends may be its buffer, and is used again
+        announced = self.announced
+        if announced is not None and came > announced:
+            self.reach = WRONG
+            return not (more or self._trailers)
+        if more or self._trailers:
+            return False
+        if self.reach is not WRONG:
+            self.reach = COMPLETE if announced is None or came == announced else WRONG
+        return True
+
+    def unseen(self, *, more: bool) -> bool:
+        """Take a part whose bytes are not seen, such as a file that the server sends; whether it is the last."""
+        self._parts = None
+        self.announced = None
+        return self._end(more)
+
+    def trailers(self, *, more: bool) -> bool:
+        """Take trailers; whether they are the last."""
+        self._parts = None
+        if self.announced is not None and self.came != self.announced:
+            self.reach = WRONG
+        return self._end(more)
+
+    def _end(self, more: bool) -> bool:
+        if not more and self.reach is not WRONG:
+            self.reach = COMPLETE
+        return not more
+
+    def hand_on(self) -> None:
+        """The head and what came so far was handed on: the response is a stream."""
+        self.streamed = True
+        if self.reach is HELD:
+            self.reach = STREAMING
+
+    def abort(self) -> None:
+        """The response will not come to its end."""
+        self._parts = None
+        self.reach = WRONG
+
+    def keep_nothing(self) -> None:
+        """Nothing of the body is to be kept: the record says that it was omitted."""
+        self._parts = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the whole of it can be kept so far."""
+        return self._parts is not None
+
+    def encoded(self, *, set_cookie: bool = True, mark: bytes = b"") -> bytes | None:
+        """The response as it is stored: whole, or without its body, or None: not even its head fits (H10).
+
+        set_cookie, mark: as for `kept_headers`.
+        """
+        if self.reach is NO_HEAD or self.headers is None:
+            return None
+        try:
+            headers = kept_headers(self.headers, set_cookie=set_cookie, mark=mark)
+            if self._parts is not None:
+                encoded = pack_response(self.status, headers, b"".join(self._parts))
+                if len(encoded) <= self.limit:
+                    return encoded
+            return self._omitting(headers)
+        except (Unencodable, TypeError, AttributeError):  # headers that are none; the server will say so
+            return None
+
+    def _omitting(self, headers: Headers) -> bytes | None:
+        nothing: Headers = []
+        for kept in (headers_without_body(headers), nothing):
+            encoded = pack_response(self.status, kept, b"", omitted=True)
+            if len(encoded) <= self.limit:
+                return encoded
+        return None
