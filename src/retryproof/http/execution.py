@@ -431,6 +431,9 @@ class Execution:
         except (TypeError, ValueError, AttributeError):  # headers that are none; the server will say so
             logger.debug("The headers of a response are no pairs of bytes, and are not kept.")
         self._head = {**message, "headers": headers}
+        answered = sys.exception()
+        if answered is not None:  # frameworks answer an exception while they handle it
+            self._operation.hear(answered)
         if callable(self._on_departure):
             self._on_departure = self._departure(self._on_departure)
             if self._on_departure == "stop":
@@ -450,9 +453,6 @@ class Execution:
 
     async def _last_part(self, message: Message) -> None:
         self._last = message
-        answered = sys.exception()
-        if answered is not None:  # frameworks answer an exception while they handle it
-            self._operation.hear(answered)
         await self._finish(self._answered(), None)
 
     async def _stream(self, message: Message) -> None:
