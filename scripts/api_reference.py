@@ -38,7 +38,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Errors": ("retryproof.errors", ()),
     "The HTTP layer": ("retryproof.http.asgi", ("IdempotencyMiddleware",)),
-    "Scopes": ("retryproof.http", ("by_user", "by_header", "single_tenant")),
+    "Scopes": ("retryproof.http", ("by_user", "by_header", "by_host", "single_tenant")),
     "Keys in the body": ("retryproof.http.key_source", ("json_field",)),
     "Fingerprints": ("retryproof.core.fingerprint", ("Raw", "CanonicalJson", "fields", "Request")),
     "OpenAPI": ("retryproof.http.openapi", ("document_idempotency",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import pytest
 
 from retryproof.core import fingerprint
 from retryproof.core.commands import Acquired, Claim, Complete
-from retryproof.core.errors import OutcomeUnknown
+from retryproof.core.errors import ConfigurationError, OutcomeUnknown
 from retryproof.core.policy import Policy
-from retryproof.http import by_header, by_user
+from retryproof.http import by_header, by_host, by_user, single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.body import BUDGET, LIMIT
 from retryproof.http.key_source import json_field
-from retryproof.http.types import Message, Receive, Scope, Send
+from retryproof.http.types import App, Message, Receive, Scope, Send
 from retryproof.stores.memory import MemoryStore
 from tests.http.conftest import MakeLayer
 from tests.http.harness import (
@@ -272,10 +273,75 @@ async def test_h5_an_anonymous_caller_is_apart_from_all_others(layer: MakeLayer)
 async def test_h5_an_anonymous_caller_needs_a_strong_key(layer: MakeLayer) -> None:
     app = Counting()
     covered = layer(app, scope=by_user)
-    answer = await call(covered, key="order-1")
+    answer = await call(covered, key="order-1", user=None)
     assert (answer.code, app.effects) == ("key-invalid", 0)
     assert b"anonymous" in answer.body
     assert (await call(covered, key="order-1", user="alice")).status == 201
+
+
+@pytest.mark.parametrize("choice", [by_user, by_user(absent="error"), by_host(by_user)], ids=["bare", "error", "host"])
+async def test_h5_by_user_where_nothing_set_a_user_runs_nothing(layer: MakeLayer, choice: Any) -> None:
+    """Without it everybody is one caller: another user with the same key got the first one's answer."""
+    app = Counting()
+    with pytest.raises(ConfigurationError, match="absent="):
+        await call(layer(app, scope=choice), key=new_key())
+    assert app.effects == 0
+
+
+async def test_h5_by_user_may_say_that_who_has_no_user_is_anonymous(layer: MakeLayer) -> None:
+    covered = layer(Counting(), scope=by_user(absent="anonymous"))
+    assert (await call(covered, key="order-1")).code == "key-invalid"
+    key = new_key()
+    await call(covered, key=key)
+    assert (await call(covered, key=key)).replayed
+    assert not (await call(covered, key=key, user="alice")).replayed
+    with pytest.raises(ConfigurationError, match="absent"):
+        by_user(absent="nobody")  # type: ignore[call-overload]  # what is tested
+
+
+def at_host(covered: App) -> Callable[[bytes], App]:
+    """The app, asked under a host's name."""
+
+    def of(host: bytes) -> App:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            others = [header for header in scope["headers"] if header[0] != b"host"]
+            await covered({**scope, "headers": [(b"host", host), *others]}, receive, send)
+
+        return app
+
+    return of
+
+
+@pytest.mark.parametrize("inner", [single_tenant, by_header("x-api-key"), by_user], ids=["one", "header", "anonymous"])
+async def test_h5_hosts_of_one_app_are_apart(layer: MakeLayer, inner: Any) -> None:
+    app = Counting()
+    covered_at, key = at_host(layer(app, scope=by_host(inner))), new_key()
+    for host in (b"one.example", b"two.example"):
+        assert not (await call(covered_at(host), key=key, user=None)).replayed
+    for host in (b"ONE.example", b"one.example.", b"one.example:80", b"two.example.:80"):
+        assert (await call(covered_at(host), key=key, user=None)).replayed
+    assert not (await call(covered_at(b"one.example:8080"), key=key, user=None)).replayed
+    assert app.effects == 3
+
+
+async def test_h5_no_host_and_caller_read_like_another_pair(layer: MakeLayer) -> None:
+    app = Counting()
+    covered, key = at_host(layer(app, scope=by_host(by_header("x-api-key")))), new_key()
+    for host, name in ((b"a b", b"c"), (b"a", b"b c"), (b"a%20b", b"c")):
+        assert not (await call(covered(host), key=key, headers=[(b"x-api-key", name)])).replayed
+
+
+async def test_h5_an_anonymous_caller_at_a_host_needs_a_strong_key(layer: MakeLayer) -> None:
+    answer = await call(layer(Counting(), scope=by_host(by_header("x-api-key"))), key="order-1")
+    assert (answer.code, b"anonymous" in answer.body) == ("key-invalid", True)
+
+
+def test_h5_by_host_goes_around_another_choice(layer: MakeLayer) -> None:
+    with pytest.raises(ConfigurationError, match="by_host"):
+        layer(Counting(), scope=by_host)
+    for wrong in (None, by_host):
+        with pytest.raises(ConfigurationError, match="by_host"):
+            by_host(wrong)  # type: ignore[arg-type]  # what is tested
 
 
 async def test_h5_apps_with_names_of_their_own_can_share_a_store(layer: MakeLayer) -> None:

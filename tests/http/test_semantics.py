@@ -177,8 +177,11 @@ def test_h5_by_user_looks_through_a_proxy() -> None:
     assert by_user({"user": Lazy(Account(id=1))}) == by_user({"user": Account(id=1)})
 
 
-def test_h5_by_user_without_authentication_is_anonymous() -> None:
-    assert by_user({}) is None
+def test_h5_by_user_without_authentication_is_an_error_unless_it_is_allowed() -> None:
+    with pytest.raises(ConfigurationError, match="absent="):
+        by_user({})
+    assert by_user(absent="anonymous")({}) is None
+    assert by_user({"user": None}) is None  # the authentication says that it is nobody
 
 
 def test_h5_by_user_refuses_a_user_that_it_cannot_tell_from_others() -> None:

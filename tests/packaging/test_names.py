@@ -15,7 +15,7 @@ NAMES = {
         "operation_key",
     },
     "retryproof.stores": {"aopen_store", "open_store"},
-    "retryproof.http": {"by_header", "by_user", "single_tenant"},
+    "retryproof.http": {"by_header", "by_host", "by_user", "single_tenant"},
     "retryproof.http.asgi": {"IdempotencyMiddleware"},
     "retryproof.client.httpx": {"AsyncRetryTransport", "RetryTransport"},
     "retryproof.testing": {"AsyncStoreConformance", "StoreConformance"},

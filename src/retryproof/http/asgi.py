@@ -41,7 +41,8 @@ class IdempotencyMiddleware:
     """Lets requests with an idempotency key take effect once, and replays their responses.
 
     store: a URL, opened at the first covered request and closed at `lifespan.shutdown`, or a store of the caller's.
-    scope: whom a key belongs to: `by_user`, `by_header(…)`, `single_tenant`, or a callable of the ASGI scope.
+    scope: whom a key belongs to: `by_user`, `by_header(…)`, `single_tenant`, or a callable of the ASGI scope;
+    `by_host(…)` around one of them adds the host.
     policy, required, endpoint, fail_open: a value or a callable of the ASGI scope. A policy of None: not covered.
     required: refuse requests without a key. endpoint: a name that stands for method and path in the key's scope.
     key: the header with the key, `json_field(…)`, or a callable. keys: "strong" refuses keys that can be guessed.

@@ -37,7 +37,7 @@ from retryproof.http.execution import Departed, Execution
 from retryproof.http.key_source import CallableKey, HeaderKey, JsonFieldKey
 from retryproof.http.options import Authorize, Choice, Departure, HeadDeparture, Options
 from retryproof.http.problem import Kind, Problem, render
-from retryproof.http.scope import Identity, single_tenant
+from retryproof.http.scope import Anonymous, Identity, single_tenant
 from retryproof.http.semantics import (
     Header,
     Headers,
@@ -205,10 +205,11 @@ class Exchange:
         """Find out which operation it is; whatever a callable of the user's raises, it does so before the claim."""
         options, scope = self.options, self._scope
         endpoint = options.endpoint.of(scope)
-        who: tuple[str | bytes, ...] = ("anonymous", "") if identity is None else ("caller", identity)
+        anonymous = identity is None or isinstance(identity, Anonymous)
+        who: tuple[str | bytes, ...] = ("anonymous" if anonymous else "caller", identity or "")
         what: tuple[str | bytes, ...] = (endpoint,) if endpoint is not None else (scope["method"], self._raw_path)
         self._id = record_id((options.name, *who, *what), key, pepper=options.pepper)
-        self._tenant = b"" if identity is None else tenant_digest(identity, pepper=options.pepper)
+        self._tenant = b"" if identity is None or anonymous else tenant_digest(identity, pepper=options.pepper)
         self._where = endpoint or ""
         self._fails_open = options.fail_open.of(scope)
         departure = options.on_departure
@@ -217,7 +218,7 @@ class Exchange:
     def _identity(self) -> Identity:
         identity: object = self.options.scope(self._scope)
         if identity is None or identity in ("", b""):
-            return None
+            return None  # also an anonymous caller who names no host
         if isinstance(identity, str | bytes):
             return identity
         if inspect.iscoroutine(identity):
@@ -228,7 +229,7 @@ class Exchange:
         )
 
     def _strength(self, identity: Identity) -> Strength:
-        return "strong" if identity is None else self.options.strength
+        return "strong" if identity is None or isinstance(identity, Anonymous) else self.options.strength
 
     def _early_key(self, lines: Sequence[bytes], strength: Strength) -> str | None:
         """The key, if it is found without the body."""
@@ -250,7 +251,7 @@ class Exchange:
         """The refusal of a key; one that would do where any key does is an event: clients must learn to make others."""
         if self._strength(identity) == "strong" and _finds(find_any):
             self._engine.tell(Event(kind=EventKind.WEAK_KEY, note=error.message))
-        anonymous = identity is None and self.options.strength == "any"
+        anonymous = (identity is None or isinstance(identity, Anonymous)) and self.options.strength == "any"
         why = " This caller is anonymous to the service, and then only keys that cannot be guessed are taken."
         return Problem(problems.KEY_INVALID, error.message + (why if anonymous else ""))
 

@@ -4,6 +4,7 @@
     scope=by_header("x-api-key")    a long-lived credential
     scope=single_tenant             one caller, or callers that may see each other's responses
     scope=lambda scope: …           an identity, or None for a caller that has none
+    scope=by_host(by_user)          any of these, apart for each host that the app serves
 
 A caller without an identity is anonymous: apart from all that have one, and only with strong keys, which nobody else
 can guess.
@@ -14,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from inspect import iscoroutinefunction
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
+from urllib.parse import quote
 
 from retryproof.core.errors import ConfigurationError
 
@@ -29,24 +31,64 @@ CHOICES = (
     'by_header("x-api-key") (a long-lived credential), '
     "single_tenant (one caller, or callers that may see each other's responses), "
     "or a callable of the request, not async, that returns an identity, or None for an anonymous caller. "
-    "The first three are in retryproof.http."
+    "by_host(…) around one of them keeps several hosts apart. The names are in retryproof.http."
 )
+
+_NO_USER = (
+    "by_user finds no user in the request: nothing has set scope['user'], signed in or not, so that all callers would "
+    "be one. Nothing was run. Put the authentication outside of (before) the idempotency layer; where callers "
+    'without a user are meant to be anonymous, pass scope=by_user(absent="anonymous").'
+)
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _IDENTITY_NAMES = ("identity", "id", "pk", "sub", "username")
 
 
-def by_user(scope: AsgiScope) -> Identity:
+class Anonymous(str):
+    """A caller without an identity, apart from those of other hosts; the empty string is the one without a host."""
+
+    __slots__ = ()
+
+
+@overload
+def by_user(scope: AsgiScope, /) -> Identity: ...
+
+
+@overload
+def by_user(*, absent: Literal["error", "anonymous"]) -> Identify: ...
+
+
+def by_user(
+    scope: AsgiScope | None = None, /, *, absent: Literal["error", "anonymous"] = "error"
+) -> Identity | Identify:
     """The user in `scope["user"]`, as Starlette's and most other authentication middleware leave it there.
 
     Read from it are, first found: the user itself when it is a string, `identity`, `id`, `pk`, `sub`, `username`, as
     attributes or names in a mapping. What is not the user itself counts with its class and its type, as in
     "shop.models.Customer int 42": a member of the staff with the number 42 is somebody else, and so is "42". Renaming
     the class makes keys of before unseen; a callable of your own can name users as you like.
-    No user, or one that is not authenticated, is anonymous. Raises ConfigurationError for a user that has none of
-    these: two users would look alike.
+    A user of None, or one that is not authenticated, is anonymous.
+    absent: a request in which nothing set a user, signed in or not, is an error: the authentication is missing, or lies
+    inside the layer, and all callers would be one. `by_user(absent="anonymous")` says that this is meant.
+    Raises ConfigurationError for that, and for a user that has none of these: two users would look alike.
     """
-    user = scope.get("user")
+    if scope is None:
+        given: object = absent
+        if given not in ("error", "anonymous"):
+            raise ConfigurationError(f"by_user(absent={absent!r}): choose 'error' or 'anonymous'.")
+        return by_user if absent == "error" else _by_user_if_any
+    if "user" not in scope:
+        raise ConfigurationError(_NO_USER)
+    return _user_of(scope)
+
+
+def _by_user_if_any(scope: AsgiScope) -> Identity:
+    return _user_of(scope) if "user" in scope else None
+
+
+def _user_of(scope: AsgiScope) -> Identity:
+    user = scope["user"]
     if user is None or getattr(user, "is_authenticated", True) is False:
         return None
     if isinstance(user, str | bytes):
@@ -108,6 +150,36 @@ def by_header(name: str) -> Identify:
     return identify
 
 
+def by_host(identify: Identify) -> Identify:
+    """Another choice, apart for each host: for an app that serves several, whose users are not the same.
+
+    The host is that of the `Host` header, in lower case, without a final dot and without the scheme's own port. Behind
+    a proxy that rewrites it, read the host that the proxy hands on in a callable of your own.
+    """
+    inner = check_scope(identify)
+
+    def identify_at_host(scope: AsgiScope) -> Identity:
+        identity: object = inner(scope)
+        host = _host(scope)
+        if identity is None or identity in ("", b""):
+            return Anonymous(host)
+        # No host has a space in it, so no other pair reads the same.
+        if isinstance(identity, bytes):
+            return host.encode("ascii") + b" " + identity
+        return f"{host} {identity}" if isinstance(identity, str) else identity  # type: ignore[return-value]  # refused
+
+    return identify_at_host
+
+
+def _host(scope: AsgiScope) -> str:
+    # Several lines stay a host of their own: nobody knows which of them the app reads.
+    lines = [value for name, value in scope["headers"] if name == b"host"]
+    text = b",".join(lines).decode("latin-1").strip().lower()
+    text = text.removesuffix(_DEFAULT_PORTS.get(scope.get("scheme", "http"), "\0"))
+    name, colon, port = text.rpartition(":") if not text.endswith("]") and ":" in text else (text, "", "")
+    return quote(f"{name.removesuffix('.')}{colon}{port}", safe="[]:,-._~")
+
+
 def single_tenant(scope: AsgiScope) -> Identity:
     """Everybody is the same caller: whoever knows a key gets its response."""
     return "single tenant"
@@ -115,6 +187,6 @@ def single_tenant(scope: AsgiScope) -> Identity:
 
 def check_scope(option: object) -> Identify:
     """The callable behind a `scope=` option; ConfigurationError names the choices when it was left out."""
-    if not callable(option) or option is by_header or iscoroutinefunction(option):
+    if not callable(option) or option in (by_header, by_host) or iscoroutinefunction(option):
         raise ConfigurationError(CHOICES)
     return option
