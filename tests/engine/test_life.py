@@ -10,16 +10,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, errors
+from retryproof.core.commands import Acquired, Claim, Running
 from retryproof.stores import open_store, opened
 from retryproof.stores.base import Store
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.redis.asynchronous import AsyncRedisStore
 from retryproof.stores.sql.migrate import migrate
+from retryproof.stores.sql.sqlite import SqliteStore
+from retryproof.stores.threaded import InThread
 from retryproof.stores.url import aopen_store
 from tests.engine.support import SECONDS, OnLoop, in_thread
 
@@ -344,6 +348,42 @@ def test_a_store_object_from_before_the_fork_says_so(tmp_path: Path, unique: str
     in_child(child)
     assert engine.run("k", lambda: 3, scope=unique).replayed
     store.close()
+
+
+def claimed(reply: object) -> bool:
+    """Whether a store's only reply was that."""
+    return isinstance(reply, Acquired)
+
+
+def test_c1_a_sqlite_store_is_closed_over_a_fork_and_works_on_both_sides(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "keys.db"))
+    mine, theirs = (Claim(bytes(31) + bytes([n]), b"", bytes(16), 10.0, 60.0, 60.0) for n in range(2))
+    assert claimed(store.claim([mine])[0])
+
+    def child() -> bool:
+        twin = replace(mine, nonce=bytes(15) + b"2")
+        return isinstance(store.claim([twin])[0], Running) and claimed(store.claim([theirs])[0])
+
+    in_child(child)
+    assert claimed(store.claim([mine])[0])
+    assert isinstance(store.claim([replace(theirs, nonce=bytes(15) + b"2")])[0], Running)
+    store.close()
+
+
+def test_a_store_in_a_thread_has_another_thread_in_a_forked_child(tmp_path: Path) -> None:
+    """Of the parent's threads only the one that forks goes on in the child."""
+    store = InThread(SqliteStore(str(tmp_path / "keys.db")))
+    assert asyncio.run(store.get([bytes(32)])) == [None]
+    in_child(lambda: asyncio.run(store.get([bytes(32)])) == [None])
+    asyncio.run(store.aclose())
+
+
+def test_sqlite_in_memory_stays_with_the_parent() -> None:
+    engine = Idempotency("sqlite:///:memory:")
+    engine.run("k", lambda: 1, scope="s")
+    in_child(lambda: not engine.run("k", lambda: 2, scope="s").replayed)
+    assert engine.run("k", lambda: 3, scope="s").replayed
+    engine.close()
 
 
 def test_named_memory_is_new_in_a_forked_child() -> None:

@@ -2,8 +2,12 @@
 
 One for a blocking store in a process; one for an async store, which belongs to its event loop. `Source` turns what a
 user passes, a URL or a store, into the opened store that is right for the present process and loop: a URL is opened
-at the first use, once per process, and for an async driver once per event loop; what was inherited over a fork is
-abandoned, never closed. Who passes a URL has it closed by `close` or `aclose`; a store object belongs to its caller.
+at the first use, once per process, and for an async driver once per event loop. Who passes a URL has it closed by
+`close` or `aclose`; a store object belongs to its caller.
+
+Over a fork: a URL is opened anew in the child, and a store object is refused there. What the child inherited is never
+used nor closed in it, not by the garbage collector or the interpreter's end either (`stores.forks`). A SQLite file is
+closed before the fork, since to inherit it open would be enough to undo its locks.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from retryproof.core.commands import Claim, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
 from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer
+from retryproof.stores.forks import keep_from_children
 from retryproof.stores.keeper import Keeper
 from retryproof.stores.threaded import InThread
 from retryproof.stores.url import is_async_url, open_async, open_store
@@ -47,6 +52,7 @@ class Opened:
         self.capabilities = store.capabilities
         self.users = 0  # sources that opened it from a URL and have not closed it
         self._generation = _fork_generation
+        keep_from_children(self)
         self._threads = ThreadCoalescer(store, self._orphaned)
         self.bridge = Bridge(self._threads, self._orphaned)
         self.background = Keeper(
@@ -101,6 +107,7 @@ class AsyncOpened:
         self.store = store
         self.capabilities = store.capabilities
         self._generation = _fork_generation
+        keep_from_children(self)
         self.loop = asyncio.get_running_loop()
         self._tasks = TaskCoalescer(store, self._orphaned)
         self.perform = self._tasks.perform
@@ -332,14 +339,9 @@ class Source:
         with _opening:
             if self._generation == _fork_generation:  # another thread was first
                 return
-            abandoned.append((self._process, self._loops))
             self._process, self._last, self._loops = None, (None, None), {}
             self._opening = threading.RLock()
             self._generation = _fork_generation
-
-
-abandoned: list[object] = []
-"""Clients inherited over a fork, kept from the garbage collector: closing them would speak on the parent's sockets."""
 
 
 def _is_async(store: object) -> bool:

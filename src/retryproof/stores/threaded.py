@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -23,9 +24,15 @@ class InThread:
     def __init__(self, blocking: Store) -> None:
         self.blocking = blocking
         self.capabilities = blocking.capabilities
+        self._start()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retryproof-store")
 
     async def _call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        if self._process != os.getpid():  # forked, without the thread
+            self._start()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, lambda: function(*args, **options))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import aiosqlite
 
+from retryproof.stores.forks import has_inherited_files
 from retryproof.stores.sql.plan import Row, Statement
 from retryproof.transaction.connections import CLOSED, NOT_OPEN, OnLoop
+
+FORKED = "it was made before this process was forked, and its thread is not here"
 
 
 def adapt(connection: Any) -> Aiosqlite | None:
@@ -29,9 +33,18 @@ class Aiosqlite(OnLoop):
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
         try:
-            return None if self._connection.in_transaction else NOT_OPEN
+            if not self._connection.in_transaction:
+                return NOT_OPEN
         except ValueError:
             return CLOSED
+        return FORKED if has_inherited_files() and not self._thread.is_alive() else None
+
+    @property
+    def _thread(self) -> threading.Thread:
+        """The one that executes, which the connection itself was in earlier releases."""
+        connection: Any = self._connection
+        thread: threading.Thread = getattr(connection, "_thread", connection)
+        return thread
 
     async def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from retryproof.core.errors import ConfigurationError
+from retryproof.stores.forks import check_not_inherited, has_inherited_files
 from retryproof.stores.sql.plan import Row, Statement
 
 Dialect = Literal["postgresql", "sqlite", "mysql"]
@@ -24,6 +25,8 @@ AUTOCOMMIT = "it commits each statement by itself (autocommit)"
 FAILED = "its transaction has already failed; roll it back"
 SAVEPOINT = "it is inside a savepoint, which would hide a failure from the transaction around it"
 CLOSED = "it is closed"
+
+_FILES = Statement("PRAGMA database_list")
 
 
 @runtime_checkable
@@ -42,8 +45,8 @@ class BlockingConnection(Protocol):
     def check_open(self) -> None:
         """Raise ConfigurationError, saying what to do, unless a usable transaction is open.
 
-        Refused: none open, autocommit, one that already failed, a savepoint that would hide a failure. Where the
-        library opens one by itself at the next statement, that one counts as open.
+        Refused: none open, autocommit, one that already failed, a savepoint that would hide a failure, a SQLite file
+        that was open over a fork. Where the library opens one by itself at the next statement, that one counts as open.
         """
 
     def execute(self, statement: Statement) -> Sequence[Row]:
@@ -145,6 +148,7 @@ class Blocking:
     """What the adapters of libraries that block have in common."""
 
     ADVICE = "Open a transaction first, and leave it open."
+    dialect: Dialect
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
@@ -155,12 +159,19 @@ class Blocking:
         reason = self.unusable()
         if reason is not None:
             raise refused(reason, self.ADVICE)
+        if has_inherited_files() and self.dialect == "sqlite":
+            _check_files(self.execute(_FILES))
+
+    def execute(self, statement: Statement) -> Sequence[Row]:
+        """See BlockingConnection."""
+        raise NotImplementedError
 
 
 class OnLoop:
     """What the adapters of libraries for event loops have in common."""
 
     ADVICE = Blocking.ADVICE
+    dialect: Dialect
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
@@ -171,6 +182,18 @@ class OnLoop:
         reason = self.unusable()
         if reason is not None:
             raise refused(reason, self.ADVICE)
+        if has_inherited_files() and self.dialect == "sqlite":
+            _check_files(await self.execute(_FILES))
+
+    async def execute(self, statement: Statement) -> Sequence[Row]:
+        """See LoopConnection."""
+        raise NotImplementedError
+
+
+def _check_files(databases: Sequence[Row]) -> None:
+    """Refuse SQLite files that were open when this process was forked; each row ends with a file's name."""
+    for *_, file in databases:
+        check_not_inherited(file)
 
 
 _DOLLARS = re.compile(r"\$(\d+)")

@@ -9,6 +9,9 @@ polled so none did, at three times the rate). And it tells apart what SQLite doe
 commits change `data_version`, are waited for up to the time-out; one that stays, such as a transaction which a handler
 keeps open, for `patience` only. Then there is a definite error, and replays, which only read, get their turn (T2).
 
+No connection is open across a fork, since SQLite would exclude nobody then (`stores.forks`): it is closed before, when
+the store is between two calls, and opened again at the next call, in parent and child.
+
 The table has a rowid and a unique index: with WITHOUT ROWID a claim costs half as much again, since large results then
 sit in the tree that every claim descends. It has no other index: reaping reads the table beside the writers.
 """
@@ -23,6 +26,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -31,6 +35,7 @@ from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, Fe
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.record import Record, State
 from retryproof.stores.base import Batch, Capabilities, Reaped
+from retryproof.stores.forks import abandon, check_not_inherited
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql import sqlite_plans as plans
 from retryproof.stores.sql.plan import Plan, Row, Statement, perform
@@ -38,11 +43,14 @@ from retryproof.stores.sql.plan import Plan, Row, Statement, perform
 T = TypeVar("T")
 R = TypeVar("R")
 
+IN_MEMORY = ":memory:"
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 PATIENCE = 0.25
 """Seconds to wait for one writer that stays: many times a commit, and still a prompt answer."""
 FIRST_NAP, LAST_NAP = 0.0005, 0.008
 """Seconds between two looks at a locked file; a commit takes one to ten milliseconds."""
+FORK_PATIENCE = 5.0
+"""Seconds that a fork waits for calls that are under way, of all stores together; a child refuses what stays open."""
 
 
 class SqliteStore:
@@ -52,7 +60,7 @@ class SqliteStore:
     patience: seconds that claims, completions, releases, renewals and checkpoints wait for one that stays.
     synchronous: FULL keeps what was answered through a crash of the machine; NORMAL only through one of the process.
     clock: microseconds since the epoch; the host's, as SQLite's own is.
-    Safe for threads; after a fork, make another.
+    Safe for threads, and over a fork of the process between two calls; ":memory:" is empty in the child.
     """
 
     capabilities = Capabilities(name="sqlite", max_batch=512, transactions=True, clock="host", concurrent=True)
@@ -77,6 +85,8 @@ class SqliteStore:
         self._connection: sqlite3.Connection | None = None
         self._grouped = False
         self._shut_out: StoreUnavailable | None = None  # why the group that is open may not write
+        with _forking:
+            _stores.add(self)
 
     # The protocol
 
@@ -163,6 +173,30 @@ class SqliteStore:
             connection, self._connection = self._connection, None
             if connection is not None:
                 connection.close()
+
+    # Over a fork
+
+    def suspend(self, deadline: float) -> bool:
+        """Before a fork: keep all others out from now on, and have no connection. deadline: of the monotonic clock.
+
+        False where that cannot be: a call is under way, for longer than that or in this very thread.
+        """
+        if _is_held_here(self._lock) or not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return False
+        if self.path != IN_MEMORY:
+            with contextlib.suppress(sqlite3.Error):  # what it leaves open, the child refuses
+                self.close()
+        return True
+
+    def resume(self) -> None:
+        """In the parent, after what `suspend` began."""
+        self._lock.release()
+
+    def disinherit(self) -> None:
+        """In the child: what is still open is the parent's, and whoever held the lock is not here."""
+        if self._connection is not None:
+            abandon(self._connection)
+        self._lock, self._connection, self._grouped = threading.RLock(), None, False
 
     # The connection
 
@@ -258,8 +292,9 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = None
         try:
-            if self.path != ":memory:" and not os.path.exists(self.path):
+            if self.path != IN_MEMORY and not os.path.exists(self.path):
                 _make_private_file(os.path.realpath(self.path))  # where a symbolic link leads, SQLite would make it
+            check_not_inherited(self.path)
             connection = sqlite3.connect(
                 self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
             )
@@ -310,6 +345,47 @@ class SqliteStore:
         if not os.path.isdir(folder):
             return StoreUnavailable(f"The SQLite database {self.path} {what}; make the folder {folder} first.")
         return StoreUnavailable(f"The SQLite database {self.path} {what}; try again.")
+
+
+_stores: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
+_suspended: list[SqliteStore] = []
+_forking = threading.RLock()
+"""Held by the one thread that forks, from before to after; two of them would wait for each other's stores."""
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    deadline = time.monotonic() + FORK_PATIENCE
+    for store in list(_stores):
+        if store.suspend(deadline):
+            _suspended.append(store)
+
+
+def _after_in_parent() -> None:
+    while _suspended:
+        _suspended.pop().resume()
+    _forking.release()
+
+
+def _after_in_child() -> None:
+    global _forking
+    _forking = threading.RLock()
+    _suspended.clear()
+    for store in list(_stores):
+        store.disinherit()
+
+
+def _is_held_here(lock: threading.RLock) -> bool:
+    """Whether this thread holds the lock: only then a condition over it may notify."""
+    try:
+        threading.Condition(lock).notify(0)
+    except RuntimeError:
+        return False
+    return True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
 
 
 def _naps() -> Iterator[float]:
