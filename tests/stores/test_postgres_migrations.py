@@ -114,5 +114,6 @@ _QUERIES = (
        FROM pg_constraint WHERE connamespace = %s::regnamespace AND contype <> 'n' ORDER BY 1""",
     "SELECT indexdef FROM pg_indexes WHERE schemaname = %s ORDER BY indexname",
     """SELECT attrelid::regclass || '.' || attname || ' storage ' || attstorage::text FROM pg_attribute
-       WHERE attname = 'result' AND attrelid IN (SELECT oid FROM pg_class WHERE relnamespace = %s::regnamespace)""",
+       WHERE attname = 'result' AND attrelid IN (SELECT oid FROM pg_class WHERE relnamespace = %s::regnamespace)
+       ORDER BY 1""",
 )

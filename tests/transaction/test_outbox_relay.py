@@ -137,7 +137,7 @@ async def test_c15_what_a_dead_relay_had_is_tried_alone_and_counts_only_then(dat
 
 async def test_c15_a_message_that_kills_its_relay_again_and_again_is_a_dead_letter(database: Database) -> None:
     poison, _ = database.send("poison", "good")
-    policy = replace(QUICK, lease=1.0, max_attempts=2)
+    policy = replace(QUICK, lease=1.0, max_deaths=2)
     for _ in range(3):  # beside the other one, then twice alone
         dying = Relay(database.url, Noting(), policy=policy)
         while True:
@@ -151,7 +151,7 @@ async def test_c15_a_message_that_kills_its_relay_again_and_again_is_a_dead_lett
             await sleep(0.01)
         await dying._opened().aclose()
     publisher = Noting()
-    relay = Relay(database.url, publisher, policy=replace(QUICK, max_attempts=2))
+    relay = Relay(database.url, publisher, policy=replace(QUICK, max_deaths=2))
     await until_empty(relay)
     operator = Operator(database.url)
     (letter,) = await operator.dead()
@@ -181,7 +181,7 @@ async def test_t6_partitions_are_shared_among_live_relays_and_come_back(database
     for relay in relays:
         while await relay.run_once() is not None:
             pass
-    published = [message.payload for relay in relays for message in relay._publisher.published]  # type: ignore[attr-defined] # Noting
+    published = [message.payload for relay in relays for message in relay._only.published]  # type: ignore[union-attr] # Noting
     assert len(published) == len(set(published)) == 200
     for relay in relays[1:]:
         await relay.aclose()

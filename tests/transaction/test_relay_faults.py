@@ -176,9 +176,9 @@ async def test_t7_a_finish_that_commits_after_its_time_out_leaves_no_key_held_ba
     await connection.close()
 
 
-def left_by_a_dead_relay(database: Database, message: Message, attempts: int) -> None:
+def left_by_a_dead_relay(database: Database, message: Message, deaths: int) -> None:
     """Mark it as one that is to be tried alone."""
-    database.execute(f"UPDATE retryproof_outbox SET parked = (1 = 1), alone = (1 = 1), attempts = {attempts}")
+    database.execute(f"UPDATE retryproof_outbox SET parked = (1 = 1), alone = (1 = 1), deaths = {deaths}")
     database.execute(
         "INSERT INTO retryproof_outbox_blocked (partition, chain, due_at, alone) "
         "SELECT partition, chain, 0, (1 = 1) FROM retryproof_outbox"
@@ -189,7 +189,7 @@ async def test_c15_a_claim_without_an_answer_counts_no_attempt(database: Databas
     (message,) = database.send("k")
     left_by_a_dead_relay(database, message, 0)
     publisher = Noting()
-    relay = Relay(database.url, publisher, policy=replace(QUICK, max_attempts=2))
+    relay = Relay(database.url, publisher, policy=replace(QUICK, max_deaths=2))
     member = await relay._joined()
     perform, failures = relay._opened().perform, 5
 
@@ -207,7 +207,7 @@ async def test_c15_a_claim_without_an_answer_counts_no_attempt(database: Databas
             await relay.run_once()
     await until_empty(relay)
     assert relay._member is member
-    assert [m.attempts for m in publisher.published] == [0]
+    assert [(m.attempts, m.deaths) for m in publisher.published] == [(0, 0)]
     await relay.aclose()
 
 
@@ -222,7 +222,7 @@ async def test_c15_what_died_beside_others_has_its_last_attempt_with_nothing_bes
         await sleep(0.5 if message.key == "slow" else 0.0)
         events.append(f"{message.key} ends")
 
-    relay = Relay(database.url, note, policy=replace(PATIENT, max_attempts=2))
+    relay = Relay(database.url, note, policy=replace(PATIENT, max_deaths=2))
     await relay.run_until_idle()
     assert events == ["slow begins", "slow ends", "other begins", "other ends"]
     assert relay.totals.delivered == 2

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Literal
 
 import click
 
 from retryproof.cli import exits
-from retryproof.cli.command import Function, find_modules_here, json_option, url_argument
+from retryproof.cli.command import Function, Refused, find_modules_here, json_option, url_argument
 from retryproof.cli.output import Output, Tell
-from retryproof.core.address import redacted
+from retryproof.core.address import FUNCTION, destination, redacted
 from retryproof.core.message import PARTITIONS
 from retryproof.publishers import open_publisher
 from retryproof.transaction.relay import Relay
 from retryproof.transaction.relay_policy import RelayPolicy, Totals
+from retryproof.transaction.routes import EVERYTHING
 
 DEFAULTS = RelayPolicy()
+TO_VARIABLE = "RETRYPROOF_RELAY_TO"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def _seconds(name: str, default: float, words: str) -> Callable[[Function], Function]:
@@ -30,7 +34,15 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Function], Func
 
 @click.command(epilog=exits.HELP)
 @url_argument
-@click.option("--to", required=True, metavar="URL", help="https://…, smtp://…, redis://…/stream or module:function.")
+@click.option(
+    "--to",
+    "destinations",
+    multiple=True,
+    metavar="[TOPIC=]URL",
+    envvar=TO_VARIABLE,
+    help="https://…, smtp://…, redis://…/stream or module:function; with TOPIC= for that topic alone. Repeatable. "
+    f"Or {TO_VARIABLE}, with spaces between several: what holds a password does not stand in the process list there.",
+)
 @click.option("--batch", type=click.IntRange(1, 1_000), default=DEFAULTS.batch, show_default=True)
 @click.option(
     "--lease",
@@ -39,7 +51,25 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Function], Func
     show_default=True,
     help="Seconds until others take over from a relay that died.",
 )
-@click.option("--max-attempts", type=click.IntRange(1), default=DEFAULTS.max_attempts, show_default=True)
+@_seconds(
+    "--give-up-after",
+    DEFAULTS.give_up_after,
+    "Seconds since a message failed first until it is given up; receivers may forget it after a day.",
+)
+@click.option(
+    "--max-attempts",
+    type=click.IntRange(1),
+    default=DEFAULTS.max_attempts,
+    show_default=True,
+    help="Answers about the message itself (4xx, 500) until it is given up.",
+)
+@click.option(
+    "--max-deaths",
+    type=click.IntRange(1),
+    default=DEFAULTS.max_deaths,
+    show_default=True,
+    help="Relays that died while they sent the message alone until it is given up.",
+)
 @_seconds("--backoff", DEFAULTS.backoff, "Longest pause after a first failure, in seconds; doubled after each.")
 @click.option(
     "--on-failure",
@@ -60,10 +90,12 @@ def _seconds(name: str, default: float, words: str) -> Callable[[Function], Func
 @json_option
 def relay(
     url: str,
-    to: str,
+    destinations: Sequence[str],
     batch: int,
     lease: float,
+    give_up_after: float,
     max_attempts: int,
+    max_deaths: int,
     backoff: float,
     on_failure: Literal["block", "pass"],
     strict_order: bool,
@@ -80,12 +112,16 @@ def relay(
     """Send what the outbox in the database at URL holds to another place, until SIGTERM or Ctrl-C.
 
     What is on its way is finished first. Run as many as you like: messages of one key stay in order, none is lost, and
-    one that is sent twice has the same id. Webhooks are signed with the secrets in RETRYPROOF_WEBHOOK_SECRET.
+    one that is sent twice has the same id. Relays on one outbox need the same destinations: one with others stands by
+    until those have left. Webhooks are signed with the secrets in RETRYPROOF_WEBHOOK_SECRET.
     """
+    routes = _routes(destinations)
     policy = RelayPolicy(
         batch=batch,
         lease=lease,
+        give_up_after=give_up_after,
         max_attempts=max_attempts,
+        max_deaths=max_deaths,
         backoff=backoff,
         max_backoff=max(DEFAULTS.max_backoff, backoff),
         on_failure=on_failure,
@@ -100,21 +136,52 @@ def relay(
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a message, otherwise
     with output.progress("relaying") as tell:
-        totals = asyncio.run(_run(url, to, policy, public_only=public_only, once=once, tell=tell))
-    document = {"store": redacted(url), "to": redacted(to), **asdict(totals)}
+        totals = asyncio.run(_run(url, routes, policy, public_only=public_only, once=once, tell=tell))
+    to = {topic or "*": destination(to) for topic, to in routes.items()}
+    document = {"store": redacted(url), "to": to, **asdict(totals)}
     output.answer(document, f"Sent {totals.delivered}, failed {totals.failed}, dead letters {totals.dead}.")
 
 
-async def _run(url: str, to: str, policy: RelayPolicy, *, public_only: bool, once: bool, tell: Tell) -> Totals:
+def _routes(destinations: Sequence[str]) -> dict[str, str]:
+    """URLs by topic."""
+    routes: dict[str, str] = {}
+    for given in destinations:
+        topic, to = _apart(given)
+        if topic in routes:
+            raise click.UsageError(f"--to names two destinations for {f'the topic {topic!r}' if topic else 'all'}.")
+        routes[topic] = to
+    if not routes:
+        raise click.UsageError(f"Give where to send: --to [TOPIC=]URL, or set {TO_VARIABLE}.")
+    return routes
+
+
+def _apart(given: str) -> tuple[str, str]:
+    """Topic and URL; a URL has = in its query only, so that one before it ends a topic."""
+    for place in (place for place, character in enumerate(given) if character == "="):
+        topic, to = given[:place], given[place + 1 :]
+        if "://" in topic:
+            break
+        if FUNCTION.fullmatch(to) or _URL.match(to):
+            return topic, to
+    return EVERYTHING, given
+
+
+async def _run(
+    url: str, routes: dict[str, str], policy: RelayPolicy, *, public_only: bool, once: bool, tell: Tell
+) -> Totals:
     find_modules_here()
     options = {"public_only": True} if public_only else {}
-    working = Relay(url, open_publisher(to, **options), policy=policy)
+    opened = {to: open_publisher(to, **options) for to in routes.values()}
+    working = Relay(url, routes={topic: opened[to] for topic, to in routes.items()}, policy=policy)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, working.stop)
     showing = asyncio.create_task(_show(working, tell))
     try:
-        return await (working.run_until_idle() if once else working.run())
+        totals = await (working.run_until_idle() if once else working.run())
+        if once and working.standing_by:
+            raise Refused("Relays with other destinations are at work on this outbox; nothing was sent.")
+        return totals
     finally:
         showing.cancel()
 
@@ -122,5 +189,6 @@ async def _run(url: str, to: str, policy: RelayPolicy, *, public_only: bool, onc
 async def _show(working: Relay, tell: Tell) -> None:
     while True:
         totals = working.totals
-        tell(f"{totals.delivered} sent, {totals.failed} failed, {totals.dead} dead letters")
+        how_far = f"{totals.delivered} sent, {totals.failed} failed, {totals.dead} dead letters"
+        tell("standing by for relays with other destinations" if working.standing_by else how_far)
         await asyncio.sleep(0.5)

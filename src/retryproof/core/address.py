@@ -14,7 +14,8 @@ from retryproof.core.errors import ConfigurationError
 HIDDEN = "***"
 _SECRET_OPTIONS = ("password", "passwd", "pwd", "secret", "token", "sslpassword", "ssl_password")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+"""module:function."""
 _NO_SERVER = frozenset({"sqlite", "memory"})
 
 
@@ -75,7 +76,7 @@ def redacted(url: str) -> str:
 
 def destination(url: str) -> str:
     """Scheme and host alone, for the path and the query of a webhook may be secrets as well; or module:function."""
-    if _FUNCTION.fullmatch(url):
+    if FUNCTION.fullmatch(url):
         return url
     try:
         check_address(url)

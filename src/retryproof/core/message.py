@@ -16,13 +16,17 @@ from uuid import UUID
 PARTITIONS = 64
 """Partitions of a new outbox; the number is kept in the database."""
 CHAIN_BYTES = 16
+UNCOUNTED = -1
+"""In place of a number of answers: the message waits, and keeps its age, its counts and its being tried alone."""
 
 
 @dataclass(slots=True)  # not frozen, which makes it four times as slow to make: a relay makes them by the thousand
 class Message:
     """One message; `id` is the same however often it is sent. Not to be changed.
 
-    attempts: how often publishing it was tried before. created_at: µs since the epoch, by the database's clock.
+    attempts: how often publishing it failed before. failed_at: when it failed first, or None; a relay that died over it
+    counts as well. answers: failures in which its receiver answered about the message itself. deaths: relays that died
+    while they sent it alone. created_at: µs since the epoch, by the database's clock.
     sequence: the number that orders it, drawn when it was added: who saw another's commit before has a higher one.
     """
 
@@ -38,6 +42,9 @@ class Message:
     sequence: int = 0
     partition: int = 0
     chain: bytes = b""
+    failed_at: int | None = None
+    answers: int = 0
+    deaths: int = 0
     parked: bool = False
 
     @property
@@ -67,12 +74,16 @@ def uuid7() -> UUID:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A message that could not be published; delay: µs until it is tried again."""
+    """A message that could not be published; delay: µs until it is tried again.
+
+    answers: its receiver's answers about it so far, or UNCOUNTED where it was not sent and nothing counts.
+    """
 
     message: Message
     attempts: int
     reason: str
     delay: int
+    answers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

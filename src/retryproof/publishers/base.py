@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
+import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
+from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 
 CONCURRENCY = 32
 """Chains that are sent at the same time by publishers that send one message at a time."""
+_OUT_OF_REACH = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+_DEEPEST = 10
+"""Causes of an exception that are looked at: a library wraps a connection's errors in its own."""
+
+log = logging.getLogger("retryproof.relay")
 EMPTY_CHECK: Callable[[], bool] = lambda: True  # noqa: E731
 
 
@@ -20,16 +30,28 @@ class Delivered:
     """The other side has it."""
 
 
+Kind: TypeAlias = Literal["answer", "unreachable", "unsent"]
+"""Kinds of failure that may be tried again: an answer about the message itself (4xx, 500); nobody who could have said
+anything about it (no connection, no answer in time, 429, 502 to 504); not sent, for the relay's own reasons."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """Not delivered, as far as is known.
 
     permanent: trying again makes no sense; it goes to dead letters. retry_after: seconds the other side asked for.
+    kind: whether the failure says something about the message, which decides when it is given up.
     """
 
     reason: str
     permanent: bool = False
     retry_after: float | None = None
+    kind: Kind = "answer"
+
+    @property
+    def counts_as(self) -> Kind | Literal["refusal"]:
+        """Its row in the relay's table of what a failure counts towards."""
+        return "refusal" if self.permanent else self.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +109,9 @@ class Publisher(Protocol):
     A message may come again, with the same id: after a crash, or when it was sent and the answer was lost.
     An exception counts as the failure of everything in the batch. It must end by itself: what sends with `one_by_one`
     does, after the batch's time-out for each message.
+
+    Where it sends is part of the relay's routes: a text in its attribute `destination`, the same in every process and
+    without secrets. Without that attribute it is the name of its class, so that all of one class are the same route.
     """
 
     max_payload: int | None
@@ -97,6 +122,35 @@ class Publisher(Protocol):
 
     def close(self) -> Awaitable[None] | None:
         """Close connections."""
+
+
+def destination_of(publisher: Publisher) -> str:
+    """Where a publisher sends, as a text without secrets that is the same in every process."""
+    kind = type(publisher)
+    return str(getattr(publisher, "destination", None) or f"{kind.__module__}:{kind.__qualname__}")
+
+
+async def handed(publisher: Publisher, batch: Batch) -> Sequence[Outcome]:
+    """Have a publisher of either colour send a batch: one outcome a message. An exception fails all of them."""
+    count = len(batch.messages)
+    try:
+        if inspect.iscoroutinefunction(publisher.publish):
+            published: Any = await publisher.publish(batch)
+        else:
+            published = await asyncio.to_thread(publisher.publish, batch)
+    except asyncio.CancelledError as error:
+        if being_cancelled():
+            raise
+        return [Failed(described(error))] * count
+    except Exception as error:
+        log.warning("publishing %d messages failed", count, exc_info=True)
+        return [Failed(described(error), kind=kind_of(error))] * count
+    outcomes: Sequence[Outcome] = list(published)
+    if len(outcomes) != count:
+        raise ConfigurationError(
+            f"The publisher gave {len(outcomes)} outcomes for {count} messages; it must give one each."
+        )
+    return outcomes
 
 
 def chains(messages: Sequence[Message]) -> list[list[int]]:
@@ -140,13 +194,24 @@ async def guarded(send: Callable[[Message], Awaitable[Outcome]], message: Messag
             raise
         return Failed(described(error))
     except Exception as error:  # noqa: BLE001 - whatever a publisher raises, the message was not delivered
-        return Failed(f"no answer within {timeout:g} s" if clock.expired() else described(error))
+        reason = f"no answer within {timeout:g} s" if clock.expired() else described(error)
+        return Failed(reason, kind="unreachable" if clock.expired() else kind_of(error))
 
 
 def being_cancelled() -> bool:
     """Whether a CancelledError is meant for this task, and did not just come out of what it called."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whether an exception, or one that it came from, says that the other side was out of reach."""
+    seen: BaseException | None = error
+    for _ in range(_DEEPEST):
+        if isinstance(seen, _OUT_OF_REACH):
+            return "unreachable"
+        seen = seen and (seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__))
+    return "answer"
 
 
 def described(error: BaseException) -> str:

@@ -28,7 +28,8 @@ import httpx
 from retryproof.core.address import check_address
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
-from retryproof.publishers.base import CONCURRENCY, DELIVERED, Batch, Failed, Outcome, one_by_one
+from retryproof.publishers.base import CONCURRENCY, DELIVERED, Batch, Failed, Outcome, described, one_by_one
+from retryproof.publishers.destination import identity
 
 SECRET_VARIABLE = "RETRYPROOF_WEBHOOK_SECRET"  # noqa: S105 - the name of a variable
 SECRET_PREFIX = "whsec_"  # noqa: S105 - what a secret begins with
@@ -36,11 +37,15 @@ TIMEOUT = 10.0
 MAX_ANSWER = 65_536
 """Bytes of an answer that are read, for the connection's sake; what it says is not used."""
 MAX_RETRY_AFTER = 86_400.0
+_OUT_OF_REACH = frozenset({429, 502, 503, 504})
+"""Answers that say nothing about the message."""
 _OWN = frozenset({"host", "content-length", "transfer-encoding", "connection", "authorization"})
 
 
 class HttpPublisher:
     """Posts each payload to one URL; 2xx is delivery, 410 is for good, all else is tried again.
+
+    429 and 502 to 504 say that the receiver is out of reach; other answers are about the message.
 
     secrets: those to sign with, several while they are rotated: base64, with `whsec_` before it or without, as Standard
     Webhooks has it; or a key itself, as bytes. timeout: seconds for one message.
@@ -62,6 +67,7 @@ class HttpPublisher:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigurationError("A webhook's URL is https://host/path.")
         self.max_payload = max_payload
+        self.destination = identity(url)
         try:
             self._url = httpx.URL(url)
         except httpx.InvalidURL:  # its message repeats a part of the URL
@@ -84,13 +90,18 @@ class HttpPublisher:
 
     async def _send(self, message: Message) -> Outcome:
         async with asyncio.timeout(self._timeout):
-            request = await self._request(message)
-            response = await self._opened().send(request, stream=True)
             try:
-                outcome = _judge(response)
-                await _drain(response)
-            finally:
-                await response.aclose()
+                request = await self._request(message)
+                response = await self._opened().send(request, stream=True)
+                try:
+                    outcome = _judge(response)
+                    await _drain(response)
+                finally:
+                    await response.aclose()
+            except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
+                raise
+            except (httpx.TransportError, OSError) as error:
+                return Failed(described(error), kind="unreachable")
         return outcome
 
     def _opened(self) -> httpx.AsyncClient:
@@ -192,6 +203,7 @@ def _judge(response: httpx.Response) -> Outcome:
         f"the receiver answered {status}: {what}",
         permanent=status == httpx.codes.GONE,
         retry_after=_retry_after(response.headers.get("retry-after")),
+        kind="unreachable" if status in _OUT_OF_REACH else "answer",
     )
 
 

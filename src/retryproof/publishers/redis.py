@@ -13,13 +13,16 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 from retryproof.publishers.base import DELIVERED, UNTRIED, Batch, Failed, Outcome, described
+from retryproof.publishers.destination import identity
 
 TIMEOUT = 5.0
+_ABOUT_THE_ENTRY = ("WRONGTYPE", "ERR")
+"""Errors about an entry or its stream; others (OOM, READONLY, LOADING, NOPERM, …) are about the server."""
 
 
 class RedisStreamPublisher:
@@ -34,6 +37,7 @@ class RedisStreamPublisher:
         self, url: str, stream: str | None = None, *, max_length: int | None = None, timeout: float = TIMEOUT
     ) -> None:
         self._stream = stream
+        self.destination = f"{identity(url, query=False)}{stream or ''}"
         self._max_length = max_length
         # No retries of its own: whether a batch came through is the relay's business.
         tls = {"ssl_check_hostname": True} if checks_hostname(url) else {}  # redis-py 5 does not by itself
@@ -48,8 +52,11 @@ class RedisStreamPublisher:
         pipeline = self._client.pipeline(transaction=True)
         for message in batch.messages:
             pipeline.xadd(self._stream or message.topic, fields(message), maxlen=self._max_length)
-        answers = await pipeline.execute(raise_on_error=False)
-        return [Failed(described(answer)) if isinstance(answer, RedisError) else DELIVERED for answer in answers]
+        try:
+            answers = await pipeline.execute(raise_on_error=False)
+        except RedisError as error:
+            return [Failed(described(error), kind="unreachable")] * len(batch.messages)
+        return [_judge(answer) for answer in answers]
 
     async def close(self) -> None:
         """Close the connection."""
@@ -60,6 +67,14 @@ def checks_hostname(url: str) -> bool:
     """Whether the server's certificate must be one of the URL's host: for TLS, unless the URL itself says how."""
     options = dict(parse_qsl(urlsplit(url).query))
     return url.startswith("rediss://") and not {"ssl_check_hostname", "ssl_cert_reqs"} & set(options)
+
+
+def _judge(answer: object) -> Outcome:
+    if not isinstance(answer, RedisError):
+        return DELIVERED
+    text = str(answer)
+    about = isinstance(answer, ResponseError) and text.startswith(_ABOUT_THE_ENTRY)
+    return Failed(described(answer), kind="answer" if about else "unreachable")
 
 
 def fields(message: Message) -> dict[Any, Any]:

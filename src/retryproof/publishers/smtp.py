@@ -23,6 +23,8 @@ from retryproof.core.message import Message
 from retryproof.publishers.base import DELIVERED, UNTRIED, Batch, Failed, Outcome, chains, described
 
 TIMEOUT = 30.0
+_OUT_OF_REACH = (0, 421, 454)
+"""No answer at all, "service not available", and TLS or authentication that fail for the moment."""
 
 
 class SmtpPublisher:
@@ -50,6 +52,7 @@ class SmtpPublisher:
         if user is not None and tls == "off":
             raise ConfigurationError("a password is not sent without TLS")
         self.max_payload = max_payload
+        self.destination = f"smtp://{host.lower()}:{port}"
         self._address = (host, port)
         self._login = (user, password or "") if user is not None else None
         self._tls = tls
@@ -71,7 +74,7 @@ class SmtpPublisher:
                         break
         except OSError as error:  # of connecting; SMTPException is one
             for chain in order:
-                outcomes[chain[0]] = Failed(described(error))
+                outcomes[chain[0]] = Failed(described(error), kind="unreachable")
         return outcomes
 
     def close(self) -> None:
@@ -155,11 +158,16 @@ def _envelope(mail: EmailMessage) -> tuple[str, list[str]]:
 
 
 def _refused(error: OSError) -> Failed:
-    """A 5xx is for good; with several recipients, only where all of them are."""
+    """A 5xx is for good; with several recipients, only where all of them are. A 421 or no code is from nobody."""
     codes = [getattr(error, "smtp_code", 0)]
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         codes = [code for code, _ in error.recipients.values()]
-    return Failed(described(error), permanent=bool(codes) and all(code >= 500 for code in codes))
+    silent = all(code in _OUT_OF_REACH for code in codes)
+    return Failed(
+        described(error),
+        permanent=bool(codes) and all(code >= 500 for code in codes),
+        kind="unreachable" if silent else "answer",
+    )
 
 
 def from_url(url: str, *, timeout: float = TIMEOUT, public_only: bool = False) -> SmtpPublisher:

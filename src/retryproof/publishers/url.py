@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import re
 from typing import Any
 
-from retryproof.core.address import check_address, scheme_of
+from retryproof.core.address import FUNCTION, check_address, scheme_of
 from retryproof.core.errors import ConfigurationError
 from retryproof.publishers.base import Publisher
 from retryproof.publishers.function import from_path
@@ -19,12 +18,11 @@ _SCHEMES = {
     "redis": ("retryproof.publishers.redis", "redis"),
     "rediss": ("retryproof.publishers.redis", "redis"),
 }
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def open_publisher(url: str, **options: Any) -> Publisher:
     """The publisher of https://…, smtp://…, redis://…/stream or module:function; it connects when it first sends."""
-    if _FUNCTION.fullmatch(url):
+    if FUNCTION.fullmatch(url):
         if options:
             raise ConfigurationError(f"A function takes none of these options: {', '.join(options)}.")
         return from_path(url)

@@ -13,17 +13,14 @@ What landed stays here until the database knows, so that a lost answer costs not
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import inf
 from time import monotonic
-from typing import Any
 
-from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
-from retryproof.publishers.base import UNTRIED, Batch, Failed, Outcome, Progress, Publisher, being_cancelled, described
+from retryproof.publishers.base import UNTRIED, Batch, Outcome, Progress, Publisher, handed
 
 SLOW = 256
 """Messages that may be on their way beside a batch; with more, the relay waits for one to end."""
@@ -71,7 +68,6 @@ class Flights:
     def __init__(self, publisher: Publisher, changed: Callable[[], None]) -> None:
         self._publisher = publisher
         self._changed = changed
-        self._on_loop = inspect.iscoroutinefunction(publisher.publish)
         self._sendings: list[_Sending] = []
 
     def __bool__(self) -> bool:
@@ -85,7 +81,7 @@ class Flights:
         sent = [replace(message, chain=b"") for message in messages] if one_chain else list(messages)
         sending = _Sending(messages, sent, self._changed)
         batch = Batch(sent, lambda: live() and not sending.closed, timeout, sending.progress)
-        sending.task = asyncio.create_task(self._published(batch))
+        sending.task = asyncio.create_task(handed(self._publisher, batch))
         self._sendings.append(sending)
         await asyncio.sleep(0)
         return sending.task.done()
@@ -162,27 +158,6 @@ class Flights:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=LETTING_GO)
-
-    async def _published(self, batch: Batch) -> Sequence[Outcome]:
-        try:
-            if self._on_loop:
-                published: Any = await self._publisher.publish(batch)  # type: ignore[misc] # a coroutine, as was checked
-            else:
-                published = await asyncio.to_thread(self._publisher.publish, batch)
-        except asyncio.CancelledError as error:
-            if being_cancelled():
-                raise
-            return [Failed(described(error)) for _ in batch.messages]
-        except Exception as error:
-            log.warning("publishing %d messages failed", len(batch.messages), exc_info=True)
-            return [Failed(described(error)) for _ in batch.messages]
-        outcomes: Sequence[Outcome] = list(published)
-        count = len(batch.messages)
-        if len(outcomes) != count:
-            raise ConfigurationError(
-                f"The publisher gave {len(outcomes)} outcomes for {count} messages; it must give one each."
-            )
-        return outcomes
 
 
 class _Sending:

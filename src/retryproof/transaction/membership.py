@@ -43,6 +43,8 @@ class Membership:
         self._lease = microseconds(policy.lease)
         self._strict = policy.order == "strict"
         self._balance_at = 0.0
+        self._time = 0
+        """The store's time, in µs, when this process's monotonic clock was at 0; looked at with each balance."""
         self._floors = Floors()
         self._start_at = 0.0
         self._share = Share(policy.batch)
@@ -55,16 +57,30 @@ class Membership:
         """Whether the database may still be at work on what it gave no answer to."""
 
     @classmethod
-    async def join(cls, database: Database, policy: RelayPolicy) -> Membership:
-        """Become a relay; raises ConfigurationError where that would lose the order."""
-        await _check(database, policy)
+    async def join(
+        cls, database: Database, policy: RelayPolicy, routes: str, *, again: bool = False
+    ) -> Membership | None:
+        """Become a relay; None while there are some with other routes than this digest.
+
+        again: whether it was tried just before, and has warned already of what this role may not see.
+        Raises ConfigurationError where it would lose the order.
+        """
+        await _check(database, policy, warn=not again)
         id, begun = uuid4(), monotonic()
         lease, strict = microseconds(policy.lease), policy.order == "strict"
-        if not await database.perform(lambda: database.plans.join(id, lease, strict)):
-            raise ConfigurationError(
-                f"Relays of another order than {policy.order!r} are at work on this outbox; stop them first."
-            )
+        await database.perform(database.plans.bury)
+        match await database.perform(lambda: database.plans.join(id, lease, strict, routes)):
+            case "order":
+                raise ConfigurationError(
+                    f"Relays of another order than {policy.order!r} are at work on this outbox; stop them first."
+                )
+            case "routes":
+                return None
         return cls(database, policy, id, begun + policy.lease)
+
+    def now(self) -> int:
+        """The store's time in µs, as far as it is known since the last balance."""
+        return self._time + microseconds(monotonic())
 
     def live(self) -> bool:
         """Whether the lease is certain to last still."""
@@ -75,7 +91,7 @@ class Membership:
         while self.live():
             await asyncio.sleep(self._policy.lease / 3)
             with contextlib.suppress(StoreUnavailable):
-                if not await self._fenced(lambda: self._database.plans.renew(self._id, self._lease)):
+                if await self._fenced(lambda: self._database.plans.renew(self._id, self._lease)) is None:
                     self._lease_end = 0.0
 
     async def balance(self, slow: Sequence[Message] = ()) -> bool:
@@ -83,8 +99,11 @@ class Membership:
         if monotonic() < self._balance_at and self.live():
             return False
         await self._database.perform(self._database.plans.bury)
-        if not await self._fenced(lambda: self._database.plans.renew(self._id, self._lease)):
+        begun = monotonic()
+        time = await self._fenced(lambda: self._database.plans.renew(self._id, self._lease))
+        if time is None:
             raise self._lost()
+        self._time = time - microseconds(begun)
         kept = sorted({message.partition for message in slow})
         owned = await self._database.perform(lambda: self._database.plans.balance(self._id, self._strict, kept))
         if owned is None:
@@ -113,16 +132,20 @@ class Membership:
         """Seconds between two looks at the other relays."""
         return min(1.0, self._policy.lease / 4)
 
-    async def claim(self, slow: Sequence[Message] = ()) -> Sequence[Message]:
-        """A batch; of one, where that is to be tried alone. slow: what is on its way from earlier batches."""
+    async def claim(self, slow: Sequence[Message] = (), *, most: int | None = None) -> Sequence[Message]:
+        """A batch; of one, where that is to be tried alone. slow: what is on its way from earlier batches.
+
+        most: how many at most, if less than the policy's.
+        """
         if not self._floors.at:
             return []
         alone, self.alone = self._suspects and not (self.alone or self._strict), False
-        taken = await self._claim(slow, alone=alone)  # without an answer the next one is of the same kind
+        batch = min(self._policy.batch, most or self._policy.batch)
+        taken = await self._claim(slow, batch, alone=alone)  # without an answer the next one is of the same kind
         self.alone = alone
         if self.alone and not taken.messages:
             self.alone = False
-            taken = await self._claim(slow, alone=False)
+            taken = await self._claim(slow, batch, alone=False)
         self.set_aside = bool(taken.waiting)
         messages = sorted(taken.messages, key=_NUMBER)
         if slow:
@@ -133,11 +156,11 @@ class Membership:
             if messages:
                 self._floors.follow(dict.fromkeys(self._floors.at, messages[-1].sequence))
         elif not self.alone and len(messages) == len(taken.messages):
-            self._follow(messages, taken)
+            self._follow(messages, taken, batch)
         return messages
 
-    async def _claim(self, slow: Sequence[Message], *, alone: bool) -> Taken:
-        floors, share, batch = self._floors, self._share.size, self._policy.batch
+    async def _claim(self, slow: Sequence[Message], batch: int, *, alone: bool) -> Taken:
+        floors, share = self._floors, self._share.size
         starts = floors.begin()
         taken = await self._fenced(
             lambda: self._database.plans.claim(
@@ -159,7 +182,7 @@ class Membership:
         floors.learn(taken)
         return taken
 
-    def _follow(self, messages: Sequence[Message], taken: Taken) -> None:
+    def _follow(self, messages: Sequence[Message], taken: Taken, batch: int) -> None:
         """Where the next claim begins, and how much of each partition it takes."""
         ready: dict[int, int] = dict(Counter(taken.waiting)) if taken.waiting else {}
         found, last = dict(ready), {}
@@ -169,7 +192,7 @@ class Membership:
             if not message.parked:
                 ready[partition] = ready.get(partition, 0) + 1
                 last[partition] = message.sequence
-        all_asked = sum(ready.values()) < self._policy.batch
+        all_asked = sum(ready.values()) < batch
         size, owned = self._share.size, self._floors.at
         self._floors.follow(last, [one for one in owned if ready.get(one, 0) < size] if all_asked else ())
         if not messages:
@@ -217,7 +240,7 @@ class Membership:
 
         A statement that itself waited for them would see the rows as they were before.
         """
-        if not await self._database.perform(lambda: self._database.plans.renew(self._id, self._lease)):
+        if await self._database.perform(lambda: self._database.plans.renew(self._id, self._lease)) is None:
             raise self._lost()
         self._unanswered = False
 
@@ -226,8 +249,11 @@ class Membership:
         return LeaseLost("This relay's lease was lost; another one publishes what it had again, with the same ids.")
 
 
-async def _check(database: Database, policy: RelayPolicy) -> None:
-    """Raise ConfigurationError where working on this database would lose the order, or send another one's messages."""
+async def _check(database: Database, policy: RelayPolicy, *, warn: bool = True) -> None:
+    """Raise ConfigurationError where working on this database would lose the order, or send another one's messages.
+
+    warn: whether to say what this role may not see.
+    """
     settings = await database.perform(lambda: database.plans.settings(policy.partitions))
     if settings.partitions != policy.partitions:
         raise ConfigurationError(
@@ -243,6 +269,8 @@ async def _check(database: Database, policy: RelayPolicy) -> None:
             f"The numbers of this outbox cannot order its messages: {settings.disordered[0]}. "
             f"Stop whoever adds, and run: {settings.disordered[1]}"
         )
+    if not warn:
+        return
     if settings.unsure:
         log.warning(
             "this role may not ask which cluster this is; a backup of another one is noticed only where its "

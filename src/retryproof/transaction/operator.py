@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -9,8 +10,11 @@ from retryproof.core.message import PARTITIONS
 from retryproof.core.record import microseconds
 from retryproof.stores.sql.outbox import DeadLetter, Stats
 from retryproof.transaction.outbox_database import Database, open_database
+from retryproof.transaction.relay_policy import REMEMBERED
 
 PURGE_BATCH = 1_000
+
+log = logging.getLogger("retryproof.relay")
 
 
 class Operator:
@@ -32,9 +36,21 @@ class Operator:
         return list(await self._database.perform(lambda: self._database.plans.dead(topic=topic, limit=limit, ids=ids)))
 
     async def requeue(self, ids: Sequence[UUID]) -> int:
-        """Have dead letters tried again, after all that is pending; their ids stay. How many there were."""
+        """Have dead letters tried again, after all that is pending; their ids stay. How many there were.
+
+        Their age and their counts begin anew. Where some are older than receivers remember, the log warns.
+        """
         await self._prepare()
-        return await self._database.perform(lambda: self._database.plans.requeue(ids))
+        remembered = microseconds(REMEMBERED)
+        count, late = await self._database.perform(lambda: self._database.plans.requeue(ids, remembered))
+        if late:
+            log.warning(
+                "%d of the %d requeued messages are older than a day, for which receivers remember ids: one that "
+                "reached its receiver before may take effect a second time",
+                late,
+                count,
+            )
+        return count
 
     async def drop(self, ids: Sequence[UUID]) -> int:
         """Forget dead letters."""

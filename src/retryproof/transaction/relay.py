@@ -12,29 +12,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from math import inf
 from time import monotonic
-from typing import Any, cast
 
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.message import Message
-from retryproof.publishers.base import Failed, Outcome, Publisher
-from retryproof.publishers.function import FunctionPublisher
-from retryproof.publishers.url import open_publisher
+from retryproof.core.record import microseconds
+from retryproof.publishers.base import DELIVERED, UNTRIED, Failed, Outcome, Publisher
 from retryproof.stores.sql.outbox import Stats
+from retryproof.transaction.breaker import FIRST_PAUSE, PROBES, Breaker
 from retryproof.transaction.flights import Flights
 from retryproof.transaction.membership import Membership
 from retryproof.transaction.outbox_database import Database, open_database
-from retryproof.transaction.relay_policy import RelayPolicy, Totals, conclude
+from retryproof.transaction.relay_policy import REMEMBERED, RelayPolicy, Totals, conclude
+from retryproof.transaction.routes import EVERYTHING, Destination, Routes
 from retryproof.transaction.wakeups import Wakeups
 
 LONGEST_PAUSE = 5.0
 """Seconds between tries while the database gives no answer."""
+
+UNROUTED = 30.0
+"""Seconds until a message without a route is looked at again."""
+SAY_AGAIN = 60.0
+"""Seconds after which what is wrong still is said again."""
 
 log = logging.getLogger("retryproof.relay")
 
@@ -42,15 +46,18 @@ log = logging.getLogger("retryproof.relay")
 class Relay:
     """Publishes what the outbox of a database holds.
 
-    store: the database's URL. publisher: a Publisher, its URL, or a function of one message.
-    Of one event loop; nothing is opened before `run` or `run_once`. Several may work on one database.
+    store: the database's URL. publisher: a Publisher, its URL, or a function of one message. routes: the same by topic,
+    for those that go elsewhere; without a publisher, messages of other topics wait, and the log says so.
+    Of one event loop; nothing is opened before `run` or `run_once`. Several may work on one database; where they have
+    other publishers or routes, the later ones stand by until the earlier ones have left.
     """
 
     def __init__(
         self,
         store: str,
-        publisher: Publisher | str | Callable[[Message], Any],
+        publisher: Destination | None = None,
         *,
+        routes: Mapping[str, Destination] | None = None,
         policy: RelayPolicy | None = None,
         timeout: float = 5.0,
     ) -> None:
@@ -58,14 +65,26 @@ class Relay:
         self.totals = Totals()
         self._url = store
         self._timeout = timeout
-        self._publisher = _publisher(publisher)
+        self._routes = Routes({**({} if publisher is None else {EVERYTHING: publisher}), **(routes or {})})
+        self._only = self._routes.one
         self._woken = asyncio.Event()
-        self._flights = Flights(self._publisher, self._woken.set)
+        self._flights = Flights(self._only or self._routes, self._woken.set)
+        self._breakers: dict[int, Breaker] = {}
+        self._down: dict[int, Breaker] = {}
+        self._unrouted: dict[str, float] = {}
+        self._standing_by_since: float | None = None
+        self._say_again_at = 0.0
         self._database: Database | None = None
         self._stopping = False
         self._stop_at = inf
         self._member: Membership | None = None
         self._looked_at = 0.0
+        if self.policy.give_up_after > REMEMBERED:
+            log.warning(
+                "give_up_after= is %.0f h, and receivers remember ids for a day as a rule: what is sent again later "
+                "may take effect a second time",
+                self.policy.give_up_after / 3600,
+            )
 
     async def run(self) -> Totals:
         """Work until `stop` is called; what is on its way is finished first.
@@ -129,7 +148,9 @@ class Relay:
         """
         self._woken.clear()
         self._looked_at = monotonic()
-        member = await self._joined()
+        member = await self._member_or_not()
+        if member is None:
+            return None
         try:
             return await self._pass(member)
         except LeaseLost:
@@ -144,11 +165,40 @@ class Relay:
         if self._flights.full:
             await self._until_landed(member)
             totals.add(await self._finish(member))
-        taken = [] if self._stopping and self._flights else await member.claim(self._flights.on_their_way())
+        taken = await self._claimed(member)
         if taken:
             refused = await self._publish(member, taken)
             totals.add(await self._finish(member, refused, batch=True))
         return totals if taken or totals.any or member.set_aside else None
+
+    async def _claimed(self, member: Membership) -> Sequence[Message]:
+        """A batch; none once the relay is to stop, or while all that it sends to is down, and then a few."""
+        if self._stopping and self._flights:
+            return []
+        most = None
+        if self._down and (len(self._down) == len(self._routes.publishers)):
+            if all(breaker.closed_for for breaker in self._down.values()):
+                return []
+            most = PROBES
+        return await member.claim(self._flights.on_their_way(), most=most)
+
+    def _learn(self, messages: Sequence[Message], outcomes: Sequence[Outcome]) -> None:
+        """Note which destinations are out of reach, and which are not any more."""
+        if not self._down and all(outcome is DELIVERED for outcome in outcomes):
+            return
+        by_destination: dict[int, list[Outcome]] = {}
+        for message, outcome in zip(messages, outcomes, strict=True):
+            by_destination.setdefault(id(self._publisher_of(message)), []).append(outcome)
+        for destination, theirs in by_destination.items():
+            breaker = self._breakers.setdefault(destination, Breaker())
+            breaker.note(theirs)
+            if breaker.down:
+                self._down[destination] = breaker
+            else:
+                self._down.pop(destination, None)
+
+    def _publisher_of(self, message: Message) -> Publisher | None:
+        return self._only or self._routes.of(message.topic)
 
     async def _finish(
         self, member: Membership, refused: Sequence[tuple[Message, Outcome]] = (), *, batch: bool = False
@@ -157,10 +207,11 @@ class Relay:
         messages, outcomes = self._flights.landed()
         if not (messages or refused or self._flights.unheld):
             return Totals()
+        self._learn(messages, outcomes)
         if refused:
             pairs = sorted([*refused, *zip(messages, outcomes, strict=True)], key=_number)
             messages, outcomes = [message for message, _ in pairs], [outcome for _, outcome in pairs]
-        conclusion, totals = conclude(messages, outcomes, self.policy, self._flights.slow())
+        conclusion, totals = conclude(messages, outcomes, self.policy, self._flights.slow(), now=member.now())
         all_done = len(conclusion.done) == len(messages)
         await member.finish(conclusion, all_done=all_done if batch else None)
         self._flights.noted()
@@ -182,9 +233,7 @@ class Relay:
                 await self._drained(member)
                 await member.leave()
         await self._flights.abandon()
-        closed = self._publisher.close()
-        if inspect.isawaitable(closed):
-            await closed
+        await self._routes.close()
         database, self._database = self._database, None
         if database is not None:
             await database.aclose()
@@ -196,10 +245,44 @@ class Relay:
             self._database = open_database(self._url, timeout=self._timeout)
         return self._database
 
+    @property
+    def standing_by(self) -> bool:
+        """Whether relays with other routes were at work at the last look, so that this one does nothing."""
+        return self._standing_by_since is not None
+
     async def _joined(self) -> Membership:
+        """This relay's membership; raises ConfigurationError where it has to stand by."""
+        member = await self._member_or_not()
+        if member is None:
+            raise ConfigurationError("Relays with other routes are at work on this outbox.")
+        return member
+
+    async def _member_or_not(self) -> Membership | None:
+        """This relay's membership; None while relays with other routes are at work."""
         if self._member is None:
-            self._member = await Membership.join(self._opened(), self.policy)
+            self._member = await Membership.join(
+                self._opened(), self.policy, self._routes.digest, again=self.standing_by
+            )
+            self._tell_of_standing_by()
         return self._member
+
+    def _tell_of_standing_by(self) -> None:
+        """Say that this relay stands by, at once and each minute, and that it does so no more."""
+        now, since = monotonic(), self._standing_by_since
+        if self._member is not None:
+            if since is not None:
+                log.warning("the relays with other routes have left; this one works from now on")
+            self._standing_by_since = None
+            return
+        if since is None:
+            self._standing_by_since = since = self._say_again_at = now
+        if now >= self._say_again_at:
+            self._say_again_at = now + SAY_AGAIN
+            log.warning(
+                "standing by for %.0f s: relays with other routes are at work on this outbox. This one takes over when "
+                "they have left; two that are to work beside each other need the same destinations",
+                now - since,
+            )
 
     def _longer(self, pause: float) -> float:
         return min(self.policy.max_poll, max(self.policy.poll, 2 * pause))
@@ -263,33 +346,79 @@ class Relay:
                 await renewing
 
     async def _publish(self, member: Membership, messages: Sequence[Message]) -> list[tuple[Message, Outcome]]:
-        """Publish; what is too large, or killed its relay too often, is not sent but given back."""
-        limit = self._publisher.max_payload
-        if not member.alone and (limit is None or max(len(message.payload) for message in messages) <= limit):
+        """Publish; what is not to be sent, and what waits behind that, is given back with the reason."""
+        tried = [message for message in messages if message.failed_at is not None]
+        limited = self._only is None or self._only.max_payload is not None or bool(self._down)
+        if not (tried or limited):
             await self._send(member, messages)
             return []
-        refused = [(message, why) for message in messages if (why := self._refusal(message, member.alone))]
-        unsent = {message.sequence for message, _ in refused}
-        left = [message for message in messages if message.sequence not in unsent]
+        refused: list[tuple[Message, Outcome]] = []
+        left: list[Message] = []
+        waiting: set[tuple[int, bytes]] = set()
+        for message in messages:
+            why: Outcome | None = UNTRIED if self._line(message) in waiting else self._refusal(message, member)
+            if why is None:
+                left.append(message)
+                continue
+            refused.append((message, why))
+            if not (isinstance(why, Failed) and why.permanent):
+                waiting.add(self._line(message))
         if left:
             await self._send(member, left)
-        return [*refused]
+        return refused
 
-    def _refusal(self, message: Message, alone: bool) -> Failed | None:
-        limit = self._publisher.max_payload
+    def _line(self, message: Message) -> tuple[int, bytes]:
+        """What waits while an earlier one does: its chain, or everything where the order is strict."""
+        return (0, b"") if self.policy.order == "strict" else message.line
+
+    def _refusal(self, message: Message, member: Membership) -> Failed | None:
+        """Why a message is not sent, or None."""
+        publisher = self._publisher_of(message)
+        if publisher is None:
+            self._tell_of_unrouted(message.topic)
+            pause = min(UNROUTED, self.policy.max_backoff)
+            return Failed(f"no route for the topic {message.topic!r}", retry_after=pause, kind="unsent")
+        limit = publisher.max_payload
         if limit is not None and len(message.payload) > limit:
             return Failed(
                 f"the payload has {len(message.payload)} bytes, and the publisher takes {limit}", permanent=True
             )
-        if alone and message.attempts >= self.policy.max_attempts:
-            why = f"each of {message.attempts} attempts ended with the relay's death or a failure"
-            return Failed(why, permanent=True)
+        if message.deaths >= self.policy.max_deaths:
+            return Failed(f"each of {message.deaths} attempts alone ended with the relay's death", permanent=True)
+        if (too_old := self.policy.too_old(message, member.now())) is not None:
+            return Failed(too_old, permanent=True)
+        breaker = self._down.get(id(publisher))
+        if breaker is not None and not member.alone and not breaker.admits():
+            pause = breaker.closed_for or FIRST_PAUSE
+            return Failed("its destination is out of reach", retry_after=pause, kind="unsent")
+        self._warn_of_late(message, member.now())
         return None
+
+    def _warn_of_late(self, message: Message, now: int) -> None:
+        """Say that a message is sent again after receivers forgot that they had it."""
+        if message.failed_at is not None and now - message.failed_at > microseconds(REMEMBERED):
+            log.warning(
+                "sending %s (topic %s) again more than a day after its first failure: where that had arrived after "
+                "all, its receiver may not remember, and it takes effect a second time",
+                message.id,
+                message.topic,
+            )
+
+    def _tell_of_unrouted(self, topic: str) -> None:
+        """Say it at once and each minute."""
+        if (now := monotonic()) >= self._unrouted.get(topic, 0.0):
+            self._unrouted[topic] = now + SAY_AGAIN
+            log.error(
+                "no route for the topic %r: its messages, and later ones of their keys, wait until a relay has one "
+                "(--to %s=URL)",
+                topic,
+                topic,
+            )
 
     async def _send(self, member: Membership, messages: Sequence[Message]) -> None:
         """Send a batch; one that others must not overtake, or be suspected with, for as long as it takes."""
         strict = self.policy.order == "strict"
-        last = member.alone and messages[0].attempts + 1 >= self.policy.max_attempts
+        last = member.alone and messages[0].deaths + 1 >= self.policy.max_deaths
 
         def live() -> bool:
             return member.live() and monotonic() < self._stop_at
@@ -299,14 +428,6 @@ class Relay:
                 await self._flights.go_on(
                     inf if strict or last else self.policy.patience, lambda: monotonic() >= self._stop_at
                 )
-
-
-def _publisher(given: Publisher | str | Callable[[Message], Any]) -> Publisher:
-    if isinstance(given, str):
-        return open_publisher(given)
-    if hasattr(given, "publish"):
-        return cast(Publisher, given)
-    return FunctionPublisher(given)
 
 
 def _number(pair: tuple[Message, Outcome]) -> int:

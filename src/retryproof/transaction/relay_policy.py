@@ -1,22 +1,62 @@
-"""How a relay works, and what becomes of the messages that it tried: pure (T6)."""
+"""How a relay works, and what becomes of the messages that it tried: pure (T6).
+
+A failure is one of five kinds, and COUNTS says towards what each counts. A message is given up when one of these is
+full: its age since its own first failure, the answers about itself, the relays that died while they sent it alone. A
+receiver that is out of reach says nothing about a message, so it only lets it age. The age ends below the day that
+receivers remember ids for: what is sent later than that may take effect a second time.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.message import PARTITIONS, Conclusion, Failure, Message
+from retryproof.core.message import PARTITIONS, UNCOUNTED, Conclusion, Failure, Message
 from retryproof.core.record import microseconds
 from retryproof.publishers.base import DELIVERED, Delivered, Failed, Outcome, Untried
 
 MAX_BATCH = 1_000
+REMEMBERED = 86_400.0
+"""Seconds for which receivers are taken to remember a message's id; what comes later is new to them."""
 _POSITIVE = (
-    *("batch", "lease", "max_attempts", "backoff", "max_backoff", "poll", "max_poll", "patience", "timeout"),
+    *(
+        "batch",
+        "lease",
+        "max_attempts",
+        "max_deaths",
+        "give_up_after",
+        "backoff",
+        "max_backoff",
+        "poll",
+        "max_poll",
+        "patience",
+        "timeout",
+    ),
     "partitions",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a failure counts towards. at_once: it ends the message whatever was before."""
+
+    at_once: bool = False
+    age: bool = False
+    answers: bool = False
+    deaths: bool = False
+
+
+COUNTS: Mapping[str, Counts] = {
+    "refusal": Counts(at_once=True),
+    "answer": Counts(age=True, answers=True),
+    "unreachable": Counts(age=True),
+    "death": Counts(age=True, deaths=True),  # alone; beside others it counts towards the age only
+    "unsent": Counts(),
+}
+"""By kind of failure; a death is counted where the dead relay is buried, all others where a batch ends."""
 
 
 @dataclass(slots=True)
@@ -51,9 +91,12 @@ class RelayPolicy:
     """How a relay works. Times are seconds.
 
     batch: messages a claim. lease: how long what a dead relay held stays unpublished.
-    max_attempts: failures, or deaths of the relay while it published the message alone, until dead letters.
+    give_up_after: age of a message, since its own first failure, at which it becomes a dead letter; 20 hours, below the
+    day that receivers remember. max_attempts: answers about the message itself (4xx, 500, an exception of a function)
+    until dead letters. max_deaths: relays that died while they sent it alone, until dead letters.
     backoff, max_backoff: the longest pause after the first failure, doubled after each, and its limit; the pause is a
-    random part of it. on_failure: "block" holds later messages of the key back, "pass" sends them.
+    random part of it. With the defaults, max_attempts answers take about two hours.
+    on_failure: "block" holds later messages of the key back, "pass" sends them.
     order: "key", or "strict": all messages, one relay at a time. The one goes first whose transaction had committed
     when the other was added.
     poll, max_poll: the pause after nothing was found, doubled up to the limit.
@@ -66,9 +109,11 @@ class RelayPolicy:
 
     batch: int = 100
     lease: float = 15.0
-    max_attempts: int = 8
+    give_up_after: float = 72_000.0
+    max_attempts: int = 16
+    max_deaths: int = 5
     backoff: float = 1.0
-    max_backoff: float = 300.0
+    max_backoff: float = 3_600.0
     on_failure: Literal["block", "pass"] = "block"
     order: Literal["key", "strict"] = "key"
     poll: float = 0.02
@@ -95,11 +140,33 @@ class RelayPolicy:
         """Seconds to wait after so many failures: full jitter."""
         return random.uniform(0.0, min(self.max_backoff, self.backoff * 2.0 ** min(attempts - 1, 60)))
 
+    def too_old(self, message: Message, now: int) -> str | None:
+        """Why a message is too old to be sent again, or None; now: µs by the store's clock."""
+        if message.failed_at is None or (age := (now - message.failed_at) / 1e6) < self.give_up_after:
+            return None
+        return f"given up {age / 3600:.1f} h after its first failure"
+
+    def given_up(self, message: Message, failure: Failed, now: int) -> str | None:
+        """Why a message is given up after this failure, or None."""
+        counts = COUNTS[failure.counts_as]
+        if counts.at_once or (counts.answers and message.answers + 1 >= self.max_attempts):
+            return failure.reason
+        why = self.too_old(message, now) if counts.age else None
+        return why and f"{failure.reason} ({why})"
+
 
 def conclude(
-    messages: Sequence[Message], outcomes: Sequence[Outcome], policy: RelayPolicy, slow: Sequence[Message] = ()
+    messages: Sequence[Message],
+    outcomes: Sequence[Outcome],
+    policy: RelayPolicy,
+    slow: Sequence[Message] = (),
+    *,
+    now: int,
 ) -> tuple[Conclusion, Totals]:
-    """What becomes of each message; only the first failure of a chain counts. slow: those that are sent still."""
+    """What becomes of each message; only the first failure of a chain counts. slow: those that are sent still.
+
+    now: µs by the store's clock.
+    """
     if all(outcome is DELIVERED for outcome in outcomes) and not any(message.parked for message in messages):
         return Conclusion(messages, slow=slow), Totals(len(messages))
     done: list[Message] = []
@@ -107,22 +174,33 @@ def conclude(
     failed: list[Failure] = []
     closed: set[tuple[int, bytes]] = set()
     for message, outcome in zip(messages, outcomes, strict=True):
-        attempts = message.attempts + 1
         match outcome:
             case Delivered():
                 done.append(message)
             case Failed() if message.line in closed:
                 pass
-            case Failed(reason=reason, permanent=permanent) if permanent or attempts >= policy.max_attempts:
-                dead.append((message, attempts, reason))
-            case Failed(reason=reason, retry_after=retry_after):
-                delay = max(policy.delay(attempts), retry_after or 0.0)
-                failed.append(Failure(message, attempts, reason, microseconds(delay)))
+            case Failed():
+                why = policy.given_up(message, outcome, now)
+                if why is not None:
+                    dead.append((message, message.attempts + 1, why))
+                    continue
+                failed.append(_failure(message, outcome, policy))
                 if policy.on_failure == "block":
                     closed.add(message.line)
             case Untried():
                 pass
     ended = (*done, *(message for message, _, _ in dead), *(failure.message for failure in failed))
     lines = {message.line for message in ended if message.parked} - closed - {message.line for message in slow}
-    totals = Totals(len(done), len(failed), len(dead), len(messages) - len(done) - len(dead) - len(failed))
+    counted = sum(failure.answers != UNCOUNTED for failure in failed)
+    totals = Totals(len(done), counted, len(dead), len(messages) - len(done) - len(dead) - counted)
     return Conclusion(done, dead, failed, sorted(lines), slow), totals
+
+
+def _failure(message: Message, outcome: Failed, policy: RelayPolicy) -> Failure:
+    """A failure after which the message is tried again."""
+    counts = COUNTS[outcome.counts_as]
+    if not counts.age:  # not sent: it waits for so long, and nothing is counted
+        return Failure(message, message.attempts, outcome.reason, microseconds(outcome.retry_after or 0.0), UNCOUNTED)
+    attempts, answers = message.attempts + 1, message.answers + counts.answers
+    delay = max(policy.delay(attempts), outcome.retry_after or 0.0)
+    return Failure(message, attempts, outcome.reason, microseconds(delay), answers)

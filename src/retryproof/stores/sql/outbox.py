@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 from uuid import UUID
 
 from retryproof.core.message import Conclusion, Message
@@ -87,6 +87,10 @@ class DeadLetter:
     died_at: int
 
 
+Rival: TypeAlias = Literal["order", "routes"]
+"""In what relays differ, of which only one kind may be at work."""
+
+
 class OutboxPlans(Protocol):
     """The plans of one dialect. Each is one transaction; `lease` and `delay` are µs."""
 
@@ -99,14 +103,22 @@ class OutboxPlans(Protocol):
     def settings(self, partitions: int) -> Plan[Settings]:
         """What the database says; where tables are made on the way, they get so many partitions."""
 
-    def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
-        """Become a relay; False where relays of the other order are alive."""
+    def join(self, relay: UUID, lease: int, strict: bool, routes: str) -> Plan[Rival | None]:
+        """Become a relay with a digest of its routes; or in what those differ that are there.
 
-    def renew(self, relay: UUID, lease: int) -> Plan[bool]:
-        """Extend the lease; False where it was lost."""
+        Bury those whose lease is over before: until then they could come back, and stand in the way. Of two that join
+        at the same time with different routes at most one stays; the other one tries again.
+        """
+
+    def renew(self, relay: UUID, lease: int) -> Plan[int | None]:
+        """Extend the lease; the store's time in µs, or None where it was lost."""
 
     def bury(self) -> Plan[int]:
-        """Remove relays whose lease is over; what they had on its way is to be tried alone."""
+        """Remove relays whose lease is over; what they had on its way is to be tried alone.
+
+        A message that was tried alone has one death more: here and nowhere else, so that only deaths are counted, and
+        each once (C15). The age of all of them begins, since they may have been sent.
+        """
 
     def balance(self, relay: UUID, strict: bool, kept: Sequence[int] = ()) -> Plan[Sequence[int] | None]:
         """Take or give up partitions until all live relays have as many; those it has, or None where it is gone.
@@ -133,7 +145,7 @@ class OutboxPlans(Protocol):
     ) -> Plan[Taken]:
         """Take a batch, the lowest numbers: at most `share` of each partition, in the order of `floors`.
 
-        alone: one message that a dead relay left, its attempt counted. slow: messages that stay on their way.
+        alone: one message that a dead relay left. slow: messages that stay on their way.
         floors: where to begin in each partition. open: transactions, each with a number that is below all of its own:
         where one of them has ended, partitions are begun there at the most. server: on another one, at the first.
         """
@@ -150,8 +162,11 @@ class OutboxPlans(Protocol):
     def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
         """Dead letters, the oldest first."""
 
-    def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
-        """Put dead letters back, at the end, with their ids; how many there were."""
+    def requeue(self, ids: Sequence[UUID], remembered: int) -> Plan[tuple[int, int]]:
+        """Put dead letters back, at the end, with their ids and nothing counted.
+
+        How many there were, and how many of them are older than `remembered` µs.
+        """
 
     def drop(self, ids: Sequence[UUID]) -> Plan[int]:
         """Forget dead letters."""

@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from retryproof.core.message import Conclusion, Message
-from retryproof.stores.sql.outbox import HELD, DeadLetter, Settings, Stats, Taken
+from retryproof.core.message import UNCOUNTED, Conclusion, Message
+from retryproof.stores.sql.outbox import HELD, DeadLetter, Rival, Settings, Stats, Taken
 from retryproof.stores.sql.plan import Plan, Row, Statement
 
 CHANNEL = "retryproof_outbox"
@@ -34,9 +34,9 @@ GATE = -1
 """The partition that stands for all of them where the order is strict, with an empty chain."""
 
 _SENT = "id, topic, payload, key, headers, content_type, trace, attempts, created_at"
-_MESSAGE = f"{_SENT}, sequence, partition, chain"  # as Message has them, which is made from a row as it comes
-_COUNTED = _MESSAGE.replace("attempts", "greatest(0, attempts - (sequence = ANY(flight))::int) AS attempts")
-"""Of a message to be tried alone: one that is on its way already was counted by a claim that had no answer."""
+_KEPT = f"{_SENT}, sequence, partition, chain"
+_MESSAGE = f"{_KEPT}, failed_at, answers, deaths"
+"""As Message has them, which is made from a row as it comes."""
 _TAKEN = f"{_MESSAGE}, was_parked, xid"
 
 
@@ -106,15 +106,19 @@ class PostgresOutbox:
         ((last,),) = yield self._statement("last_number")
         return None if last is None else int(last)
 
-    def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
-        """Become a relay."""
-        rows = yield self._statement("join", relay, lease, strict)
-        return bool(rows)
+    def join(self, relay: UUID, lease: int, strict: bool, routes: str) -> Plan[Rival | None]:
+        """Become a relay: look, be there, and look again, since two that join at once do not see each other."""
+        yield self._statement("join", relay, lease, strict, routes)
+        ((there, other_order),) = yield self._statement("rivals", relay, strict, routes)
+        if there and other_order is None:
+            return None
+        yield self._statement("leave", relay)
+        return "order" if other_order else "routes"
 
-    def renew(self, relay: UUID, lease: int) -> Plan[bool]:
+    def renew(self, relay: UUID, lease: int) -> Plan[int | None]:
         """Extend the lease."""
         rows = yield self._statement("renew", relay, lease)
-        return bool(rows)
+        return int(rows[0][0]) if rows else None
 
     def bury(self) -> Plan[int]:
         """Remove relays whose lease is over."""
@@ -186,6 +190,7 @@ class PostgresOutbox:
             [failure.attempts for failure in failed],
             [_clean(failure.reason) for failure in failed],
             [failure.delay for failure in failed],
+            [failure.answers for failure in failed],
             _numbers(conclusion.slow),
         )
         if strict:
@@ -209,10 +214,10 @@ class PostgresOutbox:
         rows = yield self._statement("letters", topic, limit, [str(id) for id in ids])
         return [DeadLetter(_message(row[:12]), row[12], row[13]) for row in rows]
 
-    def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
+    def requeue(self, ids: Sequence[UUID], remembered: int) -> Plan[tuple[int, int]]:
         """Put dead letters back, at the end: their old numbers are behind what was sent meanwhile."""
-        ((count,),) = yield self._statement("requeue", [str(id) for id in ids])
-        return int(count)
+        ((count, late),) = yield self._statement("requeue", [str(id) for id in ids], remembered)
+        return int(count), int(late)
 
     def drop(self, ids: Sequence[UUID]) -> Plan[int]:
         """Forget dead letters."""
@@ -299,12 +304,17 @@ _BURIED = f"""dead AS (
     DELETE FROM {{outbox}} o USING held, unnest($4::bigint[], $5::int[], $6::text[]) d(sequence, tried, why)
     WHERE o.sequence = d.sequence RETURNING o.*, d.tried, d.why
 ), buried AS (
-    INSERT INTO {{letters}} ({_MESSAGE}, reason, died_at)
-    SELECT {_MESSAGE.replace("attempts", "tried")}, why, {NOW} FROM dead
+    INSERT INTO {{letters}} ({_KEPT}, reason, died_at)
+    SELECT {_KEPT.replace("attempts", "tried")}, why, {NOW} FROM dead
     ON CONFLICT (id) DO UPDATE SET reason = excluded.reason, died_at = excluded.died_at, attempts = excluded.attempts
 ), fails AS MATERIALIZED (
-    SELECT f.* FROM held, unnest($7::bigint[], $8::int[], $9::text[], $10::bigint[]) f(sequence, tried, why, delay)
+    SELECT f.* FROM held, unnest($7::bigint[], $8::int[], $9::text[], $10::bigint[], $11::int[])
+        f(sequence, tried, why, delay, answers)
 ), ended AS MATERIALIZED (SELECT unnest($3::bigint[] || $4::bigint[]) AS sequence)"""
+_FAILED = f"""attempts = f.tried, reason = f.why,
+        alone = o.alone AND f.answers = {UNCOUNTED},
+        answers = CASE WHEN f.answers = {UNCOUNTED} THEN o.answers ELSE f.answers END,
+        failed_at = CASE WHEN f.answers = {UNCOUNTED} THEN o.failed_at ELSE coalesce(o.failed_at, {NOW}) END"""
 _ADD = "id, partition, chain, topic, payload, key, headers, content_type, trace"
 
 
@@ -358,17 +368,23 @@ THEN coalesce(pg_sequence_last_value(s.id), 0) END
 FROM (SELECT pg_get_serial_sequence('{outbox}', 'sequence')::regclass AS id) s""",
     "server": "SELECT system_identifier::text FROM pg_catalog.pg_control_system()",
     "own": "UPDATE {settings} SET cluster = $1::text WHERE cluster IS NULL RETURNING 1",
-    "join": f"""INSERT INTO {{relays}} (id, lease_until, strict)
-SELECT $1::uuid, {NOW} + $2::bigint, $3::boolean
-WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> $3::boolean AND lease_until > {NOW}) RETURNING 1""",
-    "renew": f"UPDATE {{relays}} SET lease_until = {NOW} + $2::bigint WHERE id = $1::uuid RETURNING 1",
+    "join": f"""INSERT INTO {{relays}} (id, lease_until, strict, routes)
+SELECT $1::uuid, {NOW} + $2::bigint, $3::boolean, $4::text
+WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> $3::boolean OR routes IS DISTINCT FROM $4::text)
+ON CONFLICT (id) DO NOTHING""",
+    "rivals": """SELECT EXISTS (SELECT FROM {relays} WHERE id = $1::uuid), (
+    SELECT bool_or(strict <> $2::boolean) FROM {relays}
+    WHERE id <> $1::uuid AND (strict <> $2::boolean OR routes IS DISTINCT FROM $3::text)
+)""",
+    "renew": f"UPDATE {{relays}} SET lease_until = {NOW} + $2::bigint WHERE id = $1::uuid RETURNING {NOW}",
     "bury": f"""WITH over AS MATERIALIZED (
     SELECT id FROM {{relays}} WHERE lease_until < {NOW} FOR UPDATE SKIP LOCKED
 ), buried AS (
     DELETE FROM {{relays}} r USING over WHERE r.id = over.id RETURNING r.*
 ), suspects AS (
-    UPDATE {{outbox}} o SET parked = NOT f.strict, alone = true
-    FROM (SELECT strict, unnest(flight) AS sequence FROM buried) f WHERE o.sequence = f.sequence
+    UPDATE {{outbox}} o SET parked = NOT f.strict, alone = true, attempts = o.attempts + o.alone::int,
+        deaths = o.deaths + o.alone::int, failed_at = coalesce(o.failed_at, greatest(f.lease_until, o.created_at))
+    FROM (SELECT strict, lease_until, unnest(flight) AS sequence FROM buried) f WHERE o.sequence = f.sequence
     RETURNING CASE WHEN f.strict THEN {GATE} ELSE o.partition END AS partition,
         CASE WHEN f.strict THEN ''::bytea ELSE o.chain END AS chain
 ), marked AS (
@@ -392,8 +408,7 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     "mine": "SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition",
     "leave": "DELETE FROM {relays} WHERE id = $1::uuid AND flight = '{{}}' RETURNING 1",
     "claim": f"""WITH {_seen("$9", "$10", "$11")}, held AS MATERIALIZED (
-    SELECT id, CASE WHEN $7::boolean THEN flight ELSE '{{{{}}}}' END AS flight
-    FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
 ), owned AS MATERIALIZED (
     SELECT p.partition, least(p.floor, seen.low) AS floor
     FROM held, seen, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
@@ -405,7 +420,7 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
 ), retried AS MATERIALIZED (
     SELECT o.* FROM held, due, LATERAL (
-        SELECT {_COUNTED}, true AS was_parked, xid FROM {{outbox}} o
+        SELECT {_MESSAGE}, true AS was_parked, xid FROM {{outbox}} o
         WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
         ORDER BY o.sequence + 0 LIMIT $5::bigint
     ) o LIMIT $4::bigint
@@ -420,8 +435,6 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     ) o WHERE NOT $7::boolean LIMIT $4::bigint
 ), parking AS (
     UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.sequence = f.sequence
-), counted AS (
-    UPDATE {{outbox}} o SET attempts = r.attempts + 1 FROM retried r WHERE $7::boolean AND o.sequence = r.sequence
 ), taken AS MATERIALIZED (
     SELECT {_TAKEN} FROM retried UNION ALL SELECT {_TAKEN} FROM found WHERE NOT waits
 ), flight AS (
@@ -435,7 +448,7 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 )
 {_answer(_SUSPECTS, _WAITING)}""",
     "claim_strict": f"""WITH {_seen("$5", "$6", "$7")}, held AS MATERIALIZED (
-    SELECT id, flight FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
 ), gate AS MATERIALIZED (
     SELECT due_at, alone FROM {{blocked}} WHERE partition = {GATE}
 ), found AS MATERIALIZED (
@@ -447,10 +460,8 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 ), first_alone AS MATERIALIZED (
     SELECT min(sequence) AS sequence FROM found WHERE alone
 ), single AS MATERIALIZED (
-    SELECT {_COUNTED}, true AS was_parked, xid
-    FROM (SELECT * FROM found ORDER BY sequence LIMIT 1) f, (SELECT flight FROM held) h WHERE f.alone
-), counted AS (
-    UPDATE {{outbox}} o SET attempts = s.attempts + 1 FROM single s WHERE o.sequence = s.sequence
+    SELECT {_MESSAGE}, true AS was_parked, xid
+    FROM (SELECT * FROM found ORDER BY sequence LIMIT 1) f WHERE f.alone
 ), taken AS MATERIALIZED (
     SELECT {_TAKEN} FROM single UNION ALL SELECT {_TAKEN} FROM found f
     WHERE NOT EXISTS (SELECT FROM first_alone a WHERE f.sequence >= a.sequence)
@@ -464,14 +475,14 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 )
 {_answer("false", "NULL::int[]")}""",
     "finish_plain": f"WITH {_fenced()}, {_ENDED} SELECT count(*) FROM held",
-    "finish": f"""WITH {_fenced("$11::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
-    UPDATE {{outbox}} o SET parked = true, alone = false, attempts = f.tried, reason = f.why,
-        chain = CASE WHEN $16::boolean THEN uuid_send(o.id) ELSE o.chain END
+    "finish": f"""WITH {_fenced("$12::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
+    UPDATE {{outbox}} o SET parked = true, {_FAILED},
+        chain = CASE WHEN $17::boolean THEN uuid_send(o.id) ELSE o.chain END
     FROM fails f WHERE o.sequence = f.sequence
-    RETURNING o.partition, o.chain, o.sequence, f.delay
+    RETURNING o.partition, o.chain, o.sequence, o.alone, f.delay
 ), lines AS MATERIALIZED (
     SELECT t.partition, t.chain, count(o.sequence) AS more, coalesce(bool_or(o.alone), false) AS alone
-    FROM held CROSS JOIN unnest($14::int[], $15::bytea[]) AS t(partition, chain)
+    FROM held CROSS JOIN unnest($15::int[], $16::bytea[]) AS t(partition, chain)
     LEFT JOIN LATERAL (
         SELECT o.sequence, EXISTS (
             SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = t.partition AND a.chain = t.chain
@@ -489,14 +500,14 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     WHERE b.partition = l.partition AND b.chain = l.chain AND l.more > 0
 ), blocking AS (
     INSERT INTO {{blocked}} (partition, chain, due_at, alone)
-    SELECT f.partition, f.chain, {NOW} + f.delay, EXISTS (
+    SELECT f.partition, f.chain, {NOW} + f.delay, f.alone OR EXISTS (
         SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = f.partition AND a.chain = f.chain
         AND a.sequence <> f.sequence
         AND NOT EXISTS (SELECT FROM ended e WHERE e.sequence = a.sequence))
     FROM failing f
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone
 ), slow AS MATERIALIZED (
-    SELECT s.* FROM held, unnest($11::bigint[], $12::int[], $13::bytea[]) s(sequence, partition, chain)
+    SELECT s.* FROM held, unnest($12::bigint[], $13::int[], $14::bytea[]) s(sequence, partition, chain)
 ), waiting AS (
     UPDATE {{outbox}} o SET parked = true FROM slow s WHERE o.sequence = s.sequence AND NOT o.parked
 ), holding AS (
@@ -507,8 +518,8 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
 )
 SELECT count(*) FROM held""",
-    "finish_strict": f"""WITH {_fenced("$11::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
-    UPDATE {{outbox}} o SET alone = false, attempts = f.tried, reason = f.why
+    "finish_strict": f"""WITH {_fenced("$12::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
+    UPDATE {{outbox}} o SET {_FAILED}
     FROM fails f WHERE o.sequence = f.sequence RETURNING f.delay
 ), opened AS (
     DELETE FROM {{blocked}} b USING held WHERE b.partition = {GATE} AND NOT EXISTS (SELECT FROM fails)
@@ -522,13 +533,13 @@ SELECT count(*) FROM held""",
 (SELECT count(*) FROM {{blocked}}), (SELECT count(*) FROM {{letters}}),
 (SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW}), (SELECT partitions FROM {{settings}}),
 greatest(0, coalesce(({NOW} - (SELECT min(created_at) FROM {{outbox}})) / 1e6, 0))::float8""",
-    "letters": f"""SELECT {_MESSAGE}, reason, died_at FROM {{letters}}
+    "letters": f"""SELECT {_KEPT}, reason, died_at FROM {{letters}}
 WHERE ($1::text IS NULL OR topic = $1::text) AND (cardinality($3::text[]) = 0 OR id = ANY($3::text[]::uuid[]))
 ORDER BY died_at, id LIMIT $2::bigint""",
     "requeue": f"""WITH back AS (
     DELETE FROM {{letters}} WHERE id = ANY($1::text[]::uuid[]) RETURNING {_ADD}, created_at, sequence
 ), added AS (INSERT INTO {{outbox}} ({_ADD}, created_at) SELECT {_ADD}, created_at FROM back ORDER BY sequence)
-SELECT count(*) FROM back""",
+SELECT count(*), count(*) FILTER (WHERE created_at < {NOW} - $2::bigint) FROM back""",
     "drop": """WITH dropped AS (DELETE FROM {letters} WHERE id = ANY($1::text[]::uuid[]) RETURNING 1)
 SELECT count(*) FROM dropped""",
     "purge": f"""WITH old AS (

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from retryproof.core.message import Conclusion, Message
+from retryproof.core.message import UNCOUNTED, Conclusion, Message
 from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql.outbox import HELD, DeadLetter, Settings, Stats, Taken
+from retryproof.stores.sql.outbox import HELD, DeadLetter, Rival, Settings, Stats, Taken
 from retryproof.stores.sql.plan import Plan, Row, Statement
 from retryproof.stores.sql.sqlite_schema import Part, ready
 
@@ -81,9 +81,18 @@ _FIRST = (
 )""",
 )
 
-SQLITE_OUTBOX = Part("outbox", "retryproof_outbox", (_FIRST,))
+_ROUTES_AND_AGES = (
+    "ALTER TABLE retryproof_outbox ADD COLUMN failed_at INTEGER",
+    "ALTER TABLE retryproof_outbox ADD COLUMN answers INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE retryproof_outbox ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE retryproof_outbox_relays ADD COLUMN routes TEXT",
+)
+"""See the migration of the same name for PostgreSQL."""
 
-_MESSAGE = "sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace"
+SQLITE_OUTBOX = Part("outbox", "retryproof_outbox", (_FIRST, _ROUTES_AND_AGES))
+
+_KEPT = "sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace"
+_MESSAGE = f"{_KEPT}, failed_at, answers, deaths"
 _ADD = "created_at, partition, id, chain, topic, payload, key, headers, content_type, trace"
 _INSERT = f"INSERT INTO retryproof_outbox ({_ADD}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _AMONG = "(SELECT value FROM json_each(?))"
@@ -131,39 +140,43 @@ class SqliteOutbox:
         found = yield from self._partitions(partitions)
         return Settings(found)
 
-    def join(self, relay: UUID, lease: int, strict: bool) -> Plan[bool]:
+    def join(self, relay: UUID, lease: int, strict: bool, routes: str) -> Plan[Rival | None]:
         """Become a relay."""
-        now = self._clock()
         others = yield Statement(
-            "SELECT 1 FROM retryproof_outbox_relays WHERE strict <> ? AND lease_until > ? LIMIT 1", (strict, now)
+            "SELECT strict <> ? FROM retryproof_outbox_relays WHERE id <> ? AND (strict <> ? OR routes IS NOT ?) "
+            "ORDER BY 1 DESC LIMIT 1",
+            (strict, str(relay), strict, routes),
         )
         if others:
-            return False
+            return "order" if others[0][0] else "routes"
         yield Statement(
-            "INSERT INTO retryproof_outbox_relays (id, lease_until, strict) VALUES (?, ?, ?)",
-            (str(relay), now + lease, strict),
+            "INSERT OR IGNORE INTO retryproof_outbox_relays (id, lease_until, strict, routes) VALUES (?, ?, ?, ?)",
+            (str(relay), self._clock() + lease, strict, routes),
         )
-        return True
+        return None
 
-    def renew(self, relay: UUID, lease: int) -> Plan[bool]:
+    def renew(self, relay: UUID, lease: int) -> Plan[int | None]:
         """Extend the lease."""
+        now = self._clock()
         rows = yield Statement(
-            "UPDATE retryproof_outbox_relays SET lease_until = ? WHERE id = ? RETURNING 1",
-            (self._clock() + lease, str(relay)),
+            "UPDATE retryproof_outbox_relays SET lease_until = ? WHERE id = ? RETURNING 1", (now + lease, str(relay))
         )
-        return bool(rows)
+        return now if rows else None
 
     def bury(self) -> Plan[int]:
         """Remove relays whose lease is over."""
         over = yield Statement(
-            "DELETE FROM retryproof_outbox_relays WHERE lease_until < ? RETURNING id, strict, flight", (self._clock(),)
+            "DELETE FROM retryproof_outbox_relays WHERE lease_until < ? RETURNING id, strict, flight, lease_until",
+            (self._clock(),),
         )
-        for relay, strict, flight in over:
+        for relay, strict, flight, died_at in over:
             yield Statement("UPDATE retryproof_outbox_partitions SET relay = NULL WHERE relay = ?", (relay,))
             suspects = yield Statement(
-                f"UPDATE retryproof_outbox SET parked = NOT ?, alone = 1 WHERE sequence IN {_AMONG} "
+                "UPDATE retryproof_outbox SET parked = NOT ?, alone = 1, "
+                "attempts = attempts + alone, deaths = deaths + alone, "
+                f"failed_at = coalesce(failed_at, max(?, created_at)) WHERE sequence IN {_AMONG} "
                 "RETURNING partition, chain",
-                (strict, flight),
+                (strict, died_at, flight),
             )
             lines = {(GATE, b"") if strict else (row[0], row[1]) for row in suspects}
             for partition, chain in lines:  # due at once, although it was held while a message took long
@@ -230,13 +243,6 @@ class SqliteOutbox:
             taken = yield from self._due(floors, batch, share, now, alone=False)
             ready, waiting = yield from self._ready(floors, batch, share)
             taken += ready
-        if taken and taken[0].parked and (alone or strict):
-            if taken[0].sequence in json.loads(held[0][0]):  # counted by a claim that had no answer
-                taken[0].attempts = max(0, taken[0].attempts - 1)
-            yield Statement(
-                "UPDATE retryproof_outbox SET attempts = ? WHERE sequence = ?",
-                (taken[0].attempts + 1, taken[0].sequence),
-            )
         yield Statement(
             "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = ? WHERE id = ?",
             (now + lease, _sequences([*slow, *taken]), str(relay)),
@@ -326,10 +332,15 @@ class SqliteOutbox:
         for failure in conclusion.failed:
             message = failure.message
             chain = message.id.bytes if passing and not strict else message.chain
+            counted = failure.answers != UNCOUNTED
             yield Statement(
-                "UPDATE retryproof_outbox SET parked = ?, alone = 0, attempts = ?, reason = ?, chain = ? "
-                "WHERE sequence = ?",
-                (not strict, failure.attempts, failure.reason[:2_000], chain, message.sequence),
+                "UPDATE retryproof_outbox SET parked = ?, alone = alone AND NOT ?, attempts = ?, reason = ?, "
+                "chain = ?, answers = CASE WHEN ? THEN ? ELSE answers END, "
+                "failed_at = CASE WHEN ? THEN coalesce(failed_at, ?) ELSE failed_at END WHERE sequence = ?",
+                (
+                    *(not strict, counted, failure.attempts, failure.reason[:2_000], chain),
+                    *(counted, failure.answers, counted, now, message.sequence),
+                ),
             )
             if not strict:
                 alone = yield from _has_alone(message.partition, chain)
@@ -395,20 +406,25 @@ class SqliteOutbox:
     def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
         """Dead letters, the oldest first."""
         rows = yield Statement(
-            f"SELECT {_MESSAGE}, reason, died_at FROM retryproof_outbox_dead WHERE (? IS NULL OR topic = ?) "
+            f"SELECT {_KEPT}, NULL, 0, 0, reason, died_at FROM retryproof_outbox_dead WHERE (? IS NULL OR topic = ?) "
             f"AND (? OR id IN {_AMONG}) ORDER BY died_at, id LIMIT ?",
             (topic, topic, not ids, _texts(ids), limit),
         )
         return [DeadLetter(_message(row[:-2]), row[-2], row[-1]) for row in rows]
 
-    def requeue(self, ids: Sequence[UUID]) -> Plan[int]:
+    def requeue(self, ids: Sequence[UUID], remembered: int) -> Plan[tuple[int, int]]:
         """Put dead letters back, at the end."""
+        ((late,),) = yield Statement(
+            f"SELECT count(*) FROM retryproof_outbox_dead WHERE id IN {_AMONG} AND created_at < ?",
+            (_texts(ids), self._clock() - remembered),
+        )
         yield Statement(
             f"INSERT INTO retryproof_outbox ({_ADD}) SELECT {_ADD} FROM retryproof_outbox_dead "
             f"WHERE id IN {_AMONG} ORDER BY sequence",
             (_texts(ids),),
         )
-        return (yield from self.drop(ids))
+        count = yield from self.drop(ids)
+        return count, late
 
     def drop(self, ids: Sequence[UUID]) -> Plan[int]:
         """Forget dead letters."""
@@ -469,7 +485,8 @@ def _columns(message: Message, now: int) -> tuple[Any, ...]:
 
 
 def _message(row: Row, *, parked: bool = False) -> Message:
-    sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace = row
+    sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace = row[:12]
+    failed_at, answers, deaths = row[12:]
     return Message(
         id=UUID(id),
         topic=topic,
@@ -483,5 +500,8 @@ def _message(row: Row, *, parked: bool = False) -> Message:
         sequence=sequence,
         partition=partition,
         chain=chain,
+        failed_at=failed_at,
+        answers=answers,
+        deaths=deaths,
         parked=parked,
     )
