@@ -10,6 +10,8 @@ from retryproof.observe.events import Event, Kind
 def kind_of(conclusion: Conclusion) -> Kind:
     """The kind of event that a conclusion is."""
     match conclusion:
+        case Completed(gone=True):
+            return Kind.NEVER_STORED
         case Completed(stored=stored):
             return Kind.FRESH if stored else Kind.UNSTORED
         case Replayed(overtaken=overtaken):
@@ -33,6 +35,8 @@ def kind_of(conclusion: Conclusion) -> Kind:
 def event_of(conclusion: Conclusion, kind: Kind, digest: str, where: str, seconds: float) -> Event:
     """The event that a conclusion is."""
     attempt, trace, note, error = 0, "", "", None
+    if isinstance(conclusion, Completed) and conclusion.gone:
+        note = "the record is gone"
     match conclusion:
         case Completed(hold) | Failed(hold):
             attempt, trace = hold.attempt, hold.trace
@@ -75,8 +79,8 @@ def error_of(conclusion: Conclusion, digest: str) -> errors.IdempotencyError:
             )
         case Failed(hold):
             return errors.OutcomeUnknown(
-                f"The work does not know whether it had its effect (attempt {hold.attempt}). Find out, then settle it "
-                "with `retryproof keys settle`.",
+                f"Whether this operation had its effect is unknown (attempt {hold.attempt}): its work said so, or its "
+                "record is gone. Find out, then settle it with `retryproof keys settle`.",
                 digest=digest,
             )
         case Down(errors.ConfigurationError() | errors.Unreadable() as error):

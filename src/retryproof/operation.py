@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -16,17 +17,17 @@ from typing import Any, Protocol, Self, TypeAlias, TypeVar, overload
 from uuid import UUID
 
 from retryproof.core import commands
-from retryproof.core.codec import Codec, JsonCodec, decode_value, encode_value
+from retryproof.core.codec import OMITTED_VALUE, Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
 from retryproof.core.commands import Command, Done, Lost, Outcome, Raised, Reply, Unreachable
-from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, StoreUnavailable
+from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, ResultOmitted, StoreUnavailable
 from retryproof.core.failure import outcome_of
-from retryproof.core.flow import fenced
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import Steps, clock
 
 T = TypeVar("T")
+logger = logging.getLogger("retryproof")
 Settled: TypeAlias = tuple[Outcome, BaseException | None]
 """What came of the work once its transaction is over, and what its caller is raised."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -141,9 +142,12 @@ class Operation:
         """Run `fn` once: its result is kept under the name, and a later attempt gets it back without running it.
 
         fn is given `derive(name)`, to pass as the idempotency key of what it calls: between fn and the keeping of its
-        result a crash lets a later attempt run it again. The value goes through the codec (JSON by default).
-        Raises ConfigurationError when the name was used before in this attempt, LeaseLost when another attempt took
-        over, StoreUnavailable when the result could not be kept, or the lease has run out and could not be renewed.
+        result a crash lets a later attempt run it again. The value goes through the codec (JSON by default); one that
+        it cannot write, or that is over `Policy.max_result`, is returned and not kept: a later attempt does not run fn
+        either, and is raised ResultOmitted.
+        Raises ConfigurationError when the name was used before in this attempt, or the operation has ended; LeaseLost
+        when another attempt took over, or the lease has run out past `max_run`; StoreUnavailable when the result could
+        not be kept, or the lease has run out and could not be renewed.
         """
         self._check_step()
         known, value = self._begin_step(name, codec)
@@ -151,9 +155,9 @@ class Operation:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
         if clock() >= self._hold.deadline:
             self._renew(name)
-        data = encode_value(codec or _PLAIN, fn(self.derive(name)))
+        data, result = self._encoded_or_omitted(name, codec or _PLAIN, fn(self.derive(name)))
         self._keep(name, data)
-        return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
+        return result  # type: ignore[no-any-return]  # as above
 
     async def astep(self, name: str, fn: Callable[[UUID], Awaitable[T]], *, codec: Codec | None = None) -> T:
         """`step` for a coroutine function."""
@@ -163,9 +167,9 @@ class Operation:
             return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
         if clock() >= self._hold.deadline:
             await self._arenew(name)
-        data = encode_value(codec or _PLAIN, await fn(self.derive(name)))
+        data, result = self._encoded_or_omitted(name, codec or _PLAIN, await fn(self.derive(name)))
         await self._akeep(name, data)
-        return decode_value(codec or _PLAIN, data)  # type: ignore[no-any-return]  # as above
+        return result  # type: ignore[no-any-return]  # as above
 
     def outcome_unknown(self) -> None:
         """Say that nobody knows whether this attempt had its effect: its record stays, for `on_abandoned` (C5).
@@ -331,13 +335,45 @@ class Operation:
     async def _akeep(self, name: str, value: bytes) -> None:
         raise NotImplementedError
 
+    def encoded(self, codec: Codec, value: Any) -> tuple[bytes, Any]:
+        """A value of a step or a phase, as it is kept and as every attempt sees it (C16).
+
+        Raises Unencodable for one that cannot be kept, for its kind or its size.
+        """
+        data, seen = encode_and_replay(codec, value)
+        own: int | None = self._store.capabilities.max_result
+        kept = 0 if own is None else sum(map(len, self._hold.checkpoints.values()))
+        if len(data) > self._policy.max_result or (own is not None and kept + len(data) > own):
+            raise Unencodable(f"it has {len(data)} bytes, which is over the limit")
+        return data, seen
+
+    def _encoded_or_omitted(self, name: str, codec: Codec, value: Any) -> tuple[bytes, Any]:
+        """A step's result; one that cannot be kept is handed on as it is: what made it must not run again (C14)."""
+        try:
+            return self.encoded(codec, value)
+        except Unencodable as error:
+            logger.warning("The result of the step %r is not kept: %s", name, error)
+            return OMITTED_VALUE, value
+
+    def check_revivable(self, name: str) -> None:
+        """Refuse to extend a lease past `max_run` (C6)."""
+        if clock() >= self._hold.stops:
+            self._forget_name(name)
+            raise LeaseLost(
+                f"This attempt ran past max_run, and its lease is over: {name!r} was not begun, since another attempt "
+                "may take over at any time.",
+                digest=self.key_digest,
+            )
+
     def _renew(self, name: str) -> None:
         """Renew a lease that has run out by our own count, before a step begins (C6)."""
+        self.check_revivable(name)
         sent = clock()
         self._renewed(name, self._ask(self._hold.renew()), sent)
 
     async def _arenew(self, name: str) -> None:
         """The same, awaited."""
+        self.check_revivable(name)
         sent = clock()
         self._renewed(name, await self._aask(self._hold.renew()), sent)
 
@@ -351,28 +387,47 @@ class Operation:
             self._hold.lose()
             raise lease_lost(self._hold)
         raise StoreUnavailable(
-            f"The lease had run out and could not be renewed, so the step {name!r} was not begun.",
+            f"The lease had run out and could not be renewed, so {name!r} was not begun.",
             digest=self.key_digest,
         ) from getattr(reply, "error", None)
 
     def _begin_step(self, name: str, codec: Codec | None) -> tuple[bool, Any]:
-        if self._names is None:
-            self._names = set()
-        if name in self._names:
-            raise ConfigurationError(
-                f"The name {name!r} was used twice in one attempt; give each step and phase a name of its own.",
-                digest=self.key_digest,
-            )
-        self._names.add(name)
+        self._check_not_ended(name)
+        with _mutex:  # threads use names as well
+            if self._names is None:
+                self._names = set()
+            if name in self._names:
+                raise ConfigurationError(
+                    f"The name {name!r} was used twice in one attempt; give each step and phase a name of its own.",
+                    digest=self.key_digest,
+                )
+            self._names.add(name)
         if self._hold.lost:
             raise lease_lost(self._hold)
         kept = self._hold.checkpoints.get(name)
         if kept is not None:
-            return True, decode_value(codec or _PLAIN, kept)
+            return True, self._read(name, codec or _PLAIN, kept)
         if self._phase_holds or (self._joined is not None and self._joined.place.held):
             self._names.discard(name)
             raise ConfigurationError(_STEP_BESIDE, digest=self.key_digest)
         return False, None
+
+    def _read(self, name: str, codec: Codec, kept: bytes) -> Any:
+        if kept != OMITTED_VALUE:
+            return decode_value(codec, kept)
+        raise ResultOmitted(
+            f"{name!r} was done by an earlier attempt, and its result could not be kept: it could not be encoded, or "
+            "was too large. It is not run again; read its effect where it was written.",
+            digest=self.key_digest,
+        )
+
+    def _check_not_ended(self, name: str) -> None:
+        if self.refuses_transactions == ENDED:
+            raise ConfigurationError(
+                f"The operation has ended: its result was stored, or it was given back. {name!r} was not begun, since "
+                "nothing more can be kept of this attempt.",
+                digest=self.key_digest,
+            )
 
     def _forget_name(self, name: str) -> None:
         """It was not used after all."""
@@ -393,14 +448,20 @@ def keep(hold: Hold, name: str, value: bytes, seconds: float, now: float) -> Ste
     """Store a step's result, fenced; asks again for up to `seconds` while the store gives no answer."""
     began = now
     while True:
-        reply, now = yield from fenced(hold, hold.checkpoint(name, value), now)
+        reply, now = yield hold.checkpoint(name, value)
         if not isinstance(reply, Unreachable) or now - began > seconds:
             return reply
 
 
-def _kept(reply: Reply, hold: Hold, name: str, value: bytes) -> None:
+def _kept(operation: Operation, reply: Reply, name: str, value: bytes) -> None:
+    hold = operation._hold
     if isinstance(reply, Done):
         hold.checkpoints = {**hold.checkpoints, name: value}
+    elif isinstance(reply, Lost) and operation.refuses_transactions == ENDED:
+        raise ConfigurationError(
+            f"The operation ended while {name!r} was done, so that its result could not be kept.",
+            digest=short_digest(hold.id),
+        )
     elif isinstance(reply, Lost):
         hold.lose()
         raise lease_lost(hold)
@@ -425,7 +486,7 @@ class BlockingOperation(Operation):
             while True:
                 command = steps.send((self._store.perform(command, self._policy.store_timeout), clock()))
         except StopIteration as stop:
-            _kept(stop.value, self._hold, name, value)
+            _kept(self, stop.value, name, value)
 
     def _check_astep(self) -> None:
         raise ConfigurationError("This operation is run by a sync engine: use the blocking call, not the awaited one.")
@@ -469,7 +530,7 @@ class LoopOperation(Operation):
             while True:
                 command = steps.send((await self._store.perform(command, self._policy.store_timeout), clock()))
         except StopIteration as stop:
-            _kept(stop.value, self._hold, name, value)
+            _kept(self, stop.value, name, value)
 
     def _keep(self, name: str, value: bytes) -> None:
         """From a thread that the handler runs in."""

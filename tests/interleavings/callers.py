@@ -51,7 +51,6 @@ class Rules:
     checkpoint: Callable[[Record | None, Checkpoint], Written] = table.checkpoint
     disown: Callable[[Claim, Acquired], Release] = lambda claim, held: Release(claim.id, claim.nonce, held.token)
     attempt: Callable[..., flow.Flow] = flow.attempt
-    fenced: Callable[..., Generator[Command, tuple[Reply, float], Any]] = flow.fenced
     may_begin: Callable[[Hold, float], bool] = Hold.may_begin
 
 
@@ -121,7 +120,6 @@ class Replay:
         self.conclusion: flow.Conclusion | None = None
         self.hold: Hold | None = None
         self.begun = self.stepped = self.renewed = False
-        self._step: Generator[Command, tuple[Reply, float], Any] | None = None
         self._flow = rules.attempt(caller.claim(), caller.policy, told[0].now, caller.refingerprint)
         self.command: Command | None = next(self._flow)
         for item in told[1:]:
@@ -130,7 +128,7 @@ class Replay:
     @property
     def running(self) -> bool:
         """Whether its handler runs, in a step or not."""
-        return self.begun and (self._step is not None or isinstance(self.command, Run))
+        return self.begun and isinstance(self.command, Run | Checkpoint)
 
     def _tell(self, item: Told) -> None:
         if item.what == BEGUN:
@@ -138,8 +136,7 @@ class Replay:
         elif item.what == STEP:
             assert self.hold is not None
             self.stepped = True
-            self._step = self._rules.fenced(self.hold, self.hold.checkpoint("step", b"kept"), item.now)
-            self.command = next(self._step)
+            self.command = self.hold.checkpoint("step", b"kept")
         elif item.what == RENEWED:
             assert self.hold is not None
             self.renewed = True
@@ -148,8 +145,11 @@ class Replay:
             self._reply(item.what, item.now)
 
     def _reply(self, reply: Reply, now: float) -> None:
-        if self._step is not None:
-            self._reply_in_step(self._step, reply, now)
+        if isinstance(self.command, Checkpoint):
+            assert self.hold is not None
+            self.command = Run(self.hold)
+            if isinstance(reply, Lost):
+                self._reply(LeaseLost(), now)
             return
         self._note(reply)
         try:
@@ -161,28 +161,12 @@ class Replay:
         if isinstance(self.command, Run):
             self.hold = self.command.hold
         if not isinstance(self.command, TRANSPARENT):
-            self._arrive(self._state(self.command))
-
-    def _reply_in_step(self, step: Generator[Command, tuple[Reply, float], Any], reply: Reply, now: float) -> None:
-        assert self.hold is not None
-        try:
-            self.command = step.send((reply, now))
-        except StopIteration as stop:
-            self._step = None
-            self.command = Run(self.hold)
-            if isinstance(stop.value[0], Lost):
-                self._reply(LeaseLost(), now)
+            self._arrive(STATES[type(self.command)])
 
     def _note(self, reply: Reply) -> None:
         asked = self.command
-        settling = isinstance(asked, Renew) and self.begun
-        if settling and not isinstance(reply, Unreachable):
-            return
         if not isinstance(asked, TRANSPARENT):
-            self._from = (self._state(asked), type(reply).__name__)
-
-    def _state(self, command: Command | None) -> str:
-        return flow.SETTLING if isinstance(command, Renew) and self.begun else STATES[type(command)]
+            self._from = (STATES[type(asked)], type(reply).__name__)
 
     def _arrive(self, where: str) -> None:
         if self._from is not None:
@@ -191,7 +175,7 @@ class Replay:
 
     def standing(self) -> Hashable:
         """Equal for two callers that will do the same from here on."""
-        return (frozen(self._flow), frozen(self._step), self._from, self.begun, self.stepped, self.renewed)
+        return (frozen(self._flow), frozen(self.command), self._from, self.begun, self.stepped, self.renewed)
 
 
 _CONSTANT = (bytes, int, float, str, type(None), Claim, Complete, Release, Policy)

@@ -69,6 +69,7 @@ class Scenario:
     """What may happen, and how often: unanswered or doubled commands, lapses of a lease, ends of a retention.
 
     steps: how many of the callers, the first ones, may keep a checkpoint.
+    losses: how often the store may lose the record, although it acknowledged it: I1 is not promised then (C1).
     commits: whether a handler may commit its work and its result together, in its own transaction.
     """
 
@@ -79,6 +80,7 @@ class Scenario:
     steps: int = 0
     renewals: bool = False
     commits: bool = False
+    losses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class World:
     faults: int
     lapses: int
     expiries: int
+    losses: int = 0
     dirty: frozenset[tuple[bytes, int]] = frozenset()
     seen: frozenset[tuple[bytes, bytes | None]] = frozenset()
 
@@ -151,7 +154,9 @@ class Explorer:
         """Depth first, so that a path without end shows as a world that is its own ancestor."""
         scenario = self.scenario
         idle = (IDLE,) * len(scenario.callers)
-        first = World(MICROSECONDS, None, idle, (), scenario.faults, scenario.lapses, scenario.expiries)
+        first = World(
+            MICROSECONDS, None, idle, (), scenario.faults, scenario.lapses, scenario.expiries, scenario.losses
+        )
         seen, path = {self._key(first)}, {self._key(first)}
         stack: list[tuple[tuple[object, ...], Hashable, Iterator[Step]]] = [
             (("start",), self._key(first), self._steps(first))
@@ -188,7 +193,7 @@ class Explorer:
             id(world.record),
             *(worker.number for worker in world.workers),
             self._number((world.under_way, world.dirty, world.seen)),
-            world.faults * 100 + world.lapses * 10 + world.expiries,
+            world.losses * 1000 + world.faults * 100 + world.lapses * 10 + world.expiries,
         )
 
     # What can happen
@@ -213,6 +218,8 @@ class Explorer:
     def _passing(self, world: World) -> Iterator[Step]:
         if world.lapses:
             yield ("a lease passes",), replace(self._later(world, LEASE + 1), lapses=world.lapses - 1)
+        if world.losses and world.record is not None:
+            yield ("the record is lost",), replace(world, record=None, losses=world.losses - 1)
         if world.expiries:
             yield ("a retention passes",), replace(self._later(world, RETENTION + 1), expiries=world.expiries - 1)
 
@@ -369,7 +376,7 @@ class Explorer:
     # Invariants
 
     def _begin_to_run(self, world: World, number: int, hold: Hold) -> World:
-        if not holds(world.record, hold):
+        if not holds(world.record, hold) and not self.scenario.losses:
             raise Violation("I1: a handler begins whose operation another attempt took over")
         others = {other for birth, other in world.dirty if birth == hold.birth and other != number}
         if others and self.scenario.callers[number].policy.on_abandoned == "refuse":
@@ -378,7 +385,7 @@ class Explorer:
 
     def _check_one_holder(self, world: World) -> None:
         holders = [worker for worker in world.workers if worker.running and worker.deadline > world.now]
-        if len(holders) > 1:
+        if len(holders) > 1 and not self.scenario.losses:
             raise Violation("I1: two handlers run, and both believe that their lease is live")
 
     def _conclude(self, world: World, conclusion: flow.Conclusion) -> World:

@@ -15,6 +15,7 @@ PAIRS: dict[str, Scenario] = {
     "a step whose reply is lost": Scenario(TWICE, faults=1, lapses=1, steps=1),
     "in the caller's own transaction": Scenario(TWICE, faults=1, lapses=1, commits=True),
     "past the retention": Scenario(TWICE, faults=1, lapses=0, expiries=1),
+    "a store that loses the record": Scenario(TWICE, faults=0, lapses=1, losses=1),
     "a policy that refuses": Scenario(REFUSE, faults=1, lapses=1),
     "one that waits": Scenario((Caller("A"), Caller("B", policy(wait=10.0))), faults=0, lapses=1),
     "one that refuses beside others": Scenario(

@@ -321,13 +321,16 @@ def test_a_phase_whose_transaction_is_ended_inside_is_told(postgres: Database) -
     assert postgres.charges() == []
 
 
-def test_a_result_that_cannot_be_kept_is_refused_and_rolls_back(postgres: Database) -> None:
-    with Idempotency(postgres.store) as engine, psycopg.connect(postgres.store) as connection:
+@pytest.mark.parametrize("result", [object(), "x" * 2000], ids=["unencodable", "too large"])
+def test_c14_a_result_that_cannot_be_kept_is_refused_and_rolls_back(postgres: Database, result: object) -> None:
+    """Other than a step's: here what was done can be undone, so that nothing is done twice."""
+    engine = Idempotency(postgres.store, policy=Policy(max_result=1000))
+    with engine, psycopg.connect(postgres.store) as connection:
 
         def order() -> None:
             with current_operation().phase("order", connection) as phase:
                 connection.execute(insert(1))
-                phase.result = object()
+                phase.result = result
 
         with pytest.raises(ValueError):
             engine.run("k", order, scope="s")

@@ -8,10 +8,12 @@ from retryproof.core import flow
 from retryproof.core.commands import (
     DONE,
     LOST,
+    NOT_BEGUN,
     Acquired,
     Cancelled,
     Claim,
     Command,
+    Complete,
     Disown,
     Linger,
     Mismatch,
@@ -93,24 +95,33 @@ def test_c6_a_waiter_counts_its_lease_from_its_first_sending_which_may_have_been
     assert run.hold.deadline == 10.0
 
 
-def test_c6_a_holder_past_its_lease_renews_before_it_completes() -> None:
+def test_c6_a_holder_past_its_lease_completes_at_once_since_nonce_and_token_decide() -> None:
     attempt = Attempt()
     attempt.tell(ACQUIRED)
-    renewal = attempt.tell(Returned(b"result"), 11.0)
-    assert isinstance(renewal, Renew)
-    assert attempt.tell(DONE, 11.5) is not None
+    assert isinstance(attempt.tell(Returned(b"result"), 11.0), Complete)
     attempt.tell(DONE, 11.5)
     assert isinstance(attempt.conclusion, flow.Completed)
 
 
+def test_c6_work_that_may_not_begin_is_renewed_once_and_given_back_when_that_is_late_as_well() -> None:
+    attempt = Attempt()
+    attempt.tell(ACQUIRED, 11.0)
+    assert isinstance(attempt.tell(NOT_BEGUN, 11.0), Renew)
+    assert isinstance(attempt.tell(DONE, 22.0), Run)
+    given_back = attempt.tell(NOT_BEGUN, 22.0)
+    assert isinstance(given_back, Linger)
+    assert isinstance(given_back.last, Release)
+    attempt.tell(None, 22.0)
+    assert isinstance(attempt.conclusion, flow.Down)
+    assert not attempt.conclusion.overtaken
+
+
 def test_c3_a_complete_repeated_past_the_lease_is_asked_for_itself() -> None:
-    """Its renewal is told Lost, since the record is settled: by this very command, whose reply was lost."""
     attempt = Attempt()
     attempt.tell(ACQUIRED)
     first = attempt.tell(Returned(b"result"), 9.0)
     assert isinstance(attempt.tell(DOWN, 9.9), Pause)
-    assert isinstance(attempt.tell(Paused(), 10.1), Renew)
-    assert attempt.tell(LOST, 10.1) == first
+    assert attempt.tell(Paused(), 10.1) == first
     attempt.tell(DONE, 10.1)
     assert isinstance(attempt.conclusion, flow.Completed)
 
@@ -120,9 +131,20 @@ def test_c3_a_release_repeated_past_the_lease_is_known_to_be_released() -> None:
     attempt.tell(ACQUIRED)
     attempt.tell(Raised(), 9.0)
     attempt.tell(DOWN, 9.9)
-    attempt.tell(Paused(), 10.1)
-    assert isinstance(attempt.tell(LOST, 10.1), Release)
+    assert isinstance(attempt.tell(Paused(), 10.1), Release)
     attempt.tell(DONE, 10.1)
+    assert isinstance(attempt.conclusion, flow.Failed)
+    assert attempt.conclusion.released
+
+
+def test_c3_a_repeated_release_that_lost_was_done_before_somebody_took_the_record() -> None:
+    """Its caller gets what the work raised, not that another attempt took over."""
+    attempt = Attempt()
+    attempt.tell(ACQUIRED)
+    attempt.tell(Raised(), 1.0)
+    attempt.tell(DOWN, 1.0)
+    attempt.tell(Paused(), 1.05)
+    attempt.tell(LOST, 1.1)
     assert isinstance(attempt.conclusion, flow.Failed)
     assert attempt.conclusion.released
 

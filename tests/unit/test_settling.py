@@ -18,7 +18,6 @@ from retryproof.core.commands import (
     Pause,
     Raised,
     Release,
-    Renew,
     Reply,
     Returned,
     Run,
@@ -79,12 +78,11 @@ def test_c10_what_the_store_does_not_take_in_time_is_left_to_the_background(
 
 @pytest.mark.parametrize("late", [LEASE, LEASE + 1.0])
 @pytest.mark.parametrize("outcome", [Returned(b"result"), Raised()], ids=str)
-def test_c6_past_its_own_count_of_the_lease_it_renews_before_it_settles(outcome: Outcome, late: float) -> None:
+def test_c6_past_its_own_count_of_the_lease_it_settles_as_before(outcome: Outcome, late: float) -> None:
     early, command = settle(outcome, Policy(), now=LEASE - 0.1)
     assert isinstance(command, Complete | Release)
-    flow, renewal = settle(outcome, Policy(), now=late)
-    assert isinstance(renewal, Renew)
-    assert flow.send((DONE, late)) == command
+    flow, same = settle(outcome, Policy(), now=late)
+    assert same == command
     assert type(conclude(flow, DONE, late)) is type(conclude(early, DONE, LEASE))
 
 
@@ -92,7 +90,22 @@ def test_c6_past_its_own_count_of_the_lease_it_renews_before_it_settles(outcome:
 def test_c8_who_lost_the_lease_looks_for_the_winner(outcome: Outcome) -> None:
     flow, _ = settle(outcome, Policy())
     assert flow.send((LOST, 1.0)) == Look(CLAIM.id)
-    assert conclude(flow, Found(None), 1.0) == Busy(0.0, overtaken=True)
+    winner, _ = decide(None, replace(CLAIM, nonce=b"w" * 16), 1)
+    assert conclude(flow, Found(winner), 1.0) == Busy(0.0, overtaken=True)
+
+
+def test_c10_who_finds_the_record_gone_gets_its_own_result_all_the_same() -> None:
+    flow, _ = settle(Returned(b"result"), Policy())
+    flow.send((LOST, 1.0))
+    conclusion = conclude(flow, Found(None), 1.0)
+    assert isinstance(conclusion, Completed)
+    assert (conclusion.result, conclusion.stored, conclusion.gone) == (b"result", False, True)
+
+
+def test_c10_who_finds_the_record_gone_gets_its_own_error_all_the_same() -> None:
+    flow, _ = settle(Raised(), Policy())
+    flow.send((LOST, 1.0))
+    assert isinstance(conclude(flow, Found(None), 1.0), Failed)
 
 
 @pytest.mark.parametrize("outcome", [Raised(unknown=True), Cancelled()], ids=str)

@@ -24,6 +24,7 @@ from retryproof.core.scalars import Converter, Unencodable, unchanged
 from retryproof.core.value import value as value_class
 
 __all__ = [
+    "OMITTED_VALUE",
     "Codec",
     "JsonCodec",
     "StoredResponse",
@@ -42,6 +43,8 @@ VERSION = 1
 _RESPONSE = ord("R")
 _VALUE = ord("V")
 _OMITTED = 1
+OMITTED_VALUE = bytes((VERSION, ord("O")))
+"""In the place of a value that could not be kept: it was there, and what made it is not run again (C14)."""
 
 _HEAD = struct.Struct(">BBBHHI")
 _LENGTHS = struct.Struct(">HI")

@@ -20,7 +20,6 @@ from retryproof.core.commands import (
     Abandoned,
     Acquired,
     Cancelled,
-    Checkpoint,
     Claim,
     Command,
     Committed,
@@ -65,11 +64,15 @@ ALGORITHM = 2
 
 @value
 class Completed:
-    """This attempt ran and its result is stored; or, with `stored` False, is being stored in the background (C10)."""
+    """This attempt ran and its result is stored; or, with `stored` False, is being stored in the background (C10).
+
+    gone: it never will be, since the record is not there any more; its caller gets it all the same.
+    """
 
     hold: Hold
     result: bytes | None
     stored: bool = True
+    gone: bool = False
 
 
 @value
@@ -148,9 +151,9 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     (RENEWING, "Lost"): (OVERTAKEN,),
     (RENEWING, "Unreachable"): ("Down",),
     (SETTLING, "Done"): ("Completed", "Failed"),
-    (SETTLING, "Lost"): (OVERTAKEN,),
+    (SETTLING, "Lost"): (OVERTAKEN, "Failed"),
     (SETTLING, "Unreachable"): (SETTLING, "Completed", "Failed"),
-    (OVERTAKEN, "Found"): ("Replayed", "Busy"),
+    (OVERTAKEN, "Found"): ("Replayed", "Busy", "Completed", "Failed"),
     (OVERTAKEN, "Unreachable"): ("Down",),
 }
 """(state, reply) -> where it may lead: a state, or a conclusion."""
@@ -186,7 +189,9 @@ def attempt(
         case Raised() | Cancelled():
             return (yield from _settle(claimed, claimed.release(), policy, now))
         case LeaseLost():
-            return (yield from _overtaken(claimed))
+            return (yield from _overtaken(claimed, Failed(claimed, released=False)))
+        case Lost():  # before anything was begun
+            return (yield from _overtaken(claimed, Busy(0.0, overtaken=True)))
         case Unreachable(error):  # nothing was begun, so that whoever asks next may run at once
             yield Linger(claimed, claimed.release())
             return Down(error)
@@ -197,17 +202,16 @@ def attempt(
 def _begin_late(hold: Hold, now: float) -> Generator[Command, tuple[Reply, float], tuple[Reply, float]]:
     """Renew the lease of work that came too late to begin, once, and call it then: what came of it (C6).
 
-    Unreachable: the work was not begun, since the store gave no answer, or gave it too late again.
+    Lost: the work was not begun, since another attempt took over. Unreachable: nor was it, since the store gave no
+    answer, or gave it too late again.
     """
     sent = now
     reply, now = yield hold.renew()
     match _fence_reply(reply):
         case Done():
             hold.renewed(sent)
-        case Lost():
-            return LeaseLost(), now
-        case Unreachable() as unreachable:
-            return unreachable, now
+        case Lost() | Unreachable() as other:
+            return other, now
     outcome, now = yield Run(hold)
     if isinstance(outcome, NotBegun):
         late = f"The work was not begun: the store's answers take longer than the lease of {hold.lease:g} s."
@@ -263,18 +267,21 @@ def _claim(
 def _settle(hold: Hold, command: Complete | Release, policy: Policy, now: float) -> Flow:
     """Store what the attempt came to before anybody sees it (C4), or give the operation back (C5).
 
-    Past `complete_timeout` the caller gets it all the same, and the background goes on (C10).
+    It needs no live lease: nonce and token decide (C6). Past `complete_timeout` the caller gets it all the same, and
+    the background goes on (C10).
     """
-    began, delay = now, FIRST_BACKOFF
+    began, delay, doubted = now, FIRST_BACKOFF, False
     while True:
-        if now < hold.deadline:  # nearly always, and then `fenced` has nothing to add
-            reply, now = yield command
-        else:
-            reply, now = yield from fenced(hold, command, now)
+        reply, now = yield command
         if isinstance(reply, Done):
             return Completed(hold, command.result) if isinstance(command, Complete) else Failed(hold, released=True)
         if isinstance(reply, Lost):  # what this attempt came to is no answer any more: no two results are seen (C8)
-            return (yield from _overtaken(hold))
+            if isinstance(command, Complete):
+                return (yield from _overtaken(hold, Completed(hold, command.result, stored=False, gone=True)))
+            if doubted:  # a sending without an answer gave it back, and somebody has it by now: no overtaking (C3)
+                return Failed(hold, released=True)
+            return (yield from _overtaken(hold, Failed(hold, released=True)))
+        doubted = True
         if not isinstance(reply, Unreachable):
             _unexpected(reply)
         if now - began + delay > policy.complete_timeout:
@@ -286,27 +293,6 @@ def _settle(hold: Hold, command: Complete | Release, policy: Policy, now: float)
         delay = min(2 * delay, LAST_BACKOFF)
 
 
-def fenced(
-    hold: Hold, command: Complete | Release | Checkpoint, now: float
-) -> Generator[Command, tuple[Reply, float], tuple[Done | Lost | Unreachable, float]]:
-    """One fenced command under a hold; a holder whose own count of the lease has run out renews it first (C6).
-
-    A command whose renewal is told Lost is sent all the same: repeated after a lost reply it may be done (C3).
-    """
-    if now >= hold.deadline:
-        sent = now
-        reply, now = yield hold.renew()
-        match _fence_reply(reply):
-            case Done():
-                hold.renewed(sent)
-            case Unreachable() as unreachable:
-                return unreachable, now
-            case Lost():
-                pass
-    reply, now = yield command
-    return _fence_reply(reply), now
-
-
 def _fence_reply(reply: Reply) -> Done | Lost | Unreachable:
     match reply:
         case Done() | Lost() | Unreachable():
@@ -315,20 +301,24 @@ def _fence_reply(reply: Reply) -> Done | Lost | Unreachable:
             _unexpected(reply)
 
 
-def _overtaken(hold: Hold) -> Flow:
-    """The lease was lost: answer with what the winner stored, or that it is still running (C8)."""
+def _overtaken(hold: Hold, gone: Conclusion) -> Flow:
+    """The lease was lost: answer with what the winner stored, or that it is still running (C8).
+
+    gone: the conclusion where there is no record any more, so that nobody took over. Then "ask again" would be an
+        invitation to have the effect again (C10).
+    """
     found, _ = yield Look(hold.id)
     match found:
         case Found(record):
-            return _standing(record, hold)
+            return gone if record is None else _standing(record, hold)
         case Unreachable(error):
             return Down(error, overtaken=True)
         case _:
             _unexpected(found)
 
 
-def _standing(record: Record | None, hold: Hold) -> Replayed | Busy:
-    if record is None or record.birth != hold.birth or record.state is State.RELEASED:
+def _standing(record: Record, hold: Hold) -> Replayed | Busy:
+    if record.birth != hold.birth or record.state is State.RELEASED:
         return Busy(0.0, overtaken=True)
     if record.state is State.IN_PROGRESS:
         return Busy(max(0.0, (record.lease_until - record.read_at) / MICROSECONDS), overtaken=True)

@@ -16,6 +16,7 @@ class Hold:
     on_lost: called once, from the keeper's thread, when another attempt took over.
     on_overrun: called once, from the keeper's thread, when renewal ends at `max_run`.
     on_settled: called from the keeper's thread when what lingered was stored (True) or fenced off (False).
+    stops: renewal ends then; nothing extends the lease afterwards.
     due, end, demoted, lingers: the keeper's notes.
     """
 
@@ -37,6 +38,7 @@ class Hold:
         "on_lost",
         "on_overrun",
         "on_settled",
+        "stops",
         "token",
         "trace",
         "where",
@@ -63,7 +65,7 @@ class Hold:
         self.on_overrun: Callable[[Hold], None] | None = None
         self.on_settled: Callable[[Hold, bool], None] | None = None
         self.due = since + lease * self.RENEW_AT
-        self.end = end
+        self.stops = self.end = end
         self.demoted = False
         self.lingers = False
 

@@ -93,7 +93,8 @@ RAISE = "raised again"
 """What the app raised goes on, to outer layers and to the server. (A cancellation of the layer's own does not.)"""
 PROBLEM_AND_RAISE = "a problem, raised again"
 WINNERS = "the answer of who has it"
-"""The other attempt's response, that it still runs, or that the store gave no answer."""
+"""The other attempt's response, that it still runs, or that the store gave no answer. Where nobody has it, since the
+record is gone, the outcome is unknown."""
 NOTHING = "nothing"
 SENDINGS = (RESPONSE, PROBLEM, CUT, RAISE, PROBLEM_AND_RAISE, WINNERS, NOTHING)
 

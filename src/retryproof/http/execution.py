@@ -608,6 +608,8 @@ class Execution:
             # Where the head has gone, what the app raised cuts the connection by itself.
             if not (sent in _RAISING and self._recorder.streamed):
                 await self._refuse(self._problem)
+        elif sent == endings.WINNERS:  # nobody has it: the app was stopped since its record is gone (C10)
+            await self._refuse(Problem(OUTCOME_UNKNOWN, _UNKNOWN, operation=short_digest(self._hold.id)))
         elif sent == endings.RESPONSE:
             if not self._recorder.streamed:
                 await self._send_head()

@@ -41,7 +41,7 @@ class Kind(StrEnum):
     STORED_LATE = "stored_late"
     """A result that was unstored is stored."""
     NEVER_STORED = "never_stored"
-    """A result that was unstored was fenced off by another attempt."""
+    """A result that its caller has is not stored: another attempt took over meanwhile, or the record is gone."""
     STORE_ERROR = "store_error"
     """The store gave no answer."""
     UNPROTECTED = "unprotected"

@@ -30,7 +30,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from retryproof.core.codec import Codec, JsonCodec, decode_value, encode_value
+from retryproof.core.codec import Codec, JsonCodec
 from retryproof.core.commands import Checkpoint, Done, FenceReply, Found, Look, Lost, Pause
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.flow import FIRST_BACKOFF, LAST_BACKOFF
@@ -103,6 +103,8 @@ class PhaseBlock:
         self._operation._check_step()
         if self._begin():
             with self._unused_on_error():
+                if clock() >= self._operation._hold.deadline:
+                    self._operation.check_revivable(self.name)
                 self._joined = join(self._operation, self._connecting(), self._operation._ask)
             self._operation._phase_holds = self._joined.place.held
         return self
@@ -123,6 +125,8 @@ class PhaseBlock:
         self._operation._check_astep()
         if self._begin():
             with self._unused_on_error():
+                if clock() >= self._operation._hold.deadline:
+                    self._operation.check_revivable(self.name)
                 self._joined = await ajoin(self._operation, self._connecting(), self._operation._aask)
             self._operation._phase_holds = self._joined.place.held
         return self
@@ -187,7 +191,7 @@ class PhaseBlock:
     def _committing(self, place: Place, broken: str | None) -> Steps[None]:
         operation, hold = self._operation, self._operation._hold
         try:
-            data = encode_value(self._codec, self.result)
+            data, seen = operation.encoded(self._codec, self.result)
             entry = None if operation._phased is None else operation._phased.entry(hold)
         except Exception:
             yield from roll_back()
@@ -197,7 +201,7 @@ class PhaseBlock:
         if entry is not None:
             operation._phased.was_listed(hold)
         self.pending = False
-        self.result = decode_value(self._codec, data)
+        self.result = seen
 
 
 # What is done, as steps
@@ -249,7 +253,7 @@ def _renewed(place: Place) -> Steps[float | None]:
     if hold.lost:
         raise lease_lost(hold)
     sent = clock()
-    if sent < hold.deadline:
+    if sent < hold.deadline or sent >= hold.stops:  # past max_run it stands for as long as nobody takes over
         return None
     reply: FenceReply | Exception
     if place.dialect == "sqlite":
