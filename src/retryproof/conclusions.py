@@ -6,6 +6,13 @@ from retryproof.core import errors
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Failed, Foreign, Mismatched, Refused, Replayed
 from retryproof.observe.events import Event, Kind
 
+WHY_UNKNOWN = {
+    "refused": "an attempt died",
+    "poisoned": "too many attempts died",
+    "committed": "its transaction was committed without its result",
+}
+"""What stands behind an operation whose outcome is unknown, by the reason of the refusal."""
+
 
 def kind_of(conclusion: Conclusion) -> Kind:
     """The kind of event that a conclusion is."""
@@ -71,7 +78,7 @@ def error_of(conclusion: Conclusion, digest: str) -> errors.IdempotencyError:
                 "The key was used before with other input; use a new key for a new operation.", digest=digest
             )
         case Refused(reason, number):
-            why = "too many attempts died" if reason == "poisoned" else "an attempt died"
+            why = WHY_UNKNOWN[reason]
             return errors.OutcomeUnknown(
                 f"Whether this operation had its effect is unknown: {why} (attempt {number}). Find out, then settle it "
                 "with `retryproof keys settle`.",

@@ -240,18 +240,21 @@ class Operation:
         """Undo what was done in the operation's transaction, which is over then: the result is stored without it.
 
         For a result that is to be kept and work that is not, such as the answer that a card was declined. Nothing is
-        done where there is no transaction, or where the operation has ended.
+        done where there is no transaction, or where the operation has ended. Raises OutcomeUnknown where the handler
+        had committed it.
         """
         if self._joined is not None and not self.refuses_transactions:
             joined, self._joined = self._joined, None
-            joined.settle(Raised(), self._ask)
+            _, error = joined.settle(Raised(), self._ask)
+            if error is not None:
+                raise error
 
     async def arollback(self) -> None:
         """`rollback` for what runs on an event loop, whichever kind of connection it has."""
         if self._joined is not None and not self.refuses_transactions:
             joined, self._joined = self._joined, None
             _, cancellation = await _outlive(joined, Raised(), self._aask)
-            if isinstance(cancellation, asyncio.CancelledError):
+            if cancellation is not None:  # or the error of work that was committed before
                 raise cancellation
 
     @property

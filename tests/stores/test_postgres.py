@@ -193,9 +193,12 @@ class TestLocksOfOthers:
         hurried.close()
 
 
-def _joined(command: Complete) -> Plan[FenceReply]:
+def _joined(command: Complete) -> Plan[FenceReply | None]:
     """Join the caller's transaction and complete in it."""
     yield Statement("SELECT set_config('retryproof.joined', $1::text, true)", (str(command.token),))
+    yield Statement(
+        "INSERT INTO retryproof_markers (id, token) VALUES ($1, $2) RETURNING 1", (command.id, command.token)
+    )
     return (yield from postgres.complete_joined_plan(command))
 
 
@@ -306,8 +309,9 @@ class TestTheTable:
             [True, False],
             [0, 4],
             [True, False],
-            ["rerun", "refuse"],
-            [0, 1, 2],
+            ["rerun", "refuse", "settle"],
+            [0, 2],
+            [True, False],
         )
 
     def _case(
@@ -322,6 +326,7 @@ class TestTheTable:
         counts: bool,
         on_abandoned: str,
         alone: int,
+        committed: bool,
     ) -> tuple[Record, Claim]:
         claim = new_claim(
             fingerprint=b"same" if same_fingerprint else b"other", on_abandoned=on_abandoned, alone=alone, trace="new"
@@ -344,6 +349,7 @@ class TestTheTable:
             tenant=b"tenant",
             trace="old",
             checkpoints={"a": b"1"} if state in (State.IN_PROGRESS, State.RELEASED) else {},
+            committed=committed,
         )
         return record, claim
 
@@ -376,13 +382,16 @@ class TestTheTable:
                     for record in records
                 ],
             )
+            marks = [(record.id, record.first_seen) for record in records if record.committed]
+            cursor.executemany("INSERT INTO retryproof_markers (id, token) VALUES (%s, %s)", marks)
         caller.commit()
 
     def _rows(self, caller: psycopg.Connection[Any], ids: Sequence[bytes]) -> dict[bytes, Record]:
         """Records as they are in the table, expired or not."""
         columns = postgres_statements.RECORD
         rows = caller.execute(
-            f"SELECT {columns}, o.result, o.checkpoints::text, 0 FROM {TABLE} AS o WHERE id = ANY (%s)".encode(),
+            f"SELECT {columns}, o.result, o.checkpoints::text, 0, EXISTS (SELECT FROM retryproof_markers AS m "
+            f"WHERE m.id = o.id AND m.token >= o.first_seen) FROM {TABLE} AS o WHERE id = ANY (%s)".encode(),
             (list(ids),),
         ).fetchall()
         caller.commit()

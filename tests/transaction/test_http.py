@@ -65,9 +65,9 @@ async def serving(database: Database, **options: Any) -> AsyncIterator[httpx.Asy
         return "done"
 
     @app.post("/commits")
-    async def commits(session: own) -> str:
+    async def commits(session: own, raw: bool = False) -> str:
         await session.execute(text(insert()))
-        await session.commit()
+        await (session.execute(text("COMMIT")) if raw else session.commit())
         return "done"
 
     middleware = IdempotencyMiddleware(app, store=database.store, scope=single_tenant, **options)
@@ -125,10 +125,20 @@ async def test_a_commit_that_fails_is_no_success(postgres: Database) -> None:
     assert [answer.json()["code"] for answer in answers] == ["transaction-failed", "transaction-failed"]
 
 
-async def test_a_handler_that_commits_by_itself_is_told(postgres: Database) -> None:
+async def test_t1_a_sessions_commit_is_refused_before_it_happens(postgres: Database) -> None:
     async with serving(postgres) as client:
-        answer = await client.post("/commits")
-    assert (answer.status_code, "not known" in answer.json()["detail"]) == (500, True)
+        assert (await client.post("/commits")).status_code == 500
+    assert postgres.charges() == []
+
+
+async def test_t1_a_handler_that_commits_in_plain_sql_has_an_unknown_outcome(postgres: Database) -> None:
+    async with serving(postgres) as client:
+        answers = [await client.post("/commits?raw=true")]
+        postgres.execute("UPDATE retryproof_operations SET lease_until = 0")
+        answers.append(await client.post("/commits?raw=true"))
+    assert postgres.charges() == [1]
+    assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(409, "outcome-unknown")] * 2
+    assert "retry-after" not in answers[1].headers
 
 
 async def test_c10_fail_open_and_transactions_exclude_each_other(postgres: Database) -> None:

@@ -314,11 +314,27 @@ def test_a_phase_whose_transaction_is_ended_inside_is_told(postgres: Database) -
 
         def ends(operation: Any) -> None:
             with operation.phase("order", connection):
-                connection.commit()
+                connection.rollback()
                 connection.execute(insert(1))
 
         assert "was ended inside of it" in _refusal(postgres.store, ends)
-    assert postgres.charges() == []
+    assert postgres.charges() == [1]  # the next transaction is its owner's
+
+
+def test_t1_a_phase_whose_work_was_committed_inside_leaves_an_unknown_outcome(postgres: Database) -> None:
+    with psycopg.connect(postgres.store) as connection, Idempotency(postgres.store) as engine:
+
+        def ends() -> None:
+            with current_operation().phase("order", connection):
+                connection.execute(insert(1))
+                connection.commit()
+
+        with pytest.raises(errors.OutcomeUnknown, match="committed without its result"):
+            engine.run("k", ends, scope="s")
+        postgres.execute("UPDATE retryproof_operations SET lease_until = 0")
+        with pytest.raises(errors.OutcomeUnknown, match="committed without its result"):
+            engine.run("k", ends, scope="s")
+    assert postgres.charges() == [1]
 
 
 @pytest.mark.parametrize("result", [object(), "x" * 2000], ids=["unencodable", "too large"])

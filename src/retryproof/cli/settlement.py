@@ -58,14 +58,21 @@ def settle(store: Store, record: Record, settlement: Settlement, entry: dict[str
         lease=LEASE,
         retention=record.retention,
         unsettled_retention=UNSETTLED_RETENTION,
-        on_abandoned="rerun",
+        on_abandoned="settle",
         max_attempts=ANY_NUMBER,
         alone=0,  # the death of this process says nothing about the operation
     )
     held = _take_over(store, record, claim)
     if settlement.happened:
         _must(store.complete([Complete(claim.id, claim.nonce, held.token, settlement.result)]))
-        return
+    else:
+        _release(store, claim, held, entry)
+    unmark = getattr(store, "unmark", None)  # where work can commit in the caller's transaction; last, and it can be
+    if unmark is not None:  # done again: with a marker the operation stays unsettled
+        unmark([claim.id])
+
+
+def _release(store: Store, claim: Claim, held: Acquired, entry: dict[str, Any]) -> None:
     note = json.dumps(entry).encode()
     _must(store.checkpoint([Checkpoint(claim.id, claim.nonce, held.token, SETTLED_BY_HAND, note)]))
     _must(store.release([Release(claim.id, claim.nonce, held.token, settles=True)]))

@@ -28,7 +28,7 @@ def moment(microseconds: int) -> str:
 def abandoned(record: Record) -> bool:
     """Nobody holds it, and an attempt died or said that its outcome is unknown; a later one may have failed cleanly."""
     if record.state is State.RELEASED:
-        return record.attempt > 1
+        return record.attempt > 1 or record.committed
     return record.state is State.IN_PROGRESS and not record.live(record.read_at)
 
 

@@ -31,6 +31,7 @@ class Claim:
     fingerprint: at most 64 bytes; compared byte for byte.
     tenant: 16 bytes that name the tenant, or none; for purging.
     trace: the caller's trace context (W3C traceparent), or "".
+    on_abandoned: what becomes of an attempt that died; `settle` is an operator's, who takes over whatever is known.
     alone: 2 when this process holds no other operation, 1 when it holds none that was taken over, else 0 (C15).
     """
 
@@ -40,7 +41,7 @@ class Claim:
     lease: float
     retention: float
     unsettled_retention: float
-    on_abandoned: Literal["rerun", "refuse"] = "rerun"
+    on_abandoned: Literal["rerun", "refuse", "settle"] = "rerun"
     max_attempts: int = 5
     tenant: bytes = b""
     trace: str = ""
@@ -182,9 +183,12 @@ class Mismatch:
 
 @value
 class Abandoned:
-    """An attempt died and the policy refuses another: `refused`, or `poisoned` after too many."""
+    """An attempt died and no other may run: `refused` by the policy, `poisoned` after too many, or `committed`.
 
-    reason: Literal["refused", "poisoned"]
+    committed: its work was committed in the caller's transaction, and its result was not (T1).
+    """
+
+    reason: Literal["refused", "poisoned", "committed"]
     attempt: int
 
 

@@ -106,9 +106,9 @@ class Mismatched:
 
 @value
 class Refused:
-    """An attempt died, and the policy refuses another."""
+    """An attempt died, and no other may run; the reasons are those of Abandoned."""
 
-    reason: Literal["refused", "poisoned"]
+    reason: Literal["refused", "poisoned", "committed"]
     attempt: int
 
 

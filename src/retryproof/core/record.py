@@ -6,6 +6,7 @@
     in progress, lease over                   taken over: Acquired, or Abandoned    Mismatch
     released                                  Acquired (attempt not counted)        Mismatch
     released, an earlier one ended unknown    the same, or Abandoned, by policy     Mismatch
+    neither live nor completed, committed     Abandoned                             Mismatch
     completed, or a tombstone                 Finished                              Mismatch
 
 `decide` is that table. Stores written in Python call it; those that decide in a script or in SQL mirror it, and one
@@ -63,6 +64,7 @@ class Record:
 
     expires_at: the end of retention once settled, of unsettled retention until then.
     deaths: attempts that died alone; `counts` says whether the death of the present one would (C15).
+    committed: a marker says that an attempt's work was committed in the caller's transaction without its result (T1).
     read_at: the store's time when it was read.
     """
 
@@ -84,12 +86,13 @@ class Record:
     trace: str = ""
     checkpoints: Mapping[str, bytes] = field(default_factory=lambda: NOTHING)
     read_at: int = 0
+    committed: bool = False
 
     @property
     def settled(self) -> bool:
         """Whether its outcome is known: completed, tombstone, or released with nothing kept and nothing unknown."""
         if self.state is State.RELEASED:
-            return self.attempt == 1 and not self.checkpoints
+            return self.attempt == 1 and not (self.checkpoints or self.committed)
         return self.state is not State.IN_PROGRESS
 
     def expired(self, now: int) -> bool:
@@ -118,6 +121,8 @@ def decide(record: Record | None, claim: Claim, now: int) -> tuple[Record | None
         case State.RELEASED:
             if record.nonce == claim.nonce:  # a late duplicate: its attempt is over, and nobody would run this one
                 return None, Running(0.0)
+            if record.committed and claim.on_abandoned != "settle":
+                return None, Abandoned("committed", record.attempt)
             if record.attempt > 1 and claim.on_abandoned == "refuse":
                 return None, Abandoned("refused", record.attempt)
             return _take(record, claim, now)
@@ -130,6 +135,8 @@ def _decide_in_progress(record: Record, claim: Claim, now: int) -> tuple[Record 
         return None, _acquired(record)
     if now < record.lease_until:
         return None, Running((record.lease_until - now) / MICROSECONDS)
+    if record.committed and claim.on_abandoned != "settle":
+        return None, Abandoned("committed", record.attempt)
     if claim.on_abandoned == "refuse":
         return None, Abandoned("refused", record.attempt)
     deaths = record.deaths + record.counts

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
 
+from retryproof.conclusions import WHY_UNKNOWN
 from retryproof.core.codec import StoredResponse, decode_response
 from retryproof.core.commands import Finished, Pause, Paused, Run
 from retryproof.core.errors import ConfigurationError, IdempotencyError, InvalidKey, Unreadable
@@ -494,7 +495,7 @@ def _explained(conclusion: Conclusion, policy: Policy) -> tuple[Kind, str, int |
         case Mismatched():
             return problems.KEY_REUSED, "Use a new key for a new request; a retry repeats the request as it was.", None
         case Refused(reason, number):
-            why = "too many attempts died" if reason == "poisoned" else "an attempt died"
+            why = WHY_UNKNOWN[reason]
             detail = f"It is held back because {why} (attempt {number}). Retrying does not help; ask the operator."
             return problems.OUTCOME_UNKNOWN, detail, None
         case Down(ConfigurationError()):

@@ -78,6 +78,8 @@ def _refusal(outcome: Outcome, error: BaseException) -> Problem:
     """What a caller is told whose handler succeeded and whose transaction did not."""
     if not isinstance(outcome, Raised) or not outcome.unknown:
         return Problem(TRANSACTION_FAILED, "Nothing was done. Try again with the same key.")
+    if isinstance(error, OutcomeUnknown):
+        return Problem(OUTCOME_UNKNOWN, "Whether it was done, and how much of it, is for an operator to find out.")
     if isinstance(error, StoreUnavailable):
         detail = "Whether it was done is not known yet. Ask again with the same key."
         return Problem(STORE_UNAVAILABLE, detail, retry_after=max(1, round(error.retry_after or 1)))

@@ -10,7 +10,7 @@ import aiosqlite
 
 from retryproof.stores.forks import has_inherited_files
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import CLOSED, NOT_OPEN, OnLoop
+from retryproof.transaction.connections import CLOSED, NOT_OPEN, OnLoop, innermost
 
 FORKED = "it was made before this process was forked, and its thread is not here"
 
@@ -53,6 +53,10 @@ class Aiosqlite(OnLoop):
                 return ()
         async with self._connection.execute(statement.sql, statement.parameters) as cursor:
             return [tuple(row) for row in await cursor.fetchall()]
+
+    async def driver(self) -> object:
+        """See BlockingConnection."""
+        return innermost(self._connection)
 
     async def begin(self) -> None:
         """See BlockingConnection."""

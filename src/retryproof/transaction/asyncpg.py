@@ -10,7 +10,7 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import CLOSED, NOT_OPEN, OnLoop
+from retryproof.transaction.connections import BLOCK, CLOSED, NOT_OPEN, OnLoop, innermost
 
 _CONNECTIONS = (asyncpg.Connection, PoolConnectionProxy)
 
@@ -23,19 +23,37 @@ def adapt(connection: Any) -> Asyncpg | None:
 
 
 class Asyncpg(OnLoop):
-    """An asyncpg connection. asyncpg does not tell a savepoint from a transaction, nor one that has failed."""
+    """An asyncpg connection. asyncpg does not tell a savepoint from a transaction, nor one that has failed.
+
+    What it began itself it knows again; what went back to its pool is closed.
+    """
 
     ADVICE = "Start a transaction on it (`await connection.transaction().start()`), and leave it open."
     dialect: Literal["postgresql"] = "postgresql"
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
+        self._begun: Transaction | None = None
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
-        if self._connection.is_closed():
+        try:
+            if self._connection.is_closed():
+                return CLOSED
+            if self._begun is not None and self._top() is not self._begun:
+                return NOT_OPEN
+            return None if self._connection.is_in_transaction() else NOT_OPEN
+        except asyncpg.InterfaceError:  # it is with its pool again
             return CLOSED
-        return None if self._connection.is_in_transaction() else NOT_OPEN
+
+    def block(self) -> str | None:
+        """See BlockingConnection."""
+        return BLOCK if getattr(self._top(), "_managed", False) else None
+
+    async def driver(self) -> object:
+        """See BlockingConnection."""
+        self._begun = self._top()
+        return innermost(self._connection)
 
     async def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""
@@ -62,5 +80,9 @@ class Asyncpg(OnLoop):
 
     def _started(self) -> Transaction | None:
         """The transaction that was started by hand, which has to be told of its end; a block forgives not being."""
-        found = getattr(self._connection, "_top_xact", None)
+        found = self._top()
         return None if found is None or getattr(found, "_managed", False) else found
+
+    def _top(self) -> Transaction | None:
+        found: Transaction | None = getattr(self._connection, "_top_xact", None)
+        return found

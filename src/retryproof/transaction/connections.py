@@ -23,6 +23,7 @@ Dialect = Literal["postgresql", "sqlite", "mysql"]
 NOT_OPEN = "no transaction is open on it"
 AUTOCOMMIT = "it commits each statement by itself (autocommit)"
 FAILED = "its transaction has already failed; roll it back"
+BLOCK = "a block is around it that commits by itself"
 SAVEPOINT = "it is inside a savepoint, which would hide a failure from the transaction around it"
 CLOSED = "it is closed"
 
@@ -61,6 +62,18 @@ class BlockingConnection(Protocol):
     def rollback(self) -> None:
         """Roll the caller's transaction back."""
 
+    def driver(self) -> object:
+        """The driver's own connection, underneath whatever stands for it."""
+
+    def block(self) -> str | None:
+        """Why the transaction would be committed by somebody else, as far as the library says; None otherwise."""
+
+    def guard(self) -> None:
+        """Have the library refuse any other commit until `unguard`, where it can."""
+
+    def unguard(self) -> None:
+        """The end of that; once or more."""
+
 
 @runtime_checkable
 class LoopConnection(Protocol):
@@ -80,6 +93,14 @@ class LoopConnection(Protocol):
     async def commit(self) -> None: ...
 
     async def rollback(self) -> None: ...
+
+    async def driver(self) -> object: ...
+
+    def block(self) -> str | None: ...
+
+    def guard(self) -> None: ...
+
+    def unguard(self) -> None: ...
 
 
 _ADAPTERS = {
@@ -130,6 +151,11 @@ def _adapter_of(kind: type) -> Any:
     return None
 
 
+def innermost(connection: Any) -> object:
+    """What is underneath a driver's connection that another library wraps."""
+    return getattr(connection, "_con", None) or getattr(connection, "_conn", None) or connection
+
+
 def unknown(connection: Any) -> ConfigurationError:
     """The error of something that is no connection."""
     return ConfigurationError(
@@ -144,11 +170,30 @@ def refused(reason: str, advice: str) -> ConfigurationError:
     return ConfigurationError(f"This connection cannot be used: {reason}. {advice}")
 
 
-class Blocking:
+class Unguarded:
+    """Libraries that tell nothing of blocks, and refuse no commit."""
+
+    def block(self) -> str | None:
+        """See BlockingConnection."""
+        return None
+
+    def guard(self) -> None:
+        """See BlockingConnection."""
+
+    def unguard(self) -> None:
+        """See BlockingConnection."""
+
+
+class Blocking(Unguarded):
     """What the adapters of libraries that block have in common."""
 
     ADVICE = "Open a transaction first, and leave it open."
     dialect: Dialect
+    _connection: Any
+
+    def driver(self) -> object:
+        """See BlockingConnection."""
+        return self._connection
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
@@ -167,11 +212,16 @@ class Blocking:
         raise NotImplementedError
 
 
-class OnLoop:
+class OnLoop(Unguarded):
     """What the adapters of libraries for event loops have in common."""
 
     ADVICE = Blocking.ADVICE
     dialect: Dialect
+    _connection: Any
+
+    async def driver(self) -> object:
+        """See BlockingConnection."""
+        return self._connection
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""

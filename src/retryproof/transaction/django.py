@@ -12,7 +12,7 @@ from django.utils.connection import ConnectionProxy  # type: ignore[import-untyp
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import AUTOCOMMIT, FAILED, SAVEPOINT, Blocking, Dialect, percent
+from retryproof.transaction.connections import AUTOCOMMIT, FAILED, SAVEPOINT, Blocking, Dialect, innermost, percent
 
 DIALECTS: dict[str, Dialect] = {"postgresql": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
@@ -78,6 +78,11 @@ class Django(Blocking):
                 return ()
             cursor.execute(sql, tuple(parameters))
             return [tuple(map(_plain, row)) for row in cursor.fetchall()] if cursor.description else ()
+
+    def driver(self) -> object:
+        """See BlockingConnection."""
+        self._connection.ensure_connection()
+        return innermost(self._connection.connection)
 
     def begin(self) -> None:
         """See BlockingConnection; `transaction` has begun it."""

@@ -11,7 +11,16 @@ Nothing is ever completed outside the transaction, since that could record an ef
 
 The handler must leave the transaction open. It is marked when it is joined: on PostgreSQL with a setting that ends with
 it, on SQLite with a savepoint (SQLAlchemy knows its own transactions). Another one on the same connection, be it of
-whoever got that from its pool, is not taken for it.
+whoever got that from its pool, is not taken for it, and is neither committed nor rolled back.
+
+A marker, a row of the joined transaction that the completion deletes, tells what became of work that we did not commit:
+who else can see it knows that the work was committed without its result (the handler's own `commit`, a block that
+commits by itself, a crash right after). No claim takes such an operation over; where there is none, it was rolled back.
+What remains: a holder that lost its lease and then commits by itself is seen by the attempt that took over when that
+joins or completes in a transaction, and not by one that works in none, or had ended before.
+
+A connection carries one operation at a time, or one would commit the other's unfinished work. `_carried` knows which,
+by the driver's own connection, for as long as who joined it is there.
 
 As everywhere, the steps are generators: they yield what is to be done on the connection or in the store.
 """
@@ -23,7 +32,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator
+import weakref
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -45,7 +55,7 @@ from retryproof.core.commands import (
     Renew,
     Returned,
 )
-from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.errors import ConfigurationError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.flow import FIRST_BACKOFF, LAST_BACKOFF
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
@@ -55,9 +65,10 @@ from retryproof.drive import clock
 from retryproof.operation import Operation, Settled, lease_lost
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql import postgres, sqlite_plans
-from retryproof.stores.sql.plan import Plan, Statement
+from retryproof.stores.sql.plan import Joining, Plan, Statement
 from retryproof.stores.sql.postgres_statements import TABLE
 from retryproof.transaction.connections import (
+    SAVEPOINT,
     BlockingConnection,
     LoopConnection,
     find_adapter,
@@ -86,6 +97,8 @@ class Ask:
     command: Release | Renew | Look
 
 
+ANOTHER = "another transaction is open on it than the one that was joined"
+
 Step = Statement | Do | Ask | Pause
 Steps = Generator[Step, Any, T]
 
@@ -96,6 +109,7 @@ class Place:
 
     held: nobody but the transaction that was joined can write the record before its end.
     marked: a savepoint tells that transaction from the connection's next one.
+    identified: the library tells it from the connection's next one, and refuses to commit it.
     """
 
     hold: Hold
@@ -104,18 +118,25 @@ class Place:
     table: str
     held: bool = False
     marked: bool = False
+    identified: bool = False
 
-    def join(self) -> Plan[bool | None]:
-        """The dialect's plan; whether the transaction holds the record, None where the attempt is not current."""
+    def join(self) -> Plan[Joining | None]:
+        """The dialect's plan; None where the attempt is not current."""
         if self.dialect == "sqlite":
             return sqlite_plans.join(self.hold, mark=self.marked)
         return postgres.join_plan(self.hold, self.table)
 
-    def complete(self, command: Complete) -> Plan[FenceReply]:
-        """The dialect's plan."""
+    def complete(self, command: Complete) -> Plan[FenceReply | None]:
+        """The dialect's plan; None where another transaction is open than the one that was joined."""
         if self.dialect == "sqlite":
             return sqlite_plans.complete_joined(command, wall_clock(), marked=self.marked)
         return postgres.complete_joined_plan(command, self.table)
+
+    def unmark(self) -> Plan[None]:
+        """Take the marker back, in the transaction that is open."""
+        if self.dialect == "sqlite":
+            return sqlite_plans.unmark([self.hold.id])
+        return postgres.unmark_plan([self.hold.id], self.table)
 
     def ours(self, found: Any, *states: State) -> bool:
         """Whether that is this attempt's record, in one of these states."""
@@ -148,17 +169,33 @@ def joining(place: Place) -> Steps[bool]:
     """Take the connection's transaction for the attempt, or raise; whether it holds the record until its end."""
     digest = short_digest(place.hold.id)
     try:
-        held = yield from place.join()
+        joining = yield from place.join()
     except Exception as error:
         if missing_table(error):
             raise ConfigurationError(_elsewhere(place), digest=digest) from error
         raise
-    if held is not None:
-        return held
-    found = yield Ask(Look(place.hold.id))
-    if not isinstance(found, Found) or place.ours(found, State.IN_PROGRESS):
-        raise ConfigurationError(_elsewhere(place), digest=digest)
-    raise lease_lost(place.hold)
+    if joining is None:
+        found = yield Ask(Look(place.hold.id))
+        if not isinstance(found, Found) or place.ours(found, State.IN_PROGRESS):
+            raise ConfigurationError(_elsewhere(place), digest=digest)
+        raise lease_lost(place.hold)
+    if joining.committed:
+        raise committed_alone(place)
+    if joining.nested:
+        yield from place.unmark()
+        raise refused(SAVEPOINT, "Hand the transaction over outside of any savepoint.")
+    return joining.held
+
+
+def committed_alone(place: Place) -> OutcomeUnknown:
+    """The error of work that was committed without its result."""
+    return OutcomeUnknown(
+        "The work of this operation was committed without its result: the handler, or a block around its work, ended "
+        "the transaction that it had joined. Leave it open: it is committed after the handler returns (flush, do not "
+        "commit). This operation does not run again; find out what it did, then settle it with `retryproof keys "
+        "settle`.",
+        digest=short_digest(place.hold.id),
+    )
 
 
 def _elsewhere(place: Place) -> str:
@@ -175,25 +212,59 @@ def settling(place: Place, outcome: Outcome, broken: str | None) -> Steps[Settle
     broken: why the transaction that was joined is of no use any more.
     """
     if not isinstance(outcome, Returned):
-        yield from roll_back()
-        return outcome, None
+        return (yield from _undone(place, outcome, broken))
     if broken is not None:
         yield from roll_back()
-        return _ended(place, broken)
+        return (yield from _ended(place, broken))
     try:
         reply = yield from place.complete(place.hold.complete(outcome.result))
     except Exception as error:  # noqa: BLE001  # handed back, to be raised when the record says what it means
         yield from roll_back()
-        return Raised(), error
+        alone = (yield from committed(place)) is True
+        return (Raised(unknown=True), committed_alone(place)) if alone else (Raised(), error)
+    if reply is None:  # it may be somebody else's, and is left alone; on SQLite it would shut everybody out
+        if place.dialect == "sqlite":
+            yield from roll_back()
+        return (yield from _ended(place, ANOTHER))
     if isinstance(reply, Lost):
         yield from roll_back()
-        return (yield from _why_lost(place))
+        return (yield from _ended(place, "it is not the one that was joined"))
     try:
         yield Do.COMMIT
     except Exception as error:  # noqa: BLE001  # as above
         yield from roll_back()
         return (yield from _doubted(place, outcome, error))
     return Committed(outcome.result), None
+
+
+def _undone(place: Place, outcome: Outcome, broken: str | None) -> Steps[Settled]:
+    """Roll the work back; OutcomeUnknown where it had been committed before.
+
+    On PostgreSQL the connection is asked first whether its transaction is still ours, in place of the store afterwards:
+    a pool may have lent it to somebody else meanwhile.
+    """
+    if broken is None and place.dialect == "postgresql" and not place.identified:
+        joined = True
+        with contextlib.suppress(Exception):  # whatever the driver raises: then it has failed, and is rolled back
+            joined = yield from postgres.is_joined_plan(place.hold, place.table)
+        if joined:
+            yield from roll_back()
+            return outcome, None
+    else:
+        yield from roll_back()
+        if broken is None and place.identified:
+            return outcome, None
+    if (yield from committed(place)):
+        return Raised(unknown=True), committed_alone(place)
+    return outcome, None
+
+
+def committed(place: Place) -> Steps[bool | None]:
+    """Whether work of this operation was committed without its result; None where the store does not say."""
+    found = yield Ask(Look(place.hold.id))
+    if not isinstance(found, Found):
+        return None
+    return found.record is not None and found.record.committed
 
 
 def roll_back() -> Steps[None]:
@@ -205,21 +276,32 @@ def roll_back() -> Steps[None]:
         logger.debug("A transaction could not be rolled back: %s", error)
 
 
-def _why_lost(place: Place) -> Steps[Settled]:
+def _ended(place: Place, reason: str) -> Steps[Settled]:
+    """The transaction that was joined is over, and we have not ended it: what became of the work."""
     found = yield Ask(Look(place.hold.id))
-    if place.ours(found, State.IN_PROGRESS):
-        return _ended(place, "another transaction is open on it than the one that was joined")
-    return LeaseLost(), None
+    if not isinstance(found, Found):
+        return Raised(unknown=True), not_open(place, reason, "Whether its work was committed is not known")
+    alone = found.record is not None and found.record.committed
+    if not place.ours(found, State.IN_PROGRESS):
+        if alone:
+            logger.error(
+                "Operation %s: an attempt that had lost its lease committed its work by itself, beside another one.",
+                short_digest(place.hold.id),
+            )
+        return LeaseLost(), None
+    if alone:
+        return Raised(unknown=True), committed_alone(place)
+    return Raised(), not_open(place, reason, "Its work was rolled back")
 
 
-def _ended(place: Place, reason: str) -> Settled:
-    error = ConfigurationError(
-        f"The handler ended the transaction that it had joined ({reason}), so whether its work was committed is not "
-        "known, and its result is not stored. Leave the transaction open: it is committed after the handler returns. "
-        "A connection that a block closes is handed over with its block: operation.transaction(pool.connection()).",
+def not_open(place: Place, reason: str, what: str) -> ConfigurationError:
+    """The error of a handler that ended its transaction."""
+    return ConfigurationError(
+        f"The handler ended the transaction that it had joined ({reason}). {what}, and its result is not stored. Leave "
+        "the transaction open: it is committed after the handler returns. A connection that a block closes is handed "
+        "over with its block: operation.transaction(pool.connection()).",
         digest=short_digest(place.hold.id),
     )
-    return Raised(unknown=True), error
 
 
 def _doubted(place: Place, outcome: Returned, error: Exception) -> Steps[Settled]:
@@ -263,21 +345,26 @@ class BlockingTransaction:
         self.place = place_of(operation)
         self.block = block
         self._adapted: BlockingConnection = _checked(connection, self.place, operation, on_loop=False)
-        self.place = replace(self.place, marked=_can_be_marked(self._adapted))
+        self.place = _known_by(self.place, self._adapted)
         self._thread = threading.get_ident()
+        self._driver: object = None
 
     def join(self, ask: Callable[[Any], Any]) -> None:
         """Take the transaction; `ask` gives a command to the store."""
         if self.block is not None:
             self._adapted.begin()
-        _check_usable(self._adapted)
-        self.place = replace(self.place, held=self.pump(joining(self.place), ask))
+        _check_usable(self._adapted, lent=self.block is not None)
+        self._driver = self._adapted.driver()
+        with _carrying(self, self._driver, self.place):
+            self.place = replace(self.place, held=self.pump(joining(self.place), ask))
+        self._adapted.guard()
 
     def settle(self, outcome: Outcome, ask: Callable[[Any], Any]) -> Settled:
         """Commit the work with its result, or roll it back."""
         try:
             return self.pump(settling(self.place, outcome, self.broken()), ask)
         finally:
+            self.let_go()
             self._close()
 
     async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Any]]) -> Settled:
@@ -293,7 +380,12 @@ class BlockingTransaction:
         try:
             return await _apump(settling(self.place, outcome, self.broken()), on_connection, ask)
         finally:
+            self.let_go()
             await call(self._close)
+
+    def let_go(self) -> None:
+        """The connection carries this operation no more; before its end, after which a pool may have lent it again."""
+        _let_go(self, self._driver)
 
     def _close(self) -> None:
         if self.block is not None:
@@ -303,7 +395,8 @@ class BlockingTransaction:
                 _log_unclosed(self.place, error)
 
     def broken(self) -> str | None:
-        """Why the transaction is of no use any more."""
+        """Why the transaction is of no use any more; from here on it may be committed."""
+        self._adapted.unguard()
         return self._adapted.unusable(to_commit=True)
 
     def pump(self, steps: Steps[T], ask: Callable[[Any], Any]) -> T:
@@ -313,8 +406,10 @@ class BlockingTransaction:
     def _on_connection(self, step: Statement | Do) -> Any:
         match step:
             case Do.COMMIT:
+                self.let_go()
                 return self._adapted.commit()
             case Do.ROLLBACK:
+                self.let_go()
                 return self._adapted.rollback()
             case _:
                 return self._adapted.execute(step)
@@ -331,29 +426,39 @@ class LoopTransaction:
         self.place = place_of(operation)
         self.block = block
         self._adapted: LoopConnection = _checked(connection, self.place, operation, on_loop=True)
-        self.place = replace(self.place, marked=_can_be_marked(self._adapted))
+        self.place = _known_by(self.place, self._adapted)
+        self._driver: object = None
 
     async def join(self, ask: Callable[[Any], Awaitable[Any]]) -> None:
         """Take the transaction; `ask` gives a command to the store."""
         if self.block is not None:
             await self._adapted.begin()
         await self._adapted.check_open()
-        _check_usable(self._adapted)
-        self.place = replace(self.place, held=await self.pump(joining(self.place), ask))
+        _check_usable(self._adapted, lent=self.block is not None)
+        self._driver = await self._adapted.driver()
+        with _carrying(self, self._driver, self.place):
+            self.place = replace(self.place, held=await self.pump(joining(self.place), ask))
+        self._adapted.guard()
 
     async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Any]]) -> Settled:
         """Commit the work with its result, or roll it back."""
         try:
             return await self.pump(settling(self.place, outcome, self.broken()), ask)
         finally:
+            self.let_go()
             if self.block is not None:
                 try:
                     await self.block.__aexit__(None, None, None)
                 except Exception as error:  # noqa: BLE001  # as above
                     _log_unclosed(self.place, error)
 
+    def let_go(self) -> None:
+        """The connection carries this operation no more; before its end, after which a pool may have lent it again."""
+        _let_go(self, self._driver)
+
     def broken(self) -> str | None:
-        """Why the transaction is of no use any more."""
+        """Why the transaction is of no use any more; from here on it may be committed."""
+        self._adapted.unguard()
         return self._adapted.unusable(to_commit=True)
 
     async def pump(self, steps: Steps[T], ask: Callable[[Any], Awaitable[Any]]) -> T:
@@ -363,16 +468,53 @@ class LoopTransaction:
     async def _on_connection(self, step: Statement | Do) -> Any:
         match step:
             case Do.COMMIT:
+                self.let_go()
                 return await self._adapted.commit()
             case Do.ROLLBACK:
+                self.let_go()
                 return await self._adapted.rollback()
             case _:
                 return await self._adapted.execute(step)
 
 
-def _can_be_marked(adapted: BlockingConnection | LoopConnection) -> bool:
-    """Whether a savepoint is certain to be inside of a transaction; outside of one it would begin and end one."""
-    return bool(getattr(adapted, "SURELY_OPEN", False))
+def _known_by(place: Place, adapted: BlockingConnection | LoopConnection) -> Place:
+    """The place, with how its transaction is known again.
+
+    A savepoint has to be certain to be inside of one; outside it would begin and end one.
+    """
+    marked, identified = (bool(getattr(adapted, name, False)) for name in ("SURELY_OPEN", "IDENTIFIED"))
+    return replace(place, marked=marked, identified=identified)
+
+
+_carried: weakref.WeakValueDictionary[int, BlockingTransaction | LoopTransaction] = weakref.WeakValueDictionary()
+"""What is joined, by the identity of the driver's connection, which it keeps alive."""
+_mutex = threading.Lock()
+
+
+@contextlib.contextmanager
+def _carrying(joined: BlockingTransaction | LoopTransaction, driver: object, place: Place) -> Iterator[None]:
+    """From here on the connection carries this operation, unless the block raises; refused where it has another."""
+    with _mutex:
+        other = _carried.get(id(driver))
+        if other is not None:
+            raise ConfigurationError(
+                f"This connection is in the transaction of operation {short_digest(other.place.hold.id)}, which would "
+                "commit what is done here, or lose it. Give each operation a connection of its own. Nothing was "
+                "written.",
+                digest=short_digest(place.hold.id),
+            )
+        _carried[id(driver)] = joined
+    try:
+        yield
+    except BaseException:
+        _let_go(joined, driver)
+        raise
+
+
+def _let_go(joined: BlockingTransaction | LoopTransaction, driver: object) -> None:
+    with _mutex:
+        if _carried.get(id(driver)) is joined:
+            del _carried[id(driver)]
 
 
 def _log_unclosed(place: Place, error: Exception) -> None:
@@ -396,8 +538,9 @@ def _checked(connection: Any, place: Place, operation: Operation, *, on_loop: bo
     return adapted
 
 
-def _check_usable(adapted: BlockingConnection | LoopConnection) -> None:
-    reason = adapted.unusable(to_commit=True)
+def _check_usable(adapted: BlockingConnection | LoopConnection, *, lent: bool) -> None:
+    """lent: with its block, which we leave; any other block around it would commit by itself."""
+    reason = adapted.unusable(to_commit=True) or (None if lent else adapted.block())
     if reason is not None:
         raise refused(reason, getattr(adapted, "ADVICE", ""))
 

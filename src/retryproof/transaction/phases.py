@@ -44,6 +44,7 @@ from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.worklist import Entry, Worklist
 from retryproof.transaction.connections import missing_table
 from retryproof.transaction.joined import (
+    ANOTHER,
     Ask,
     BlockingTransaction,
     Do,
@@ -51,6 +52,7 @@ from retryproof.transaction.joined import (
     Place,
     Steps,
     ajoin,
+    committed_alone,
     join,
     roll_back,
 )
@@ -118,8 +120,12 @@ class PhaseBlock:
         with contextlib.ExitStack() as stack:
             if joined.block is not None:
                 stack.push(joined.block)
-            steps = roll_back() if error is not None else self._committing(joined.place, joined.broken())
-            joined.pump(steps, self._operation._ask)
+            broken = joined.broken()
+            steps = roll_back() if error is not None else self._committing(joined.place, broken)
+            try:
+                joined.pump(steps, self._operation._ask)
+            finally:
+                joined.let_go()
 
     async def __aenter__(self) -> Self:
         self._operation._check_astep()
@@ -137,14 +143,18 @@ class PhaseBlock:
         if self._joined is None:
             return
         joined: LoopTransaction = self._end()
-        steps = roll_back() if error is not None else self._committing(joined.place, joined.broken())
+        broken = joined.broken()
+        steps = roll_back() if error is not None else self._committing(joined.place, broken)
         await _together(self._leave(joined, steps))
 
     async def _leave(self, joined: LoopTransaction, steps: Steps[None]) -> None:
         async with contextlib.AsyncExitStack() as stack:
             if joined.block is not None:
                 stack.push_async_exit(joined.block)
-            await joined.pump(steps, self._operation._aask)
+            try:
+                await joined.pump(steps, self._operation._aask)
+            finally:
+                joined.let_go()
 
     def _end(self) -> Any:
         joined, self._joined = self._joined, None
@@ -215,7 +225,7 @@ def committing(place: Place, command: Checkpoint, entry: Entry | None, broken: s
     hold = place.hold
     if broken is not None:
         yield from roll_back()
-        raise _ended(place, command.name, broken)
+        yield from _raise_why_lost(place, command.name, broken)
     try:
         renewed_at = yield from _renewed(place)
         reply = yield from _checkpoint(place, command, entry)
@@ -229,7 +239,8 @@ def committing(place: Place, command: Checkpoint, entry: Entry | None, broken: s
         raise
     if isinstance(reply, Lost):
         yield from roll_back()
-        yield from _raise_why_lost(place, command.name)
+    if not isinstance(reply, Done):  # None: the transaction is somebody else's, and left alone
+        yield from _raise_why_lost(place, command.name, ANOTHER)
     try:
         yield Do.COMMIT
     except Exception as error:  # noqa: BLE001  # whatever the driver raises; the record says what it means
@@ -240,8 +251,8 @@ def committing(place: Place, command: Checkpoint, entry: Entry | None, broken: s
             place.hold.renewed(renewed_at)
 
 
-def _checkpoint(place: Place, command: Checkpoint, entry: Entry | None) -> Plan[FenceReply]:
-    return Worklist(place.dialect, place.table).checkpoint(command, entry, place.hold.lease)
+def _checkpoint(place: Place, command: Checkpoint, entry: Entry | None) -> Plan[FenceReply | None]:
+    return Worklist(place.dialect, place.table).checkpoint(command, entry, place.hold.lease, marked=place.marked)
 
 
 def _renewed(place: Place) -> Steps[float | None]:
@@ -272,18 +283,20 @@ def _renewed(place: Place) -> Steps[float | None]:
     ) from getattr(reply, "error", None)
 
 
-def _raise_why_lost(place: Place, name: str) -> Steps[None]:
+def _raise_why_lost(place: Place, name: str, reason: str) -> Steps[None]:
     found = yield Ask(Look(place.hold.id))
     if place.ours(found, State.IN_PROGRESS):
-        raise _ended(place, name, "another transaction is open on it than the phase's")
+        raise committed_alone(place) if found.record.committed else _ended(place, name, reason)
+    if not isinstance(found, Found):
+        raise _ended(place, name, reason)
     place.hold.lose()
     raise lease_lost(place.hold)
 
 
 def _ended(place: Place, name: str, reason: str) -> ConfigurationError:
     return ConfigurationError(
-        f"The transaction of the phase {name!r} was ended inside of it ({reason}), so whether its work was committed "
-        "is not known, and there is no recovery point. Leave it open: it is committed at the end of the block.",
+        f"The transaction of the phase {name!r} was ended inside of it ({reason}): its work was not committed with it, "
+        "and there is no recovery point. Leave it open: it is committed at the end of the block.",
         digest=short_digest(place.hold.id),
     )
 

@@ -11,7 +11,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import AUTOCOMMIT, CLOSED, FAILED, SAVEPOINT, Blocking, OnLoop
+from retryproof.transaction.connections import AUTOCOMMIT, CLOSED, FAILED, NOT_OPEN, SAVEPOINT, Blocking, OnLoop
 
 ADVICE = "Use a connection with autocommit off, or open a transaction on it, and leave it open."
 
@@ -25,7 +25,9 @@ def adapt(connection: Any) -> Psycopg | AsyncPsycopg | None:
     return None
 
 
-def _unusable(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], to_commit: bool) -> str | None:
+def _unusable(
+    connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], to_commit: bool, used: bool
+) -> str | None:
     if connection.closed:
         return CLOSED
     status = connection.info.transaction_status
@@ -33,6 +35,8 @@ def _unusable(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
         return FAILED
     if status == TransactionStatus.IDLE and connection.autocommit:
         return AUTOCOMMIT
+    if status == TransactionStatus.IDLE and used:  # a statement of ours had begun one
+        return NOT_OPEN
     # psycopg does not say in public how many `transaction()` blocks are around.
     blocks: int = getattr(connection, "_num_transactions", 0)
     if blocks > 1:
@@ -50,13 +54,15 @@ class Psycopg(Blocking):
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
+        self._used = False
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
-        return _unusable(self._connection, to_commit)
+        return _unusable(self._connection, to_commit, self._used)
 
     def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""
+        self._used = True
         with RawCursor(self._connection, row_factory=tuple_row) as cursor:
             if statement.many:
                 cursor.executemany(statement.sql.encode(), statement.parameters)
@@ -86,13 +92,15 @@ class AsyncPsycopg(OnLoop):
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
+        self._used = False
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
-        return _unusable(self._connection, to_commit)
+        return _unusable(self._connection, to_commit, self._used)
 
     async def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""
+        self._used = True
         async with AsyncRawCursor(self._connection, row_factory=tuple_row) as cursor:
             if statement.many:
                 await cursor.executemany(statement.sql.encode(), statement.parameters)

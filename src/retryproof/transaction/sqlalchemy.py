@@ -7,16 +7,18 @@ what is pending belongs to the transaction, and its errors come before the recor
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, scoped_session
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.sql.plan import Row, Statement
 from retryproof.transaction.connections import (
     AUTOCOMMIT,
+    BLOCK,
     CLOSED,
     FAILED,
     NOT_OPEN,
@@ -24,6 +26,7 @@ from retryproof.transaction.connections import (
     Blocking,
     Dialect,
     OnLoop,
+    innermost,
     percent,
 )
 
@@ -80,15 +83,68 @@ class _Begun:
             self.transaction = present
 
 
-class OfConnection(Blocking):
+class _Guard:
+    """Refuses every commit of a connection or session but ours, before it happens."""
+
+    def __init__(self, target: Any, name: str) -> None:
+        self._target = target
+        self._name = name
+        self._on = True
+        me = weakref.ref(self)  # whoever forgets it leaves no connection that refuses to commit
+
+        def refuse(given: Any) -> None:
+            guard = me()
+            if guard is not None and guard._on and not (name == "before_commit" and given.in_nested_transaction()):
+                if name == "commit":  # a connection counts its transaction as over then, and would not roll it back
+                    given.connection.rollback()
+                raise ConfigurationError(
+                    "The operation's transaction is committed after its handler returns, with its result: use flush(), "
+                    "not commit(), and no block that commits by itself. Nothing was committed."
+                )
+
+        self._refuse = refuse
+        event.listen(target, name, refuse)
+
+    def end(self) -> None:
+        """Let commits through again."""
+        self._on = False
+        event.remove(self._target, self._name, self._refuse)
+
+
+class _Guarded(Blocking):
+    """What connections and sessions have in common: SQLAlchemy knows blocks, and may be told to refuse a commit."""
+
+    IDENTIFIED = True
+    EVENT = ""
+    _guard: _Guard | None = None
+    _outer: Any
+
+    def block(self) -> str | None:
+        """See BlockingConnection; there is no public name for it."""
+        return None if getattr(self._outer, "_trans_context_manager", None) is None else BLOCK
+
+    def guard(self) -> None:
+        """See BlockingConnection."""
+        self._guard = _Guard(self._outer, self.EVENT)
+
+    def unguard(self) -> None:
+        """See BlockingConnection."""
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.end()
+
+
+class OfConnection(_Guarded):
     """A Connection."""
+
+    EVENT = "commit"
 
     ADVICE = "Use a connection without AUTOCOMMIT, outside of begin_nested(), and leave its transaction open."
 
     def __init__(self, connection: Connection | None) -> None:
         if connection is None:
             raise ConfigurationError("This AsyncConnection was not started; enter it or await it first.")
-        self._connection = connection
+        self._connection = self._outer = connection
         self._begun = _Begun()
         self._driver = _check_driver(connection)
         self.dialect: Dialect = DIALECTS[connection.dialect.name]
@@ -113,6 +169,10 @@ class OfConnection(Blocking):
         self._begun.use(self._connection.get_transaction())
         return _execute(self._connection, self._driver, statement)
 
+    def driver(self) -> object:
+        """See BlockingConnection."""
+        return innermost(self._connection.connection.driver_connection)
+
     def begin(self) -> None:
         """See BlockingConnection."""
         if not self._connection.in_transaction():
@@ -127,13 +187,15 @@ class OfConnection(Blocking):
         self._connection.rollback()
 
 
-class OfSession(Blocking):
+class OfSession(_Guarded):
     """A Session."""
+
+    EVENT = "before_commit"
 
     ADVICE = OfConnection.ADVICE
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self._session = self._outer = session
         self._begun = _Begun()
         bind = session.get_bind()
         self._driver = _check_driver(bind)
@@ -162,6 +224,10 @@ class OfSession(Blocking):
         self._begun.use(session.get_transaction())
         return _execute(connection, self._driver, statement)
 
+    def driver(self) -> object:
+        """See BlockingConnection."""
+        return innermost(self._session.connection().connection.driver_connection)
+
     def begin(self) -> None:
         """See BlockingConnection."""
         if not self._session.in_transaction():
@@ -180,6 +246,7 @@ class OfAsync(OnLoop):
     """An AsyncConnection or AsyncSession."""
 
     ADVICE = OfConnection.ADVICE
+    IDENTIFIED = True
 
     def __init__(self, outer: AsyncConnection | AsyncSession, inner: OfConnection | OfSession) -> None:
         self._outer = outer
@@ -201,6 +268,22 @@ class OfAsync(OnLoop):
     async def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""
         return await self._run(lambda: self._inner.execute(statement))
+
+    async def driver(self) -> object:
+        """See BlockingConnection."""
+        return await self._run(self._inner.driver)
+
+    def block(self) -> str | None:
+        """See BlockingConnection."""
+        return self._inner.block()
+
+    def guard(self) -> None:
+        """See BlockingConnection."""
+        self._inner.guard()
+
+    def unguard(self) -> None:
+        """See BlockingConnection."""
+        self._inner.unguard()
 
     async def begin(self) -> None:
         """See BlockingConnection."""

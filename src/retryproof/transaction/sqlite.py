@@ -39,7 +39,8 @@ class Sqlite(Blocking):
         if statement.many:
             cursor.executemany(statement.sql, statement.parameters)
             return ()
-        return cursor.execute(statement.sql, statement.parameters).fetchall()
+        rows: Sequence[Row] = cursor.execute(statement.sql, statement.parameters).fetchall()
+        return rows
 
     def begin(self) -> None:
         """See BlockingConnection."""

@@ -113,6 +113,10 @@ class AsyncpgStore:
         """Forget each record, unless its lease is live or its row is locked."""
         return await self._perform(lambda: postgres.evict_plan(ids, self._table))
 
+    async def unmark(self, ids: Sequence[bytes]) -> None:
+        """Remove the markers that callers' transactions left, of operations that somebody settled (T1)."""
+        await self._perform(lambda: postgres.unmark_plan(ids, self._table))
+
     async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """Remove records whose time is over."""
         return await self._perform(lambda: postgres.reap_plan(limit, told, self._table))
@@ -337,6 +341,9 @@ class _OnOwnLoop:
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         return self._wait(self._store.evict(ids))
+
+    def unmark(self, ids: Sequence[bytes]) -> None:
+        self._wait(self._store.unmark(ids))
 
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         return self._wait(self._store.reap(limit, told))

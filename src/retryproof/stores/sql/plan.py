@@ -23,6 +23,19 @@ class Statement:
     many: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """What joining a caller's transaction came to.
+
+    held: nobody else can write the record before its end. committed: a marker of an attempt is there already, whose
+    work was committed without its result; nothing was written then. nested: it is inside of a savepoint.
+    """
+
+    held: bool
+    committed: bool = False
+    nested: bool = False
+
+
 Plan = Generator[Statement, Sequence[Row], T]
 
 

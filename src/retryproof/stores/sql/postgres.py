@@ -55,7 +55,7 @@ from retryproof.core.hold import Hold
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 from retryproof.stores.base import Batch, Capabilities, Reaped
 from retryproof.stores.sql import postgres_statements as statements
-from retryproof.stores.sql.plan import Plan, Row, Statement
+from retryproof.stores.sql.plan import Joining, Plan, Row, Statement
 from retryproof.stores.sql.postgres_statements import TABLE, Case
 
 CAPABILITIES = Capabilities(name="postgresql", max_batch=256, transactions=True, concurrent=True)
@@ -67,6 +67,8 @@ transaction may stay, and after these 75 ms its row's item alone is answered wit
 psycopg those of other kinds as well, so they are short: who sent the item asks again (T2)."""
 REAP_BATCH = 500
 """Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
+
+ABANDONED = {"rerun": 0, "refuse": 1, "settle": 2}
 
 Fenced = Complete | Release | Renew | Checkpoint
 F = TypeVar("F", bound=Fenced)
@@ -91,7 +93,7 @@ def _claim(claims: Sequence[Claim], table: str) -> Statement:
             [microseconds(claim.lease) for claim in claims],
             [microseconds(claim.retention) for claim in claims],
             [microseconds(claim.unsettled_retention) for claim in claims],
-            [claim.on_abandoned == "refuse" for claim in claims],
+            [ABANDONED[claim.on_abandoned] for claim in claims],
             [claim.max_attempts for claim in claims],
             [claim.tenant for claim in claims],
             [_bytes(claim.trace) for claim in claims],
@@ -128,11 +130,13 @@ def _claim_reply(claim: Claim, row: Row) -> ClaimReply:
             return Mismatch(payload)
         case Case.REFUSED:
             return Abandoned("refused", attempt)
+        case Case.COMMITTED:
+            return Abandoned("committed", attempt)
         case _:
             return Abandoned("poisoned", attempt)
 
 
-def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool | None]:
+def join_plan(hold: Hold, table: str = TABLE) -> Plan[Joining | None]:
     """Make the transaction that is open the one of this attempt; whether it holds the record's row from now on.
 
     None where no record says that the attempt is current. Where statements share one snapshot (REPEATABLE READ,
@@ -140,20 +144,40 @@ def join_plan(hold: Hold, table: str = TABLE) -> Plan[bool | None]:
     renewed, which it need not be, as nobody takes over what is locked.
     """
     rows = yield Statement(statements.join(table), (hold.id, hold.nonce, hold.token))
-    return bool(rows[0][1]) if rows else None
+    if not rows:
+        return None
+    _, held, committed, nested = rows[0]
+    return Joining(bool(held), committed=bool(committed), nested=bool(nested))
 
 
-def complete_joined_plan(command: Complete, table: str = TABLE) -> Plan[FenceReply]:
-    """Settle the operation in the transaction that was joined; in another one it is lost."""
+def unmark_plan(ids: Sequence[bytes], table: str = TABLE) -> Plan[None]:
+    """Remove the markers of operations that somebody settled."""
+    yield Statement(statements.unmark(table), (list(ids),))
+
+
+def is_joined_plan(hold: Hold, table: str = TABLE) -> Plan[bool]:
+    """Whether the transaction that is open is the one that was joined."""
+    return bool((yield Statement(statements.joined(table), (hold.token,)))[0][0])
+
+
+def complete_joined_plan(command: Complete, table: str = TABLE) -> Plan[FenceReply | None]:
+    """Settle the operation in the transaction that was joined; None in another one, which is left as it is."""
     sql = statements.complete_joined(table, listed=command.listed)
     rows = yield Statement(sql, (command.id, command.nonce, command.token, command.result))
-    return DONE if rows else LOST
+    return joined_reply(rows)
 
 
-def checkpoint_joined_plan(command: Checkpoint, table: str = TABLE) -> Plan[FenceReply]:
-    """Keep a value in the transaction that was joined; in another one it is lost."""
-    rows = yield Statement(statements.checkpoint_joined(table), checkpoint_values(command))
-    return DONE if rows else LOST
+def checkpoint_joined_plan(command: Checkpoint, table: str = TABLE) -> Plan[FenceReply | None]:
+    """Keep a value in the transaction that was joined; None in another one, which is left as it is."""
+    return joined_reply((yield Statement(statements.checkpoint_joined(table), checkpoint_values(command))))
+
+
+def joined_reply(rows: Sequence[Row]) -> FenceReply | None:
+    """What a statement in a transaction that was joined came to."""
+    id, joined = rows[0]
+    if id is not None:
+        return DONE
+    return LOST if joined else None
 
 
 def checkpoint_values(command: Checkpoint) -> list[Any]:
@@ -338,6 +362,7 @@ def read_record(row: Row) -> Record:
         result=row[15],
         checkpoints=_checkpoints(row[16]),
         read_at=row[17],
+        committed=row[18],
     )
 
 

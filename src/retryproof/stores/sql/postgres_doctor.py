@@ -10,13 +10,15 @@ from urllib.parse import parse_qsl, urlsplit
 from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
 from retryproof.stores.sql.migrate import migrations, transaction
 from retryproof.stores.sql.plan import Plan, Statement
-from retryproof.stores.sql.postgres_statements import TABLE
+from retryproof.stores.sql.postgres_statements import TABLE, markers
 from retryproof.stores.sql.postgres_url import SCHEMA_VERSION, ReadReplica, Target, parse
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
 INDEXES = tuple(f"{TABLE}_{name}" for name in ("expires_at", "pkey", "tenant"))
 OLDEST = 130_000
+MARKED = 7
+"""The migration that made the table of markers."""
 MIGRATE = "Run `retryproof migrate` with this URL."
 
 _SERVER = """
@@ -83,8 +85,12 @@ def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
         facts = replace(facts, version=version)
     if facts.table:
         indexes = yield Statement(_INDEXES, (target.table,))
-        lacking = yield Statement(_PRIVILEGES, (target.table,))
-        facts = replace(facts, indexes=[row[0] for row in indexes], lacking=[row[0] for row in lacking])
+        lacking = [*(yield Statement(_PRIVILEGES, (target.table,)))]
+        if (facts.version or 0) >= MARKED:
+            lacking += yield Statement(_PRIVILEGES, (markers(target.table),))
+        facts = replace(
+            facts, indexes=[row[0] for row in indexes], lacking=list(dict.fromkeys(row[0] for row in lacking))
+        )
     return facts
 
 
@@ -161,7 +167,9 @@ def _privileges(facts: Facts) -> Finding:
     if not facts.lacking:
         return Finding("privileges", OK, "read, insert, update, delete")
     lacking = ", ".join(facts.lacking)
-    return Finding("privileges", FAIL, f"this user lacks {lacking}", f"GRANT {lacking} ON {TABLE} TO it.")
+    return Finding(
+        "privileges", FAIL, f"this user lacks {lacking}", f"GRANT {lacking} ON {TABLE}, {markers(TABLE)} TO it."
+    )
 
 
 def _durability(facts: Facts) -> Finding:

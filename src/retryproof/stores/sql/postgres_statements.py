@@ -7,6 +7,7 @@ from functools import cache
 
 TABLE = "retryproof_operations"
 WORKLIST = "retryproof_phased"
+MARKERS = "retryproof_markers"
 
 
 class Case(IntEnum):
@@ -22,6 +23,7 @@ class Case(IntEnum):
     MISMATCH = 8
     REFUSED = 9
     POISONED = 10
+    COMMITTED = 11
 
 
 _NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
@@ -40,11 +42,13 @@ seen AS MATERIALIZED (
             WHEN r.fingerprint <> asked.fingerprint THEN 8
             WHEN r.state >= 3 THEN 7
             WHEN r.state = 2 AND r.nonce = asked.nonce THEN 6 -- late: its attempt is over, nobody would run this one
-            WHEN r.state = 2 AND asked.refuse AND r.attempt > 1 THEN 9
+            WHEN r.state = 2 AND asked.abandoned < 2 AND {committed} THEN 11
+            WHEN r.state = 2 AND asked.abandoned = 1 AND r.attempt > 1 THEN 9
             WHEN r.state = 2 THEN 3
             WHEN r.nonce = asked.nonce THEN 5
             WHEN clock.now < r.lease_until THEN 6
-            WHEN asked.refuse THEN 9
+            WHEN asked.abandoned < 2 AND {committed} THEN 11
+            WHEN asked.abandoned = 1 THEN 9
             WHEN r.deaths + r.counts::int >= asked.max_attempts THEN 10
             ELSE 4
         END AS found
@@ -126,6 +130,7 @@ _JOINED = """
 UPDATE {table} AS o SET {changes}
 WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1
     AND current_setting('{mark}', true) = ($3::bigint)::text
+    AND NOT EXISTS (SELECT FROM {markers} AS m WHERE m.id = o.id AND m.token <> o.token AND m.token >= o.first_seen)
 RETURNING o.id
 """
 _CLAIMED = {
@@ -135,7 +140,7 @@ _CLAIMED = {
     "lease": "bigint",
     "retention": "bigint",
     "unsettled": "bigint",
-    "refuse": "bool",
+    "abandoned": "bigint",
     "max_attempts": "bigint",
     "tenant": "bytea",
     "trace": "bytea",
@@ -160,7 +165,7 @@ RECORD = """o.id, o.state, o.fingerprint, o.birth, o.nonce, o.token, o.attempt, 
 
 _GET = """
 WITH clock AS MATERIALIZED ({clock})
-SELECT {record}, o.result, o.checkpoints::text, clock.now
+SELECT {record}, o.result, o.checkpoints::text, clock.now, {committed}
 FROM unnest($1::bytea[]) AS asked (id)
 CROSS JOIN clock
 CROSS JOIN LATERAL (SELECT * FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS o
@@ -169,7 +174,7 @@ WHERE NOT ({settled} AND clock.now >= o.expires_at)
 
 _SCAN = """
 WITH clock AS MATERIALIZED ({clock})
-SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now
+SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, {committed}
 FROM {table} AS o CROSS JOIN clock
 WHERE o.id >= $1 AND ($2::bytea IS NULL OR o.id < $2) AND o.id > $3
     AND ($4::int IS NULL OR o.state = $4)
@@ -194,6 +199,9 @@ gone AS (
 ),
 delisted AS (
     DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM gone))
+),
+unmarked AS (
+    DELETE FROM {markers} WHERE id = ANY (ARRAY(SELECT id FROM gone))
 )
 SELECT r.id FROM unnest($1::bytea[]) AS asked (id)
 CROSS JOIN LATERAL (SELECT o.id FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS r
@@ -219,8 +227,11 @@ gone AS (
 ),
 delisted AS (
     DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE within AND settled))
+),
+unmarked AS (
+    DELETE FROM {markers} WHERE id = ANY (ARRAY(SELECT id FROM over WHERE within AND settled))
 )
-SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, o.within, NOT o.settled
+SELECT {record}, NULL::bytea, o.checkpoints::text, clock.now, {committed}, o.within, NOT o.settled
 FROM over AS o CROSS JOIN clock
 """
 
@@ -241,6 +252,9 @@ gone AS (
 ),
 delisted AS (
     DELETE FROM {worklist} WHERE id = ANY (ARRAY(SELECT id FROM gone))
+),
+unmarked AS (
+    DELETE FROM {markers} WHERE id = ANY (ARRAY(SELECT id FROM gone))
 )
 SELECT id FROM gone
 """
@@ -255,15 +269,30 @@ def _asked(columns: dict[str, str], *, one: bool) -> str:
     return f"unnest({arrays}) AS asked ({', '.join(columns)})"
 
 
-def _settled(row: str) -> str:
+def _settled(row: str, table: str) -> str:
     """Whether the outcome of a row's operation is known; as `core.record.Record.settled`."""
-    return f"({row}.state >= 3 OR {row}.state = 2 AND {row}.checkpoints IS NULL AND {row}.attempt = 1)"
+    known = f"{row}.checkpoints IS NULL AND {row}.attempt = 1 AND NOT {_committed(row, table)}"
+    return f"({row}.state >= 3 OR {row}.state = 2 AND {known})"
+
+
+def _committed(row: str, table: str) -> str:
+    """Whether a marker of this life of the record is there. With LIMIT, so that nobody hashes the whole table."""
+    return (
+        f"(SELECT true FROM {markers(table)} AS m WHERE m.id = {row}.id AND m.token >= {row}.first_seen LIMIT 1) "
+        "IS NOT NULL"
+    )
 
 
 @cache
 def claim(table: str, *, one: bool = False) -> str:
     """Claim a batch, or one item."""
-    return _CLAIM.format(clock=_CLOCK, table=table, asked=_asked(_CLAIMED, one=one), settled=_settled("r"))
+    return _CLAIM.format(
+        clock=_CLOCK,
+        table=table,
+        asked=_asked(_CLAIMED, one=one),
+        settled=_settled("r", table),
+        committed=_committed("r", table),
+    )
 
 
 @cache
@@ -275,8 +304,19 @@ def complete(table: str, *, one: bool = False, listed: bool = False) -> str:
 @cache
 def complete_joined(table: str, *, listed: bool = False) -> str:
     """Settle one operation in the transaction that `join` marked, waiting for the row; `listed` as above."""
-    changes = _completed("$4::bytea", _NOW)
-    return _delisting(table, _JOINED.format(table=table, changes=changes, mark=_MARK), listed)
+    settling = _JOINED.format(table=table, changes=_completed("$4::bytea", _NOW), mark=_MARK, markers=markers(table))
+    return _unmarking(table, settling, f", {_gone(table)}" if listed else "")
+
+
+def _unmarking(table: str, settling: str, more: str = "") -> str:
+    """Settle and remove the marker that `join` left; the id, and whether this is the transaction that was joined."""
+    return f"""
+WITH done AS ({settling}),
+unmarked AS (
+    DELETE FROM {markers(table)} WHERE id = $1::bytea AND token = $3::bigint AND EXISTS (SELECT FROM done) RETURNING id
+){more}
+SELECT (SELECT id FROM unmarked), coalesce(current_setting('{_MARK}', true) = ($3::bigint)::text, false)
+"""
 
 
 def _completed(result: str, now: str) -> str:
@@ -287,13 +327,21 @@ def _completed(result: str, now: str) -> str:
 def _delisting(table: str, settling: str, listed: bool) -> str:
     if not listed:
         return settling
-    gone = f"DELETE FROM {worklist(table)} WHERE id = ANY (ARRAY(SELECT id FROM done))"
-    return f"WITH done AS ({settling}), gone AS ({gone}) SELECT id FROM done"
+    return f"WITH done AS ({settling}), {_gone(table)} SELECT id FROM done"
+
+
+def _gone(table: str) -> str:
+    return f"gone AS (DELETE FROM {worklist(table)} WHERE id = ANY (ARRAY(SELECT id FROM done)))"
 
 
 def worklist(table: str) -> str:
     """The completer's worklist beside a table of operations."""
     return f"{table.removesuffix(TABLE)}{WORKLIST}"
+
+
+def markers(table: str) -> str:
+    """The markers of callers' transactions beside a table of operations."""
+    return f"{table.removesuffix(TABLE)}{MARKERS}"
 
 
 @cache
@@ -321,9 +369,11 @@ def checkpoint(table: str, *, one: bool = False) -> str:
 
 
 @cache
-def checkpoint_joined(table: str) -> str:
-    """Keep one value in the transaction that `join` marked, waiting for the row."""
-    return _JOINED.format(table=table, changes=_checkpointed("$4::text", "$5::text"), mark=_MARK)
+def checkpoint_joined(table: str, *, listing: str = "") -> str:
+    """Keep one value in the transaction that `join` marked, waiting for the row; listing: a CTE that reads `done`."""
+    changes = _checkpointed("$4::text", "$5::text")
+    settling = _JOINED.format(table=table, changes=changes, mark=_MARK, markers=markers(table))
+    return _unmarking(table, settling, f", {listing}" if listing else "")
 
 
 def _checkpointed(name: str, value: str) -> str:
@@ -340,18 +390,44 @@ def _fenced(table: str, changes: str, columns: dict[str, str], *, one: bool) -> 
     )
 
 
+_JOIN = """
+WITH held AS (
+    SELECT o.id, o.token, {committed} AS committed FROM {table} AS o
+    WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1
+),
+marked AS (
+    INSERT INTO {markers} (id, token) SELECT id, token FROM held WHERE NOT committed RETURNING xmin
+)
+SELECT set_config('{mark}', CASE WHEN NOT held.committed THEN held.token::text ELSE '' END, true),
+    EXISTS (
+        SELECT FROM {table} AS l WHERE l.id = held.id
+        AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') FOR NO KEY UPDATE
+    ),
+    held.committed,
+    (SELECT xmin <> pg_current_xact_id()::xid FROM marked)
+FROM held
+"""
+
+
 @cache
 def join(table: str) -> str:
     """Mark the transaction as the one of a current attempt, until it ends; a row where the attempt is current.
 
-    It says whether the record is locked from now on, as it is where all statements share this one's snapshot.
+    The marker is a row, and a setting that ends with the transaction. It says whether the record is locked from now on,
+    as it is where all statements share this one's snapshot; whether another marker was committed; and whether this is a
+    savepoint, whose rows have a transaction id of their own.
     """
-    return (
-        f"SELECT set_config('{_MARK}', o.token::text, true), EXISTS ("
-        f"SELECT FROM {table} AS l WHERE l.id = o.id "
-        "AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') FOR NO KEY UPDATE) "
-        f"FROM {table} AS o WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1"
-    )
+    return _JOIN.format(table=table, markers=markers(table), mark=_MARK, committed=_committed("o", table))
+
+
+def joined(table: str) -> str:
+    """Whether the transaction that is open is the one of this token."""
+    return f"SELECT coalesce(current_setting('{_MARK}', true) = ($1::bigint)::text, false)"
+
+
+def unmark(table: str) -> str:
+    """Remove the markers of a batch."""
+    return f"DELETE FROM {markers(table)} WHERE id = ANY ($1::bytea[]) RETURNING id"
 
 
 @cache
@@ -363,7 +439,9 @@ def look(table: str) -> str:
 @cache
 def get(table: str) -> str:
     """Read a batch."""
-    return _GET.format(clock=_CLOCK, table=table, record=RECORD, settled=_settled("o"))
+    return _GET.format(
+        clock=_CLOCK, table=table, record=RECORD, settled=_settled("o", table), committed=_committed("o", table)
+    )
 
 
 @cache
@@ -372,13 +450,20 @@ def scan(table: str, *, tenant: bool, indexed: bool) -> str:
     condition = "AND o.tenant = $6" if tenant else ""
     if indexed:
         condition += " AND o.tenant <> ''::bytea"  # or the planner would not know that the partial index will do
-    return _SCAN.format(clock=_CLOCK, table=table, record=RECORD, tenant=condition, settled=_settled("o"))
+    return _SCAN.format(
+        clock=_CLOCK,
+        table=table,
+        record=RECORD,
+        tenant=condition,
+        settled=_settled("o", table),
+        committed=_committed("o", table),
+    )
 
 
 @cache
 def evict(table: str) -> str:
     """Forget a batch; answers with what is still there."""
-    return _EVICT.format(clock=_CLOCK, table=table, worklist=worklist(table))
+    return _EVICT.format(clock=_CLOCK, table=table, worklist=worklist(table), markers=markers(table))
 
 
 @cache
@@ -388,10 +473,18 @@ def reap(table: str) -> str:
 
     With them goes what the completer's worklist has of them: nobody's input outlives its operation.
     """
-    return _REAP.format(clock=_CLOCK, table=table, worklist=worklist(table), record=RECORD, settled=_settled("o"))
+    return _REAP.format(
+        clock=_CLOCK,
+        table=table,
+        worklist=worklist(table),
+        markers=markers(table),
+        record=RECORD,
+        settled=_settled("o", table),
+        committed=_committed("o", table),
+    )
 
 
 @cache
 def end(table: str) -> str:
     """Remove unsettled records whose end was told, as long as they are what they were; answers with those."""
-    return _END.format(clock=_CLOCK, table=table, worklist=worklist(table))
+    return _END.format(clock=_CLOCK, table=table, worklist=worklist(table), markers=markers(table))

@@ -22,7 +22,7 @@ PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1)
 is next to never; behind a transaction pooler the server's default may be SERIALIZABLE, where rivals undo each other."""
 VERSIONS = "retryproof_schema"
 """The table of applied migrations."""
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """The number of the newest migration that this code needs."""
 
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg")

@@ -259,6 +259,10 @@ class PsycopgStore:
         """Forget each record, unless its lease is live or its row is locked."""
         return self._perform(lambda: postgres.evict_plan(ids, self._table))
 
+    def unmark(self, ids: Sequence[bytes]) -> None:
+        """Remove the markers that callers' transactions left, of operations that somebody settled (T1)."""
+        self._perform(lambda: postgres.unmark_plan(ids, self._table))
+
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """Remove records whose time is over."""
         return self._perform(lambda: postgres.reap_plan(limit, told, self._table))

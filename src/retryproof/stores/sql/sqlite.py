@@ -140,6 +140,10 @@ class SqliteStore:
         """Forget each record, unless its lease is live."""
         return self._write(lambda: plans.evict(ids, self._clock()))
 
+    def unmark(self, ids: Sequence[bytes]) -> None:
+        """Remove the markers that callers' transactions left, of operations that somebody settled (T1)."""
+        self._write(lambda: plans.unmark(ids))
+
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """End what was told, remove what is settled and over; what is over is found without the write lock."""
         ended = self._write(lambda: plans.end(told, self._clock())) if told else []
@@ -325,16 +329,19 @@ class SqliteStore:
     def _make_schema(self, connection: sqlite3.Connection) -> None:
         """Make what is missing; several processes may do it at once."""
         found = connection.execute("PRAGMA user_version").fetchone()[0]
-        table = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'retryproof_operations'").fetchone()
-        if table and found == plans.SCHEMA_VERSION:
+        tables = connection.execute(
+            "SELECT count(*) FROM sqlite_schema WHERE name IN ('retryproof_operations', 'retryproof_markers')"
+        ).fetchone()[0]
+        if tables == 2 and found == plans.SCHEMA_VERSION:
             return
-        if table and found > plans.SCHEMA_VERSION:
+        if tables and found > plans.SCHEMA_VERSION:
             raise ConfigurationError(
                 f"{self.path} was written by a later release (schema {found}; this one knows "
                 f"{plans.SCHEMA_VERSION}). Upgrade retryproof."
             )
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(plans.SCHEMA)
+        connection.execute(plans.MARKERS_SCHEMA)  # earlier releases work beside it
         connection.execute(f"PRAGMA user_version = {plans.SCHEMA_VERSION}")
         connection.execute("COMMIT")
 

@@ -75,8 +75,10 @@ def _first(connection: sqlite3.Connection, sql: str) -> str:
 
 
 def _version(connection: sqlite3.Connection) -> int:
-    table = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'retryproof_operations'").fetchone()
-    return int(_first(connection, "PRAGMA user_version")) if table else 0
+    tables = connection.execute(
+        "SELECT count(*) FROM sqlite_schema WHERE name IN ('retryproof_operations', 'retryproof_markers')"
+    ).fetchone()
+    return int(_first(connection, "PRAGMA user_version")) if tables[0] == 2 else 0
 
 
 def _mounts() -> str:

@@ -22,7 +22,7 @@ from retryproof.core.commands import (
 )
 from retryproof.core.hold import Hold
 from retryproof.core.record import Record, State
-from retryproof.stores.sql.plan import Plan, Row, Statement
+from retryproof.stores.sql.plan import Joining, Plan, Row, Statement
 
 Fenced = TypeVar("Fenced", Complete, Release, Renew, Checkpoint)
 
@@ -49,6 +49,14 @@ CREATE TABLE IF NOT EXISTS retryproof_operations (
 )
 """
 
+MARKERS_SCHEMA = """
+CREATE TABLE IF NOT EXISTS retryproof_markers (
+    id    BLOB    NOT NULL,
+    token INTEGER NOT NULL,
+    PRIMARY KEY (id, token)
+) WITHOUT ROWID
+"""
+
 WORKLIST_SCHEMA = """
 CREATE TABLE IF NOT EXISTS retryproof_phased (
     due_at      INTEGER NOT NULL,
@@ -69,12 +77,21 @@ COLUMNS = (
     "retention, tenant, trace, checkpoints, result"
 )
 _PLACES = f"({', '.join('?' * 17)})"
-_SELECT = f"SELECT {COLUMNS} FROM retryproof_operations"
+_COMMITTED = (
+    "EXISTS (SELECT 1 FROM retryproof_markers AS m WHERE m.id = retryproof_operations.id "
+    "AND m.token >= retryproof_operations.first_seen)"
+)
+"""A marker of this life of the record: looked for where no attempt has completed."""
+_READ = f"{COLUMNS}, state < {State.COMPLETED:d} AND {_COMMITTED}"
+_SELECT = f"SELECT {_READ} FROM retryproof_operations"
 _INSERT = f"INSERT INTO retryproof_operations ({COLUMNS}) VALUES "
 _REPLACE = f"REPLACE INTO retryproof_operations ({COLUMNS}) VALUES {_PLACES}"
 _MARK = "retryproof_joined"
 _CHANGES = Statement("SELECT changes()")
-_UNSETTLED = f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} AND (checkpoints IS NOT NULL OR attempt > 1)"
+_UNSETTLED = (
+    f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} "
+    f"AND (checkpoints IS NOT NULL OR attempt > 1 OR {_COMMITTED})"
+)
 _OVER = f"expires_at <= ? AND (state <> {State.IN_PROGRESS:d} OR lease_until <= ?)"
 
 
@@ -146,33 +163,60 @@ def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
     return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
 
 
-def join(hold: Hold, *, mark: bool) -> Plan[bool | None]:
-    """True where the record says that this attempt is current, as the transaction that is open sees it; else None.
+def join(hold: Hold, *, mark: bool) -> Plan[Joining | None]:
+    """Write the marker where the record says that this attempt is current, as the transaction that is open sees it.
 
     That transaction holds the record from now on, with all others: SQLite has one writer. mark: with a savepoint, which
-    ends when the transaction does, so that `complete_joined` knows it again.
+    ends when the transaction does, so that it is known again. None where the attempt is not current.
     """
-    rows = yield Statement(
-        "SELECT 1 FROM retryproof_operations WHERE id = ? AND nonce = ? AND token = ? "
-        f"AND state = {State.IN_PROGRESS:d}",
-        (hold.id, hold.nonce, hold.token),
-    )
-    if rows and mark:
-        yield Statement(f"SAVEPOINT {_MARK}")
-    return True if rows else None
+    current = f"id = ? AND nonce = ? AND token = ? AND state = {State.IN_PROGRESS:d}"
+    fence = (hold.id, hold.nonce, hold.token)
+    if (
+        yield Statement(
+            "INSERT INTO retryproof_markers (id, token) SELECT id, token FROM retryproof_operations "
+            f"WHERE {current} AND NOT {_COMMITTED} RETURNING 1",
+            fence,
+        )
+    ):
+        if mark:
+            yield Statement(f"SAVEPOINT {_MARK}")
+        return Joining(held=True)
+    rows = yield Statement(f"SELECT 1 FROM retryproof_operations WHERE {current}", fence)
+    return Joining(held=True, committed=True) if rows else None
 
 
-def complete_joined(command: Complete, now: int, *, marked: bool) -> Plan[FenceReply]:
-    """Settle the operation in the transaction that was joined; in another one it is lost."""
+def complete_joined(command: Complete, now: int, *, marked: bool) -> Plan[FenceReply | None]:
+    """Settle the operation in the transaction that was joined; None in another one, which is left as it is."""
+    if marked and not (yield from _release_mark()):
+        return None
     [reply] = yield from complete([command], now)
-    if marked and reply == DONE:
-        try:
-            yield Statement(f"RELEASE {_MARK}")
-        except Exception as error:
-            if "no such savepoint" not in str(error):
-                raise
-            return LOST
-    return reply
+    return (yield from _unmarked(command, reply))
+
+
+def checkpoint_joined(command: Checkpoint, *, marked: bool) -> Plan[FenceReply | None]:
+    """Keep a value in the transaction that was joined; None in another one, which is left as it is."""
+    if marked and not (yield from _release_mark()):
+        return None
+    [reply] = yield from checkpoint([command])
+    return (yield from _unmarked(command, reply))
+
+
+def _release_mark() -> Plan[bool]:
+    """Whether the savepoint that `join` made was there."""
+    try:
+        yield Statement(f"RELEASE {_MARK}")
+    except Exception as error:
+        if "no such savepoint" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _unmarked(command: Complete | Checkpoint, reply: FenceReply) -> Plan[FenceReply]:
+    rows = yield Statement(
+        "DELETE FROM retryproof_markers WHERE id = ? AND token = ? RETURNING 1", (command.id, command.token)
+    )
+    return reply if rows else LOST
 
 
 def release(commands: Sequence[Release], now: int) -> Plan[list[FenceReply]]:
@@ -238,7 +282,13 @@ def evict(ids: Sequence[bytes], now: int) -> Plan[list[bool]]:
     yield Statement("DELETE FROM retryproof_operations WHERE id = ?", rows, many=True)
     yield Statement(WORKLIST_SCHEMA)
     yield Statement("DELETE FROM retryproof_phased WHERE id = ?", rows, many=True)
+    yield Statement("DELETE FROM retryproof_markers WHERE id = ?", rows, many=True)
     return gone
+
+
+def unmark(ids: Sequence[bytes]) -> Plan[None]:
+    """Remove the markers of operations that somebody settled."""
+    yield Statement("DELETE FROM retryproof_markers WHERE id = ?", [(id,) for id in ids], many=True)
 
 
 def find_over(limit: int, now: int) -> Plan[tuple[list[int], list[Record], bool]]:
@@ -275,6 +325,7 @@ def _remove(where: str, parameters: Sequence[Row]) -> Plan[list[bytes]]:
         rows = yield Statement(f"DELETE FROM retryproof_operations WHERE {where} RETURNING id", values)
         gone += (row[0] for row in rows)
     yield Statement("DELETE FROM retryproof_phased WHERE id = ?", [(id,) for id in gone], many=True)
+    yield Statement("DELETE FROM retryproof_markers WHERE id = ?", [(id,) for id in gone], many=True)
     return gone
 
 
@@ -326,4 +377,5 @@ def _to_record(row: Row) -> Record:
         trace=row[14],
         checkpoints={name: bytes.fromhex(value) for name, value in json.loads(kept).items()} if kept else NOTHING,
         result=row[16],
+        committed=bool(row[17]),
     )

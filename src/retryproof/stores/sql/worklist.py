@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from retryproof.core.commands import DONE, LOST, Checkpoint, FenceReply
+from retryproof.core.commands import DONE, Checkpoint, FenceReply
 from retryproof.core.record import State, microseconds
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql import postgres, sqlite_plans
@@ -65,13 +65,17 @@ class Worklist:
         self._table = table
         self._name = WORKLIST if self._sqlite else worklist(table)
 
-    def checkpoint(self, command: Checkpoint, entry: Entry | None, lease: float) -> Plan[FenceReply]:
+    def checkpoint(
+        self, command: Checkpoint, entry: Entry | None, lease: float, *, marked: bool = False
+    ) -> Plan[FenceReply | None]:
         """Keep a recovery point in the caller's transaction, fenced, and list the operation where there is an entry.
+
+        None where another transaction is open than the one that was joined.
 
         lease: seconds before which nobody needs to look after it.
         """
         if self._sqlite:
-            (reply,) = yield from sqlite_plans.checkpoint([command])
+            reply = yield from sqlite_plans.checkpoint_joined(command, marked=marked)
             if entry is not None and reply == DONE:
                 yield from _list_sqlite(entry, wall_clock(), microseconds(lease))
             return reply
@@ -79,7 +83,7 @@ class Worklist:
             return (yield from postgres.checkpoint_joined_plan(command, self._table))
         given = (entry.birth, entry.fingerprint, entry.tenant, entry.function, entry.input)
         values = (*postgres.checkpoint_values(command), microseconds(lease), *given)
-        return DONE if (yield Statement(_checkpoint_and_list(self._table), values)) else LOST
+        return postgres.joined_reply((yield Statement(_checkpoint_and_list(self._table), values)))
 
     def take(self, limit: int, hold: float, functions: Sequence[str], unwanted: float) -> Plan[list[Taken]]:
         """Take what is due and postpone it by `hold` seconds, passing over what others are taking.
@@ -148,19 +152,15 @@ _NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
 @cache
 def _checkpoint_and_list(table: str) -> str:
-    kept = statements.checkpoint_joined(table)
-    return f"""
-WITH kept AS ({kept}),
-listed AS (
+    listing = f"""listed AS (
     INSERT INTO {worklist(table)} AS w (due_at, listed_at, {_COLUMNS})
-    SELECT {_NOW} + $6::bigint, {_NOW}, kept.id, $7::bytea, $8::bytea, $9::bytea, $10::text, $11::bytea FROM kept
+    SELECT {_NOW} + $6::bigint, {_NOW}, done.id, $7::bytea, $8::bytea, $9::bytea, $10::text, $11::bytea FROM done
     ON CONFLICT (id) DO UPDATE SET due_at = excluded.due_at, listed_at = excluded.listed_at, birth = excluded.birth,
         function = excluded.function, fingerprint = excluded.fingerprint, tenant = excluded.tenant,
         input = excluded.input, tries = 0, reason = NULL
     WHERE w.birth <> excluded.birth
-)
-SELECT id FROM kept
-"""
+)"""
+    return statements.checkpoint_joined(table, listing=listing)
 
 
 @cache
