@@ -16,8 +16,10 @@ A server that was promoted or restarted may have lost what was seen: the floors 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
+from retryproof.core.message import Message
 from retryproof.stores.sql.outbox import Taken
 
 
@@ -77,9 +79,35 @@ class Floors:
     def _lower(self, low: int) -> None:
         self.at = {partition: min(floor, low) for partition, floor in self.at.items()}
 
-    def follow(self, last: Mapping[int, int], exhausted: Iterable[int] = ()) -> None:
-        """Where to begin once the batch is done: at its last number in a partition; exhausted: those with no more."""
-        self._ahead = {**last, **dict.fromkeys(exhausted, self.highest)}
+    def follow(
+        self, messages: Sequence[Message], waiting: Sequence[int], *, share: int, batch: int
+    ) -> Mapping[int, int]:
+        """Go on behind a batch, in its order, once it is done; how many messages there were, by partition.
+
+        waiting: the partition of each message that was found and parked. share, batch: what the claim was limited to.
+        """
+        found: dict[int, int] = dict(Counter(waiting)) if waiting else {}
+        parked: dict[int, int] = {}
+        self._ahead = {}
+        for message in messages:
+            partition = message.partition
+            found[partition] = found.get(partition, 0) + 1
+            if message.parked:
+                parked[partition] = parked.get(partition, 0) + 1
+            else:
+                self._ahead[partition] = message.sequence
+        if sum(found.values()) - sum(parked.values()) < batch:  # all were asked
+            for partition in self.at:
+                if found.get(partition, 0) - parked.get(partition, 0) < share:  # and had no more
+                    self._ahead[partition] = self.highest
+        if not messages:
+            self.advance()
+        self._rotate(found)
+        return found
+
+    def follow_all(self, number: int) -> None:
+        """Go on behind this number once the batch is done: it had the lowest ones of all partitions."""
+        self._ahead = dict.fromkeys(self.at, number)
 
     def advance(self) -> None:
         """The batch is done."""
@@ -90,7 +118,7 @@ class Floors:
         """Something of the batch is left: the next one begins where this one did."""
         self._ahead = {}
 
-    def rotate(self, found: Collection[int]) -> None:
+    def _rotate(self, found: Collection[int]) -> None:
         """Begin after the last partition that gave something."""
         order = list(self.at)
         last = max((place for place, partition in enumerate(order) if partition in found), default=-1) + 1

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from time import monotonic
@@ -154,9 +153,10 @@ class Membership:
         if self._strict:
             self.alone = bool(messages) and messages[0].parked
             if messages:
-                self._floors.follow(dict.fromkeys(self._floors.at, messages[-1].sequence))
+                self._floors.follow_all(messages[-1].sequence)
         elif not self.alone and len(messages) == len(taken.messages):
-            self._follow(messages, taken, batch)
+            found = self._floors.follow(messages, taken.waiting, share=self._share.size, batch=batch)
+            self._share.learn(found, len(self._floors.at))
         return messages
 
     async def _claim(self, slow: Sequence[Message], batch: int, *, alone: bool) -> Taken:
@@ -181,24 +181,6 @@ class Membership:
         self._suspects = taken.suspects
         floors.learn(taken)
         return taken
-
-    def _follow(self, messages: Sequence[Message], taken: Taken, batch: int) -> None:
-        """Where the next claim begins, and how much of each partition it takes."""
-        ready: dict[int, int] = dict(Counter(taken.waiting)) if taken.waiting else {}
-        found, last = dict(ready), {}
-        for message in messages:
-            partition = message.partition
-            found[partition] = found.get(partition, 0) + 1
-            if not message.parked:
-                ready[partition] = ready.get(partition, 0) + 1
-                last[partition] = message.sequence
-        all_asked = sum(ready.values()) < batch
-        size, owned = self._share.size, self._floors.at
-        self._floors.follow(last, [one for one in owned if ready.get(one, 0) < size] if all_asked else ())
-        if not messages:
-            self._floors.advance()
-        self._share.learn(found, len(owned))
-        self._floors.rotate(found)
 
     async def finish(self, conclusion: Conclusion, *, all_done: bool | None) -> None:
         """End the batch, or what went on from earlier ones (None); raises LeaseLost where another relay has it."""
