@@ -1,11 +1,20 @@
-"""An app for servers of several processes: it is made once in each, over a store that they share."""
+"""An app for servers of several processes, over a store that they share. Each makes it for itself, or
+
+    python -m tests.crash.prefork_app 3
+
+makes it once, uses it, and then forks the servers of a listening descriptor, as gunicorn does with `--preload`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import sys
 from pathlib import Path
 
+import httpx
+import uvicorn
 from fastapi import FastAPI, Request
 
 from retryproof.http import single_tenant
@@ -34,3 +43,36 @@ def create_app() -> IdempotencyMiddleware:
         return {"pid": os.getpid()}
 
     return IdempotencyMiddleware(app, store=os.environ["PREFORK_STORE"], scope=single_tenant)
+
+
+async def use(app: IdempotencyMiddleware) -> None:
+    """Open the store, as a check at the start does, and leave it open."""
+    key = f'"{os.environ["PREFORK_EFFECTS"]}"'
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        response = await client.post("/charges", headers={"idempotency-key": key})
+        assert response.status_code == 201, response.text
+
+
+def serve_preloaded(descriptor: int) -> None:
+    """Two servers that end with this process."""
+    app = create_app()
+    asyncio.run(use(app))
+    children: list[int] = []
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            uvicorn.run(app, fd=descriptor, log_level="warning")
+            return
+        children.append(pid)
+
+    def end(*_: object) -> None:
+        for pid in children:
+            os.kill(pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    for pid in children:
+        os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    serve_preloaded(int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""One server of several processes over one store, as `uvicorn --workers 2`."""
+"""One server of several processes over one store, as `uvicorn --workers 2`, or `gunicorn --preload`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ KEYS = 4
 
 
 @contextmanager
-def two_workers(store: str, effects: Path) -> Iterator[int]:
-    """The port of a server of two processes, of which both serve."""
+def two_workers(store: str, effects: Path, *, preload: bool) -> Iterator[int]:
+    """The port of a server of two processes, of which both serve. preload: one that used the store forks them."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         listener.set_inheritable(True)
         port, fd = listener.getsockname()[1], listener.fileno()
         command = ["uvicorn", "--factory", "tests.crash.prefork_app:create_app", "--workers", "2", "--fd", str(fd)]
+        command = ["tests.crash.prefork_app", str(fd)] if preload else [*command, "--log-level", "warning"]
         process = subprocess.Popen(
-            [sys.executable, "-m", *command, "--log-level", "warning"],
+            [sys.executable, "-m", *command],
             cwd=ROOT,
             env={**os.environ, "PREFORK_STORE": store, "PREFORK_EFFECTS": str(effects)},
             pass_fds=[fd],
@@ -56,13 +57,16 @@ def two_workers(store: str, effects: Path) -> Iterator[int]:
                 process.wait()
 
 
+@pytest.mark.parametrize("preload", [False, True], ids=["started", "forked"])
 @pytest.mark.parametrize("kind", ["sqlite", "redis", "postgres"])
-def test_c1_twins_at_two_processes_have_one_effect(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_c1_twins_at_two_processes_have_one_effect(
+    kind: str, preload: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     store = f"sqlite:///{tmp_path / 'keys.db'}" if kind == "sqlite" else request.getfixturevalue(f"{kind}_url")
     if kind == "postgres":
         migrate(store)
     keys, effects = [str(uuid4()) for _ in range(KEYS)], tmp_path / "effects"
-    with two_workers(store, effects) as port, ThreadPoolExecutor(TWINS) as pool:
+    with two_workers(store, effects, preload=preload) as port, ThreadPoolExecutor(TWINS) as pool:
         for key in keys:
             twins = [request_bytes(key=key)] * TWINS
             answers = [split(answer) for answer in pool.map(lambda twin: exchange(port, twin), twins)]
@@ -73,4 +77,4 @@ def test_c1_twins_at_two_processes_have_one_effect(kind: str, request: pytest.Fi
             status, headers, body = split(exchange(port, request_bytes(key=key)))
             assert (status, headers[b"idempotency-replayed"], {body}) == (201, [b"true"], results)
     charged = Counter(line.split()[0] for line in effects.read_text().splitlines())
-    assert charged == dict.fromkeys(keys, 1)
+    assert charged == dict.fromkeys([f'"{effects}"', *keys] if preload else keys, 1)

@@ -22,6 +22,7 @@ from retryproof.stores.base import Store
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.redis.asynchronous import AsyncRedisStore
 from retryproof.stores.sql.migrate import migrate
+from retryproof.stores.sql.plan import Plan, Statement
 from retryproof.stores.sql.sqlite import SqliteStore
 from retryproof.stores.threaded import InThread
 from retryproof.stores.url import aopen_store
@@ -367,6 +368,27 @@ def test_c1_a_sqlite_store_is_closed_over_a_fork_and_works_on_both_sides(tmp_pat
     in_child(child)
     assert claimed(store.claim([mine])[0])
     assert isinstance(store.claim([replace(theirs, nonce=bytes(15) + b"2")])[0], Running)
+    store.close()
+
+
+def test_c1_a_fork_from_within_a_call_leaves_it_whole_and_the_child_is_refused(tmp_path: Path) -> None:
+    """The thread that forks is the one that it would have to wait for."""
+    store = SqliteStore(str(tmp_path / "keys.db"))
+
+    def is_refused(used: SqliteStore) -> bool:
+        try:
+            used.get([bytes(32)])
+        except errors.ConfigurationError as error:
+            return "was open when this process was forked" in str(error)
+        return False
+
+    def plan() -> Plan[bool]:
+        yield Statement("CREATE TABLE kept (x)")
+        in_child(lambda: is_refused(store) and is_refused(SqliteStore(store.path)))
+        rows = yield Statement("SELECT count(*) FROM kept")
+        return rows == [(0,)]
+
+    assert store.perform(plan)
     store.close()
 
 
