@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from retryproof.core.commands import (
@@ -33,7 +34,11 @@ from retryproof.core.hold import Hold
 T = TypeVar("T")
 Steps = Generator[Command, tuple[Reply, float], T]
 
-clock = time.monotonic
+clock: Callable[[], float] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
+"""Seconds, by which leases are counted (C6). On Linux `time.monotonic` stands still while the machine is suspended; the
+store's clock, by which the lease ends, goes on."""
 
 
 class Background(Protocol):

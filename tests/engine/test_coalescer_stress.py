@@ -27,6 +27,7 @@ from retryproof.core.commands import (
 )
 from retryproof.core.errors import StoreUnavailable
 from retryproof.core.hold import Hold
+from retryproof.drive import clock
 from retryproof.stores.coalesce import Bridge, BridgeEnd, TaskCoalescer, ThreadCoalescer, bridge, tasks
 from retryproof.stores.coalesce.alarm import NEVER, Alarm
 from retryproof.stores.coalesce.bridge import _Crossing
@@ -246,7 +247,7 @@ def test_c6_a_keeper_whose_thread_dies_gets_another() -> None:
 def hold_of(store: Turnstile, claim: Claim) -> Hold:
     acquired = store.claim([claim])[0]
     assert isinstance(acquired, Acquired)
-    return Hold(claim, acquired, time.monotonic())
+    return Hold(claim, acquired, clock())
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

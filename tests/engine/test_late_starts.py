@@ -7,16 +7,20 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
-from retryproof import AsyncIdempotency, Idempotency, Policy, errors
+from retryproof import AsyncIdempotency, Idempotency, Policy, drive, errors
 from retryproof.core.commands import Acquired, Claim, ClaimReply, FenceReply, Renew
 from retryproof.core.record import State
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
+from retryproof.stores import keeper
 from retryproof.stores.base import Capabilities
 from retryproof.stores.memory import MemoryStore
+from retryproof.stores.sql.migrate import migrate
+from retryproof.testing.link import FaultLink
 from tests.engine.conftest import MakeCaller
 from tests.engine.support import SECONDS
 
@@ -47,6 +51,31 @@ async def test_c6_a_handler_that_blocks_the_loop_past_a_neighbours_lease_does_no
         )
     rival.close()
     assert (blocked.value, second.replayed, effects) == ("attempt 2", True, ["rival"])
+
+
+@pytest.mark.parametrize("kind", ["redis", "postgres"])
+def test_c6_a_late_reply_to_a_claim_over_a_slow_link_begins_nothing_that_was_taken_over(
+    request: pytest.FixtureRequest, kind: str, make_caller: MakeCaller
+) -> None:
+    """The reply comes 1.6 s after the claim, whose lease was 1 s; meanwhile another process takes over, and charges."""
+    url: str = request.getfixturevalue(f"{kind}_url")
+    if kind == "postgres":
+        migrate(url)
+    parts, effects = urlsplit(url), list[str]()
+    with FaultLink(parts.hostname or "", parts.port or 0) as link:
+        slow = make_caller(
+            urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{link.port}"))),
+            lease=1.0,
+            max_run=60.0,
+        )
+        slow.run("warm", lambda: 0)
+        link.delay(1.6, direction="reply", times=1)
+        late = slow.start("k", lambda: effects.append("late"))
+        rival = make_caller(url, lease=1.0, max_run=60.0, wait=SECONDS, poll=0.02)
+        link.wait_for("delay")
+        rival.run("k", lambda: effects.append("rival"))
+        assert late.result(SECONDS).replayed
+    assert effects == ["rival"]
 
 
 class LateReplies(MemoryStore):
@@ -154,6 +183,13 @@ async def test_c6_an_app_whose_lease_is_over_is_not_called(
     assert (sent[0]["status"], bool(effects)) == (status, called)
     if late is _cut_off:
         await asyncio.to_thread(_wait_until_released, store)
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="no such clock on this platform")
+def test_c6_the_time_that_a_machine_slept_counts_to_its_leases() -> None:
+    assert drive.clock.func is time.clock_gettime  # type: ignore[attr-defined]  # a partial
+    assert drive.clock.args == (time.CLOCK_BOOTTIME,)  # type: ignore[attr-defined]  # a partial
+    assert vars(keeper)["clock"] is drive.clock
 
 
 def test_c6_max_run_counts_from_the_claim_that_was_acquired(make_caller: MakeCaller) -> None:

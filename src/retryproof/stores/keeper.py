@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from retryproof.core.commands import Acquired, Claim, Complete, Done, FenceReply, Lost, Release, Running
 from retryproof.core.hold import Hold
+from retryproof.drive import clock
 from retryproof.stores.base import Store
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
-clock = time.monotonic
 
 NEVER = float("inf")
 COMPANY = 1 / 6
