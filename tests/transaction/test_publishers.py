@@ -1,5 +1,6 @@
 """Publishers against real receivers: HTTP, SMTP, Redis Streams and functions."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -19,6 +20,7 @@ from retryproof.publishers.function import FunctionPublisher
 from retryproof.publishers.httpx import HttpPublisher
 from retryproof.publishers.redis import RedisStreamPublisher
 from retryproof.publishers.smtp import SmtpPublisher
+from tests.conftest import PrivateServer
 from tests.transaction.receivers import certificate, http_receiver, smtp_receiver
 
 
@@ -73,6 +75,61 @@ async def test_m6_a_refusal_is_a_failure(
     assert str(status) in outcome.reason
     assert (outcome.permanent, outcome.retry_after) == expected
     assert len(receiver.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        *((status, "unreachable") for status in (429, 502, 503, 504)),
+        *((status, "answer") for status in (302, 400, 401, 404, 408, 422, 500, 501)),
+        (410, "refusal"),
+    ],
+)
+async def test_t6_an_answer_about_the_message_and_one_of_nobody_are_told_apart(status: int, expected: str) -> None:
+    with http_receiver() as receiver:
+        receiver.answer = lambda request: (status, {})
+        publisher = HttpPublisher(receiver.url)
+        (outcome,) = await publisher.publish(Batch([message()]))
+        await publisher.close()
+    assert isinstance(outcome, Failed)
+    assert outcome.counts_as == expected
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/", "http://no-such-host.invalid/"])
+async def test_t6_a_receiver_without_a_connection_is_out_of_reach(url: str) -> None:
+    with http_receiver() as receiver:
+        pass
+    publisher = HttpPublisher(url.format(port=receiver.url.rsplit(":")[-1].partition("/")[0]))
+    (outcome,) = await publisher.publish(Batch([message()]))
+    await publisher.close()
+    assert isinstance(outcome, Failed)
+    assert outcome.counts_as == "unreachable"
+
+
+@pytest.mark.parametrize("behaviour", ["hangs", "closes"])
+async def test_t6_a_receiver_that_accepts_and_never_answers_is_out_of_reach(behaviour: str) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if behaviour == "hangs":
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    publisher = HttpPublisher(f"http://127.0.0.1:{port}/", timeout=0.2)
+    (outcome,) = await publisher.publish(Batch([message()]))
+    await publisher.close()
+    server.close()
+    assert isinstance(outcome, Failed)
+    assert outcome.counts_as == "unreachable"
+
+
+async def test_t6_a_message_that_makes_no_request_counts_against_itself() -> None:
+    with http_receiver() as receiver:
+        publisher = HttpPublisher(receiver.url)
+        (outcome,) = await publisher.publish(Batch([message(headers={"bad name": "v"})]))
+        await publisher.close()
+    assert isinstance(outcome, Failed)
+    assert outcome.counts_as == "answer"
 
 
 async def test_t6_after_a_failure_later_messages_of_its_key_are_not_sent() -> None:
@@ -161,7 +218,7 @@ def test_m6_a_refused_email_fails_alone_for_good_with_5xx() -> None:
     assert first == DELIVERED
     assert isinstance(never, Failed)
     assert isinstance(later, Failed)
-    assert (never.permanent, later.permanent) == (True, False)
+    assert (never.counts_as, later.counts_as) == ("refusal", "answer")
     assert "no such user" in never.reason
 
 
@@ -173,7 +230,7 @@ def test_c15_a_connection_that_is_lost_over_one_email_counts_no_attempt_of_the_o
         outcomes = publisher.publish(Batch(batch))
     assert [outcomes[0], *outcomes[2:]] == [DELIVERED, UNTRIED, UNTRIED]
     assert isinstance(outcomes[1], Failed)
-    assert not outcomes[1].permanent
+    assert outcomes[1].counts_as == "unreachable"
 
 
 def test_m6_a_server_that_cannot_be_reached_fails_the_first_email_of_each_key() -> None:
@@ -182,6 +239,7 @@ def test_m6_a_server_that_cannot_be_reached_fails_the_first_email_of_each_key() 
     publisher = SmtpPublisher("127.0.0.1", mailbox.port, tls="off")
     outcomes = publisher.publish(Batch([message(mail(), "a"), message(mail(), "a"), message(mail(), "b")]))
     assert [type(outcome) for outcome in outcomes] == [Failed, Untried, Failed]
+    assert {outcome.counts_as for outcome in outcomes if isinstance(outcome, Failed)} == {"unreachable"}
 
 
 def test_m6_starttls_is_required_and_the_certificate_checked(tmp_path: Path) -> None:
@@ -236,6 +294,57 @@ async def test_m6_a_function_fails_by_an_exception() -> None:
         batch = Batch([message(b"bad", "a"), message(b"ok", "a"), message(b"ok")])
         outcomes = await FunctionPublisher(function).publish(batch)
         assert outcomes == [Failed("RuntimeError: no"), UNTRIED, DELIVERED]
+
+
+async def test_t6_a_stream_that_is_none_counts_against_the_entry_and_a_server_that_takes_none_does_not(
+    private_redis: PrivateServer, unique: str
+) -> None:
+    server = private_redis()
+    with Redis.from_url(server.url) as client:
+        client.set("text", "x")
+        publisher = RedisStreamPublisher(server.url, "text")
+        (wrong,) = await publisher.publish(Batch([message()]))
+        await publisher.close()
+        client.config_set("maxmemory", "1")
+        publisher = RedisStreamPublisher(server.url, unique)
+        (full,) = await publisher.publish(Batch([message()]))
+    server.kill()
+    (gone,) = await publisher.publish(Batch([message()]))
+    await publisher.close()
+    kinds = [outcome.counts_as for outcome in (wrong, full, gone) if isinstance(outcome, Failed)]
+    assert kinds == ["answer", "unreachable", "unreachable"]
+
+
+async def test_t6_a_function_says_by_its_exception_or_a_failure_what_it_counts_towards() -> None:
+    class Wrapped(Exception):
+        """A library's own."""
+
+    def send(sent: Message) -> Failed | None:
+        match sent.payload:
+            case b"refused":
+                raise ConnectionRefusedError
+            case b"late":
+                raise TimeoutError
+            case b"wrapped":
+                try:
+                    raise ConnectionResetError
+                except OSError as error:
+                    raise Wrapped from error
+            case b"missing":
+                raise FileNotFoundError("template")
+            case b"given":
+                return Failed("no such customer", permanent=True)
+        return None
+
+    async def asend(sent: Message) -> Failed | None:
+        return send(sent)
+
+    for function in (send, asend):
+        names = [b"refused", b"late", b"wrapped", b"missing", b"given", b"ok"]
+        outcomes = await FunctionPublisher(function).publish(Batch([message(name) for name in names]))
+        assert [outcome.counts_as if isinstance(outcome, Failed) else None for outcome in outcomes] == [
+            *("unreachable", "unreachable", "unreachable", "answer", "refusal", None)
+        ]
 
 
 @pytest.mark.parametrize("url", ["ftp://host/", "nothing", "no_such_module:f", "json:nothing", "redis://h/", "smtp://"])

@@ -1,6 +1,7 @@
 """When a relay gives a message up: receivers that are down for long, answers, deaths, age (T6, C15)."""
 
 import logging
+from asyncio import sleep
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,4 +200,41 @@ async def test_t6_a_key_whose_receiver_is_out_of_reach_does_not_hold_up_others(d
         if await relay.run_once() is None:
             await relay._idle(0.01)
     assert len(publisher.published) == 50
+    await relay.aclose()
+
+
+async def test_t6_new_keys_are_tried_though_many_that_failed_before_are_due(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where some keys of a receiver are never answered, they must not take all places of its probes."""
+    database.send(*(f"bad{number}" for number in range(200)))
+
+    def fails(message: Message) -> Failed | None:
+        return Failed("refused", kind="unreachable") if str(message.key).startswith("bad") else None
+
+    publisher = Noting(fails)
+    relay = Relay(database.url, publisher, policy=QUICK)
+    while len(publisher.tried) < 200:
+        await relay.run_once()
+        await sleep(0.002)
+    database.send("good")
+    before = len(publisher.tried)
+    while not publisher.published:
+        await relay.run_once()
+        await sleep(0.002)
+    assert len(publisher.tried) - before < 100
+    await relay.aclose()
+
+
+async def test_t6_a_relay_whose_receiver_is_down_sleeps(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(breaker, "LONGEST_PAUSE", 60.0)
+    database.send(*["a", "b", "c", "d"] * 30)
+    relay = Relay(database.url, Noting(lambda message: Failed("refused", kind="unreachable")), policy=QUICK)
+    for _ in range(20):
+        await relay.run_once()
+        await sleep(0.003)
+        if relay._down:
+            break
+    assert [await relay.run_once() for _ in range(3)] == [None] * 3
     await relay.aclose()

@@ -15,7 +15,8 @@ from time import monotonic
 from retryproof.publishers.base import Delivered, Failed, Outcome
 
 PROBES = 8
-"""Failures in a row without an answer after which a destination counts as down; and messages that one look tries."""
+"""Failures in a row without an answer after which a destination counts as down; and messages that one look tries, of
+those that never failed and of others each."""
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 """Seconds: how late a receiver that came back may be noticed."""
@@ -28,7 +29,7 @@ class Breaker:
         self._silent = 0
         self._pause = 0.0
         self._until = 0.0
-        self._left = 0
+        self._left = {False: 0, True: 0}
 
     @property
     def down(self) -> bool:
@@ -40,13 +41,16 @@ class Breaker:
         """Seconds until it may be tried; 0 at once."""
         return max(0.0, self._until - monotonic()) if self.down else 0.0
 
-    def admits(self) -> bool:
-        """Whether one more message may be sent to it now."""
+    def admits(self, *, fresh: bool) -> bool:
+        """Whether one more message may be sent to it now; those that never failed have places of their own.
+
+        Where some keys are answered and others never, messages that failed before must not take all places.
+        """
         if not self.down:
             return True
-        if self.closed_for or not self._left:
+        if self.closed_for or not self._left[fresh]:
             return False
-        self._left -= 1
+        self._left[fresh] -= 1
         return True
 
     def note(self, outcomes: Sequence[Outcome]) -> None:
@@ -59,7 +63,7 @@ class Breaker:
             if self.down:
                 self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
                 self._until = monotonic() + self._pause * random.uniform(0.5, 1.0)
-                self._left = PROBES
+                self._left = {False: PROBES, True: PROBES}
 
 
 def _answered(outcome: Outcome) -> bool:

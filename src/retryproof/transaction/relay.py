@@ -68,7 +68,7 @@ class Relay:
         self._routes = Routes({**({} if publisher is None else {EVERYTHING: publisher}), **(routes or {})})
         self._only = self._routes.one
         self._woken = asyncio.Event()
-        self._flights = Flights(self._only or self._routes, self._woken.set)
+        self._flights = Flights(self._routes if self._only is None else self._only, self._woken.set)
         self._breakers: dict[int, Breaker] = {}
         self._down: dict[int, Breaker] = {}
         self._unrouted: dict[str, float] = {}
@@ -176,8 +176,9 @@ class Relay:
         if self._stopping and self._flights:
             return []
         most = None
-        if self._down and (len(self._down) == len(self._routes.publishers)):
+        if self._down and len(self._down) == len(self._routes.publishers):
             if all(breaker.closed_for for breaker in self._down.values()):
+                member.set_aside = False  # nothing is looked at until then
                 return []
             most = PROBES
         return await member.claim(self._flights.on_their_way(), most=most)
@@ -198,7 +199,7 @@ class Relay:
                 self._down.pop(destination, None)
 
     def _publisher_of(self, message: Message) -> Publisher | None:
-        return self._only or self._routes.of(message.topic)
+        return self._routes.of(message.topic) if self._only is None else self._only
 
     async def _finish(
         self, member: Membership, refused: Sequence[tuple[Message, Outcome]] = (), *, batch: bool = False
@@ -388,7 +389,7 @@ class Relay:
         if (too_old := self.policy.too_old(message, member.now())) is not None:
             return Failed(too_old, permanent=True)
         breaker = self._down.get(id(publisher))
-        if breaker is not None and not member.alone and not breaker.admits():
+        if breaker is not None and not member.alone and not breaker.admits(fresh=message.failed_at is None):
             pause = breaker.closed_for or FIRST_PAUSE
             return Failed("its destination is out of reach", retry_after=pause, kind="unsent")
         self._warn_of_late(message, member.now())

@@ -45,7 +45,7 @@ class Routes:
 
     def of(self, topic: str) -> Publisher | None:
         """Where a topic goes, or None where nobody said."""
-        return self._routes.get(topic) or self._routes.get(EVERYTHING)
+        return self._routes.get(topic, self._routes.get(EVERYTHING))
 
     async def publish(self, batch: Batch) -> Sequence[Outcome]:
         """Send a batch, each publisher's share side by side."""
