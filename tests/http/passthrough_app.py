@@ -103,10 +103,12 @@ async def plain_app(scope: Scope, receive: Receive, send: Send) -> None:
         body += message.get("body", b"")
         more = message.get("more_body", False)
     path = scope["path"]
+    if path == "/slow":
+        await asyncio.sleep(0.3)  # in which the client leaves
     number = effect(path)
     kind = b"text/event-stream" if path == "/events" else b"text/plain"
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-    if path == "/plain":
+    if path in ("/plain", "/slow"):
         await send({"type": "http.response.body", "body": b"%d:%b" % (number, body)})
         return
     async for piece in parts():

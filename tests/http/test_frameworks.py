@@ -19,7 +19,14 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import (
+    FileResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Mount, Route
 
 from retryproof.http import by_user, single_tenant
@@ -219,6 +226,36 @@ async def test_h5_by_user_takes_the_user_of_the_authentication_outside(
         ]
     assert [answer.text for answer in answers] == ["alice", "bob", "alice"]
     assert [replayed(answer) for answer in answers] == [False, False, True]
+
+
+class Passing(BaseHTTPMiddleware):
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["with its length", "without"])
+async def test_h10_a_stream_that_base_http_middleware_ends_in_place_of_the_app(
+    make_app: MakeApp, idempotency: Middleware, announced: bool
+) -> None:
+    """Inside the layer it ends a stream that fails, before it raises: only a Content-Length tells that it is no response.
+
+    docs/explain/endings.md says so.
+    """
+    effects: Effects = []
+
+    async def endpoint(request: Request) -> Response:
+        effects.append("charged")
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"a" * 60
+            raise ZeroDivisionError
+
+        return StreamingResponse(parts(), headers={"content-length": "100"} if announced else None)
+
+    first, second = await twice(make_app({"/": endpoint}, [idempotency, Middleware(Passing)]))
+    assert (replayed(first), replayed(second)) == (False, not announced)
+    assert second.status_code == (409 if announced else 200)
+    assert effects == ["charged"]
 
 
 async def test_apps_mounted_under_different_paths_do_not_meet(store_url: str, unique: str) -> None:

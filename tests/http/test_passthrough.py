@@ -217,6 +217,20 @@ def test_h11_other_servers_let_a_request_end_whose_client_left(servers: tuple[in
     assert (status, body) == (200, b"a" + b"b" * 1000 + b"c")
 
 
+def test_h11_other_servers_do_not_stop_a_handler_whose_client_left(servers: tuple[int, int]) -> None:
+    key = new_key()
+    with connected(servers[1]) as connection:
+        connection.sendall(request_bytes("/slow", key=key))
+        time.sleep(0.1)  # until the handler waits
+    deadline = time.monotonic() + 10
+    while True:
+        status, headers, body = split(exchange(servers[1], request_bytes("/slow", key=key)))
+        if b"idempotency-replayed" in headers:
+            break
+        assert (status, time.monotonic() < deadline) == (409, True)
+    assert (status, body) == (200, b"1:{}")
+
+
 def test_h7_other_servers_answer_a_body_over_the_limit(servers: tuple[int, int]) -> None:
     with connected(servers[1]) as connection:
         head = request_bytes("/plain", key=new_key(), body=b"", headers=(f"content-length: {10**9}",))

@@ -53,6 +53,10 @@ from retryproof.http.types import App, Message, Scope
 
 logger = logging.getLogger("retryproof.http")
 
+_PARTS = frozenset(
+    {"http.response.body", "http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"}
+)
+
 _settling: set[asyncio.Task[Conclusion]] = set()
 """Tasks that the loop must not lose."""
 _FAIL_OPEN = (
@@ -215,13 +219,11 @@ class Execution:
 
     def start(self) -> asyncio.Task[None]:
         """Start the app in its own task; the hold must be watched already."""
-        hold = self._hold
-        self._tell_overrun, hold.on_overrun = hold.on_overrun, self._on_overrun
-        self._link.on_left = self._on_left
-        if self._on_departure == "stop":
-            self._link.stops = True
-        else:
-            self._link.tells = False
+        hold, link = self._hold, self._link
+        self._tell_overrun = hold.on_overrun
+        hold.on_overrun = self._on_overrun
+        link.on_left = self._on_left
+        link.stops = link.tells = self._on_departure == "stop"
         self._task = self._loop.create_task(self._run())
         return self._task
 
@@ -245,8 +247,9 @@ class Execution:
 
     def _end(self, error: BaseException | None) -> None:
         """The app has returned or raised."""
-        # Leaves no cycle to the garbage collector.
-        self._hold.on_lost, self._hold.on_overrun, self._link.on_left = None, self._tell_overrun, None
+        hold = self._hold
+        hold.on_lost = self._link.on_left = None  # leaves no cycle to the garbage collector
+        hold.on_overrun = self._tell_overrun
         if not self._settling:  # only after an error of the layer's own
             self._store.background.unwatch(self._hold)
         if self._alone:
@@ -330,7 +333,7 @@ class Execution:
                 await self._owner.app(self._scope, self._link.receive, self._send)
             except BaseException as raised:  # noqa: BLE001  # raised again, as the table says
                 error = raised
-            if await self._settled_before():
+            if self._conclusion is not None or await self._settled_before():
                 raises = True
             else:
                 raises = await self._finish(self._happened(error), error)
@@ -359,7 +362,8 @@ class Execution:
         if error is None:
             return self._answered()
         if self._stopped == endings.STOPPED or (self._stopped and isinstance(error, asyncio.CancelledError)):
-            return self._stopped
+            unknown = self._stopped == endings.STOPPED and self._says_unknown()
+            return endings.UNKNOWN_RAISED if unknown else self._stopped
         outcome = outcome_of(error, self._policy.unknown_on)
         if isinstance(outcome, Raised) and outcome.unknown:
             # What stops the process goes on, even where it came in a group with what is unknown.
@@ -395,7 +399,6 @@ class Execution:
 
     async def _send(self, message: Message) -> None:
         kind = message["type"]
-        recorder = self._recorder
         if self._settling:
             if self._conclusion is None or isinstance(self._conclusion, Completed | Failed):
                 await self._link.send(message)  # after the end; the server knows what to say
@@ -403,25 +406,21 @@ class Execution:
             if self._head is not None:  # in the words of servers, which would say so after the wrong head
                 raise RuntimeError("Unexpected ASGI message 'http.response.start': the response has started already.")
             self._take_head(message)
-        elif self._head is None:
+        elif self._head is None or kind not in _PARTS:
             await self._link.send(message)  # early hints, pushes, debug; and what is out of order
-        elif kind == "http.response.body":
-            if recorder.part(message.get("body", b""), more=message.get("more_body", False)):
-                await self._last_part(message)
-            else:
-                await self._stream(message)
-        elif kind == "http.response.trailers":
-            if recorder.trailers(more=message.get("more_trailers", False)):
-                await self._last_part(message)
-            else:
-                await self._stream(message)
-        elif kind in ("http.response.pathsend", "http.response.zerocopysend"):
-            if recorder.unseen(more=kind.endswith("zerocopysend") and message.get("more_body", False)):
-                await self._last_part(message)
-            else:
-                await self._stream(message)
+        elif self._take(kind, message):
+            self._last = message
+            await self._finish(self._answered(), None)
         else:
-            await self._link.send(message)
+            await self._stream(message)
+
+    def _take(self, kind: str, message: Message) -> bool:
+        """Take a part of the response; whether it is the last."""
+        if kind == "http.response.body":
+            return self._recorder.part(message.get("body", b""), more=message.get("more_body", False))
+        if kind == "http.response.trailers":
+            return self._recorder.trailers(more=message.get("more_trailers", False))
+        return self._recorder.unseen(more=message.get("more_body", False))
 
     def _take_head(self, message: Message) -> None:
         headers = message.get("headers", ())
@@ -453,10 +452,6 @@ class Execution:
         logger.error("on_departure= returned %r, not 'finish' or 'stop'; the handler runs to its end.", answer)
         return "finish"
 
-    async def _last_part(self, message: Message) -> None:
-        self._last = message
-        await self._finish(self._answered(), None)
-
     async def _stream(self, message: Message) -> None:
         """Let go of a part that is not the last."""
         recorder, link = self._recorder, self._link
@@ -467,15 +462,12 @@ class Execution:
             if not self._settles():
                 recorder.keep_nothing()
             link.watch()
-            await self._send_head()
+            recorder.hand_on()
+            if self._head is not None:
+                await link.send(self._head)
         # An app that never waits, and whose server takes what it says to nobody, would hold the loop.
         await asyncio.sleep(0)
         await link.send(message)
-
-    async def _send_head(self) -> None:
-        self._recorder.hand_on()
-        if self._head is not None:
-            await self._link.send(self._head)
 
     # Settling
 
@@ -504,8 +496,8 @@ class Execution:
         if ending.there in _PROBLEMS:
             self._problem = self._problem_of(happened, error)
         await self._settle(ending.record)
-        await self._conclude()
-        return self._sent() in _RAISING and not ours
+        sent = await self._conclude()
+        return sent in _RAISING and not ours
 
     def _problem_of(self, happened: str, error: BaseException | None) -> Problem:
         if happened == endings.RAISED_KEPT:
@@ -527,7 +519,7 @@ class Execution:
         link.stops = False  # the app has nothing left to stop for
         if self._alone:
             self._owner.departed().discard(self)
-        reply = self._operation.said(self._outcome(record))
+        reply = self._outcome(record)
         if self._operation.joined:
             # In a task of its own: no cancellation may part the commit from what follows.
             alone = record in (endings.COMPLETED_ALONE, endings.FAILURE)
@@ -596,14 +588,15 @@ class Execution:
 
     # What is sent once it is settled
 
-    def _sent(self) -> str:
-        if self._ending is None:
-            return endings.NOTHING
-        return self._ending.left if self._link.left or self._deserted else self._ending.there
+    async def _conclude(self) -> str:
+        """The operation is settled, or was settled by another: send what its ending says, or answer for the other.
 
-    async def _conclude(self) -> None:
-        """The operation is settled, or was settled by another: send what its ending says, or answer for the other."""
-        sent = self._sent()
+        Returns what the ending says.
+        """
+        ending = self._ending
+        if ending is None:
+            return endings.NOTHING
+        sent = ending.left if self._link.left or self._deserted else ending.there
         if not isinstance(self._conclusion, Completed | Failed):
             await self._answer_overtaken()
         elif self._problem is not None:
@@ -613,12 +606,15 @@ class Execution:
         elif sent == endings.WINNERS:  # nobody has it: the app was stopped since its record is gone (C10)
             await self._refuse(Problem(OUTCOME_UNKNOWN, _UNKNOWN, operation=short_digest(self._hold.id)))
         elif sent == endings.RESPONSE:
-            if not self._recorder.streamed:
-                await self._send_head()
+            recorder, link = self._recorder, self._link
+            if not recorder.streamed and self._head is not None:
+                recorder.streamed = True
+                await link.send(self._head)
             if self._last is not None:
-                await self._link.send(self._last)
+                await link.send(self._last)
         elif sent == endings.CUT:
             self._cut(self._incomplete())
+        return sent
 
     async def _refuse(self, problem: Problem) -> None:
         """Say what went wrong in place of the response; where that has begun, cut it."""

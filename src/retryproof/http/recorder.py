@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from retryproof.core.codec import Unencodable, pack_response
-from retryproof.http.semantics import Headers, headers_without_body, kept_headers
+from retryproof.http.semantics import Headers, headers_without_body, is_event_stream, kept_headers
 
 NO_HEAD, HELD, STREAMING, COMPLETE, WRONG = "no head", "head held", "streaming", "complete", "wrong length"
 """How far a response is. HELD: nothing of it was handed on. COMPLETE and WRONG: it has ended, but for its last part."""
@@ -66,17 +66,16 @@ class Recorder:
         self.reach = HELD
         self.status = status
         self.headers = None
-        pairs: Headers = []
+        pairs: Headers = list(map(tuple, headers))
         length: int | None = None
-        for name, value in headers:
-            pairs.append((name, value))
+        for name, value in pairs:
             size = len(name)
-            if size == 12:
-                if name.lower() == b"content-type" and value.partition(b";")[0].strip().lower() == _EVENT_STREAM:
+            if size == 12:  # content-type
+                if len(value) >= len(_EVENT_STREAM) and is_event_stream(((name, value),)):
                     self._parts = None
             elif size == 14 and name.lower() == b"content-length" and value.isdigit() and len(value) < 20:
-                # Two that differ are kept to by no body.
-                length = int(value) if length in (None, int(value)) else -1
+                given = int(value)
+                length = given if length is None or length == given else -1  # two that differ are kept to by no body
         self.headers = tuple(pairs)
         if not bodiless and status not in _WITHOUT_BODY:
             self.announced = length
