@@ -237,7 +237,7 @@ class Passing(BaseHTTPMiddleware):
 async def test_h10_a_stream_that_base_http_middleware_ends_in_place_of_the_app(
     make_app: MakeApp, idempotency: Middleware, announced: bool
 ) -> None:
-    """Inside the layer it ends a stream that fails, before it raises: only a Content-Length tells that it is no response.
+    """Inside the layer it ends a stream that fails, and raises then: only a Content-Length tells that it is none.
 
     docs/explain/endings.md says so.
     """
