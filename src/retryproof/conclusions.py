@@ -49,6 +49,7 @@ def event_of(conclusion: Conclusion, kind: Kind, digest: str, where: str, second
             attempt, trace = hold.attempt, hold.trace
         case Replayed(finished):
             attempt, trace = finished.attempt, finished.trace
+            note = "" if finished.stored else "unstored"
         case Refused(reason, number):
             attempt, note = number, reason
         case Down(cause, overtaken):

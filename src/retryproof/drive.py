@@ -10,10 +10,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 from retryproof.core.commands import (
     NOT_BEGUN,
+    Acquired,
     Claim,
     Command,
     Complete,
@@ -50,8 +51,8 @@ class Background(Protocol):
     def unwatch(self, hold: Hold) -> None:
         """Stop renewing it, unless it lingers."""
 
-    def disown(self, claim: Claim) -> None:
-        """Release this claim if it turns out to have been applied."""
+    def disown(self, claim: Claim, reply: Reply = None) -> None:
+        """Release this claim if it was applied, or turns out to have been. reply: the answer that nobody reads."""
 
     def linger(self, hold: Hold, last: Complete | Release) -> None:
         """Renew and settle until it is stored."""
@@ -235,8 +236,10 @@ async def _pump(
                 except asyncio.CancelledError:
                     # The store sees to a claim that is on its way. Nobody else knows of one whose reply has come and
                     # is not read, or whose first sending went unanswered.
-                    if isinstance(command, Claim) and (isinstance(before, Unreachable) or _is_answered(asked)):
-                        store.background.disown(command)
+                    if isinstance(command, Claim):
+                        answer = asked.result() if _is_answered(asked) else before
+                        if may_stand(answer) or may_stand(before):
+                            store.background.disown(command, answer)
                     raise
             command = flow.send((reply, clock()))
     except StopIteration as stop:
@@ -244,7 +247,12 @@ async def _pump(
         return result
 
 
-def _is_answered(asked: Awaitable[Reply]) -> bool:
+def may_stand(reply: Reply) -> bool:
+    """Whether a claim that was answered so, and whose caller has gone, stands or may stand."""
+    return isinstance(reply, Acquired) or (isinstance(reply, Unreachable) and reply.sent)
+
+
+def _is_answered(asked: Awaitable[Reply]) -> TypeGuard[asyncio.Future[Reply]]:
     return isinstance(asked, asyncio.Future) and asked.done() and not asked.cancelled()
 
 

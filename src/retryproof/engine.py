@@ -87,7 +87,7 @@ class Engine:
         if not isinstance(self.policy, Policy):
             raise errors.ConfigurationError(f"policy={policy!r} is no Policy.")
         self._codec = JsonCodec() if codec is None else codec
-        self._source = Source(store, self.policy.store_timeout)
+        self._source = Source(store, self.policy.store_timeout, self.policy.max_unstored)
         self._events = tuple(events)
         self._traces = tracing(self._events)
         self._pepper = pepper

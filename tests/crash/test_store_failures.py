@@ -21,11 +21,12 @@ from uuid import uuid4
 import pytest
 from fastapi import FastAPI
 
-from retryproof import Policy, current_operation
+from retryproof import AsyncIdempotency, Policy, current_operation, errors
 from retryproof.core.record import State
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.stores import open_store
+from retryproof.stores.keeper import Keeper
 from retryproof.stores.sql.migrate import migrate
 from tests.conftest import PrivateServer
 from tests.engine.support import SECONDS, Events, in_thread
@@ -282,3 +283,140 @@ def test_c10_claims_whose_callers_gave_up_on_a_hung_store_are_given_back(private
     store = open_store(trouble.url)
     assert {record.state for record in store.scan()} == {State.COMPLETED}
     store.close()
+
+
+# Twins in the process that holds the result, and longer outages than a lease (C10)
+
+
+def outlasting_a_lease() -> None:
+    threading.Event().wait(POLICY.lease + 0.5)
+
+
+@pytest.mark.timeout(90)
+def test_c10_a_twin_gets_the_result_that_waits_for_a_store_and_never_runs(trouble: Trouble) -> None:
+    """C8: from memory while the store is away, however long that is; from the store once it is back."""
+    key = str(uuid4())
+    with serving(trouble) as (service, port):
+        asked = running(service, port, key)
+        trouble.begin()
+        try:
+            service.leave.set()
+            fresh = asked.result(SECONDS)
+            outlasting_a_lease()
+            in_the_outage = post(port, key)
+            other = split(exchange(port, request_bytes(key=key, body=b'{"other": 1}')))
+        finally:
+            trouble.end()
+        assert (in_the_outage.status, in_the_outage.content) == (201, fresh.content)
+        assert in_the_outage.headers[b"idempotency-replayed"] == [b"true"]
+        assert in_the_outage.seconds < POLICY.store_timeout + SLACK
+        assert other[0] == 422
+        twins = [in_thread(lambda: post(port, key)) for _ in range(8)]  # as the store returns
+        assert [twin.result(SECONDS).content for twin in twins] == [fresh.content] * 8
+        service.events.wait_for("stored_late", 15.0)
+        assert post(port, key).content == fresh.content
+        assert (service.runs, len(service.effects)) == (1, 1)
+
+
+@pytest.mark.timeout(90)
+def test_c10_no_twin_takes_over_in_the_process_whose_handler_outlasts_the_outage(trouble: Trouble) -> None:
+    """Its lease ended in the outage, and is renewed before a twin's claim leaves."""
+    key = str(uuid4())
+    with serving(trouble) as (service, port):
+        asked = running(service, port, key)
+        trouble.begin()
+        try:
+            outlasting_a_lease()
+            in_the_outage = post(port, key)
+        finally:
+            trouble.end()
+        assert in_the_outage.status in (409, 503)
+        twins = [in_thread(lambda: post(port, key)) for _ in range(8)]
+        assert {twin.result(SECONDS).status for twin in twins} <= {409, 503}
+        service.leave.set()
+        fresh = asked.result(SECONDS)
+        assert post_until(port, key, 201, 15.0).content == fresh.content
+        assert (service.runs, len(service.effects)) == (1, 1)
+
+
+def test_c10_a_replay_from_memory_asks_whether_its_caller_may_have_it(private_redis: PrivateServer) -> None:
+    """H13: as any other replay."""
+    trouble, key = hung_redis(private_redis), str(uuid4())
+    service, asked_for = Service(trouble.url), list[str]()
+
+    def authorize(scope: Any) -> bool:
+        asked_for.append(scope["path"])
+        return False
+
+    service.app = IdempotencyMiddleware(
+        service.app.app, store=trouble.url, scope=single_tenant, policy=POLICY, authorize=authorize
+    )
+    with uvicorn_server(service.app) as port:
+        asked = running(service, port, key)
+        trouble.begin()
+        service.leave.set()
+        assert asked.result(SECONDS).status == 201
+        denied = post(port, key)
+        trouble.end()
+    assert (denied.status, denied.content["code"], asked_for) == (403, "replay-denied", ["/charges"])
+
+
+def test_c10_too_much_that_waits_for_a_store_begins_nothing_new(private_redis: PrivateServer) -> None:
+    """What is held is bounded in bytes; then a new operation is refused before it runs, and twins are answered."""
+    trouble, key = hung_redis(private_redis), str(uuid4())
+    service = Service(trouble.url)
+    policy = Policy(lease=1.0, store_timeout=0.3, complete_timeout=0.6, max_unstored=1)
+    service.app = IdempotencyMiddleware(service.app.app, store=trouble.url, scope=single_tenant, policy=policy)
+    with uvicorn_server(service.app) as port:
+        asked = running(service, port, key)
+        trouble.begin()
+        service.leave.set()
+        fresh = asked.result(SECONDS)
+        refused = post(port, str(uuid4()))
+        twin = post(port, key)
+        trouble.end()
+        assert (refused.status, refused.content["code"]) == (503, "store-unavailable")
+        assert refused.seconds < POLICY.store_timeout  # nobody waited for the store
+        assert twin.content == fresh.content
+        assert post_until(port, str(uuid4()), 201, 15.0).status == 201
+
+
+@pytest.mark.timeout(120)
+def test_c10_a_flood_of_new_keys_at_a_hung_store_leaves_little_to_do(private_redis: PrivateServer) -> None:
+    """C3: what never left needs no taking back, and what was applied late is released; nothing else is written."""
+    server = private_redis()
+    policy = Policy(lease=30.0, store_timeout=0.5)
+
+    async def main() -> tuple[int, float]:
+        engine = AsyncIdempotency(server.url, policy=policy)
+        await engine.run("warm", lambda: 0, scope="s")
+        keeper = engine.opened().background
+        server.pause()
+
+        async def ask(number: int) -> None:
+            for turn in range(3):
+                with pytest.raises(errors.StoreUnavailable):
+                    await engine.run(f"{number}-{turn}", lambda: pytest.fail("it ran"), scope="s")
+
+        began = time.monotonic()
+        await asyncio.gather(*(ask(number) for number in range(2_000)))
+        took = time.monotonic() - began
+        left_to_do = len(keeper._disowned)
+        server.resume()
+        await asyncio.to_thread(looked_for, keeper)
+        await engine.aclose()
+        return left_to_do, took
+
+    def looked_for(keeper: Keeper) -> None:
+        """Each was looked for once or more since the server is back."""
+        while keeper._disowned.due < time.monotonic() + 1.0:
+            threading.Event().wait(0.05)
+
+    left_to_do, took = asyncio.run(main())
+    assert left_to_do <= 8 * 256  # the batches that left
+    assert took < 30.0
+    store = open_store(server.url)
+    records = list(store.scan(limit=10_000))
+    store.close()
+    assert [record for record in records if record.state is State.IN_PROGRESS] == []
+    assert len(records) <= 1 + left_to_do

@@ -89,6 +89,15 @@ class Turnstile(MemoryStore):
         return super().renew(commands)
 
 
+class Shared(MemoryStore):
+    """Another process's way to the same records."""
+
+    def __init__(self, other: MemoryStore) -> None:
+        super().__init__(other._clock)
+        self._records = other._records
+        self._lock = other._lock
+
+
 class OnLoop:
     """A memory store as an async store; `gate`, when set, is awaited by each batch of claims before it is applied."""
 

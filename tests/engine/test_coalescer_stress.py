@@ -53,7 +53,10 @@ class Tracked(Bridge):
 
     def __init__(self, store: Turnstile) -> None:
         self.orphans: list[Claim] = []
-        super().__init__(ThreadCoalescer(store, self.orphans.append), self.orphans.append)
+        super().__init__(
+            ThreadCoalescer(store, lambda claim, reply: self.orphans.append(claim)),
+            lambda claim, reply: self.orphans.append(claim),
+        )
 
 
 # In time
@@ -80,7 +83,7 @@ async def test_c10_a_short_time_out_of_a_task_does_not_wait_for_a_longer_one() -
         await go.wait()
 
     store.before = hold
-    lanes = TaskCoalescer(store, lambda claim: None)
+    lanes = TaskCoalescer(store, lambda claim, reply: None)
     patient = lanes.perform(make_claim("patient"), SECONDS)
     async with asyncio.timeout(SECONDS / 2):
         assert isinstance(await lanes.perform(make_claim("late"), 0.05), Unreachable)
@@ -97,7 +100,7 @@ async def test_c10_who_comes_after_a_time_out_is_told_in_time_as_well() -> None:
         await go.wait()
 
     store.before = hold
-    lanes, end = TaskCoalescer(store, lambda claim: None), crossing.end()
+    lanes, end = TaskCoalescer(store, lambda claim, reply: None), crossing.end()
     late = make_claim("late")
     async with asyncio.timeout(SECONDS / 2):
         for perform in (lanes.perform, end.perform):
@@ -434,7 +437,7 @@ def test_the_line_of_the_bridge_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 class Lanes(TaskCoalescer):
     def __init__(self, store: OnLoop) -> None:
         self.orphans: list[Claim] = []
-        super().__init__(store, self.orphans.append)
+        super().__init__(store, lambda claim, reply: self.orphans.append(claim))
 
 
 class Held(OnLoop):
@@ -632,7 +635,7 @@ async def test_c3_everybody_is_answered_although_a_claim_cannot_be_disowned() ->
     await store.entered.wait()
     asked[3].cancel()
 
-    def orphaned(claim: Claim) -> None:
+    def orphaned(claim: Claim, reply: Reply) -> None:
         raise MemoryError
 
     sending = batches_of(lanes)

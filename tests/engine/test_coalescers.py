@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from retryproof.core.commands import Acquired, Claim, Complete, Done, Finished, Mismatch, Running, Unreachable
+from retryproof.core.commands import Acquired, Claim, Complete, Done, Finished, Mismatch, Reply, Running, Unreachable
 from retryproof.stores.base import Capabilities
 from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, tasks, threads
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
@@ -46,7 +46,7 @@ class Queue(ThreadCoalescer):
 
     def __init__(self, store: Turnstile) -> None:
         self.orphans: list[Claim] = []
-        super().__init__(store, self.orphans.append)
+        super().__init__(store, lambda claim, reply: self.orphans.append(claim))
 
     def wait_for_line(self, length: int) -> None:
         for _ in range(int(SECONDS * 1000)):
@@ -235,7 +235,7 @@ async def settle_down() -> None:
 class Lanes(TaskCoalescer):
     def __init__(self, store: OnLoop) -> None:
         self.orphans: list[Claim] = []
-        super().__init__(store, self.orphans.append)
+        super().__init__(store, lambda claim, reply: self.orphans.append(claim))
 
 
 class Held:
@@ -379,7 +379,7 @@ async def test_the_bridge_answers_a_batch_as_soon_as_it_is_done() -> None:
     gate = Gate()
     store = Turnstile(gate)
     store.capabilities = in_batches_of(store, 2)
-    bridge = Bridge(ThreadCoalescer(store, lambda claim: None), lambda claim: None)
+    bridge = Bridge(ThreadCoalescer(store, lambda claim, reply: None), lambda claim, reply: None)
     end = bridge.end()
     first = end.perform(make_claim("first"), SECONDS)
     await asyncio.to_thread(gate.entered.acquire)
@@ -395,8 +395,12 @@ async def test_the_bridge_answers_a_batch_as_soon_as_it_is_done() -> None:
 
 async def test_c3_a_claim_whose_caller_leaves_on_the_bridge_is_an_orphan_or_never_sent() -> None:
     orphans: list[Claim] = []
+
+    def note(claim: Claim, reply: Reply) -> None:
+        orphans.append(claim)
+
     gate = Gate()
-    bridge = Bridge(ThreadCoalescer(Turnstile(gate), orphans.append), orphans.append)
+    bridge = Bridge(ThreadCoalescer(Turnstile(gate), note), note)
     end = bridge.end()
     flying, waiting = make_claim("flying"), make_claim("waiting")
     sent = end.perform(flying, SECONDS)
@@ -412,7 +416,7 @@ async def test_c3_a_claim_whose_caller_leaves_on_the_bridge_is_an_orphan_or_neve
 
 async def test_c10_a_command_that_waits_too_long_on_the_bridge_is_told_so() -> None:
     gate = Gate()
-    bridge = Bridge(ThreadCoalescer(Turnstile(gate), lambda claim: None), lambda claim: None)
+    bridge = Bridge(ThreadCoalescer(Turnstile(gate), lambda claim, reply: None), lambda claim, reply: None)
     end = bridge.end()
     late, patient = end.perform(make_claim("late"), 0.05), end.perform(make_claim("patient"), SECONDS)
     assert isinstance(await late, Unreachable)
@@ -424,8 +428,12 @@ async def test_c10_a_command_that_waits_too_long_on_the_bridge_is_told_so() -> N
 
 def test_the_replies_for_a_loop_that_is_closed_are_undone() -> None:
     orphans: list[Claim] = []
+
+    def note(claim: Claim, reply: Reply) -> None:
+        orphans.append(claim)
+
     gate = Gate()
-    bridge = Bridge(ThreadCoalescer(Turnstile(gate), orphans.append), orphans.append)
+    bridge = Bridge(ThreadCoalescer(Turnstile(gate), note), note)
     claim = make_claim()
 
     async def ask_and_leave() -> None:

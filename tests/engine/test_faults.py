@@ -16,11 +16,10 @@ import uvloop
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
 from retryproof.core.commands import Checkpoint, Complete, FenceReply, Renew
 from retryproof.core.record import State
-from retryproof.stores.memory import MemoryStore
 from retryproof.stores.sql.migrate import migrate
 from retryproof.testing.link import FaultLink
 from tests.engine.conftest import MakeCaller
-from tests.engine.support import SECONDS, Events, OnLoop, Turnstile, in_thread
+from tests.engine.support import SECONDS, Events, OnLoop, Shared, Turnstile, in_thread
 
 # Lost replies
 
@@ -330,15 +329,6 @@ def take_over(store: Faulty, fn: Callable[[], str]) -> str:
         return fn()
 
     return str(run_until_up(lambda: rival.run("k", once, scope="s")).value)
-
-
-class Shared(MemoryStore):
-    """Another process's way to the same records."""
-
-    def __init__(self, other: MemoryStore) -> None:
-        super().__init__()
-        self._records = other._records
-        self._lock = other._lock
 
 
 async def test_c8_a_handler_whose_lease_is_lost_is_cancelled_and_the_winner_answers() -> None:

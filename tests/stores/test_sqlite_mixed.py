@@ -48,7 +48,7 @@ def test_t2_replays_and_twins_that_travel_with_what_writes_are_answered_behind_a
     assert isinstance(held, Acquired)
     assert isinstance(acquired, Acquired)
     store.complete([complete(done, acquired, b"result")])
-    threads = ThreadCoalescer(store, lambda claim: None)
+    threads = ThreadCoalescer(store, lambda claim, reply: None)
     mixed = [complete(running, held, b"late"), new_claim(), again(done), again(running), renew(running, held)]
     with open_transaction(path):
         began = time.monotonic()
@@ -150,7 +150,7 @@ def test_t2_a_file_that_cannot_be_written_still_replays(path: str) -> None:
     assert isinstance(acquired, Acquired)
     store.complete([complete(done, acquired, b"result")])
     store._connected().execute("PRAGMA query_only = 1")
-    threads = ThreadCoalescer(store, lambda claim: None)
+    threads = ThreadCoalescer(store, lambda claim, reply: None)
     began = time.monotonic()
     replies = threads.perform_many([new_claim(), again(done)], 10.0)
     assert time.monotonic() - began < PATIENCE + SLACK

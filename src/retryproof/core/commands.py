@@ -166,12 +166,13 @@ class Running:
 
 @value
 class Finished:
-    """Settled; result None is a tombstone."""
+    """Settled; result None is a tombstone. `stored` False: this process holds the result, for a store out of reach."""
 
     result: bytes | None
     attempt: int
     first_seen: int
     trace: str = ""
+    stored: bool = True
 
 
 @value
@@ -218,9 +219,10 @@ FenceReply = Done | Lost
 
 @value
 class Unreachable:
-    """The store gave no answer; what was asked may have been done."""
+    """The store gave no answer; what was asked may have been done, unless `sent` says that it never left."""
 
     error: Exception
+    sent: bool = True
 
 
 @value

@@ -253,13 +253,15 @@ def _claim(
                 claim, sent = replace(claim, fingerprint=other), now
             case Abandoned(reason, number):
                 return Refused(reason, number)
-            case Unreachable(error):
+            case Unreachable(error, left):
+                unanswered = unanswered or left
                 # Once more under the same nonce: a pooled connection may have died idle, a reply may have been lost.
                 # A store that took all its time is not asked again: the caller has waited enough.
-                if doubted or now - sent >= policy.store_timeout:
-                    yield Disown(claim)
+                if doubted or not left or now - sent >= policy.store_timeout:
+                    if unanswered:
+                        yield Disown(claim)
                     return Down(error)
-                doubted = unanswered = True
+                doubted = True
             case _:
                 _unexpected(reply)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 from retryproof.core.commands import Acquired, Checkpoint, Claim, Complete, Release, Renew
 
+NEVER = float("inf")
+
 
 class Hold:
     """One attempt's claim. Times are the pump's monotonic seconds (C6).
@@ -28,6 +30,7 @@ class Hold:
         "demoted",
         "due",
         "end",
+        "fingerprint",
         "first_seen",
         "id",
         "lease",
@@ -49,6 +52,7 @@ class Hold:
 
     def __init__(self, claim: Claim, acquired: Acquired, since: float, end: float = float("inf")) -> None:
         self.id = claim.id
+        self.fingerprint = claim.fingerprint
         self.nonce = claim.nonce
         self.token = acquired.token
         self.attempt = acquired.attempt
@@ -68,6 +72,11 @@ class Hold:
         self.stops = self.end = end
         self.demoted = False
         self.lingers = False
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is renewed: not lost, and within `max_run`."""
+        return not self.lost and self.due < NEVER
 
     def complete(self, result: bytes | None) -> Complete:
         """The command that settles this attempt."""

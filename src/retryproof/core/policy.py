@@ -36,6 +36,8 @@ class Policy:
     max_result: a larger result is not kept; a replay says that it was omitted.
     complete_timeout: how long to retry storing a result before the caller gets it unstored.
     store_timeout: how long one call of the store may take.
+    max_unstored: bytes of results that an opened store may hold while the store itself is out of reach; past it no new
+        operation is begun. The first engine that opens the store says it.
     """
 
     lease: float = 10.0
@@ -53,13 +55,14 @@ class Policy:
     max_result: int = 1_048_576
     complete_timeout: float = 5.0
     store_timeout: float = 2.0
+    max_unstored: int = 67_108_864
 
     def __post_init__(self) -> None:
         for name in ("lease", "max_run", "retention", "unsettled_retention", "poll", "store_timeout"):
             _check_seconds(name, getattr(self, name), zero=False)
         for name in ("wait", "complete_timeout"):
             _check_seconds(name, getattr(self, name), zero=True)
-        for name, least in (("max_waiters", 0), ("max_attempts", 1), ("max_result", 0)):
+        for name, least in (("max_waiters", 0), ("max_attempts", 1), ("max_result", 0), ("max_unstored", 0)):
             _check_count(name, getattr(self, name), least)
         _check_exceptions("unknown_on", self.unknown_on)
         _check_choice("on_abandoned", self.on_abandoned, get_args(OnAbandoned))

@@ -1,9 +1,11 @@
 """The keeper: what goes on beside the attempts of one opened store, in one thread of its own.
 
 It renews the leases of running operations, in one batch, at a third of each lease; so a handler that blocks its event
-loop loses no lease, and a short operation costs nothing (C6). It goes on settling what could not be stored (C10),
-and takes back claims whose callers have gone without an answer (C3). The thread starts with the first operation and
-ends when there has been nothing to keep for a while.
+loop loses no lease, and a short operation costs nothing (C6). It goes on settling what could not be stored, and speaks
+for what this process holds before a twin's claim leaves (C10; `core.twin`). It takes back claims whose callers have
+gone without an answer (C3; `stores.disowned`). While the store is out of reach one call in a while asks whether it is
+back, and then everything goes on at once. The thread starts with the first operation and ends when there has been
+nothing to keep for a while.
 """
 
 from __future__ import annotations
@@ -11,37 +13,62 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from retryproof.core.commands import Acquired, Claim, Complete, Done, FenceReply, Lost, Release, Running
-from retryproof.core.hold import Hold
+from retryproof.core import twin
+from retryproof.core.commands import (
+    LOST,
+    Claim,
+    Complete,
+    Done,
+    FenceReply,
+    Lost,
+    Release,
+    Reply,
+    Unreachable,
+)
+from retryproof.core.errors import StoreUnavailable
+from retryproof.core.hold import NEVER, Hold
+from retryproof.core.keys import short_digest
 from retryproof.drive import clock
 from retryproof.stores.base import Store
+from retryproof.stores.disowned import Disowned
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
 
-NEVER = float("inf")
 COMPANY = 1 / 6
 """The part of a lease by which a renewal may come early, to travel with one that is due; then they stay together."""
 RETRY_AT = 1 / 10
 """The part of a lease after which a renewal that failed is tried again."""
 IDLE_SECONDS = 10.0
 """A thread with nothing to keep for so long ends; the next operation starts another."""
-ORPHAN_SECONDS = 60.0
-"""How long a claim whose answer was lost is looked for, at the least; after its lease it can be taken over anyway."""
+FIRST_DELAY, LAST_DELAY = 0.25, 5.0
+"""Seconds from one look whether the store is back to the next: doubled each time."""
+FRESH = 0.5
+"""Seconds for which a call that failed stands for the answer that a twin waits for."""
+MAX_UNSTORED = 64 * 2**20
+"""Bytes of results that may wait for a store out of reach, by default."""
+OVERHEAD = 512
+"""Bytes that a result costs beside its own."""
+NO_ANSWER = Unreachable(StoreUnavailable("The store does not answer; try again."), sent=False)
 
 
-@dataclass(slots=True, eq=False)
-class _Chore:
-    """A command that is repeated until the store answers it."""
+class _Lingering:
+    """The last command of an attempt, which is repeated until the store answers it."""
 
-    command: Claim | Complete | Release
-    due: float
-    until: float = NEVER
-    delay: float = 0.25
-    hold: Hold | None = None
+    __slots__ = ("due", "hold", "last")
+
+    def __init__(self, hold: Hold, last: Complete | Release, due: float) -> None:
+        self.hold = hold
+        self.last = last
+        self.due = due
+
+    @property
+    def size(self) -> int:
+        result = self.last.result if isinstance(self.last, Complete) else None
+        return OVERHEAD + len(result or b"")
 
 
 class Keeper:
@@ -49,14 +76,26 @@ class Keeper:
 
     open_store: makes the store that the thread uses; called in the thread, at its start.
     owns: whether that store is closed at the end.
+    max_unstored: bytes of results that may wait for a store out of reach; past it claims are refused.
+    holds: what this process holds, by the operation's id.
+    full: whether claims are refused, since too much waits to be stored.
     """
 
-    def __init__(self, open_store: Callable[[], Store], *, owns: bool, max_batch: int) -> None:
+    def __init__(
+        self, open_store: Callable[[], Store], *, owns: bool, max_batch: int, max_unstored: int = MAX_UNSTORED
+    ) -> None:
         self._open_store = open_store
         self._owns = owns
         self._max_batch = max_batch
-        self._holds: dict[Hold, None] = {}
-        self._chores: dict[int, _Chore] = {}
+        self._max_unstored = max_unstored
+        self.holds: dict[bytes, Hold] = {}
+        self.full = False
+        self._unstored = 0
+        self._lingering: dict[Hold, _Lingering] = {}
+        self._disowned = Disowned(max_batch)
+        self._asked: dict[Hold, Future[Reply]] = {}
+        self._troubled = False
+        self._failed_at = self._probe_at = self._delay = 0.0
         self._active = 0
         self._suspects = 0
         self._counting = threading.Lock()
@@ -85,7 +124,10 @@ class Keeper:
 
     def watch(self, hold: Hold) -> None:
         """Renew this hold until `unwatch`, for its `max_run` seconds at most."""
-        self._holds[hold] = None
+        before = self.holds.get(hold.id)
+        self.holds[hold.id] = hold
+        if before is not None and before.attempt > 1:  # one of this process that this one overtook
+            self._part()
         if hold.attempt > 1:
             self._meet(hold)
         if hold.due < self._wake_at or self._thread is None:
@@ -97,9 +139,18 @@ class Keeper:
             self._forget(hold)
 
     def _forget(self, hold: Hold) -> None:
-        if self._holds.pop(hold, self) is None and hold.attempt > 1:
-            with self._counting:
-                self._suspects -= 1
+        watched = self.holds.pop(hold.id, None)
+        if watched is not hold:
+            if watched is not None:  # the one that overtook it
+                self.holds.setdefault(hold.id, watched)
+        elif hold.attempt > 1:
+            self._part()
+        if self._asked:
+            self._say(hold, LOST)
+
+    def _part(self) -> None:
+        with self._counting:
+            self._suspects -= 1
 
     def _meet(self, newcomer: Hold) -> None:
         """Operations that were taken over and now run side by side: no death of theirs counts until they part."""
@@ -107,35 +158,90 @@ class Keeper:
             self._suspects += 1
             if self._suspects < 2:
                 return
-        for hold in list(self._holds):
+        for hold in list(self.holds.values()):
             if hold.attempt > 1 and not hold.demoted:
                 hold.demoted = True
                 if hold.due < NEVER:  # one that overran is not renewed again
                     hold.due = 0.0
         newcomer.due = 0.0
 
-    # Chores
+    # What is left to do
 
-    def disown(self, claim: Claim) -> None:
-        """Release this claim if it turns out to have been applied."""
-        now = clock()
-        self._add(_Chore(claim, due=now + 0.05, until=now + max(claim.lease, ORPHAN_SECONDS)))
+    def disown(self, claim: Claim, reply: Reply = None) -> None:
+        """Release this claim if it was applied, or turns out to have been. reply: the answer that nobody reads."""
+        self._disowned.add(claim, reply, clock())
+        if self._thread is None or self._next_due() < self._wake_at:
+            self._wake()
 
     def linger(self, hold: Hold, last: Complete | Release) -> None:
         """Renew and settle until the store answers; the hold's `on_settled` hears whether it was stored."""
-        hold.lingers = True
-        self._add(_Chore(last, due=clock() + 0.5, hold=hold))
-
-    def _add(self, chore: _Chore) -> None:
+        lingering = _Lingering(hold, last, clock())
         with self._mutex:
-            self._chores[id(chore)] = chore
-        if chore.due < self._wake_at or self._thread is None:
-            self._wake()
+            self._lingering[hold] = lingering
+            self._unstored += lingering.size
+            self.full = self._unstored >= self._max_unstored
+        hold.lingers = True
+        if hold.end < NEVER and hold.due < NEVER:
+            hold.end = NEVER  # it has ended, and is renewed until it is stored
+        self._wake()
 
     @property
     def idle(self) -> bool:
         """Whether nothing is held or left to settle."""
-        return not self._holds and not self._chores
+        return not self.holds and not self._lingering and not self._disowned
+
+    # Twins (C10)
+
+    def instead(self, claim: Claim, timeout: float) -> Reply:
+        """What a claim is told without leaving this process, within `timeout` seconds; None: it may leave."""
+        asked = self.ask(claim)
+        if asked is None:
+            return None
+        try:
+            heard = asked.result(timeout)
+        except TimeoutError:
+            heard = NO_ANSWER
+        return self.told(claim, heard)
+
+    def ask(self, claim: Claim) -> Future[Reply] | None:
+        """What the store says to the hold that stands in a claim's way; for `told`. None: there is none."""
+        hold = self.holds.get(claim.id)
+        if hold is None:
+            return _known(None) if self.full else None
+        if twin.first(hold, self._last_of(hold), clock()) is None:
+            return _known(None)
+        with self._mutex:
+            if self._troubled and clock() - self._failed_at < FRESH:
+                return _known(NO_ANSWER)
+            asked = self._asked.get(hold)
+            if asked is None:
+                asked = self._asked[hold] = Future()
+        self._wake()
+        if self.holds.get(claim.id) is not hold:  # it has just ended
+            self._say(hold, LOST)
+        return asked
+
+    def told(self, claim: Claim, heard: Reply) -> Reply:
+        """What a claim is told once the store was heard on what stands in its way; None: it may leave."""
+        hold = self.holds.get(claim.id)
+        if hold is not None:
+            reply = twin.told(hold, self._last_of(hold), claim, heard, clock())
+            if reply is not None:
+                return reply
+        if self.full:
+            error = StoreUnavailable("Results wait for a store that is out of reach, and there are too many of them.")
+            return Unreachable(error, sent=False)
+        return None
+
+    def _last_of(self, hold: Hold) -> Complete | Release | None:
+        lingering = self._lingering.get(hold)
+        return None if lingering is None else lingering.last
+
+    def _say(self, hold: Hold, heard: Reply) -> None:
+        with self._mutex:
+            asked = self._asked.pop(hold, None)
+        if asked is not None:
+            asked.set_result(heard)
 
     # The thread
 
@@ -155,14 +261,29 @@ class Keeper:
             self._thread = thread
 
     def close(self, drain: float = 0.0) -> None:
-        """Settle what lingers for up to `drain` seconds, then end the thread."""
+        """Settle what lingers for up to `drain` seconds, then end the thread; what is left is said in the log."""
         with self._mutex:
             self._closing = True
             self._drain_until = clock() + drain
+            self._disowned.hurry()
+            self._probe_at = self._delay = 0.0
             self._mutex.notify()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(drain + 5.0)
+        self._say_what_is_left()
+
+    def _say_what_is_left(self) -> None:
+        held = {hold.id: hold for hold in [*self.holds.values(), *self._lingering]}
+        if held:
+            logger.error(
+                "The store is closed with %d operations that are not settled, and whose outcome stays unknown: %s",
+                len(held),
+                ", ".join(
+                    f"{short_digest(hold.id)}{' (done, not stored)' if hold.lingers else ''}"
+                    for hold in list(held.values())[:100]
+                ),
+            )
 
     def _run(self) -> None:
         store: Store | None = None
@@ -170,8 +291,7 @@ class Keeper:
             while self._sleep():
                 try:
                     store = store or self._open_store()
-                    self._renew(store)
-                    self._do_chores(store)
+                    self._work(store)
                 except Exception:
                     # The thread must outlive whatever a store or a listener raises; it tries again.
                     logger.exception("The keeper failed; it tries again.")
@@ -208,37 +328,139 @@ class Keeper:
                 self._mutex.wait((min(due, self._drain_until) if self._closing else due) - now)
 
     def _over(self, now: float) -> bool:
-        return self._closing and (not self._chores or now >= self._drain_until)
+        return self._closing and ((not self._lingering and not self._disowned) or now >= self._drain_until)
 
     def _next_due(self) -> float:
-        holds = [min(hold.due, hold.end) for hold in list(self._holds)]
-        chores = [chore.due for chore in self._chores.values()]
-        return min(holds + chores, default=NEVER)
+        if self._asked:
+            return 0.0
+        holds = [min(hold.due, hold.end) for hold in list(self.holds.values())]
+        chores = [lingering.due for lingering in list(self._lingering.values())]
+        chores.append(self._disowned.due)
+        return min(min(holds, default=NEVER), max(min(chores), self._probe_at))
 
     def _postpone(self) -> None:
         """After an error that no store should raise: look again in a while."""
         later = clock() + 0.5
-        for hold in list(self._holds):
+        for hold in list(self.holds.values()):
             hold.due, hold.end = max(hold.due, later), max(hold.end, later)
-        for chore in list(self._chores.values()):
-            chore.due = max(chore.due, later)
+        self._fail()
 
-    def _renew(self, store: Store) -> None:
-        now = clock()
-        holds = list(self._holds)
-        for hold in holds:
+    # One round
+
+    def _work(self, store: Store) -> None:
+        """Do what is due: what lingers, leases, claims to take back; up to the first call that has no answer."""
+        now, asked = clock(), list(self._asked)
+        self._end_overruns(now)
+        reached = self._settle(store, now) and self._renew(store, now)
+        if reached and self._probe_at <= now and self._disowned.due <= now:
+            reached = self._disowned.work(store, now, last=self._closing)
+            if reached:
+                self._reach()
+        if not reached:
+            self._fail()
+        for hold in asked:  # of which there is nothing to say any more
+            self._say(hold, LOST)
+
+    def _fail(self) -> None:
+        """The store is out of reach: one call asks again in a while, and nobody waits for it."""
+        with self._mutex:
+            self._troubled, self._failed_at = True, clock()
+            self._delay = min(max(FIRST_DELAY, 2 * self._delay), FIRST_DELAY if self._closing else LAST_DELAY)
+            self._probe_at = self._failed_at + self._delay
+            asked, self._asked = self._asked, {}
+        for future in asked.values():
+            future.set_result(NO_ANSWER)
+        self._disowned.give_up(self._failed_at)
+
+    def _reach(self) -> None:
+        """The store has answered a call: all go on."""
+        if self._troubled:
+            self._troubled, self._delay = False, 0.0
+            self._try_all()
+
+    def heard(self) -> None:
+        """The store has answered somebody else's call: what waits for it to be back is tried at once."""
+        if self._troubled and clock() - self._failed_at >= FIRST_DELAY / 2:
+            with self._mutex:
+                self._try_all()
+                self._mutex.notify()
+
+    def _try_all(self) -> None:
+        self._probe_at = 0.0
+        for lingering in list(self._lingering.values()):
+            lingering.due = 0.0
+        self._disowned.hurry()
+
+    def _end_overruns(self, now: float) -> None:
+        for hold in list(self.holds.values()):
             if now >= hold.end:
                 hold.due = hold.end = NEVER
                 if hold.on_overrun is not None:
                     hold.on_overrun(hold)
+
+    def _settle(self, store: Store, now: float) -> bool:
+        """Settle what lingers, one alone while the store is out of reach; whether the store answered."""
+        asked = set(self._asked)
+        due = [one for one in list(self._lingering.values()) if one.due <= now or one.hold in asked]
+        if self._troubled and self._probe_at > now and not any(one.hold in asked for one in due):
+            return True
+        due.sort(key=lambda one: one.due)
+        first, rest = (due[:1], due[1:]) if self._troubled else ([], due)
+        return self._settle_all(store, first) and self._settle_all(store, rest)
+
+    def _settle_all(self, store: Store, due: Sequence[_Lingering]) -> bool:
+        calls: tuple[tuple[type, Callable[[Any], Sequence[Any]]], ...] = (
+            (Complete, store.complete),
+            (Release, store.release),
+        )
+        for kind, call in calls:
+            alone = {one.last.id: one for one in due if type(one.last) is kind}  # an id once in a batch
+            for batch in chunks(list(alone.values()), self._max_batch):
+                replies = _replies(call, [one.last for one in batch])
+                # Behind the others, so that each asks in its turn; or for long, where it alone gets no answer.
+                later = clock() + (0.0 if _nothing(replies) else LAST_DELAY)
+                for one, reply in zip(batch, replies, strict=True):
+                    self._answer(one, reply, later)
+                if _nothing(replies):
+                    return False
+                self._reach()
+        return True
+
+    def _answer(self, lingering: _Lingering, reply: Any, later: float) -> None:
+        if isinstance(reply, Exception):
+            lingering.due = later
+            self._say(lingering.hold, NO_ANSWER)
+            return
+        with self._mutex:
+            self._lingering.pop(lingering.hold, None)
+            self._unstored -= lingering.size
+            self.full = self._unstored >= self._max_unstored
+        hold = lingering.hold
+        self._forget(hold)
+        if hold.on_settled is not None:
+            hold.on_settled(hold, isinstance(reply, Done))
+
+    def _renew(self, store: Store, now: float) -> bool:
+        """Renew what is due; whether the store answered."""
+        asked = set(self._asked)
+        holds = list(self.holds.values())
         due: list[Hold] = []
-        if any(now >= hold.due for hold in holds):
-            due = [hold for hold in holds if now >= hold.due - hold.lease * COMPANY]
-        for batch in _chunks(due, self._max_batch):
+        if any(now >= hold.due or hold in asked for hold in holds):
+            due = [
+                hold for hold in holds if now >= hold.due - hold.lease * COMPANY or (hold in asked and hold.due < NEVER)
+            ]
+        for place, batch in enumerate(chunks(due, self._max_batch)):
             sent = clock()
             commands = [hold.renew(alone=self._is_alone(hold)) for hold in batch]
-            for hold, reply in zip(batch, _replies(store.renew, commands), strict=True):
+            replies = _replies(store.renew, commands)
+            for hold, reply in zip(batch, replies, strict=True):
                 self._renewed(hold, reply, sent)
+            if _nothing(replies):
+                for hold in due[(place + 1) * self._max_batch :]:
+                    self._retry(hold)
+                return False
+            self._reach()
+        return True
 
     def _is_alone(self, hold: Hold) -> bool:
         """Whether the death of this attempt would count (C15): as `enter` says, for as long as it has been so."""
@@ -247,54 +469,28 @@ class Keeper:
     def _renewed(self, hold: Hold, reply: FenceReply | Exception, sent: float) -> None:
         if isinstance(reply, Done):
             hold.renewed(sent)
+            self._say(hold, reply)
         elif isinstance(reply, Lost):
             hold.due = hold.end = NEVER
-            if hold in self._holds:
+            if self.holds.get(hold.id) is hold:
                 hold.lose()
+            self._say(hold, reply)
         else:
-            hold.due = clock() + max(0.01, hold.lease * RETRY_AT)
+            self._retry(hold)
 
-    def _do_chores(self, store: Store) -> None:
-        now = clock()
-        due = [chore for chore in list(self._chores.values()) if chore.due <= now]
-        calls: tuple[tuple[type, Callable[[Any], Sequence[Any]]], ...] = (
-            (Complete, store.complete),
-            (Release, store.release),
-            (Claim, store.claim),
-        )
-        for kind, call in calls:
-            of_kind = _apart([chore for chore in due if type(chore.command) is kind])
-            for batch in _chunks(of_kind, self._max_batch):
-                replies = _replies(call, [chore.command for chore in batch])
-                for chore, reply in zip(batch, replies, strict=True):
-                    self._answer(chore, reply)
-
-    def _answer(self, chore: _Chore, reply: Any) -> None:
-        if isinstance(reply, Acquired) and isinstance(chore.command, Claim):
-            # It was applied after all, and nobody wants it: give it back.
-            chore.command = Release(chore.command.id, chore.command.nonce, reply.token)
-            chore.due = 0.0
-        elif isinstance(reply, Exception | Running) and clock() < chore.until:
-            chore.delay = min(2 * chore.delay, 5.0)
-            chore.due = clock() + chore.delay
-        else:
-            self._end(chore, stored=isinstance(reply, Done))
-
-    def _end(self, chore: _Chore, *, stored: bool) -> None:
-        with self._mutex:
-            self._chores.pop(id(chore), None)
-        if chore.hold is not None:
-            self._forget(chore.hold)
-            if chore.hold.on_settled is not None:
-                chore.hold.on_settled(chore.hold, stored)
+    def _retry(self, hold: Hold) -> None:
+        hold.due = clock() + max(0.01, hold.lease * RETRY_AT)
+        self._say(hold, NO_ANSWER)
 
 
-def _apart(chores: Sequence[_Chore]) -> list[_Chore]:
-    """At most one chore an operation; the others come with the next round."""
-    return list({chore.command.id: chore for chore in reversed(chores)}.values())
+def _known(reply: Reply) -> Future[Reply]:
+    future: Future[Reply] = Future()
+    future.set_result(reply)
+    return future
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    """The items in runs of this size at most."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
@@ -304,3 +500,8 @@ def _replies(call: Callable[[Any], Sequence[Any]], commands: Sequence[Any]) -> S
         return call(commands)
     except Exception as error:  # noqa: BLE001  # what a store raises is tried again, whatever it is
         return [error] * len(commands)
+
+
+def _nothing(replies: Sequence[Any]) -> bool:
+    """Whether the store gave no answer to any of these."""
+    return all(isinstance(reply, Exception) for reply in replies)

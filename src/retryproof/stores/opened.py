@@ -13,18 +13,21 @@ closed before the fork, since to inherit it open would be enough to undo its loc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future as ConcurrentFuture
 from typing import Any, TypeVar, cast
 
-from retryproof.core.commands import Claim, Reply, Unreachable
+from retryproof.core.commands import Claim, Found, Look, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError
+from retryproof.core.record import Record
 from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
 from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer
 from retryproof.stores.forks import keep_from_children
-from retryproof.stores.keeper import Keeper
+from retryproof.stores.keeper import MAX_UNSTORED, NO_ANSWER, Keeper
 from retryproof.stores.threaded import InThread
 from retryproof.stores.url import is_async_url, open_async, open_store
 
@@ -47,16 +50,19 @@ _opening = threading.RLock()
 class Opened:
     """A blocking store, opened: for threads, and for the tasks of any event loop."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, max_unstored: int = MAX_UNSTORED) -> None:
         self.store = store
         self.capabilities = store.capabilities
         self.users = 0  # sources that opened it from a URL and have not closed it
         self._generation = _fork_generation
         keep_from_children(self)
-        self._threads = ThreadCoalescer(store, self._orphaned)
+        self._threads = ThreadCoalescer(store, self._orphaned, self._heard)
         self.bridge = Bridge(self._threads, self._orphaned)
         self.background = Keeper(
-            lambda: _InTurn(self._threads, store), owns=False, max_batch=store.capabilities.max_batch
+            lambda: _InTurn(self._threads, store),
+            owns=False,
+            max_batch=store.capabilities.max_batch,
+            max_unstored=max_unstored,
         )
 
     def check_usable(self) -> None:
@@ -69,6 +75,10 @@ class Opened:
 
     def perform(self, command: Any, timeout: float) -> Reply:
         """One command's reply, for a thread."""
+        if type(command) is Claim and (command.id in self.background.holds or self.background.full):
+            instead = self.background.instead(command, timeout)
+            if instead is not None:
+                return instead
         return self._threads.perform(command, timeout) if self.capabilities.blocking else self.directly(command)
 
     def directly(self, command: Any) -> Reply:
@@ -80,8 +90,11 @@ class Opened:
         self.background.close(drain)
         self.bridge.close()
 
-    def _orphaned(self, claim: Claim) -> None:
-        self.background.disown(claim)
+    def _orphaned(self, claim: Claim, reply: Reply) -> None:
+        self.background.disown(claim, reply)
+
+    def _heard(self) -> None:
+        self.background.heard()
 
 
 class AsyncView:
@@ -92,9 +105,15 @@ class AsyncView:
         self.opened = opened
         self.capabilities = opened.capabilities
         self.background = opened.background
-        self.perform: Callable[[Any, float], Awaitable[Reply]] = (
+        self._perform: Callable[[Any, float], Awaitable[Reply]] = (
             opened.bridge.end().perform if opened.capabilities.blocking else self._perform_directly
         )
+
+    def perform(self, command: Any, timeout: float) -> Awaitable[Reply]:
+        """One command's reply, for a task."""
+        if type(command) is Claim and (command.id in self.background.holds or self.background.full):
+            return _instead(self.background, command, timeout, self._perform)
+        return self._perform(command, timeout)
 
     async def _perform_directly(self, command: Any, timeout: float) -> Reply:
         return self.opened.directly(command)
@@ -103,15 +122,22 @@ class AsyncView:
 class AsyncOpened:
     """An async store, opened for the running event loop."""
 
-    def __init__(self, store: AsyncStore) -> None:
+    def __init__(self, store: AsyncStore, max_unstored: int = MAX_UNSTORED) -> None:
         self.store = store
         self.capabilities = store.capabilities
         self._generation = _fork_generation
         keep_from_children(self)
         self.loop = asyncio.get_running_loop()
-        self._tasks = TaskCoalescer(store, self._orphaned)
-        self.perform = self._tasks.perform
-        self.background = Keeper(self._keeper_store, owns=True, max_batch=store.capabilities.max_batch)
+        self._perform = TaskCoalescer(store, self._orphaned, self._heard).perform
+        self.background = Keeper(
+            self._keeper_store, owns=True, max_batch=store.capabilities.max_batch, max_unstored=max_unstored
+        )
+
+    def perform(self, command: Any, timeout: float) -> Awaitable[Reply]:
+        """One command's reply, for a task."""
+        if type(command) is Claim and (command.id in self.background.holds or self.background.full):
+            return _instead(self.background, command, timeout, self._perform)
+        return self._perform(command, timeout)
 
     def _keeper_store(self) -> Store:
         if isinstance(self.store, HasKeeper):
@@ -133,8 +159,44 @@ class AsyncOpened:
         """Settle what lingers, for up to `drain` seconds, and end the thread; the store itself stays open."""
         await self.loop.run_in_executor(None, self.background.close, drain)
 
-    def _orphaned(self, claim: Claim) -> None:
-        self.background.disown(claim)
+    def _orphaned(self, claim: Claim, reply: Reply) -> None:
+        self.background.disown(claim, reply)
+
+    def _heard(self) -> None:
+        self.background.heard()
+
+
+async def _instead(
+    background: Keeper, claim: Claim, timeout: float, perform: Callable[[Any, float], Awaitable[Reply]]
+) -> Reply:
+    """What a claim is told whose operation this process still holds (C10)."""
+    asked = background.ask(claim)
+    if asked is not None:
+        instead = background.told(claim, asked.result() if asked.done() else await _heard_of(asked, timeout))
+        if instead is not None:
+            return instead
+    answer = perform(claim, timeout)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        if isinstance(answer, asyncio.Future) and answer.done() and not answer.cancelled():  # and nobody reads it
+            background.disown(claim, answer.result())
+        raise
+
+
+async def _heard_of(asked: ConcurrentFuture[Reply], timeout: float) -> Reply:
+    """A future of the keeper's thread, which many may wait for."""
+    loop = asyncio.get_running_loop()
+    news = asyncio.Event()
+
+    def tell(asked: ConcurrentFuture[Reply]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(news.set)
+
+    asked.add_done_callback(tell)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(news.wait(), timeout)
+    return asked.result() if asked.done() else NO_ANSWER
 
 
 class _InTurn:
@@ -147,7 +209,16 @@ class _InTurn:
         self._store = store
         self.capabilities = store.capabilities
         self.claim = self.complete = self.release = self.renew = self.checkpoint = self._perform
-        self.get, self.scan, self.evict, self.reap = store.get, store.scan, store.evict, store.reap
+        self.scan, self.evict, self.reap = store.scan, store.evict, store.reap
+
+    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+        """Each record as it stands."""
+        records: list[Record | None] = []
+        for reply in self._threads.perform_many([Look(id) for id in ids], self.SECONDS):
+            if not isinstance(reply, Found):
+                raise reply.error if isinstance(reply, Unreachable) else TypeError(reply)
+            records.append(reply.record)
+        return records
 
     def _perform(self, commands: Sequence[Any]) -> Sequence[Any]:
         return [
@@ -185,6 +256,8 @@ class _OnLoop:
                 return future.result(self.SECONDS)
             finally:
                 future.cancel()  # one that has not ended in time
+                if self._loop.is_closed():
+                    work.close()  # and will never begin
 
         return wait
 
@@ -192,24 +265,24 @@ class _OnLoop:
         """The store is its opener's."""
 
 
-def open_blocking(store: Store) -> Opened:
+def open_blocking(store: Store, max_unstored: int = MAX_UNSTORED) -> Opened:
     """The opened store of a blocking store in this process, made at the first call."""
-    opened = _attached(store, lambda: Opened(store))
+    opened = _attached(store, lambda: Opened(store, max_unstored))
     opened.check_usable()
     return opened
 
 
-def open_on_loop(store: AsyncStore) -> AsyncOpened:
+def open_on_loop(store: AsyncStore, max_unstored: int = MAX_UNSTORED) -> AsyncOpened:
     """The opened store of an async store, made at the first call; it belongs to that call's event loop."""
-    opened = _attached(store, lambda: AsyncOpened(store))
+    opened = _attached(store, lambda: AsyncOpened(store, max_unstored))
     opened.check_usable()
     return opened
 
 
-def _shared(store: Store) -> Opened:
+def _shared(store: Store, max_unstored: int) -> Opened:
     """The opened store of a store from a URL, which memory with a name has in common with others."""
     with _opening:
-        opened = open_blocking(store)
+        opened = open_blocking(store, max_unstored)
         opened.users += 1
     return opened
 
@@ -237,9 +310,10 @@ class Source:
     """What a user passed as `store`: a URL or a store, checked when made and opened when used.
 
     timeout: seconds that one call of a store opened from a URL may take.
+    max_unstored: bytes of results that may wait for a store out of reach; whoever opens the store first says it.
     """
 
-    def __init__(self, store: object, timeout: float) -> None:
+    def __init__(self, store: object, timeout: float, max_unstored: int = MAX_UNSTORED) -> None:
         if isinstance(store, str):
             self._url: str | None = store
             self._async = is_async_url(store)
@@ -253,6 +327,7 @@ class Source:
             )
         self.given = store
         self._timeout = timeout
+        self._max_unstored = max_unstored
         self._generation = _fork_generation
         self._process: Opened | None = None
         self._opening = threading.RLock()
@@ -318,21 +393,21 @@ class Source:
 
     def _open_blocking(self) -> Opened:
         if self._url is not None:
-            return _shared(open_store(self._url, timeout=self._timeout))
+            return _shared(open_store(self._url, timeout=self._timeout), self._max_unstored)
         if isinstance(self.given, InThread):
-            return open_blocking(self.given.blocking)
+            return open_blocking(self.given.blocking, self._max_unstored)
         if self._async:
             raise ConfigurationError(
                 f"{type(self.given).__name__} is an async store; a sync engine takes a blocking one or a URL."
             )
-        return open_blocking(cast(Store, self.given))
+        return open_blocking(cast(Store, self.given), self._max_unstored)
 
     def _open_for_loop(self) -> AsyncOpened | AsyncView:
         if not self._async or isinstance(self.given, InThread):
             return AsyncView(self.opened())
         if self._url is not None:
-            return open_on_loop(open_async(self._url, timeout=self._timeout))
-        return open_on_loop(cast(AsyncStore, self.given))
+            return open_on_loop(open_async(self._url, timeout=self._timeout), self._max_unstored)
+        return open_on_loop(cast(AsyncStore, self.given), self._max_unstored)
 
     def _forget(self) -> None:
         """After a fork: what the parent opened is its own, and is neither used nor closed here."""

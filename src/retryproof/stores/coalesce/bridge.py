@@ -21,7 +21,7 @@ IDLE_SECONDS = 10.0
 class _Crossing:
     """A task's command on its way."""
 
-    __slots__ = ("command", "deadline", "end", "future", "timeout")
+    __slots__ = ("command", "deadline", "end", "future", "given_up", "taken", "timeout")
 
     def __init__(
         self, command: Any, end: BridgeEnd, future: asyncio.Future[Reply], deadline: float, timeout: float
@@ -31,6 +31,9 @@ class _Crossing:
         self.future = future
         self.deadline = deadline
         self.timeout = timeout
+        # Each side says first what it does, and then looks at what the other says: so it leaves only where both agree.
+        self.taken = False
+        self.given_up = False
 
 
 class Bridge:
@@ -101,7 +104,9 @@ class Bridge:
             raise
 
     def _carry(self, taken: Sequence[_Crossing]) -> None:
-        wanted = [one for one in taken if not (one.future.done() and isinstance(one.command, Claim))]
+        for one in taken:
+            one.taken = True
+        wanted = [one for one in taken if not (one.given_up or (one.future.done() and isinstance(one.command, Claim)))]
         replies = self._threads.perform_many([one.command for one in wanted], self._hang_limit)
         by_end: dict[BridgeEnd, list[tuple[_Crossing, Reply]]] = {}
         for one, reply in zip(wanted, replies, strict=True):
@@ -137,7 +142,7 @@ class Bridge:
     def undo(self, command: Any, reply: Reply) -> None:
         """Nobody will read this reply."""
         if is_orphan(command, reply):
-            self._orphaned(command)
+            self._orphaned(command, reply)
 
 
 class BridgeEnd:
@@ -200,7 +205,8 @@ class BridgeEnd:
             if crossing.future.done():
                 del self._crossings[crossing]
             elif crossing.deadline <= now:
-                crossing.future.set_result(overdue(self._bridge.name, crossing.timeout))
+                crossing.given_up = True
+                crossing.future.set_result(overdue(self._bridge.name, crossing.timeout, sent=crossing.taken))
                 del self._crossings[crossing]
             else:
                 earliest = min(earliest, crossing.deadline)

@@ -12,18 +12,21 @@ from retryproof.core.errors import IdempotencyError, StoreUnavailable
 MAX_WAITING = 10_000
 """Commands of a kind that may wait for a slow store; more are refused at once."""
 
-Orphaned = Callable[[Claim], None]
+Orphaned = Callable[[Claim, Reply], None]
+"""Called with a claim that nobody waits for, and with its answer, or None where there was none."""
+Heard = Callable[[], None]
+"""Called when the store has answered a batch."""
 clock = time.monotonic
 
 
-def overdue(name: str, timeout: float) -> Unreachable:
-    """The store did not answer in time."""
-    return Unreachable(StoreUnavailable(f"The {name} store did not answer within {timeout:g} s; try again."))
+def overdue(name: str, timeout: float, *, sent: bool) -> Unreachable:
+    """The store did not answer in time; or what was asked did not leave in time, and never will."""
+    return Unreachable(StoreUnavailable(f"The {name} store did not answer within {timeout:g} s; try again."), sent)
 
 
 def overfull(name: str) -> Unreachable:
     """Too much is waiting for the store."""
-    return Unreachable(StoreUnavailable(f"Too many operations wait for the {name} store; try again later."))
+    return Unreachable(StoreUnavailable(f"Too many operations wait for the {name} store; try again later."), sent=False)
 
 
 def interrupted(name: str) -> Unreachable:
@@ -36,7 +39,13 @@ def is_orphan(command: object, reply: Reply) -> bool:
 
     Not one who was told that the time was over: that one asks again under the same nonce, or disowns the claim itself.
     """
-    return isinstance(command, Claim) and isinstance(reply, Acquired | Unreachable)
+    if isinstance(reply, Unreachable):
+        return reply.sent and isinstance(command, Claim)
+    return isinstance(reply, Acquired) and isinstance(command, Claim)
+
+
+def not_heard() -> None:
+    """Nobody wants to know that the store has answered."""
 
 
 def as_reply(name: str, answer: Any) -> Reply:

@@ -13,12 +13,14 @@ from retryproof.stores.base import AsyncStore
 from retryproof.stores.coalesce.alarm import NEVER, Alarm
 from retryproof.stores.coalesce.replies import (
     MAX_WAITING,
+    Heard,
     Orphaned,
     are_twins,
     as_reply,
     clock,
     interrupted,
     is_orphan,
+    not_heard,
     overdue,
     overfull,
     twin_reply,
@@ -37,13 +39,14 @@ def _portion(replies: int) -> int:
 class _Waiter:
     """A task's command on its way."""
 
-    __slots__ = ("command", "deadline", "future", "timeout", "twins")
+    __slots__ = ("command", "deadline", "future", "overdue", "timeout", "twins")
 
     def __init__(self, command: Any, future: asyncio.Future[Reply], deadline: float, timeout: float) -> None:
         self.command = command
         self.future = future
         self.deadline = deadline
         self.timeout = timeout
+        self.overdue = False
         self.twins: list[_Waiter] | None = None
 
 
@@ -155,9 +158,10 @@ class _Lane:
         return [waiter for waiter in batch if not (waiter.future.done() and self._taken_back(waiter))]
 
     def _taken_back(self, waiter: _Waiter) -> bool:
-        """Whether this, which is answered, is a claim whose caller left before it was sent; a twin takes its place."""
+        """Whether this, which is answered, does not leave any more: a claim whose caller has left, or what its caller
+        was told has not left in time. A twin takes its place."""
         if not isinstance(waiter.command, Claim):
-            return False
+            return waiter.overdue
         for twin in self._twins_of(waiter):
             self._queue(twin)
         return True
@@ -179,6 +183,7 @@ class _Lane:
         if len(answers) != len(commands):
             broken = StoreUnavailable(f"The store answered {len(answers)} of {len(commands)} commands; it is broken.")
             return [broken] * len(commands)
+        self._coalescer.heard()
         return answers
 
     def _deliver_all(self, waiters: Sequence[_Waiter], answers: Sequence[Any]) -> None:
@@ -193,7 +198,7 @@ class _Lane:
         if not gone:
             waiter.future.set_result(reply)
         elif waiter.future.cancelled() and is_orphan(waiter.command, reply):
-            self._coalescer.orphaned(waiter.command)
+            self._coalescer.orphaned(waiter.command, reply)
         for twin in self._twins_of(waiter):
             told = None if gone else twin_reply(reply, waiter.command.lease)
             if twin.future.done():
@@ -210,15 +215,22 @@ class _Lane:
         """Tell everybody who has waited for too long; when the next is due."""
         now = clock()  # not the loop's time, which on uvloop is that of the round's beginning
         earliest = NEVER
-        leaders = [*self._flying, *self._pending.values(), *self._later]
-        for waiter in [*leaders, *(twin for leader in leaders for twin in leader.twins or ())]:
-            if waiter.future.done():
-                continue
-            if waiter.deadline <= now:
-                waiter.future.set_result(overdue(self._coalescer.name, waiter.timeout))
-            else:
-                earliest = min(earliest, waiter.deadline)
+        in_line = [*self._pending.values(), *self._later]
+        for waiters, sent in (self._flying, True), (in_line, False):
+            for leader in waiters:
+                earliest = min(earliest, self._expire_one(leader, now, sent=sent))
+                for twin in leader.twins or ():
+                    earliest = min(earliest, self._expire_one(twin, now, sent=False))
         return earliest
+
+    def _expire_one(self, waiter: _Waiter, now: float, *, sent: bool) -> float:
+        if waiter.future.done():
+            return NEVER
+        if waiter.deadline > now:
+            return waiter.deadline
+        waiter.overdue = True
+        waiter.future.set_result(overdue(self._coalescer.name, waiter.timeout, sent=sent))
+        return NEVER
 
     def _abandon(self) -> None:
         """The loop shuts down: who still waits gets a definite answer, and may ask again."""
@@ -233,17 +245,20 @@ class _Lane:
                 elif one.future.cancelled() and isinstance(one.command, Claim):
                     orphans.append(one.command)
         for orphan in orphans:  # once everybody is answered, whatever becomes of this
-            self._coalescer.orphaned(orphan)
+            self._coalescer.orphaned(orphan, None)
 
 
 class TaskCoalescer:
     """Batches for the tasks of one event loop over an async store."""
 
-    def __init__(self, store: AsyncStore, orphaned: Orphaned, *, hang_limit: float = 30.0) -> None:
+    def __init__(
+        self, store: AsyncStore, orphaned: Orphaned, heard: Heard = not_heard, *, hang_limit: float = 30.0
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.name = store.capabilities.name
         self.max_batch = store.capabilities.max_batch
         self.orphaned = orphaned
+        self.heard = heard
         self.hang_limit = hang_limit
         self._store = store
         self._lanes = {

@@ -12,12 +12,14 @@ from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, R
 from retryproof.stores.base import HasCommitGroup, Store
 from retryproof.stores.coalesce.replies import (
     MAX_WAITING,
+    Heard,
     Orphaned,
     are_twins,
     as_reply,
     clock,
     interrupted,
     is_orphan,
+    not_heard,
     overdue,
     overfull,
     twin_reply,
@@ -45,7 +47,7 @@ class _Entry:
     gone: its caller does not wait any more. left: and has not been told anything, since it was interrupted.
     """
 
-    __slots__ = ("caller", "command", "done", "gone", "left", "reply", "twins")
+    __slots__ = ("caller", "command", "done", "gone", "left", "reply", "sent", "twins")
 
     def __init__(self, command: Any, caller: _Caller) -> None:
         self.command = command
@@ -54,6 +56,7 @@ class _Entry:
         self.done = False
         self.gone = False
         self.left = False
+        self.sent = False
         self.twins: list[_Entry] | None = None
 
 
@@ -65,7 +68,8 @@ class ThreadCoalescer:
     thread is alone. Different kinds of command go in one commit where the store can do that.
     """
 
-    def __init__(self, store: Store, orphaned: Orphaned) -> None:
+    def __init__(self, store: Store, orphaned: Orphaned, heard: Heard = not_heard) -> None:
+        self._heard = heard
         self.name = store.capabilities.name
         self._orphaned = orphaned
         self._store = store
@@ -123,7 +127,7 @@ class ThreadCoalescer:
             if self._leader is caller:
                 self._lead()
             elif not caller.ready.acquire(timeout=max(0.0, deadline - clock())) and self._give_up(entry):
-                return overdue(self.name, timeout)
+                return overdue(self.name, timeout, sent=entry.sent)
         return entry.reply
 
     def _give_up(self, entry: _Entry) -> bool:
@@ -147,7 +151,7 @@ class ThreadCoalescer:
                     entry.left = True
                     self._drop(entry)
                 elif is_orphan(entry.command, entry.reply):
-                    self._orphaned(entry.command)
+                    self._orphaned(entry.command, entry.reply)
             if self._leader is caller:
                 self._pass_on()
             elif self._leader is not None:
@@ -179,6 +183,7 @@ class ThreadCoalescer:
                 entry = self._pending.popleft()
                 standing = batch.setdefault((type(entry.command), entry.command.id), entry)
                 if standing is entry:
+                    entry.sent = True
                     continue
                 if not are_twins(standing.command, entry.command):
                     left.append(entry)
@@ -199,6 +204,8 @@ class ThreadCoalescer:
                         replies.append((entry, as_reply(self.name, answer)))
         except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
             replies = [(entry, as_reply(self.name, error)) for entry in batch]
+        else:
+            self._heard()
         for entry, reply in replies:
             entry.reply = reply
 
@@ -214,7 +221,7 @@ class ThreadCoalescer:
             if entry.reply is None:  # the leader was interrupted
                 entry.reply = interrupted(self.name)
             if entry.left and is_orphan(entry.command, entry.reply):
-                self._orphaned(entry.command)
+                self._orphaned(entry.command, entry.reply)
             entry.done = True
             entry.caller.wake()
             twins, entry.twins = entry.twins, None
