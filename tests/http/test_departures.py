@@ -18,6 +18,8 @@ from retryproof.http.types import App, Message, Receive, Scope, Send
 from retryproof.operation import current_operation
 from retryproof.stores.memory import MemoryStore
 from retryproof.testing.clock import ManualClock
+from tests.engine.support import Events as AwaitedEvents
+from tests.engine.support import Shared
 from tests.http.conftest import MakeLayer
 from tests.http.harness import Answer, Conversation, Counting, Events, call, layered, new_key, read_body, start
 from tests.http.test_streams import Script, head, part, sent, settled_code
@@ -493,7 +495,7 @@ async def test_c10_fail_open_runs_and_says_so(layer: MakeLayer) -> None:
 
 
 async def test_c10_after_the_effect_the_caller_gets_the_real_result(layer: MakeLayer) -> None:
-    app, store, events = Counting(), Slow(), Events()
+    app, store, events = Counting(), Slow(), AwaitedEvents()
     store.fails = {"complete"}
     covered = layer(app, store=store, policy=Policy(complete_timeout=0.05), events=(events,))
     key = new_key()
@@ -502,7 +504,8 @@ async def test_c10_after_the_effect_the_caller_gets_the_real_result(layer: MakeL
     store.fails = set()
     await replayed(covered, key)
     assert app.effects == 1
-    assert "stored_late" in events.kinds
+    await asyncio.to_thread(events.wait_for, "stored_late")
+    await replayed(covered, key)
 
 
 class NotSetUp(Slow):
@@ -558,14 +561,15 @@ class Overtaken:
 
 
 async def overtake(layer: MakeLayer, app: Overtaken, policy: Policy) -> Conversation:
-    """Run the app's first attempt, let its lease pass and a second attempt win."""
+    """Run the app's first attempt, let its lease pass and a second attempt win, in another process."""
     clock = ManualClock()
-    covered, key = layer(app, store=MemoryStore(clock), policy=policy), new_key()
+    store = MemoryStore(clock)
+    covered, rival, key = layer(app, store=store, policy=policy), layer(app, store=Shared(store)), new_key()
     first = start(covered, key=key)
     first.give()
     await asyncio.wait_for(app.paused.wait(), 10)
     clock.advance(policy.lease + 1)
-    winner = await call(covered, key=key, body=b"")
+    winner = await call(rival, key=key, body=b"")
     assert (winner.status, winner.body) == (202, b"the winner's")
     return first
 

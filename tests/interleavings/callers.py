@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from types import GeneratorType
 from typing import Any
 
-from retryproof.core import flow
+from retryproof.core import flow, twin
 from retryproof.core import record as table
 from retryproof.core.commands import (
     Acquired,
@@ -38,6 +38,7 @@ ID = b"i" * 32
 LEASE = 10.0
 RETENTION = 1_000.0
 NO_ANSWER = Unreachable(StoreUnavailable("no answer"))
+NOT_SENT = Unreachable(NO_ANSWER.error, sent=False)
 Written = tuple[Record | None, ClaimReply | FenceReply]
 
 
@@ -52,6 +53,8 @@ class Rules:
     disown: Callable[[Claim, Acquired], Release] = lambda claim, held: Release(claim.id, claim.nonce, held.token)
     attempt: Callable[..., flow.Flow] = flow.attempt
     may_begin: Callable[[Hold, float], bool] = Hold.may_begin
+    twin_first: Callable[[Hold, twin.Last | None, float], twin.Last | Renew | None] = twin.first
+    twin_told: Callable[[Hold, twin.Last | None, Claim, Reply, float], Reply] = twin.told
 
 
 def policy(**changes: Any) -> Policy:

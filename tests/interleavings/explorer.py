@@ -51,6 +51,7 @@ from tests.interleavings.callers import (
     BEGUN,
     LEASE,
     NO_ANSWER,
+    NOT_SENT,
     RENEWED,
     RETENTION,
     STEP,
@@ -71,6 +72,7 @@ class Scenario:
     steps: how many of the callers, the first ones, may keep a checkpoint.
     losses: how often the store may lose the record, although it acknowledged it: I1 is not promised then (C1).
     commits: whether a handler may commit its work and its result together, in its own transaction.
+    together: whether the callers share a process, which dies as one and holds what lingers (C10).
     """
 
     callers: tuple[Caller, ...]
@@ -81,6 +83,15 @@ class Scenario:
     renewals: bool = False
     commits: bool = False
     losses: int = 0
+    together: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lingering:
+    """What a process holds of an attempt that is over, until the store has answered its last command."""
+
+    last: Complete | Release
+    hold: Hold = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,7 @@ class Worker:
     command: Command | None = None
     running: bool = False
     deadline: float = 0.0
+    hold: Hold | None = None
     may_step: bool = False
     may_renew: bool = False
 
@@ -118,6 +130,7 @@ class World:
     losses: int = 0
     dirty: frozenset[tuple[bytes, int]] = frozenset()
     seen: frozenset[tuple[bytes, bytes | None]] = frozenset()
+    lingering: tuple[Lingering, ...] = ()
 
     @property
     def now(self) -> float:
@@ -192,7 +205,7 @@ class Explorer:
             world.clock,
             id(world.record),
             *(worker.number for worker in world.workers),
-            self._number((world.under_way, world.dirty, world.seen)),
+            self._number((world.under_way, world.dirty, world.seen, world.lingering)),
             world.losses * 1000 + world.faults * 100 + world.lapses * 10 + world.expiries,
         )
 
@@ -204,9 +217,11 @@ class Explorer:
             if worker.status == "idle":
                 yield (name, "begins"), self._tell(world, number, Told("begin", world.now))
             elif worker.status == "live":
-                yield (name, "dies"), self._with(world, number, DEAD)
+                yield (name, "dies"), self._dead(world, number)
                 for label, following in self._answers(world, number, worker):
                     yield (name, *label), following
+        for lingering in world.lingering:
+            yield ("settles late", lingering.last), self._settle_late(world, lingering)[0]
         for place, late in enumerate(world.under_way):
             rest = replace(world, under_way=world.under_way[:place] + world.under_way[place + 1 :])
             yield (late, "arrives"), self._arrive(rest, late)
@@ -225,6 +240,8 @@ class Explorer:
 
     def _answers(self, world: World, number: int, worker: Worker) -> Iterator[Step]:
         match worker.command:
+            case Claim() as claim if self.scenario.together:
+                yield from self._claim_answers(world, number, claim)
             case Claim() | Complete() | Release() | Renew() | Checkpoint() as command:
                 yield from self._store_answers(world, number, command)
             case Run(hold) if not worker.running:
@@ -248,8 +265,68 @@ class Explorer:
                     yield ("looks in vain",), self._tell(less, number, Told(NO_ANSWER, world.now))
             case Disown() as disown:
                 yield ("disowns",), self._tell(self._send(world, disown), number, Told(None, world.now))
+            case Linger(hold, last) if self.scenario.together:
+                held = replace(world, lingering=(*world.lingering, Lingering(last, hold)))
+                yield ("lingers",), self._tell(held, number, Told(None, world.now))
             case Linger(_, last):
                 yield ("lingers",), self._tell(self._send(world, last), number, Told(None, world.now))
+
+    def _claim_answers(self, world: World, number: int, claim: Claim) -> Iterator[Step]:
+        """A claim in a process that may hold its operation, which is heard first (C10)."""
+        lingering = world.lingering[-1] if world.lingering else None
+        holder = next((at for at, worker in enumerate(world.workers) if worker.hold is not None), None)
+        hold = lingering.hold if lingering is not None else holder is not None and world.workers[holder].hold
+        if not hold:
+            yield from self._store_answers(world, number, claim)
+            return
+        last = None if lingering is None else lingering.last
+        said = self.rules.twin_first(hold, last, world.now)
+        heard: list[tuple[World, Hold, Reply]] = [(world, hold, None)]
+        if said is not None:
+            heard = self._heard(world, lingering, holder, hold, said)
+        for after, held, reply in heard:
+            instead = self.rules.twin_told(held, last, claim, reply, after.now)
+            if instead is not None:
+                yield (claim, "stays", reply, instead), self._tell(after, number, Told(instead, after.now))
+            else:
+                if holds(after.record, held) and after.record and after.record.state is State.IN_PROGRESS:
+                    raise Violation("C10: a claim leaves a process that holds the operation")
+                for label, following in self._store_answers(after, number, claim):
+                    yield ("after", reply, *label), following
+
+    def _heard(
+        self,
+        world: World,
+        lingering: Lingering | None,
+        holder: int | None,
+        hold: Hold,
+        said: Complete | Release | Renew,
+    ) -> list[tuple[World, Hold, Reply]]:
+        """What the store may say on a hold that stands in a claim's way, and the world after it."""
+        heard: list[tuple[World, Hold, Reply]] = []
+        if lingering is not None:
+            settled, answer = self._settle_late(world, lingering)
+            heard.append((settled, hold, answer))
+        else:
+            assert holder is not None
+            renewed, answer = self._apply(world, said)
+            if isinstance(answer, Done):
+                renewed = self._tell(renewed, holder, Told(RENEWED, world.now))
+            heard.append((renewed, renewed.workers[holder].hold or hold, answer))
+        if world.faults:
+            less = replace(world, faults=world.faults - 1)
+            heard += [(less, hold, NOT_SENT), (self._send(less, said), hold, NOT_SENT)]
+        return heard
+
+    def _settle_late(self, world: World, lingering: Lingering) -> tuple[World, ClaimReply | FenceReply]:
+        settled, reply = self._apply(world, lingering.last)
+        return replace(settled, lingering=tuple(one for one in world.lingering if one != lingering)), reply
+
+    def _dead(self, world: World, number: int) -> World:
+        if not self.scenario.together:
+            return self._with(world, number, DEAD)
+        workers = tuple(DEAD if worker.status == "live" else worker for worker in world.workers)
+        return replace(world, workers=workers, lingering=())
 
     def _store_answers(self, world: World, number: int, command: StoreCommand) -> Iterator[Step]:
         applied, reply = self._apply(world, command)
@@ -298,10 +375,11 @@ class Explorer:
 
     def _arrive(self, world: World, late: StoreCommand | Disown) -> World:
         if isinstance(late, Disown):
-            applied, reply = self._apply(world, late.claim)
-            if isinstance(reply, Acquired):
-                return self._send(applied, self.rules.disown(late.claim, reply))
-            return applied
+            found = world.record
+            if found is None or found.nonce != late.claim.nonce or found.state is not State.IN_PROGRESS:
+                return world
+            held = Acquired(found.token, found.attempt, found.first_seen, found.birth)
+            return self._send(world, self.rules.disown(late.claim, held))
         applied, _ = self._apply(world, late)
         return applied
 
@@ -340,6 +418,7 @@ class Explorer:
             replay.command,
             replay.running,
             replay.hold.deadline if replay.hold is not None else 0.0,
+            replay.hold,
             may_step=number < self.scenario.steps and not replay.stepped,
             may_renew=self.scenario.renewals and not replay.renewed,
         )
@@ -394,7 +473,7 @@ class Explorer:
                 birth = hold.birth
                 if not is_stored(world.record, birth, result):
                     raise Violation(f"I5: a caller is given {result!r}, which is not stored")
-            case flow.Replayed(finished):
+            case flow.Replayed(finished) if finished.stored:
                 result = finished.result
                 birth = world.record.birth if world.record is not None else b""
                 if not is_stored(world.record, birth, result):

@@ -6,11 +6,13 @@ from tests.interleavings.explorer import Scenario
 TWICE = tuple(Caller(name) for name in "AB")
 REFUSE = tuple(Caller(name, policy(on_abandoned="refuse")) for name in "AB")
 BRIEF = policy(complete_timeout=0.0)
+BRIEFLY = tuple(Caller(name, BRIEF) for name in "AB")
 WAITING = policy(complete_timeout=0.0, wait=10.0)
 
 PAIRS: dict[str, Scenario] = {
     "the same request twice": Scenario(TWICE, faults=1, lapses=1),
     "past two leases": Scenario(TWICE, faults=0, lapses=2),
+    "in one process, with a store out of reach": Scenario(BRIEFLY, faults=2, lapses=1, together=True),
     "with steps and renewals": Scenario(TWICE, faults=0, lapses=1, steps=2, renewals=True),
     "a step whose reply is lost": Scenario(TWICE, faults=1, lapses=1, steps=1),
     "in the caller's own transaction": Scenario(TWICE, faults=1, lapses=1, commits=True),

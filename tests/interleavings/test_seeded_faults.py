@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from retryproof.core import flow
+from retryproof.core import flow, twin
 from retryproof.core import record as table
 from retryproof.core.commands import (
     DONE,
@@ -170,6 +170,10 @@ def attempt_that_never_ends(claim: Claim, policy: Policy, now: float, refingerpr
         yield Pause(0.0)
 
 
+def told_only_of_what_lingers(hold: Hold, last: twin.Last | None, claim: Claim, heard: Reply, now: float) -> Reply:
+    return None if last is None else twin.told(hold, last, claim, heard, now)
+
+
 FAULTS: dict[str, tuple[Rules, Scenario, str]] = {
     "no fence": (Rules(settle=settle_without_the_fence), SAME, "I2|I3"),
     "no fence for a release": (Rules(settle=settle_fenced_by_the_token_of_a_release), SAME, "I2|I3"),
@@ -207,6 +211,16 @@ FAULTS: dict[str, tuple[Rules, Scenario, str]] = {
     "a lease counted from the reply": (Rules(attempt=_attempt(enter=Hold.renewed)), SAME, "I1: two"),
     "start under a lease that is over": (Rules(may_begin=lambda hold, now: True), SAME, "I1: a handler begins"),
     "released when cancelled": (Rules(attempt=_attempt(change=released_when_cancelled)), REFUSED, "C7|I7"),
+    "a twin while a result lingers": (
+        Rules(twin_first=lambda hold, last, now: None, twin_told=lambda hold, last, claim, heard, now: None),
+        PAIRS["in one process, with a store out of reach"],
+        "C10: a claim leaves",
+    ),
+    "a twin while its operation runs": (
+        Rules(twin_told=told_only_of_what_lingers),
+        PAIRS["in one process, with a store out of reach"],
+        "C10: a claim leaves",
+    ),
     "no end": (Rules(attempt=attempt_that_never_ends), SAME, "a path without end"),
 }
 

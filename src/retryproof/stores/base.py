@@ -172,7 +172,7 @@ class HasKeeper(Protocol):
     def keeper(self) -> Store:
         """A blocking store over the same records with a connection of its own; made, used and closed in one thread.
 
-        `renew`, `claim`, `complete`, `release` and `close` are called.
+        `renew`, `complete`, `release`, `get` and `close` are called.
         """
 
 
