@@ -365,8 +365,9 @@ class Keeper:
         """The store is out of reach: one call asks again in a while, and nobody waits for it."""
         with self._mutex:
             self._troubled, self._failed_at = True, clock()
-            self._delay = min(max(FIRST_DELAY, 2 * self._delay), FIRST_DELAY if self._closing else LAST_DELAY)
-            self._probe_at = self._failed_at + self._delay
+            if self._failed_at >= self._probe_at:  # a renewal that fails meanwhile puts nothing off
+                self._delay = min(max(FIRST_DELAY, 2 * self._delay), FIRST_DELAY if self._closing else LAST_DELAY)
+                self._probe_at = self._failed_at + self._delay
             asked, self._asked = self._asked, {}
         for future in asked.values():
             future.set_result(NO_ANSWER)
