@@ -23,10 +23,11 @@ from fastapi import FastAPI
 
 from retryproof import AsyncIdempotency, Policy, current_operation, errors
 from retryproof.core.record import State
+from retryproof.drive import clock
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.stores import open_store
-from retryproof.stores.keeper import Keeper, clock
+from retryproof.stores.keeper import Keeper
 from retryproof.stores.sql.migrate import migrate
 from tests.conftest import PrivateServer
 from tests.engine.support import SECONDS, Events, in_thread
