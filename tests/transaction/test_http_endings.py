@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.types import ASGIApp, Message, Scope
 
 from retryproof import Policy, current_operation, errors
+from retryproof.core.record import State
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.fastapi import blocking_transaction, transaction
@@ -194,7 +195,7 @@ async def test_t1_a_stream_commits_before_its_end_is_sent(postgres: Database) ->
 
 
 async def test_t1_a_client_that_leaves_a_stream_too_long_to_keep_parts_no_work(postgres: Database) -> None:
-    """Without a transaction such a stream is stopped; with one it goes on to its end and commits whole."""
+    """It goes on to its end and commits whole."""
     app, left = FastAPI(), asyncio.Event()
 
     @app.post("/charges")
@@ -219,6 +220,54 @@ async def test_t1_a_client_that_leaves_a_stream_too_long_to_keep_parts_no_work(p
     if postgres.charges():
         assert replay.headers["Idempotency-Replay"] == "omitted"
     assert postgres.charges() == [1, 2]
+
+
+def states(database: Database) -> list[int]:
+    with database.connect() as connection:
+        return [state for (state,) in connection.execute("SELECT state FROM retryproof_operations")]
+
+
+@pytest.mark.parametrize("body", [[b"short"], [b"too ", b"long"], [b"sh", b"ort"], None], ids=str)
+async def test_h10_joined_work_whose_response_is_not_whole_is_rolled_back(
+    postgres: Database, body: list[bytes] | None
+) -> None:
+    """Its length is not the one that was announced, or it has no end: released, so that a retry may do it."""
+
+    async def app(scope: Scope, receive: Any, send: Any) -> None:
+        connection = await current_operation().atransaction(connected(postgres))
+        await connection.execute(insert())
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"6")]})
+        for part in body or []:
+            await send({"type": "http.response.body", "body": part, "more_body": part is not (body or [])[-1]})
+
+    async with covered(postgres, app) as middleware, client_of(middleware) as client:
+        for _ in range(2):
+            answer = await client.post("/charges")
+            assert "Idempotency-Replayed" not in answer.headers
+            assert postgres.charges() == []
+    assert states(postgres) == [State.RELEASED]
+
+
+async def test_h11_joined_work_that_is_stopped_without_its_client_is_rolled_back(postgres: Database) -> None:
+    app, left = FastAPI(), asyncio.Event()
+
+    @app.post("/charges")
+    async def charge() -> StreamingResponse:
+        connection = await current_operation().atransaction(connected(postgres))
+
+        async def parts() -> AsyncIterator[bytes]:
+            await connection.execute(insert())
+            while True:
+                yield b"x"
+                await asyncio.sleep(0.01)
+
+        return StreamingResponse(parts())
+
+    async with covered(postgres, app, on_departure="stop") as middleware:
+        with contextlib.suppress(OSError):
+            await leave_after_the_first_part(middleware, left)
+    assert postgres.charges() == []
+    assert states(postgres) == [State.RELEASED]
 
 
 async def leave_after_the_first_part(app: Any, left: asyncio.Event) -> None:

@@ -53,6 +53,8 @@ from retryproof.http.types import App, Message, Scope
 
 logger = logging.getLogger("retryproof.http")
 
+_PARTS_A_TURN = 16
+"""Parts of a stream after which the loop has its turn, while its client is there."""
 _PARTS = frozenset(
     {"http.response.body", "http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"}
 )
@@ -168,6 +170,7 @@ class Execution:
         "_settling",
         "_stopped",
         "_store",
+        "_streamed",
         "_task",
         "_tell_overrun",
     )
@@ -199,6 +202,7 @@ class Execution:
         self._task: asyncio.Task[None] | None = None
         # The response as the app makes it, and what is held of it.
         self._recorder = Recorder(max_result)
+        self._streamed = 0  # parts
         self._head: Message | None = None
         self._last: Message | None = None
         # Where the operation stands.
@@ -465,8 +469,11 @@ class Execution:
             recorder.hand_on()
             if self._head is not None:
                 await link.send(self._head)
-        # An app that never waits, and whose server takes what it says to nobody, would hold the loop.
-        await asyncio.sleep(0)
+        # An app that never waits, and whose server takes what it says to nobody, would hold the loop; and in a loop
+        # that is held nobody hears that the client has left.
+        self._streamed += 1
+        if link.left or self._streamed % _PARTS_A_TURN == 0:
+            await asyncio.sleep(0)
         await link.send(message)
 
     # Settling
