@@ -622,3 +622,16 @@ async def test_outside_of_phased_functions_there_is_no_principal() -> None:
     async with AsyncIdempotency("memory://") as engine:
         with pytest.raises(errors.NoOperation, match="principal"):
             await engine.run("k", lambda: current_operation().principal, scope="s")
+
+
+async def test_c5_the_completer_repeats_nothing_whose_outcome_is_unknown_in_a_group(database: Database) -> None:
+    """Under `refuse` an operator decides, however often it is due."""
+    async with shop_over(database, policy=Policy(on_abandoned="refuse")) as shop:
+        shop.failure = ExceptionGroup("tasks", [ValueError("a"), errors.OutcomeUnknown("the bank hung up")])
+        with pytest.raises(ExceptionGroup):
+            await shop.order.run("k", Order(1), scope=("acme", "ann"))
+        shop.failure = None
+        for _ in range(3):
+            shop.expire()
+            assert (await shop.completer.run_once()).failed == 1
+    assert len(shop.calls) == 1
