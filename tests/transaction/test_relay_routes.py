@@ -173,6 +173,25 @@ async def test_t6_a_topic_without_a_route_is_loud_and_blocks_its_own_keys_alone(
     await both.aclose()
 
 
+async def test_t6_what_has_no_route_is_not_passed_over(database: Database) -> None:
+    outbox = database.outbox
+    with database.transaction() as connection:
+        outbox.add(connection, topic="lost", payload=b"1", key="mixed")
+        outbox.add(connection, topic="known", payload=b"2", key="mixed")
+    known = Named("known")
+    policy = replace(QUICK, on_failure="pass", max_backoff=0.002)
+    relay = Relay(database.url, routes={"known": known}, policy=policy)
+    for _ in range(10):
+        await relay.run_once()
+        await sleep(0.005)
+    assert known.payloads == []
+    await relay.aclose()
+    both = Relay(database.url, known, policy=policy)
+    await until_empty(both)
+    assert known.payloads == ["1", "2"]
+    await both.aclose()
+
+
 async def test_c15_a_message_without_a_route_stays_to_be_tried_alone(database: Database) -> None:
     dying = Relay(database.url, routes={"known": Named("here")}, policy=QUICK)
     database.send("lost", topic="lost")

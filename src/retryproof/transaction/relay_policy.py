@@ -185,8 +185,8 @@ def conclude(
                     dead.append((message, message.attempts + 1, why))
                     continue
                 failed.append(_failure(message, outcome, policy))
-                if policy.on_failure == "block":
-                    closed.add(message.line)
+                if policy.on_failure == "block" or failed[-1].answers == UNCOUNTED:
+                    closed.add(message.line)  # what was not sent did not fail, and is not passed over
             case Untried():
                 pass
     ended = (*done, *(message for message, _, _ in dead), *(failure.message for failure in failed))
@@ -200,7 +200,8 @@ def _failure(message: Message, outcome: Failed, policy: RelayPolicy) -> Failure:
     """A failure after which the message is tried again."""
     counts = COUNTS[outcome.counts_as]
     if not counts.age:  # not sent: it waits for so long, and nothing is counted
-        return Failure(message, message.attempts, outcome.reason, microseconds(outcome.retry_after or 0.0), UNCOUNTED)
+        pause = microseconds(outcome.retry_after or policy.backoff)
+        return Failure(message, message.attempts, outcome.reason, pause, UNCOUNTED)
     attempts, answers = message.attempts + 1, message.answers + counts.answers
     delay = max(policy.delay(attempts), outcome.retry_after or 0.0)
     return Failure(message, attempts, outcome.reason, microseconds(delay), answers)

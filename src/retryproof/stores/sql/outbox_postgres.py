@@ -477,7 +477,7 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     "finish_plain": f"WITH {_fenced()}, {_ENDED} SELECT count(*) FROM held",
     "finish": f"""WITH {_fenced("$12::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
     UPDATE {{outbox}} o SET parked = true, {_FAILED},
-        chain = CASE WHEN $17::boolean THEN uuid_send(o.id) ELSE o.chain END
+        chain = CASE WHEN $17::boolean AND f.answers <> {UNCOUNTED} THEN uuid_send(o.id) ELSE o.chain END
     FROM fails f WHERE o.sequence = f.sequence
     RETURNING o.partition, o.chain, o.sequence, o.alone, f.delay
 ), lines AS MATERIALIZED (

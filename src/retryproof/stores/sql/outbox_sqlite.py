@@ -331,8 +331,8 @@ class SqliteOutbox:
         backing_off = set()
         for failure in conclusion.failed:
             message = failure.message
-            chain = message.id.bytes if passing and not strict else message.chain
             counted = failure.answers != UNCOUNTED
+            chain = message.id.bytes if passing and counted and not strict else message.chain
             yield Statement(
                 "UPDATE retryproof_outbox SET parked = ?, alone = alone AND NOT ?, attempts = ?, reason = ?, "
                 "chain = ?, answers = CASE WHEN ? THEN ? ELSE answers END, "
