@@ -75,6 +75,41 @@ def test_t1_what_raises_rolls_back(database: Database, connection: Any) -> None:
     assert connection.get_autocommit()
 
 
+def test_t1_a_commit_of_the_handlers_own_leaves_an_unknown_outcome(database: Database, connection: Any) -> None:
+    from retryproof.transaction.django import transaction
+
+    def charge() -> None:
+        own = current_operation().transaction(transaction(connection.alias))
+        with own.cursor() as cursor:
+            cursor.execute(insert(1))
+        own.commit()
+
+    with Idempotency(database.store) as engine:
+        with pytest.raises(errors.OutcomeUnknown, match="committed without its result"):
+            engine.run("k", charge, scope="s")
+        database.execute("UPDATE retryproof_operations SET lease_until = 0")
+        with pytest.raises(errors.OutcomeUnknown, match="committed without its result"):
+            engine.run("k", charge, scope="s")
+    assert database.charges() == [1]
+
+
+def test_t1_a_nested_operation_on_the_connection_underneath_is_refused(database: Database, connection: Any) -> None:
+    from retryproof.transaction.django import transaction
+
+    def inner() -> None:
+        current_operation().transaction(connection.connection)
+
+    def outer() -> str:
+        current_operation().transaction(transaction(connection.alias))
+        if database.postgres:  # on SQLite nothing can be claimed beside a transaction that writes
+            with pytest.raises(errors.ConfigurationError, match="connection of its own"):
+                engine.run("inner", inner, scope="s")
+        return "charged"
+
+    with Idempotency(database.store) as engine:
+        assert engine.run("outer", outer, scope="s").value == "charged"
+
+
 def test_autocommit_and_atomic_blocks_are_refused(database: Database, connection: Any) -> None:
     from django.db import transaction
 

@@ -17,7 +17,8 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from retryproof import AsyncIdempotency, Idempotency, current_operation, errors
+from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from retryproof.reaper import reap_all
 from retryproof.stores import open_store
 from tests.transaction.support import Database, insert
 from tests.transaction.test_transactional import (
@@ -339,6 +340,29 @@ async def test_t1_a_commit_in_plain_sql_leaves_an_unknown_outcome(
     assert database.charges() == [1]
 
 
+@pytest.mark.parametrize("library", [name for name in BLOCKING if name.startswith("sqlalchemy")])
+def test_t1_a_commit_behind_sqlalchemys_back_leaves_an_unknown_outcome(
+    library: str, request: pytest.FixtureRequest
+) -> None:
+    kind, opened = BLOCKING[library]
+    database: Database = request.getfixturevalue(kind)
+    with Idempotency(database.store, policy=BRIEF) as engine, opened(database) as (connection, write):
+
+        def charge() -> str:
+            current_operation().transaction(connection)
+            write(1)
+            session = connection if hasattr(connection, "connection") and callable(connection.connection) else None
+            driver: Any = connection if session is None else session.connection()
+            driver.connection.commit()
+            return "charged"
+
+        with pytest.raises(errors.OutcomeUnknown, match="committed without its result"):
+            engine.run("k", charge, scope="s")
+        connection.rollback()
+        assert database.charges() == [1]
+        refused_for_good(engine, database)
+
+
 @pytest.mark.parametrize("opened", [of_psycopg, of_sqlite3], ids=["psycopg", "sqlite3"])
 def test_t1_a_handler_that_rolled_back_by_itself_may_run_again(
     opened: Callable[[Database], Blocking], request: pytest.FixtureRequest
@@ -375,7 +399,8 @@ def test_t1_a_rollback_after_the_handlers_own_commit_says_so(postgres: Database)
 def test_c8_a_loser_that_commits_by_itself_stops_the_one_that_took_over(postgres: Database) -> None:
     """Before the other one's commit: its completion sees the marker."""
     with (
-        Idempotency(postgres.store, policy=BRIEF) as engine,
+        Idempotency(postgres.store) as engine,
+        Idempotency(postgres.store, policy=BRIEF) as rival,
         of_psycopg(postgres) as (mine, write),
         of_psycopg(postgres) as (others, write_theirs),
     ):
@@ -391,7 +416,7 @@ def test_c8_a_loser_that_commits_by_itself_stops_the_one_that_took_over(postgres
             write(1)
             postgres.execute("UPDATE retryproof_operations SET lease_until = 0")
             with pytest.raises(errors.OutcomeUnknown):
-                engine.run("k", winner, scope="s")
+                rival.run("k", winner, scope="s")
             return "the loser's"
 
         with pytest.raises((errors.OutcomeUnknown, errors.LeaseLost, errors.InProgress)):
@@ -474,6 +499,88 @@ def test_o1_an_operator_settles_what_was_committed_without_its_result(database: 
         assert result.exit_code == 0, result.output
         assert markers(database) == 0
         assert engine.run("k", lambda: "again", scope="s").value == "again"
+
+
+MARK = "INSERT INTO retryproof_markers (id, token) SELECT id, token FROM retryproof_operations"
+
+
+@pytest.mark.parametrize("on_abandoned", ["rerun", "refuse"])
+@pytest.mark.parametrize("ended", ["died", "released"])
+def test_t1_no_claim_takes_over_what_was_committed(database: Database, ended: str, on_abandoned: Any) -> None:
+    """A live lease is waited for; neither a released record nor one that died is taken, in the same life."""
+    policy = Policy(on_abandoned=on_abandoned)
+    with Idempotency(database.store, policy=policy) as engine:
+        with pytest.raises(ValueError, match="refused"):
+            engine.run("k", refuse, scope="s")
+        database.execute(MARK)
+        if ended == "died":
+            database.execute("UPDATE retryproof_operations SET state = 1, lease_until = expires_at")
+            with pytest.raises(errors.InProgress):
+                engine.run("k", lambda: "again", scope="s")
+            database.execute("UPDATE retryproof_operations SET lease_until = 0")
+        database.execute("UPDATE retryproof_operations SET expires_at = 0")
+        with pytest.raises(errors.OutcomeUnknown, match="committed without its result"):
+            engine.run("k", lambda: "again", scope="s")
+        database.execute("UPDATE retryproof_markers SET token = 1")  # of an earlier life
+        if ended == "released":
+            assert engine.run("k", lambda: "again", scope="s").value == "again"
+
+
+def refuse() -> None:
+    raise ValueError("refused")
+
+
+def test_c12_the_end_of_what_was_committed_without_its_result_is_told(database: Database) -> None:
+    ended: list[Any] = []
+    with Idempotency(database.store) as engine, pytest.raises(ValueError, match="refused"):
+        engine.run("k", refuse, scope="s")
+    database.execute(MARK)
+    database.execute("UPDATE retryproof_operations SET expires_at = 0")
+    with contextlib.closing(open_store(database.store)) as store:
+        totals = reap_all(store, events=[], on_ended=ended.append)
+    assert (totals.settled, totals.unsettled, [record.committed for record in ended]) == (0, 1, [True])
+    assert markers(database) == 0
+
+
+async def test_t1_asyncpgs_connection_that_went_back_to_its_pool_is_left_alone(postgres: Database) -> None:
+    async with (
+        asyncpg.create_pool(postgres.store, min_size=1, max_size=1) as pool,
+        AsyncIdempotency(postgres.store) as engine,
+    ):
+
+        async def charge() -> None:
+            async with pool.acquire() as connection:
+                await connection.transaction().start()
+                await current_operation().atransaction(connection)
+                await connection.execute(insert(1))
+
+        with pytest.raises(errors.ConfigurationError, match="Its work was rolled back"):
+            await engine.run("k", charge, scope="s")
+        assert (await engine.run("k", lambda: "again", scope="s")).value == "again"
+    assert postgres.charges() == []
+
+
+async def test_a_cancellation_after_the_handlers_own_commit_goes_on(postgres: Database) -> None:
+    async with AsyncIdempotency(postgres.store, policy=Policy(release_on_cancel=True)) as engine:
+        connection = await asyncpg.connect(postgres.store)
+        await connection.transaction().start()
+        committed = asyncio.Event()
+
+        async def charge() -> None:
+            await current_operation().atransaction(connection)
+            await connection.execute("COMMIT")
+            committed.set()
+            await asyncio.Event().wait()
+
+        task = asyncio.create_task(engine.run("k", charge, scope="s"))
+        await committed.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await connection.close()
+        postgres.execute("UPDATE retryproof_operations SET lease_until = 0")
+        with pytest.raises(errors.OutcomeUnknown, match="committed without its result"):
+            await engine.run("k", lambda: "again", scope="s")
 
 
 def test_threads_that_race_for_one_connection_have_one_winner(postgres: Database) -> None:

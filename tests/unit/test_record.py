@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from retryproof.core.commands import DONE, LOST, Acquired, Claim, Complete, Release, Renew
+from retryproof.core.commands import DONE, LOST, Abandoned, Acquired, Claim, Complete, Release, Renew, Running
 from retryproof.core.record import Record, State, decide, microseconds, renew, settle
 from retryproof.testing import ManualClock
 
@@ -65,6 +65,17 @@ def test_c3_a_late_duplicate_of_a_released_claim_takes_nothing() -> None:
     written, reply = decide(released, CLAIM, NOW + 1)
     assert written is None
     assert not isinstance(reply, Acquired)
+
+
+def test_t1_what_was_committed_without_its_result_is_unsettled_and_an_operators_alone() -> None:
+    record, acquired = _claimed()
+    released = _settled(record, Release(CLAIM.id, CLAIM.nonce, acquired.token))
+    later, retry = NOW + 1_000_000_000, replace(CLAIM, nonce=b"m" * 16)
+    for left in (replace(record, committed=True), replace(released, committed=True)):
+        assert not left.settled
+        assert decide(left, retry, later) == (None, Abandoned("committed", 1))
+        assert isinstance(decide(left, replace(retry, on_abandoned="settle"), later)[1], Acquired)
+    assert isinstance(decide(replace(record, committed=True), retry, NOW)[1], Running)
 
 
 def test_c2_nonce_and_token_must_both_be_current() -> None:

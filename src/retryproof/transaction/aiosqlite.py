@@ -24,7 +24,6 @@ class Aiosqlite(OnLoop):
     """An aiosqlite connection."""
 
     ADVICE = 'Begin one (`await connection.execute("BEGIN IMMEDIATE")`), and leave it open.'
-    SURELY_OPEN = True
     dialect: Literal["sqlite"] = "sqlite"
 
     def __init__(self, connection: aiosqlite.Connection) -> None:

@@ -108,8 +108,7 @@ class Place:
     """Where the operation's record is, and which attempt is at it.
 
     held: nobody but the transaction that was joined can write the record before its end.
-    marked: a savepoint tells that transaction from the connection's next one.
-    identified: the library tells it from the connection's next one, and refuses to commit it.
+    identified: the library tells that transaction from the connection's next one, and refuses to commit it.
     """
 
     hold: Hold
@@ -117,19 +116,18 @@ class Place:
     dialect: str
     table: str
     held: bool = False
-    marked: bool = False
     identified: bool = False
 
     def join(self) -> Plan[Joining | None]:
         """The dialect's plan; None where the attempt is not current."""
         if self.dialect == "sqlite":
-            return sqlite_plans.join(self.hold, mark=self.marked)
+            return sqlite_plans.join(self.hold)
         return postgres.join_plan(self.hold, self.table)
 
     def complete(self, command: Complete) -> Plan[FenceReply | None]:
         """The dialect's plan; None where another transaction is open than the one that was joined."""
         if self.dialect == "sqlite":
-            return sqlite_plans.complete_joined(command, wall_clock(), marked=self.marked)
+            return sqlite_plans.complete_joined(command, wall_clock())
         return postgres.complete_joined_plan(command, self.table)
 
     def unmark(self) -> Plan[None]:
@@ -254,9 +252,10 @@ def _undone(place: Place, outcome: Outcome, broken: str | None) -> Steps[Settled
         yield from roll_back()
         if broken is None and place.identified:
             return outcome, None
-    if (yield from committed(place)):
-        return Raised(unknown=True), committed_alone(place)
-    return outcome, None
+    if isinstance(outcome, LeaseLost) or not (yield from committed(place)):
+        return outcome, None
+    # Who was cancelled, or said that the outcome is unknown, is raised that.
+    return Raised(unknown=True), committed_alone(place) if outcome == Raised() else None
 
 
 def committed(place: Place) -> Steps[bool | None]:
@@ -345,7 +344,7 @@ class BlockingTransaction:
         self.place = place_of(operation)
         self.block = block
         self._adapted: BlockingConnection = _checked(connection, self.place, operation, on_loop=False)
-        self.place = _known_by(self.place, self._adapted)
+        self.place = replace(self.place, identified=bool(getattr(self._adapted, "IDENTIFIED", False)))
         self._thread = threading.get_ident()
         self._driver: object = None
 
@@ -426,7 +425,7 @@ class LoopTransaction:
         self.place = place_of(operation)
         self.block = block
         self._adapted: LoopConnection = _checked(connection, self.place, operation, on_loop=True)
-        self.place = _known_by(self.place, self._adapted)
+        self.place = replace(self.place, identified=bool(getattr(self._adapted, "IDENTIFIED", False)))
         self._driver: object = None
 
     async def join(self, ask: Callable[[Any], Awaitable[Any]]) -> None:
@@ -475,15 +474,6 @@ class LoopTransaction:
                 return await self._adapted.rollback()
             case _:
                 return await self._adapted.execute(step)
-
-
-def _known_by(place: Place, adapted: BlockingConnection | LoopConnection) -> Place:
-    """The place, with how its transaction is known again.
-
-    A savepoint has to be certain to be inside of one; outside it would begin and end one.
-    """
-    marked, identified = (bool(getattr(adapted, name, False)) for name in ("SURELY_OPEN", "IDENTIFIED"))
-    return replace(place, marked=marked, identified=identified)
 
 
 _carried: weakref.WeakValueDictionary[int, BlockingTransaction | LoopTransaction] = weakref.WeakValueDictionary()

@@ -252,7 +252,7 @@ def committing(place: Place, command: Checkpoint, entry: Entry | None, broken: s
 
 
 def _checkpoint(place: Place, command: Checkpoint, entry: Entry | None) -> Plan[FenceReply | None]:
-    return Worklist(place.dialect, place.table).checkpoint(command, entry, place.hold.lease, marked=place.marked)
+    return Worklist(place.dialect, place.table).checkpoint(command, entry, place.hold.lease)
 
 
 def _renewed(place: Place) -> Steps[float | None]:

@@ -19,7 +19,6 @@ class Sqlite(Blocking):
     """A sqlite3 connection."""
 
     ADVICE = 'Begin one (`connection.execute("BEGIN IMMEDIATE")`), and leave it open.'
-    SURELY_OPEN = True
     dialect: Literal["sqlite"] = "sqlite"
 
     def __init__(self, connection: sqlite3.Connection) -> None:

@@ -163,11 +163,12 @@ def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
     return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
 
 
-def join(hold: Hold, *, mark: bool) -> Plan[Joining | None]:
+def join(hold: Hold) -> Plan[Joining | None]:
     """Write the marker where the record says that this attempt is current, as the transaction that is open sees it.
 
-    That transaction holds the record from now on, with all others: SQLite has one writer. mark: with a savepoint, which
-    ends when the transaction does, so that it is known again. None where the attempt is not current.
+    That transaction holds the record from now on, with all others: SQLite has one writer. A savepoint, which ends when
+    it does, tells it from the next one; it is set after the marker, with which a transaction has begun whatever the
+    driver's mode. None where the attempt is not current.
     """
     current = f"id = ? AND nonce = ? AND token = ? AND state = {State.IN_PROGRESS:d}"
     fence = (hold.id, hold.nonce, hold.token)
@@ -178,24 +179,23 @@ def join(hold: Hold, *, mark: bool) -> Plan[Joining | None]:
             fence,
         )
     ):
-        if mark:
-            yield Statement(f"SAVEPOINT {_MARK}")
+        yield Statement(f"SAVEPOINT {_MARK}")
         return Joining(held=True)
     rows = yield Statement(f"SELECT 1 FROM retryproof_operations WHERE {current}", fence)
     return Joining(held=True, committed=True) if rows else None
 
 
-def complete_joined(command: Complete, now: int, *, marked: bool) -> Plan[FenceReply | None]:
+def complete_joined(command: Complete, now: int) -> Plan[FenceReply | None]:
     """Settle the operation in the transaction that was joined; None in another one, which is left as it is."""
-    if marked and not (yield from _release_mark()):
+    if not (yield from _release_mark()):
         return None
     [reply] = yield from complete([command], now)
     return (yield from _unmarked(command, reply))
 
 
-def checkpoint_joined(command: Checkpoint, *, marked: bool) -> Plan[FenceReply | None]:
+def checkpoint_joined(command: Checkpoint) -> Plan[FenceReply | None]:
     """Keep a value in the transaction that was joined; None in another one, which is left as it is."""
-    if marked and not (yield from _release_mark()):
+    if not (yield from _release_mark()):
         return None
     [reply] = yield from checkpoint([command])
     return (yield from _unmarked(command, reply))

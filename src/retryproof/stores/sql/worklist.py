@@ -65,9 +65,7 @@ class Worklist:
         self._table = table
         self._name = WORKLIST if self._sqlite else worklist(table)
 
-    def checkpoint(
-        self, command: Checkpoint, entry: Entry | None, lease: float, *, marked: bool = False
-    ) -> Plan[FenceReply | None]:
+    def checkpoint(self, command: Checkpoint, entry: Entry | None, lease: float) -> Plan[FenceReply | None]:
         """Keep a recovery point in the caller's transaction, fenced, and list the operation where there is an entry.
 
         None where another transaction is open than the one that was joined.
@@ -75,7 +73,7 @@ class Worklist:
         lease: seconds before which nobody needs to look after it.
         """
         if self._sqlite:
-            reply = yield from sqlite_plans.checkpoint_joined(command, marked=marked)
+            reply = yield from sqlite_plans.checkpoint_joined(command)
             if entry is not None and reply == DONE:
                 yield from _list_sqlite(entry, wall_clock(), microseconds(lease))
             return reply
