@@ -273,7 +273,7 @@ class Idempotency(Engine):
         return self._source.opened()
 
     def close(self, drain: float = 5.0) -> None:
-        """Settle what lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
+        """Wait for what runs and lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
         self._source.close(drain)
 
     def __enter__(self) -> Self:
@@ -387,7 +387,7 @@ class AsyncIdempotency(Engine):
         return self._source.aopened()
 
     async def aclose(self, drain: float = 5.0) -> None:
-        """Settle what lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
+        """Wait for what runs and lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
         await self._source.aclose(drain)
 
     async def __aenter__(self) -> Self:

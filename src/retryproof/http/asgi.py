@@ -153,11 +153,13 @@ class IdempotencyMiddleware:
 
     async def aclose(self, drain: float = DRAIN) -> None:
         """Wait for operations that still run, for up to `drain` seconds, and close a store that was opened from a URL.
+        What is left is said in the log.
 
         Done at `lifespan.shutdown`; for servers without lifespan.
         """
         loop = asyncio.get_running_loop()
+        until = loop.time() + drain
         running = {task for task in self._engine.running if task.get_loop() is loop}
         if running:
             await asyncio.wait(running, timeout=drain)
-        await self._engine.aclose(drain)
+        await self._engine.aclose(max(0.0, until - loop.time()))

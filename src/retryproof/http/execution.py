@@ -242,6 +242,10 @@ class Execution:
         except asyncio.CancelledError:
             self._deserted = True
             if self._task is not None and not self._task.done():
+                logger.warning(
+                    "The server has cancelled operation %s, which goes on; if it is killed, its outcome is unknown.",
+                    short_digest(self._hold.id),
+                )
                 self._on_left()
                 try:
                     await asyncio.wait({self._task})

@@ -147,6 +147,8 @@ class Keeper:
             self._part()
         if self._asked:
             self._say(hold, LOST)
+        if self._closing:
+            self._wake()
 
     def _part(self) -> None:
         with self._counting:
@@ -261,7 +263,9 @@ class Keeper:
             self._thread = thread
 
     def close(self, drain: float = 0.0) -> None:
-        """Settle what lingers for up to `drain` seconds, then end the thread; what is left is said in the log."""
+        """Wait for what runs and settle what lingers, for up to `drain` seconds, then end the thread; what is left is
+        said in the log.
+        """
         with self._mutex:
             self._closing = True
             self._drain_until = clock() + drain
@@ -271,18 +275,19 @@ class Keeper:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(drain + 5.0)
-        self._say_what_is_left()
+        self.say_what_is_left()
 
-    def _say_what_is_left(self) -> None:
+    def say_what_is_left(self) -> None:
+        """Log the operations that run, or are not stored, at a shutdown."""
         held = {hold.id: hold for hold in [*self.holds.values(), *self._lingering]}
         if held:
+            named = [
+                f"{short_digest(hold.id)}{' (done, not stored)' if hold.lingers else ''}" for hold in held.values()
+            ]
             logger.error(
-                "The store is closed with %d operations that are not settled, and whose outcome stays unknown: %s",
+                "%d operations are not settled at the shutdown; if the process ends now, their outcome is unknown: %s",
                 len(held),
-                ", ".join(
-                    f"{short_digest(hold.id)}{' (done, not stored)' if hold.lingers else ''}"
-                    for hold in list(held.values())[:100]
-                ),
+                ", ".join(named[:100]),
             )
 
     def _run(self) -> None:
@@ -328,7 +333,7 @@ class Keeper:
                 self._mutex.wait((min(due, self._drain_until) if self._closing else due) - now)
 
     def _over(self, now: float) -> bool:
-        return self._closing and ((not self._lingering and not self._disowned) or now >= self._drain_until)
+        return self._closing and (self.idle or now >= self._drain_until)
 
     def _next_due(self) -> float:
         if self._asked:

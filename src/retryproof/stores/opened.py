@@ -86,7 +86,7 @@ class Opened:
         return self._threads.directly(command)
 
     def close(self, drain: float = 0.0) -> None:
-        """Settle what lingers, for up to `drain` seconds, and end the threads; the store itself stays open."""
+        """Wait for what runs and what lingers, for up to `drain` seconds, and end the threads; the store stays."""
         self.background.close(drain)
         self.bridge.close()
 
@@ -156,7 +156,7 @@ class AsyncOpened:
             )
 
     async def aclose(self, drain: float = 0.0) -> None:
-        """Settle what lingers, for up to `drain` seconds, and end the thread; the store itself stays open."""
+        """Wait for what runs and what lingers, for up to `drain` seconds, and end the thread; the store stays."""
         await self.loop.run_in_executor(None, self.background.close, drain)
 
     def _orphaned(self, claim: Claim, reply: Reply) -> None:
@@ -374,6 +374,8 @@ class Source:
         if process is not None and self._url is not None and _is_last_user(process):
             process.close(drain)
             process.store.close()
+        elif process is not None and self._url is None:
+            process.background.say_what_is_left()
 
     async def aclose(self, drain: float = 0.0) -> None:
         """Close what was opened from a URL for the running event loop; a store object belongs to its caller."""
@@ -383,7 +385,10 @@ class Source:
             self._forget_closed_loops()
             opened = self._loops.pop(asyncio.get_running_loop(), None)
         self._last = (None, None)
-        if opened is None or self._url is None:
+        if opened is None:
+            return
+        if self._url is None:
+            opened.background.say_what_is_left()
             return
         if isinstance(opened, AsyncOpened):
             await opened.aclose(drain)
