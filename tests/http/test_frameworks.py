@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx
+import litestar
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from litestar.params import QueryParameter
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
@@ -343,3 +346,53 @@ async def test_fastapi_dependencies_with_yield_are_left_as_without_the_layer(sto
     first, second = await twice(app, "/charges")
     assert (first.status_code, second.status_code, replayed(second)) == (200, 200, True)
     assert events == ["open", "session", "close"]
+
+
+class Payment(BaseModel):
+    amount: int
+
+
+@pytest.mark.parametrize(
+    ("amount", "kept"),
+    [("much", False), (1, True), (2, True)],
+    ids=["validation", "its own answer", "its own exception"],
+)
+async def test_h8_stripe_keeps_what_the_handler_answered_and_not_what_was_refused_before_it(
+    store_url: str, unique: str, amount: int | str, kept: bool
+) -> None:
+    layer = Middleware(
+        IdempotencyMiddleware, store=store_url, scope=single_tenant, name=unique, store_when="stripe", required=True
+    )
+    app, effects = FastAPI(middleware=[layer]), []
+
+    @app.post("/")
+    async def pay(payment: Payment) -> None:
+        effects.append(payment.amount)
+        if payment.amount == 1:
+            raise HTTPException(422, "its own")
+        raise RequestValidationError([])
+
+    async with client(app) as http:
+        key = {"idempotency-key": new_key()}
+        answers = [await http.post("/", headers=key, json={"amount": amount}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [422, 422]
+    assert [replayed(answer) for answer in answers] == [False, kept]
+    assert effects == ([amount] if kept else [])
+
+
+async def test_h8_stripe_does_not_keep_what_litestar_refused_before_the_handler(store_url: str, unique: str) -> None:
+    @litestar.post("/", status_code=201)
+    async def pay(amount: Annotated[int, QueryParameter()]) -> None:
+        raise AssertionError("never")
+
+    app = IdempotencyMiddleware(
+        litestar.Litestar([pay], openapi_config=None),  # type: ignore[arg-type]  # Litestar's own types
+        store=store_url,
+        scope=single_tenant,
+        name=unique,
+        store_when="stripe",
+    )
+    async with client(app) as http:
+        key = {"idempotency-key": new_key()}
+        answers = [await http.post("/?amount=much", headers=key) for _ in range(2)]
+    assert [(answer.status_code, replayed(answer)) for answer in answers] == [(400, False), (400, False)]

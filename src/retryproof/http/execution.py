@@ -48,7 +48,7 @@ from retryproof.http.problem import (
     render,
 )
 from retryproof.http.recorder import NO_HEAD, WRONG, Recorder
-from retryproof.http.semantics import Header, settles
+from retryproof.http.semantics import Header, refused_before, settles, settles_always
 from retryproof.http.types import App, Message, Scope
 
 logger = logging.getLogger("retryproof.http")
@@ -165,6 +165,7 @@ class Execution:
         "_policy",
         "_problem",
         "_recorder",
+        "_refused",
         "_rest",
         "_scope",
         "_settling",
@@ -202,6 +203,7 @@ class Execution:
         self._task: asyncio.Task[None] | None = None
         # The response as the app makes it, and what is held of it.
         self._recorder = Recorder(max_result)
+        self._refused = False  # by the framework, before the handler began
         self._streamed = 0  # parts
         self._head: Message | None = None
         self._last: Message | None = None
@@ -443,6 +445,7 @@ class Execution:
         answered = sys.exception()
         if answered is not None:  # frameworks answer an exception while they handle it
             self._operation.hear(answered)
+            self._refused = self._options.store_when is settles_always and refused_before(answered)
         if callable(self._on_departure):
             self._on_departure = self._departure(self._on_departure)
             if self._on_departure == "stop":
@@ -483,7 +486,7 @@ class Execution:
     # Settling
 
     def _settles(self) -> bool:
-        return self._is_final(self._recorder.status, self._recorder.headers or ())
+        return not self._refused and self._is_final(self._recorder.status, self._recorder.headers or ())
 
     def _is_final(self, status: int, headers: Sequence[Header]) -> bool:
         """What `store_when` says; where it fails, the default rule: the handler has run, and somebody must decide."""

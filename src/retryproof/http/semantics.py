@@ -100,7 +100,10 @@ def settles(status: int, headers: Sequence[Header]) -> bool:
 
 
 def settles_always(status: int, headers: Sequence[Header]) -> bool:
-    """The preset "stripe": whatever the handler answered once it had begun, its own failures included."""
+    """The preset "stripe": whatever the handler answered once it had begun, its own failures included.
+
+    What `refused_before` knows is not its answer; that needs the exception, and is asked by who has it.
+    """
     return True
 
 
@@ -122,6 +125,30 @@ def store_when_for(option: Preset | StoreWhen) -> StoreWhen:
         f"store_when={option!r} must be one of {', '.join(map(repr, get_args(Preset)))}, "
         "or a callable of status and headers, which is not async."
     )
+
+
+_VALIDATIONS = frozenset(
+    {
+        ("fastapi.exceptions", "RequestValidationError"),
+        ("litestar.exceptions.http_exceptions", "ValidationException"),
+    }
+)
+"""What frameworks raise for a request that does not fit a handler's signature."""
+
+
+def refused_before(error: BaseException) -> bool:
+    """Whether an exception is a framework's own validation of the request, so that the handler has not begun.
+
+    A handler may raise the same type itself, after its effect: the last frame tells who did.
+    """
+    kinds = {(kind.__module__, kind.__qualname__) for kind in type(error).__mro__} & _VALIDATIONS
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if not kinds or last is None:
+        return False
+    raised_in = str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return raised_in in {module.partition(".")[0] for module, _ in kinds}
 
 
 # What is kept and what is replayed (H9, H10)
