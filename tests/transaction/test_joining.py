@@ -483,6 +483,8 @@ def test_o1_an_operator_settles_what_was_committed_without_its_result(database: 
         refused_for_good(engine, database)
         with contextlib.closing(open_store(database.store)) as store:
             (record,) = store.scan()
+        shown = CliRunner().invoke(retryproof, ["keys", "show", database.store, record.id.hex()])
+        assert "committed" in shown.output
         options = [
             "keys",
             "settle",

@@ -25,6 +25,8 @@ def show(result: bool, output: Output, **options: Any) -> None:
         record = find(store, wanted)
     document = {**as_document(record), "checkpoints": sorted(record.checkpoints)}
     document["result_bytes"] = None if record.result is None else len(record.result)
+    if record.committed:
+        document["committed"] = "its work was, in a transaction of the caller's, without its result"
     if SETTLED_BY_HAND in record.checkpoints:
         document["settled"] = record.checkpoints[SETTLED_BY_HAND].decode(errors="replace")
     if result:
