@@ -177,7 +177,7 @@ class Keeper:
 
     def linger(self, hold: Hold, last: Complete | Release) -> None:
         """Renew and settle until the store answers; the hold's `on_settled` hears whether it was stored."""
-        lingering = _Lingering(hold, last, clock())
+        lingering = _Lingering(hold, last, clock() + FIRST_DELAY)
         with self._mutex:
             self._lingering[hold] = lingering
             self._unstored += lingering.size
