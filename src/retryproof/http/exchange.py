@@ -34,7 +34,8 @@ from retryproof.engine import AsyncIdempotency
 from retryproof.http import problem as problems
 from retryproof.http.body import BUDGET, SHARE, Body, OverBudget, deadline
 from retryproof.http.client_link import DISCONNECT, ClientLink
-from retryproof.http.execution import Departed, Execution
+from retryproof.http.departed import Departed
+from retryproof.http.execution import Execution
 from retryproof.http.key_source import CallableKey, HeaderKey, JsonFieldKey
 from retryproof.http.options import Authorize, Choice, Departure, HeadDeparture, Options
 from retryproof.http.problem import Kind, Problem, render

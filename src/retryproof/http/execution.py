@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, assert_never
 
@@ -36,7 +36,8 @@ from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import AsyncPerformer, afinish, arenew, clock
 from retryproof.http import ending as endings
-from retryproof.http.client_link import ClientLeft, ClientLink
+from retryproof.http.client_link import ClientLink
+from retryproof.http.departed import Departed, is_of_departure
 from retryproof.http.ending import ALONE, JOINED, TABLE, Ending, answer_of
 from retryproof.http.options import Departure, HeadDeparture, Options
 from retryproof.http.problem import (
@@ -76,7 +77,6 @@ _UNKNOWN = "The service does not know whether it was done. Retrying does not hel
 _DONE = Returned(None)
 _PROBLEMS = (endings.PROBLEM, endings.PROBLEM_AND_RAISE)
 _RAISING = (endings.RAISE, endings.PROBLEM_AND_RAISE)
-_TOO_MANY = "too many requests run without their clients"
 _TOO_LONG = "it ran past max_run, and its client has left"
 
 
@@ -113,33 +113,6 @@ class Owner(Protocol):
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """The app has returned or raised; called once, in its task."""
-
-
-class Departed:
-    """The runs of one layer that go on without their clients, in the order in which those left: a bounded number.
-
-    Over it, the one that has done so for longest is stopped: one that is about to end has left only now, and one that
-    never ends is the first to go.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._runs: dict[Execution, None] = {}
-
-    def __len__(self) -> int:
-        return len(self._runs)
-
-    def add(self, run: Execution) -> None:
-        """This run has no client any more."""
-        self._runs[run] = None
-        if len(self._runs) > self._limit:
-            longest = next(iter(self._runs))
-            del self._runs[longest]
-            longest.stop(_TOO_MANY)
-
-    def discard(self, run: Execution) -> None:
-        """It has ended, or is about to."""
-        self._runs.pop(run, None)
 
 
 class Execution:
@@ -382,7 +355,7 @@ class Execution:
             return endings.UNKNOWN_RAISED
         if isinstance(outcome, Cancelled):  # SystemExit and its like as well: the effect may have happened
             return endings.CANCELLED
-        if self._link.stops and self._link.left and _is_of_departure(error):
+        if self._link.stops and self._link.left and is_of_departure(error):
             return endings.STOPPED
         return endings.RAISED_KEPT if self._is_final(HANDLER_FAILED.status, ()) else endings.RAISED
 
@@ -666,26 +639,6 @@ class Execution:
         )
         message = f"The response was cut: {what}. It is not kept, and whether it was done is not known."
         return OutcomeUnknown(message, digest=short_digest(self._hold.id))
-
-
-def _is_of_departure(error: BaseException) -> bool:
-    """Whether an exception comes of our telling the app that its client has left, however it was wrapped."""
-    return any(isinstance(found, ClientLeft) for found in _causes(error))
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it holds as a group, and what led to it."""
-    seen: set[int] = set()
-    left = [error]
-    while left:
-        found = left.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        yield found
-        if isinstance(found, BaseExceptionGroup):
-            left.extend(found.exceptions)
-        left.extend(before for before in (found.__cause__, found.__context__) if before is not None)
 
 
 def _cut_by(conclusion: Conclusion, hold: Hold) -> IdempotencyError:

@@ -1,0 +1,64 @@
+"""Runs that go on without their clients (H11)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from retryproof.http.client_link import ClientLeft
+
+_TOO_MANY = "too many requests run without their clients"
+
+
+class Run(Protocol):
+    """The app's run for one request."""
+
+    def stop(self, why: str) -> None:
+        """Cancel it; `why` is for the log."""
+
+
+class Departed:
+    """The runs of one layer that go on without their clients, in the order in which those left: a bounded number.
+
+    Over it, the one that has done so for longest is stopped: one that is about to end has left only now, and one that
+    never ends is the first to go.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._runs: dict[Run, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def add(self, run: Run) -> None:
+        """This run has no client any more."""
+        self._runs[run] = None
+        if len(self._runs) > self._limit:
+            longest = next(iter(self._runs))
+            del self._runs[longest]
+            longest.stop(_TOO_MANY)
+
+    def discard(self, run: Run) -> None:
+        """It has ended, or is about to."""
+        self._runs.pop(run, None)
+
+
+def is_of_departure(error: BaseException) -> bool:
+    """Whether an exception comes of our telling the app that its client has left, however it was wrapped."""
+    return any(isinstance(found, ClientLeft) for found in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what it holds as a group, and what led to it."""
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        found = left.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        if isinstance(found, BaseExceptionGroup):
+            left.extend(found.exceptions)
+        left.extend(before for before in (found.__cause__, found.__context__) if before is not None)
