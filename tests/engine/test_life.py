@@ -428,3 +428,42 @@ def test_a_memory_store_belongs_to_its_process() -> None:
         return False
 
     in_child(child)
+
+
+def test_c6_close_waits_for_what_runs_and_renews_it_meanwhile(tmp_path: Path) -> None:
+    """What can end while an engine closes is stored, under its own lease."""
+    url = f"sqlite:///{tmp_path / 'keys.db'}"
+    engine = Idempotency(url, policy=Policy(lease=0.3, on_abandoned="refuse"))
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow() -> str:
+        inside.set()
+        leave.wait(SECONDS)
+        return "done"
+
+    running = in_thread(lambda: engine.run("k", slow, scope="s"))
+    assert inside.wait(SECONDS)
+    threading.Timer(1.0, leave.set).start()
+    engine.close(drain=SECONDS)
+    assert running.result(SECONDS).value == "done"
+    with Idempotency(url) as later:
+        assert later.run("k", lambda: "twice", scope="s").replayed
+
+
+def test_what_is_left_when_an_engine_closes_is_said_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Idempotency(f"sqlite:///{tmp_path / 'keys.db'}")
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        inside.set()
+        leave.wait(SECONDS)
+
+    running = in_thread(lambda: engine.run("k", slow, scope="s"))
+    assert inside.wait(SECONDS)
+    engine.close(drain=0.1)
+    assert "1 operations are not settled at the shutdown" in caplog.text
+    assert engine.id_of("s", "k").hex()[:16] in caplog.text
+    leave.set()
+    running.exception(SECONDS)
