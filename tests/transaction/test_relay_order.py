@@ -15,9 +15,11 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
+from retryproof.stores.diagnosis import Verdict
 from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.outbox_postgres import PostgresOutbox
 from retryproof.stores.sql.plan import Plan
+from retryproof.stores.sql.postgres_doctor import diagnose
 from retryproof.stores.sql.postgres_url import parse
 from retryproof.transaction import Outbox, Relay
 from retryproof.transaction.operator import Operator
@@ -228,6 +230,62 @@ async def test_t6_messages_of_a_restored_cluster_are_refused_until_adopted(datab
     await until_empty(relay)
     assert publisher.payloads == ["a:0", "b:1"]
     await relay.aclose()
+
+
+SET_BACK = r"SELECT setval\('.*retryproof_outbox_sequence_seq', 2\)"
+
+
+@pytest.mark.parametrize(
+    ("broken", "mend"),
+    [
+        (
+            "SELECT setval('retryproof_outbox_sequence_seq', 1)",
+            SET_BACK,
+        ),
+        (
+            "ALTER TABLE retryproof_outbox ALTER sequence RESTART",
+            SET_BACK,
+        ),
+        ("ALTER TABLE retryproof_outbox ALTER sequence SET CACHE 20", "ALTER SEQUENCE .* CACHE 1"),
+        ("ALTER TABLE retryproof_outbox ALTER sequence SET INCREMENT BY -1", "ALTER SEQUENCE .* INCREMENT BY 1"),
+    ],
+)
+async def test_t6_numbers_that_do_not_order_messages_are_refused_and_the_doctor_says_so(
+    database: Database, broken: str, mend: str
+) -> None:
+    database.send("a", "b")
+    database.execute(broken)
+    with pytest.raises(ConfigurationError, match=mend) as refused:
+        await Relay(database.url, Noting(), policy=QUICK).run()
+    (found,) = [one for one in diagnose(database.url) if one.check == "outbox order"]
+    assert found.verdict is Verdict.FAIL
+    sql = str(refused.value).rpartition("run: ")[2]
+    assert found.advice.endswith(sql)
+    database.execute(sql)
+    assert Verdict.FAIL not in {one.verdict for one in diagnose(database.url)}
+    relay = Relay(database.url, publisher := Noting(), policy=QUICK)
+    database.send("c")
+    await until_empty(relay)
+    await relay.aclose()
+    assert publisher.payloads == ["a:0", "b:1", "c:0"]
+
+
+async def test_t6_a_transaction_has_its_id_before_it_draws_a_number(database: Database, unique: str) -> None:
+    """What the floors rest on: columns are evaluated in their order, and xid is the first."""
+    outbox = PostgresOutbox(f'"{unique}".')
+    connection = await asyncpg.connect(
+        database.url.partition("?")[0], server_settings=parse(database.url).settings(5.0)
+    )
+    one = [database.outbox.message("t", b"", key="k")]
+    for sql, *parameters in (_call(outbox.add(one, 64)), _call(outbox.add(one * 2, 64))):
+        ((found,),) = await connection.fetch(f"EXPLAIN (VERBOSE, FORMAT JSON) {sql}", *parameters)
+        (drawing, *_) = [
+            output
+            for node in _nodes(json.loads(found)[0]["Plan"])
+            if "nextval" in (output := " ".join(node.get("Output", ())))
+        ]
+        assert drawing.index("txid_current()") < drawing.index("nextval")
+    await connection.close()
 
 
 async def test_t5_on_an_event_loop_it_is_awaited(database: Database, unique: str) -> None:

@@ -2,42 +2,54 @@
 
 A batch is found without locking or marking its messages: a partition has one relay, and a relay one batch at a time.
 What is on its way is written in the relay's own row, for whoever has to bury it.
-
-Messages are ordered by a number alone, which is drawn when one is added. Who saw another's commit before has a higher
-number, and a claim that sees it sees the other's as well; so what a claim takes in this order is in order, and waits
-for no other transaction. Two transactions that did not see each other may go out either way.
-
-Claims begin at floors (`retryproof.transaction.floors`), which spare the walk over what was deleted and not yet
-vacuumed. They rest on a transaction having its id before it draws a number: `xid` is the first column, and its default
-asks for the id, so it is evaluated before the number.
-
-`sequence + 0` is what the indexes by partition hold. With a bare number the planner may take the primary key instead,
-which has the same order, and read the whole table for a partition that is empty.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from retryproof.core.message import UNCOUNTED, Conclusion, Message
-from retryproof.stores.sql.outbox import HELD, DeadLetter, Rival, Settings, Stats, Taken
+from retryproof.core.message import Conclusion, Message
+from retryproof.stores.sql.outbox import DeadLetter, Rival, Settings, Stats, Taken
+from retryproof.stores.sql.outbox_postgres_statements import STATEMENTS
 from retryproof.stores.sql.plan import Plan, Row, Statement
 
 CHANNEL = "retryproof_outbox"
-NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
-STARTED = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
-GATE = -1
-"""The partition that stands for all of them where the order is strict, with an empty chain."""
 
-_SENT = "id, topic, payload, key, headers, content_type, trace, attempts, created_at"
-_KEPT = f"{_SENT}, sequence, partition, chain"
-_MESSAGE = f"{_KEPT}, failed_at, answers, deaths"
-"""As Message has them, which is made from a row as it comes."""
-_TAKEN = f"{_MESSAGE}, was_parked, xid"
+
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """What numbers messages. last: the number drawn last, and highest: of a message; None where it is unknown."""
+
+    sequence: str
+    cache: int
+    increment: int
+    last: int | None = None
+    highest: int | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether this role may ask for the last number."""
+        return self.last is not None
+
+    @property
+    def disorder(self) -> tuple[str, str] | None:
+        """Why numbers do not order messages, and the SQL that mends it."""
+        name = self.sequence
+        if self.cache != 1:
+            return f"{name} hands {self.cache} of them at once to each connection", f"ALTER SEQUENCE {name} CACHE 1"
+        if self.increment < 1:
+            return f"{name} counts by {self.increment}", f"ALTER SEQUENCE {name} INCREMENT BY 1"
+        if self.last is not None and self.highest is not None and self.last < self.highest:
+            return (
+                f"{name} is at {self.last}, and a message has {self.highest}",
+                f"SELECT setval('{name}', {self.highest})",
+            )
+        return None
 
 
 class PostgresOutbox:
@@ -55,7 +67,7 @@ class PostgresOutbox:
                 ("settings", "_settings"),
             )
         }
-        self._sql = {name: sql.format(**names) for name, sql in _STATEMENTS.items()}
+        self._sql = {name: sql.format(**names) for name, sql in STATEMENTS.items()}
 
     def _statement(self, name: str, *parameters: Any) -> Statement:
         return Statement(self._sql[name], parameters)
@@ -96,10 +108,18 @@ class PostgresOutbox:
             return Settings(partitions, f"its messages were written on the cluster {cluster}, and this is {server}")
         if last is not None and last >= following:
             return Settings(partitions, f"a message has the transaction id {last}, and this server is at {following}")
-        ((sequence, cache, increment, highest),) = yield self._statement("sequence")
-        last_number = yield from self.last_number()
-        unnumbered = f"GRANT SELECT ON SEQUENCE {sequence} TO {role}" if last_number is None else ""
-        return Settings(partitions, "", unsure, disorder(sequence, cache, increment, last_number, highest), unnumbered)
+        numbering = yield from self.numbering()
+        unnumbered = "" if numbering.known else f"GRANT SELECT ON SEQUENCE {numbering.sequence} TO {role}"
+        return Settings(partitions, "", unsure, numbering.disorder, unnumbered)
+
+    def numbering(self) -> Plan[Numbering]:
+        """Whether the numbers order messages; what this role may not read is not asked for."""
+        ((sequence, cache, increment, may_read),) = yield self._statement("sequence")
+        highest = None
+        if may_read:  # first, since messages are added meanwhile
+            ((highest,),) = yield self._statement("highest")
+        last = yield from self.last_number()
+        return Numbering(sequence, cache, increment, last, highest)
 
     def last_number(self) -> Plan[int | None]:
         """By the sequence, where this role may read it."""
@@ -248,19 +268,6 @@ def _columns(message: Message) -> tuple[Any, ...]:
     )
 
 
-def disorder(
-    sequence: str, cache: int, increment: int, drawn: int | None, highest: int | None
-) -> tuple[str, str] | None:
-    """Why numbers do not order messages, and the SQL that mends it; drawn: the last one, None where it is unknown."""
-    if cache != 1:
-        return f"{sequence} hands {cache} of them at once to each connection", f"ALTER SEQUENCE {sequence} CACHE 1"
-    if increment < 1:
-        return f"{sequence} counts by {increment}", f"ALTER SEQUENCE {sequence} INCREMENT BY 1"
-    if drawn is not None and highest is not None and drawn < highest:
-        return f"{sequence} is at {drawn}, and a message has {highest}", f"SELECT setval('{sequence}', {highest})"
-    return None
-
-
 def _numbers(messages: Sequence[Message]) -> list[int]:
     return [message.sequence for message in messages]
 
@@ -274,281 +281,7 @@ def _clean(reason: str) -> str:
 
 
 def _message(row: Row) -> Message:
-    """A row of `_MESSAGE`, and perhaps whether it was parked."""
+    """A row of the columns of a message, and perhaps whether it was parked."""
     message = Message(*row)
     message.headers = json.loads(message.headers) if message.headers else {}  # type: ignore[arg-type] # text in the row
     return message
-
-
-def _xids(numbers: str) -> str:
-    """The transaction ids of messages, in their order: relays of the release before bury others by both."""
-    return f"""ARRAY(
-        SELECT coalesce(o.xid, 0) FROM unnest({numbers}) WITH ORDINALITY AS s(sequence, place)
-        LEFT JOIN {{outbox}} o ON o.sequence = s.sequence ORDER BY s.place
-    )"""
-
-
-def _fenced(slow: str = "") -> str:
-    """The relay's row, locked and extended; slow: what stays on its way."""
-    flight = f"flight_xids = {_xids(slow)}, flight = {slow}" if slow else "flight_xids = '{{}}', flight = '{{}}'"
-    return f"""held AS MATERIALIZED (
-    UPDATE {{relays}} SET {flight}, lease_until = {NOW} + $2::bigint
-    WHERE id = $1::uuid RETURNING id
-)"""
-
-
-_ENDED = """gone AS (
-    DELETE FROM {outbox} o USING held, unnest($3::bigint[]) d(sequence) WHERE o.sequence = d.sequence
-)"""
-_BURIED = f"""dead AS (
-    DELETE FROM {{outbox}} o USING held, unnest($4::bigint[], $5::int[], $6::text[]) d(sequence, tried, why)
-    WHERE o.sequence = d.sequence RETURNING o.*, d.tried, d.why
-), buried AS (
-    INSERT INTO {{letters}} ({_KEPT}, reason, died_at)
-    SELECT {_KEPT.replace("attempts", "tried")}, why, {NOW} FROM dead
-    ON CONFLICT (id) DO UPDATE SET reason = excluded.reason, died_at = excluded.died_at, attempts = excluded.attempts
-), fails AS MATERIALIZED (
-    SELECT f.* FROM held, unnest($7::bigint[], $8::int[], $9::text[], $10::bigint[], $11::int[])
-        f(sequence, tried, why, delay, answers)
-), ended AS MATERIALIZED (SELECT unnest($3::bigint[] || $4::bigint[]) AS sequence)"""
-_FAILED = f"""attempts = f.tried, reason = f.why,
-        alone = o.alone AND f.answers = {UNCOUNTED},
-        answers = CASE WHEN f.answers = {UNCOUNTED} THEN o.answers ELSE f.answers END,
-        failed_at = CASE WHEN f.answers = {UNCOUNTED} THEN o.failed_at ELSE coalesce(o.failed_at, {NOW}) END"""
-_ADD = "id, partition, chain, topic, payload, key, headers, content_type, trace"
-
-
-def _seen(xids: str, lows: str, server: str) -> str:
-    """What the claim's snapshot says of transactions: where to begin at the most, and which are open still."""
-    return f"""snapshot AS MATERIALIZED (
-    SELECT txid_current_snapshot() AS snapshot, txid_current() AS own, {STARTED} AS started
-), known AS MATERIALIZED (
-    SELECT k.xid, k.low, txid_visible_in_snapshot(k.xid, snapshot) AS over
-    FROM snapshot, unnest({xids}::bigint[], {lows}::bigint[]) AS k(xid, low)
-), seen AS MATERIALIZED (
-    SELECT CASE WHEN started = {server}::bigint THEN (SELECT min(low) FROM known WHERE over) ELSE 0 END AS low,
-        ARRAY(SELECT xid FROM known WHERE NOT over UNION SELECT txid_snapshot_xip(snapshot) FROM snapshot) AS running,
-        txid_snapshot_xmax(snapshot) < own AS unlisted, own, started
-    FROM snapshot
-)"""
-
-
-def _answer(suspects: str, waiting: str) -> str:
-    """A row about the claim, and one for each message."""
-    return f"""SELECT EXISTS (SELECT FROM held) AS is_held, {suspects} AS suspects, {waiting} AS waiting,
-    low, running, unlisted, own, started, {", ".join(["NULL"] * len(_MESSAGE.split(",")))}, NULL
-FROM seen UNION ALL
-SELECT {", ".join(["NULL"] * 8)}, {_MESSAGE}, was_parked FROM taken"""
-
-
-_SUSPECTS = f"""EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
-        SELECT FROM owned o JOIN {{blocked}} b ON b.partition = o.partition AND b.alone AND b.due_at <= {NOW}
-    )"""
-_WAITING = "(SELECT array_agg(partition) FROM found WHERE waits)"
-
-_STATEMENTS = {
-    "add": f"""INSERT INTO {{outbox}} ({_ADD})
-SELECT $2::uuid, $3::int, $4::bytea, $5::text, $6::bytea, $7::text, $8::text, $9::text, $10::text
-FROM {{settings}} WHERE partitions = $1::int RETURNING 1""",
-    "add_many": f"""INSERT INTO {{outbox}} ({_ADD})
-SELECT m.id, m.partition, m.chain, m.topic, m.payload, m.key, m.headers, m.content_type, m.trace
-FROM {{settings}}, unnest($2::text[]::uuid[], $3::int[], $4::bytea[], $5::text[], $6::bytea[], $7::text[], $8::text[],
-    $9::text[], $10::text[]) WITH ORDINALITY AS m({_ADD}, place)
-WHERE partitions = $1::int ORDER BY m.place RETURNING 1""",
-    "partition_number": "SELECT partitions FROM {settings}",
-    "settings": """SELECT partitions, cluster, (
-    SELECT max(xid) FROM ((SELECT xid FROM {outbox} ORDER BY sequence LIMIT 1)
-        UNION ALL (SELECT xid FROM {outbox} ORDER BY sequence DESC LIMIT 1)) AS ends
-), txid_snapshot_xmax(txid_current_snapshot()), quote_ident(current_user),
-has_function_privilege('pg_catalog.pg_control_system()', 'EXECUTE') FROM {settings}""",
-    "sequence": """SELECT s.seqrelid::regclass::text, s.seqcache, s.seqincrement, (SELECT max(sequence) FROM {outbox})
-FROM pg_catalog.pg_sequence s WHERE s.seqrelid = pg_get_serial_sequence('{outbox}', 'sequence')::regclass""",
-    "last_number": """SELECT CASE WHEN has_sequence_privilege(s.id, 'SELECT')
-THEN coalesce(pg_sequence_last_value(s.id), 0) END
-FROM (SELECT pg_get_serial_sequence('{outbox}', 'sequence')::regclass AS id) s""",
-    "server": "SELECT system_identifier::text FROM pg_catalog.pg_control_system()",
-    "own": "UPDATE {settings} SET cluster = $1::text WHERE cluster IS NULL RETURNING 1",
-    "join": f"""INSERT INTO {{relays}} (id, lease_until, strict, routes)
-SELECT $1::uuid, {NOW} + $2::bigint, $3::boolean, $4::text
-WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> $3::boolean OR routes IS DISTINCT FROM $4::text)
-ON CONFLICT (id) DO NOTHING""",
-    "rivals": """SELECT EXISTS (SELECT FROM {relays} WHERE id = $1::uuid), (
-    SELECT bool_or(strict <> $2::boolean) FROM {relays}
-    WHERE id <> $1::uuid AND (strict <> $2::boolean OR routes IS DISTINCT FROM $3::text)
-)""",
-    "renew": f"UPDATE {{relays}} SET lease_until = {NOW} + $2::bigint WHERE id = $1::uuid RETURNING {NOW}",
-    "bury": f"""WITH over AS MATERIALIZED (
-    SELECT id FROM {{relays}} WHERE lease_until < {NOW} FOR UPDATE SKIP LOCKED
-), buried AS (
-    DELETE FROM {{relays}} r USING over WHERE r.id = over.id RETURNING r.*
-), suspects AS (
-    UPDATE {{outbox}} o SET parked = NOT f.strict, alone = true, attempts = o.attempts + o.alone::int,
-        deaths = o.deaths + o.alone::int, failed_at = coalesce(o.failed_at, greatest(f.lease_until, o.created_at))
-    FROM (SELECT strict, lease_until, unnest(flight) AS sequence FROM buried) f WHERE o.sequence = f.sequence
-    RETURNING CASE WHEN f.strict THEN {GATE} ELSE o.partition END AS partition,
-        CASE WHEN f.strict THEN ''::bytea ELSE o.chain END AS chain
-), marked AS (
-    INSERT INTO {{blocked}} (partition, chain, due_at, alone)
-    SELECT DISTINCT partition, chain, 0, true FROM suspects
-    ON CONFLICT (partition, chain) DO UPDATE SET due_at = 0, alone = true
-)
-SELECT count(*) FROM buried""",
-    "target": f"""SELECT (SELECT partitions FROM {{settings}}),
-(SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW} OR id = $1::uuid),
-(SELECT count(*) FROM {{partitions}} WHERE relay = $1::uuid)
-FROM {{relays}} WHERE id = $1::uuid""",
-    "give_up": """UPDATE {partitions} SET relay = NULL WHERE partition IN (
-    SELECT partition FROM {partitions} WHERE relay = $1::uuid AND partition <> ALL($3::int[])
-    ORDER BY partition OFFSET $2::bigint
-) AND relay = $1::uuid RETURNING 1""",
-    "take": """WITH held AS MATERIALIZED (SELECT id FROM {relays} WHERE id = $1::uuid FOR UPDATE)
-UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.partition IN (
-    SELECT partition FROM {partitions} WHERE relay IS NULL ORDER BY partition LIMIT $2::bigint FOR UPDATE SKIP LOCKED
-) RETURNING 1""",
-    "mine": "SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition",
-    "leave": "DELETE FROM {relays} WHERE id = $1::uuid AND flight = '{{}}' RETURNING 1",
-    "claim": f"""WITH {_seen("$9", "$10", "$11")}, held AS MATERIALIZED (
-    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
-), owned AS MATERIALIZED (
-    SELECT p.partition, least(p.floor, seen.low) AS floor
-    FROM held, seen, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
-), due AS MATERIALIZED (
-    SELECT b.* FROM owned, LATERAL (
-        SELECT partition, chain FROM {{blocked}} b
-        WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
-        ORDER BY b.due_at LIMIT $5::bigint
-    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
-), retried AS MATERIALIZED (
-    SELECT o.* FROM held, due, LATERAL (
-        SELECT {_MESSAGE}, true AS was_parked, xid FROM {{outbox}} o
-        WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
-        ORDER BY o.sequence + 0 LIMIT $5::bigint
-    ) o LIMIT $4::bigint
-), found AS MATERIALIZED (
-    SELECT o.*, (
-        SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
-    ) IS NOT NULL AS waits
-    FROM owned, LATERAL (
-        SELECT {_MESSAGE}, false AS was_parked, xid FROM {{outbox}} o
-        WHERE o.partition = owned.partition AND NOT o.parked AND o.sequence + 0 >= owned.floor
-        ORDER BY o.sequence + 0 LIMIT $5::bigint
-    ) o WHERE NOT $7::boolean LIMIT $4::bigint
-), parking AS (
-    UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.sequence = f.sequence
-), taken AS MATERIALIZED (
-    SELECT {_TAKEN} FROM retried UNION ALL SELECT {_TAKEN} FROM found WHERE NOT waits
-), flight AS (
-    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint,
-        flight_xids = {_xids("$8::bigint[]")} || f.xids, flight = $8::bigint[] || f.sequences
-    FROM held, (
-        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
-        FROM taken
-    ) f
-    WHERE r.id = held.id
-)
-{_answer(_SUSPECTS, _WAITING)}""",
-    "claim_strict": f"""WITH {_seen("$5", "$6", "$7")}, held AS MATERIALIZED (
-    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
-), gate AS MATERIALIZED (
-    SELECT due_at, alone FROM {{blocked}} WHERE partition = {GATE}
-), found AS MATERIALIZED (
-    SELECT o.* FROM held, seen, LATERAL (
-        SELECT {_MESSAGE}, false AS was_parked, xid, alone FROM {{outbox}}
-        WHERE sequence >= least($2::bigint, seen.low) AND NOT EXISTS (SELECT FROM gate WHERE due_at > {NOW})
-        ORDER BY sequence LIMIT $3::bigint
-    ) o
-), first_alone AS MATERIALIZED (
-    SELECT min(sequence) AS sequence FROM found WHERE alone
-), single AS MATERIALIZED (
-    SELECT {_MESSAGE}, true AS was_parked, xid
-    FROM (SELECT * FROM found ORDER BY sequence LIMIT 1) f WHERE f.alone
-), taken AS MATERIALIZED (
-    SELECT {_TAKEN} FROM single UNION ALL SELECT {_TAKEN} FROM found f
-    WHERE NOT EXISTS (SELECT FROM first_alone a WHERE f.sequence >= a.sequence)
-), flight AS (
-    UPDATE {{relays}} r SET lease_until = {NOW} + $4::bigint, flight_xids = f.xids, flight = f.sequences
-    FROM held, (
-        SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
-        FROM taken
-    ) f
-    WHERE r.id = held.id
-)
-{_answer("false", "NULL::int[]")}""",
-    "finish_plain": f"WITH {_fenced()}, {_ENDED} SELECT count(*) FROM held",
-    "finish": f"""WITH {_fenced("$12::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
-    UPDATE {{outbox}} o SET parked = true, {_FAILED},
-        chain = CASE WHEN $17::boolean AND f.answers <> {UNCOUNTED} THEN uuid_send(o.id) ELSE o.chain END
-    FROM fails f WHERE o.sequence = f.sequence
-    RETURNING o.partition, o.chain, o.sequence, o.alone, f.delay
-), lines AS MATERIALIZED (
-    SELECT t.partition, t.chain, count(o.sequence) AS more, coalesce(bool_or(o.alone), false) AS alone
-    FROM held CROSS JOIN unnest($15::int[], $16::bytea[]) AS t(partition, chain)
-    LEFT JOIN LATERAL (
-        SELECT o.sequence, EXISTS (
-            SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = t.partition AND a.chain = t.chain
-            AND NOT EXISTS (SELECT FROM ended e WHERE e.sequence = a.sequence)
-            AND NOT EXISTS (SELECT FROM fails f WHERE f.sequence = a.sequence)) AS alone
-        FROM {{outbox}} o WHERE o.parked AND o.partition = t.partition AND o.chain = t.chain
-        AND NOT EXISTS (SELECT FROM ended e WHERE e.sequence = o.sequence)
-        AND NOT EXISTS (SELECT FROM fails f WHERE f.sequence = o.sequence)
-        LIMIT 1
-    ) o ON true GROUP BY t.partition, t.chain
-), unblocked AS (
-    DELETE FROM {{blocked}} b USING lines l WHERE b.partition = l.partition AND b.chain = l.chain AND l.more = 0
-), again AS (
-    UPDATE {{blocked}} b SET due_at = 0, alone = l.alone FROM lines l
-    WHERE b.partition = l.partition AND b.chain = l.chain AND l.more > 0
-), blocking AS (
-    INSERT INTO {{blocked}} (partition, chain, due_at, alone)
-    SELECT f.partition, f.chain, {NOW} + f.delay, f.alone OR EXISTS (
-        SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = f.partition AND a.chain = f.chain
-        AND a.sequence <> f.sequence
-        AND NOT EXISTS (SELECT FROM ended e WHERE e.sequence = a.sequence))
-    FROM failing f
-    ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone
-), slow AS MATERIALIZED (
-    SELECT s.* FROM held, unnest($12::bigint[], $13::int[], $14::bytea[]) s(sequence, partition, chain)
-), waiting AS (
-    UPDATE {{outbox}} o SET parked = true FROM slow s WHERE o.sequence = s.sequence AND NOT o.parked
-), holding AS (
-    INSERT INTO {{blocked}} (partition, chain, due_at, alone) SELECT partition, chain, {HELD}, false FROM slow s
-    WHERE NOT EXISTS (
-        SELECT FROM {{blocked}} b WHERE b.partition = s.partition AND b.chain = s.chain AND b.due_at = {HELD}
-    )
-    ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
-)
-SELECT count(*) FROM held""",
-    "finish_strict": f"""WITH {_fenced("$12::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
-    UPDATE {{outbox}} o SET {_FAILED}
-    FROM fails f WHERE o.sequence = f.sequence RETURNING f.delay
-), opened AS (
-    DELETE FROM {{blocked}} b USING held WHERE b.partition = {GATE} AND NOT EXISTS (SELECT FROM fails)
-), closed AS (
-    INSERT INTO {{blocked}} (partition, chain, due_at, alone)
-    SELECT {GATE}, ''::bytea, {NOW} + min(delay), false FROM failing HAVING count(*) > 0
-    ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
-)
-SELECT count(*) FROM held""",
-    "stats": f"""SELECT (SELECT count(*) FROM {{outbox}}), (SELECT count(*) FROM {{outbox}} WHERE parked),
-(SELECT count(*) FROM {{blocked}}), (SELECT count(*) FROM {{letters}}),
-(SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW}), (SELECT partitions FROM {{settings}}),
-greatest(0, coalesce(({NOW} - (SELECT min(created_at) FROM {{outbox}})) / 1e6, 0))::float8""",
-    "letters": f"""SELECT {_KEPT}, reason, died_at FROM {{letters}}
-WHERE ($1::text IS NULL OR topic = $1::text) AND (cardinality($3::text[]) = 0 OR id = ANY($3::text[]::uuid[]))
-ORDER BY died_at, id LIMIT $2::bigint""",
-    "requeue": f"""WITH back AS (
-    DELETE FROM {{letters}} WHERE id = ANY($1::text[]::uuid[]) RETURNING {_ADD}, created_at, sequence
-), added AS (INSERT INTO {{outbox}} ({_ADD}, created_at) SELECT {_ADD}, created_at FROM back ORDER BY sequence)
-SELECT count(*), count(*) FILTER (WHERE created_at < {NOW} - $2::bigint) FROM back""",
-    "drop": """WITH dropped AS (DELETE FROM {letters} WHERE id = ANY($1::text[]::uuid[]) RETURNING 1)
-SELECT count(*) FROM dropped""",
-    "purge": f"""WITH old AS (
-    SELECT id FROM {{letters}} WHERE died_at < {NOW} - $1::bigint ORDER BY died_at, id LIMIT $2::bigint
-    FOR UPDATE SKIP LOCKED
-), purged AS (DELETE FROM {{letters}} l USING old WHERE l.id = old.id RETURNING 1)
-SELECT count(*) FROM purged""",
-    "adopt": """WITH owned AS (
-    UPDATE {settings} SET cluster = NULL
-), moved AS (UPDATE {outbox} SET xid = 0 RETURNING 1)
-SELECT count(*) FROM moved""",
-}

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
 from retryproof.stores.sql.migrate import migrations, transaction
+from retryproof.stores.sql.outbox_postgres import Numbering, PostgresOutbox
 from retryproof.stores.sql.plan import Plan, Statement
 from retryproof.stores.sql.postgres_statements import TABLE, markers
 from retryproof.stores.sql.postgres_url import SCHEMA_VERSION, ReadReplica, Target, parse
@@ -28,7 +29,7 @@ SELECT current_setting('server_version_num')::int, current_setting('server_versi
        extract(epoch FROM clock_timestamp())::float8, to_regclass($1::text) IS NOT NULL,
        (SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()),
        NOT coalesce(inet_server_addr() <<= '127.0.0.0/8' OR inet_server_addr() <<= '::1', true),
-       to_regclass($2::text) IS NOT NULL
+       to_regclass($2::text) IS NOT NULL, to_regclass($3::text) IS NOT NULL
 """
 _INDEXES = """
 SELECT relation.relname::text FROM pg_index AS index JOIN pg_class AS relation ON relation.oid = index.indexrelid
@@ -63,6 +64,7 @@ class Facts:
     version: int | None = None
     indexes: Sequence[str] = ()
     lacking: Sequence[str] = ()
+    numbering: Numbering | None = None
 
 
 def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
@@ -78,7 +80,8 @@ def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
 def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
     """A few statements that read the catalogue."""
     before = host_clock()
-    ((*settings, versions),) = yield Statement(_SERVER, (target.table, target.versions))
+    outbox = f"{target.prefix}retryproof_outbox"
+    ((*settings, versions, numbered),) = yield Statement(_SERVER, (target.table, target.versions, outbox))
     facts = replace(Facts(*settings), before=before, after=host_clock())
     if versions:
         ((version,),) = yield Statement(f"SELECT max(version) FROM {target.versions}")
@@ -91,6 +94,9 @@ def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
         facts = replace(
             facts, indexes=[row[0] for row in indexes], lacking=list(dict.fromkeys(row[0] for row in lacking))
         )
+    if numbered:
+        numbering = yield from PostgresOutbox(target.prefix).numbering()
+        facts = replace(facts, numbering=numbering)
     return facts
 
 
@@ -101,6 +107,7 @@ def verdicts(facts: Facts) -> Sequence[Finding]:
         _role(facts),
         _schema(facts),
         *([_indexes(facts), _privileges(facts)] if facts.table else []),
+        *([_order(facts.numbering)] if facts.numbering else []),
         _durability(facts),
         _commit(facts),
         _isolation(facts),
@@ -170,6 +177,15 @@ def _privileges(facts: Facts) -> Finding:
     return Finding(
         "privileges", FAIL, f"this user lacks {lacking}", f"GRANT {lacking} ON {TABLE}, {markers(TABLE)} TO it."
     )
+
+
+def _order(numbering: Numbering) -> Finding:
+    if disorder := numbering.disorder:
+        why, mend = disorder
+        return Finding("outbox order", FAIL, f"numbers do not order messages: {why}", f"Stop whoever adds, and: {mend}")
+    if not numbering.known:
+        return Finding("outbox order", OK, "CACHE 1; this user may not ask for the last number")
+    return Finding("outbox order", OK, "numbers are ahead of all messages, CACHE 1")
 
 
 def _durability(facts: Facts) -> Finding:
