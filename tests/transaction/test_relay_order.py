@@ -3,9 +3,11 @@
 import asyncio
 import json
 import random
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
@@ -14,7 +16,7 @@ import psycopg
 import pytest
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.message import Message
+from retryproof.core.message import Conclusion, Message
 from retryproof.stores.diagnosis import Verdict
 from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.outbox_postgres import PostgresOutbox
@@ -23,7 +25,7 @@ from retryproof.stores.sql.postgres_doctor import diagnose
 from retryproof.stores.sql.postgres_url import parse
 from retryproof.transaction import Outbox, Relay
 from retryproof.transaction.operator import Operator
-from tests.transaction.outboxes import QUICK, Database, Noting, until_empty, until_published
+from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty, until_published
 
 STRICT = replace(QUICK, order="strict")
 
@@ -286,6 +288,58 @@ async def test_t6_a_transaction_has_its_id_before_it_draws_a_number(database: Da
         ]
         assert drawing.index("txid_current()") < drawing.index("nextval")
     await connection.close()
+
+
+async def test_o4_a_relay_of_the_release_before_finds_what_this_one_has_on_its_way(database: Database) -> None:
+    """It buries by transaction id and number, both arrays in the same order."""
+    relay = Relay(database.url, Noting(), policy=QUICK)
+    member = await relay._joined()
+    await member.balance()
+    database.send("a")
+    slow = list(await member.claim())
+    await member.finish(Conclusion(slow=slow), all_done=False)
+    database.send("b", "c")
+    database.send("d")
+    assert len(await member.claim(slow)) == 3
+    both = "SELECT unnest(flight_xids) AS xid, unnest(flight) AS sequence FROM retryproof_outbox_relays"
+    found = database.rows(f"SELECT o.key FROM ({both}) f JOIN retryproof_outbox o USING (xid, sequence)")
+    assert sorted(key for (key,) in found) == ["a", "b", "c", "d"]
+    await member.finish(Conclusion(slow=slow), all_done=None)
+    assert database.rows(f"SELECT o.key FROM ({both}) f JOIN retryproof_outbox o USING (xid, sequence)") == [("a",)]
+    await relay.aclose()
+
+
+@pytest.mark.parametrize("order", ["key", "strict"])
+async def test_t6_on_sqlite_numbers_are_in_the_order_of_commits(
+    tmp_path: Path, order: Literal["key", "strict"]
+) -> None:
+    """Writers that begin without the write lock, which they get one after another."""
+    database = Database(sqlite_url(tmp_path))
+    database.send("0", topic="t")
+    committed: list[UUID] = []
+
+    def write() -> None:
+        connection = database.connect()
+        connection.isolation_level = None
+        for _ in range(15):
+            connection.execute("BEGIN IMMEDIATE" if random.random() < 0.5 else "BEGIN")
+            try:
+                id = database.outbox.add(connection, topic="t", payload=b"", key="0")
+            except sqlite3.OperationalError:  # somebody wrote since it began
+                connection.execute("ROLLBACK")
+                continue
+            time.sleep(random.uniform(0.0, 0.002))
+            committed.append(id)  # nobody else can be between this and the commit
+            connection.execute("COMMIT")
+        connection.close()
+
+    relay = Relay(database.url, publisher := Noting(), policy=replace(QUICK, order=order))
+    running = asyncio.create_task(relay.run())
+    await asyncio.gather(*(asyncio.to_thread(write) for _ in range(6)))
+    await until_published(publisher, set(committed))
+    relay.stop()
+    await running
+    assert [message.id for message in publisher.published][1:] == committed
 
 
 async def test_t5_on_an_event_loop_it_is_awaited(database: Database, unique: str) -> None:
