@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar, cast
 
 import django  # type: ignore[import-untyped]  # Django has no types of its own
@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from litestar import Litestar, post
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from retryproof import Policy, current_operation, errors
@@ -82,6 +82,47 @@ async def test_c5_what_an_exception_handler_of_starlette_answers_keeps_the_recor
         app.post("/charges")(charge)
     answer, states = await charge_once(app, store_when=preset)
     assert (answer.status, states) == (500, [State.IN_PROGRESS])
+
+
+@pytest.mark.parametrize("error", RAISED, ids=IDS)
+@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize("answered", [True, False])
+async def test_c5_what_a_stream_raises_keeps_the_record_whatever_starlette_makes_of_it(
+    error: Exception, parts: int, answered: bool
+) -> None:
+    """Starlette cannot answer it any more, and raises a RuntimeError where it has a handler for it."""
+
+    async def charge(request: Request) -> Response:
+        async def produce() -> AsyncIterator[bytes]:
+            for _ in range(parts):
+                yield b"part"
+            raise error
+
+        return StreamingResponse(produce())
+
+    async def answer_it(request: Request, raised: Exception) -> Response:
+        return PlainTextResponse("sorry", 500)
+
+    handlers: dict[Any, Any] = {type(error): answer_it} if answered else {}
+    app = Starlette(routes=[Route("/charges", charge, methods=["POST"])], exception_handlers=handlers)
+    answer, states = await charge_once(app)
+    assert (answer.status, answer.complete, states) == (200 if parts else 409, not parts, [State.IN_PROGRESS])
+
+
+async def test_c5_a_stream_that_fails_otherwise_gives_the_operation_back() -> None:
+    async def charge(request: Request) -> Response:
+        async def produce() -> AsyncIterator[bytes]:
+            yield b"part"
+            raise LookupError
+
+        return StreamingResponse(produce())
+
+    async def answer_it(request: Request, raised: Exception) -> Response:
+        return PlainTextResponse("sorry", 500)
+
+    app = Starlette(routes=[Route("/charges", charge, methods=["POST"])], exception_handlers={LookupError: answer_it})
+    _, states = await charge_once(app)
+    assert states == [State.RELEASED]
 
 
 @pytest.mark.parametrize("error", RAISED, ids=IDS)

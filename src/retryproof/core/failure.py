@@ -34,6 +34,21 @@ def unknown_in(error: BaseException) -> OutcomeUnknown | None:
     return next((leaf for leaf in _leaves(error) if isinstance(leaf, OutcomeUnknown)), None)
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what it holds as a group, and what led to it."""
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        found = left.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        if isinstance(found, BaseExceptionGroup):
+            left.extend(found.exceptions)
+        left.extend(before for before in (found.__cause__, found.__context__) if before is not None)
+
+
 def _leaves(error: BaseException) -> Iterator[BaseException]:
     """The exception, and those in it where it is a group, the groups themselves among them."""
     waiting = [error]

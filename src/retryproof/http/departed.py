@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
+from retryproof.core.failure import causes
 from retryproof.http.client_link import ClientLeft
 
 _TOO_MANY = "too many requests run without their clients"
@@ -46,19 +46,4 @@ class Departed:
 
 def is_of_departure(error: BaseException) -> bool:
     """Whether an exception comes of our telling the app that its client has left, however it was wrapped."""
-    return any(isinstance(found, ClientLeft) for found in _causes(error))
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it holds as a group, and what led to it."""
-    seen: set[int] = set()
-    left = [error]
-    while left:
-        found = left.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        yield found
-        if isinstance(found, BaseExceptionGroup):
-            left.extend(found.exceptions)
-        left.extend(before for before in (found.__cause__, found.__context__) if before is not None)
+    return any(isinstance(found, ClientLeft) for found in causes(error))

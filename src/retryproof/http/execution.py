@@ -18,7 +18,7 @@ from typing import Protocol, assert_never
 from retryproof import operation
 from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
-from retryproof.core.failure import outcome_of, unknown_in
+from retryproof.core.failure import causes, outcome_of, unknown_in
 from retryproof.core.flow import (
     Busy,
     Completed,
@@ -75,6 +75,7 @@ _NOT_KEPT = Problem(
 )
 _UNKNOWN = "The service does not know whether it was done. Retrying does not help; ask the operator."
 _DONE = Returned(None)
+_NOBODY_KNOWS = Raised(unknown=True)
 _PROBLEMS = (endings.PROBLEM, endings.PROBLEM_AND_RAISE)
 _RAISING = (endings.RAISE, endings.PROBLEM_AND_RAISE)
 _TOO_LONG = "it ran past max_run, and its client has left"
@@ -347,7 +348,7 @@ class Execution:
         if self._stopped == endings.STOPPED or (self._stopped and isinstance(error, asyncio.CancelledError)):
             unknown = self._stopped == endings.STOPPED and self._says_unknown()
             return endings.UNKNOWN_RAISED if unknown else self._stopped
-        outcome = outcome_of(error, self._policy.unknown_on)
+        outcome = self._outcome_of(error)
         if isinstance(outcome, Raised) and outcome.unknown:
             # What stops the process goes on, even where it came in a group with what is unknown.
             return endings.UNKNOWN if isinstance(error, Exception) else endings.UNKNOWN_RAISED
@@ -358,6 +359,17 @@ class Execution:
         if self._link.stops and self._link.left and is_of_departure(error):
             return endings.STOPPED
         return endings.RAISED_KEPT if self._is_final(HANDLER_FAILED.status, ()) else endings.RAISED
+
+    def _outcome_of(self, error: BaseException) -> Outcome:
+        """What the app's exception says of the effect (C5).
+
+        Once the head has gone a framework cannot answer what is raised, and raises one of its own from it, which says
+        no more of the effect than the first did.
+        """
+        unknown_on = self._policy.unknown_on
+        if self._head is not None and any(outcome_of(found, unknown_on) == _NOBODY_KNOWS for found in causes(error)):
+            return _NOBODY_KNOWS
+        return outcome_of(error, unknown_on)
 
     def _answered(self) -> str:
         """What the response says, as far as it is."""
