@@ -42,7 +42,8 @@ def test_a_live_lease_answers_without_a_word_to_the_store() -> None:
 def test_a_lease_that_is_over_is_renewed_first() -> None:
     hold = held()
     assert twin.first(hold, None, 10.0) == hold.renew()
-    assert twin.told(hold, None, TWIN, SILENCE, 10.0) == SILENCE
+    assert twin.told(hold, None, TWIN, SILENCE, 11.0) == Running(0.0)
+    assert twin.told(hold, None, OTHER, SILENCE, 11.0) == Mismatch(CLAIM.fingerprint)
     assert twin.told(hold, None, TWIN, LOST, 10.0) is None
     hold.renewed(10.0)
     assert twin.told(hold, None, TWIN, DONE, 12.0) == Running(8.0)

@@ -7,7 +7,7 @@ settled, a lease that may be over is renewed; and the claim leaves when the stor
 
     the hold           said first to the store    Done         Lost     no answer
     lease live         nothing                    (told Running without a word to the store)
-    lease over         Renew                      Running      claim    Unreachable: nothing was claimed
+    lease over         Renew                      Running      claim    Running: this process runs it, come what may
     result lingers     Complete                   claim        claim    Finished, from memory
     failure lingers    Release                    claim        claim    Unreachable: nothing was claimed
 
@@ -38,7 +38,8 @@ def told(hold: Hold, last: Last | None, claim: Claim, heard: Reply, now: float) 
     if last is None:
         if not hold.speaks or (now >= hold.deadline and not isinstance(heard, Unreachable)):
             return None
-        answer: Reply = heard if isinstance(heard, Unreachable) else Running(hold.deadline - now)
+        # Not Unreachable, which a route that fails open takes for leave to run it beside itself.
+        answer: Reply = Running(max(0.0, hold.deadline - now))
     elif not isinstance(heard, Unreachable):
         return None
     elif isinstance(last, Complete):
