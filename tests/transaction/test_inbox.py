@@ -159,6 +159,24 @@ def test_t4_dead_letters_are_purged_apart_from_messages(database: Database) -> N
         assert INBOX.receive(connection, source="s", message_id="1", payload=b"a").status == "duplicate"
 
 
+def test_t4_a_pipeline_is_refused_and_takes_nothing(postgres: Database) -> None:
+    """psycopg answers later in one: nobody would know that a message is fresh, and it would be taken all the same."""
+    with psycopg.connect(postgres.store) as connection:
+        with connection.pipeline(), pytest.raises(errors.ConfigurationError, match="pipeline"):
+            INBOX.receive(connection, source="s", message_id="1", payload=b"")
+        connection.commit()
+        assert INBOX.receive(connection, source="s", message_id="1", payload=b"").fresh
+
+
+async def test_t4_a_pipeline_is_refused_on_an_event_loop(postgres: Database) -> None:
+    async with await psycopg.AsyncConnection.connect(postgres.store) as connection:
+        async with connection.pipeline():
+            with pytest.raises(errors.ConfigurationError, match="pipeline"):
+                await INBOX.areceive(connection, source="s", message_id="1", payload=b"")
+        await connection.commit()
+        assert (await INBOX.areceive(connection, source="s", message_id="1", payload=b"")).fresh
+
+
 def test_autocommit_and_missing_tables_are_refused(postgres: Database, postgres_url: str) -> None:
     with postgres.connect() as connection, pytest.raises(errors.ConfigurationError, match="autocommit"):
         INBOX.receive(connection, source="s", message_id="1", payload=b"")

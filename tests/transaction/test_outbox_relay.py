@@ -4,6 +4,7 @@ from asyncio import Event, create_task, sleep
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from retryproof.core.errors import ConfigurationError, LeaseLost
@@ -289,6 +290,14 @@ def test_t5_what_could_not_be_sent_is_refused_before_anything_is_written(databas
             outbox.add(connection, topic="receipts", payload="text")  # type: ignore[arg-type] # what the test is about
         outbox.add(connection, topic="receipts", payload=b"1234")
     assert database.pending == 1
+
+
+def test_t5_a_pipeline_is_refused_and_adds_nothing(postgres_database: str) -> None:
+    with psycopg.connect(postgres_database) as connection:
+        with connection.pipeline(), pytest.raises(ConfigurationError, match="pipeline"):
+            Outbox().add(connection, topic="t", payload=b"")
+        connection.commit()
+        assert connection.execute("SELECT count(*) FROM retryproof_outbox").fetchone() == (0,)
 
 
 def test_t5_a_rolled_back_transaction_sends_nothing(database: Database) -> None:

@@ -347,6 +347,38 @@ def test_a_failed_transaction_is_refused(postgres: Database) -> None:
         assert "already failed" in _refusal(postgres.store, connection)
 
 
+def test_t1_a_pipeline_is_refused_before_anything_is_written(postgres: Database) -> None:
+    with psycopg.connect(postgres.store) as connection:
+        with connection.pipeline():
+            assert "pipeline" in _refusal(postgres.store, connection)
+        connection.commit()
+        row = connection.execute("SELECT count(*) FROM retryproof_markers").fetchone()
+    assert row == (0,)
+
+
+@pytest.mark.parametrize("left_open", [False, True])
+def test_t1_a_pipeline_of_the_handlers_own_ends_before_it_returns(postgres: Database, left_open: bool) -> None:
+    with (
+        Idempotency(postgres.store) as engine,
+        psycopg.connect(postgres.store) as connection,
+        contextlib.ExitStack() as stack,
+    ):
+
+        def charge() -> str:
+            current_operation().transaction(connection)
+            with contextlib.ExitStack() as own:
+                (stack if left_open else own).enter_context(connection.pipeline())
+                connection.execute("INSERT INTO charges VALUES (1)")
+            return "charged"
+
+        if left_open:
+            with pytest.raises(errors.ConfigurationError, match=r"pipeline.*Its work was rolled back"):
+                engine.run("k", charge, scope="s")
+        else:
+            assert engine.run("k", charge, scope="s").value == "charged"
+    assert postgres.charges() == ([] if left_open else [1])
+
+
 def test_a_savepoint_is_refused(postgres: Database) -> None:
     with psycopg.connect(postgres.store) as connection, connection.transaction(), connection.transaction():
         assert "savepoint" in _refusal(postgres.store, connection)

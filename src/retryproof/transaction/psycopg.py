@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import psycopg
 from psycopg import AsyncRawCursor, RawCursor
-from psycopg.pq import TransactionStatus
+from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from retryproof.stores.sql.plan import Row, Statement
 from retryproof.transaction.connections import AUTOCOMMIT, CLOSED, FAILED, NOT_OPEN, SAVEPOINT, Blocking, OnLoop
 
 ADVICE = "Use a connection with autocommit off, or open a transaction on it, and leave it open."
+PIPELINE = "it is in pipeline mode, in which it answers later; leave the pipeline first"
 
 
 def adapt(connection: Any) -> Psycopg | AsyncPsycopg | None:
@@ -30,6 +31,8 @@ def _unusable(
 ) -> str | None:
     if connection.closed:
         return CLOSED
+    if connection.info.pipeline_status != PipelineStatus.OFF:
+        return PIPELINE
     status = connection.info.transaction_status
     if status == TransactionStatus.INERROR:
         return FAILED
