@@ -186,8 +186,10 @@ def test_c12_an_operators_word_does_not_cover_what_ended_unknown_after_it(store:
 
 def test_c12_a_claim_that_the_keeper_gives_back_leaves_what_ended_unknown(store: MemoryStore, clock: Clock) -> None:
     record = died(store, clock)
+    claim = again(record)
+    store.claim([claim])  # its answer is lost
     keeper = Keeper(lambda: store, owns=False, max_batch=10)
-    keeper.disown(again(record))
+    keeper.disown(claim)
     end = time.monotonic() + 10
     while not keeper.idle and time.monotonic() < end:
         time.sleep(0.005)

@@ -40,14 +40,15 @@ class Family:
             cwd=ROOT,
             text=True,
         )
-        try:
-            assert process.stdout is not None
-            said = [json.loads(process.stdout.readline()) for _ in range(life.get("children", 1))]
-            if not any(said):
-                self.repeat_all()
-            out, err = process.communicate(timeout=SECONDS)
-        finally:
-            process.kill()  # its children end with it
+        with process:
+            try:
+                assert process.stdout is not None
+                said = [json.loads(process.stdout.readline()) for _ in range(life.get("children", 1))]
+                if not any(said):
+                    self.repeat_all()
+                out, err = process.communicate(timeout=SECONDS)
+            finally:
+                process.kill()  # its children end with it
         assert (out, process.returncode) == ("", 0)
         assert all(line.startswith("store_error ") for line in err.splitlines()), err
         return said
