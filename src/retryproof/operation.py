@@ -18,7 +18,7 @@ from uuid import UUID
 
 from retryproof.core import commands
 from retryproof.core.codec import OMITTED_VALUE, Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
-from retryproof.core.commands import Command, Done, Lost, Outcome, Raised, Reply, Unreachable
+from retryproof.core.commands import DONE, Command, Done, Found, Look, Lost, Outcome, Raised, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, ResultOmitted, StoreUnavailable
 from retryproof.core.failure import outcome_of
 from retryproof.core.hold import Hold
@@ -448,10 +448,16 @@ def lease_lost(hold: Hold) -> LeaseLost:
 
 
 def keep(hold: Hold, name: str, value: bytes, seconds: float, now: float) -> Steps[Reply]:
-    """Store a step's result, fenced; asks again for up to `seconds` while the store gives no answer."""
+    """Store a step's result, fenced; asks again for up to `seconds` while the store gives no answer.
+
+    Where the record is gone nobody took over, and the attempt goes on: it is told as done (C10).
+    """
     began = now
     while True:
         reply, now = yield hold.checkpoint(name, value)
+        if isinstance(reply, Lost):
+            found, _ = yield Look(hold.id)
+            return DONE if isinstance(found, Found) and found.record is None else reply
         if not isinstance(reply, Unreachable) or now - began > seconds:
             return reply
 

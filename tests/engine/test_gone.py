@@ -6,10 +6,11 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from uuid import UUID
 
 import pytest
 
-from retryproof import AsyncIdempotency, Policy, errors
+from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
 from retryproof.core.commands import FenceReply, Release
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
@@ -48,6 +49,29 @@ def test_c10_an_error_stays_the_caller_s_own_where_the_record_is_gone(make_calle
 
     with pytest.raises(ValueError, match="no money"):
         make_caller(store).run("k", charge)
+
+
+async def test_c10_a_step_whose_record_goes_meanwhile_tells_nobody_to_ask_again() -> None:
+    """Nobody took over, and an attempt under a new record would have the effect again."""
+    store, events = MemoryStore(), list[Event]()
+
+    def charge(key: UUID) -> int:
+        forget(store)
+        return 7
+
+    async def acharge(key: UUID) -> int:
+        return charge(key)
+
+    async def work() -> int:
+        return await current_operation().astep("charge", acharge)
+
+    engine = Idempotency(store, events=[events.append])
+    outcome = engine.run("k", lambda: current_operation().step("charge", charge), scope="s")
+    engine.close()
+    async with AsyncIdempotency(store, events=[events.append]) as on_loop:
+        awaited = await on_loop.run("k", work, scope="s")
+    assert [(outcome.value, outcome.replayed), (awaited.value, awaited.replayed)] == [(7, False)] * 2
+    assert [(event.kind, event.note) for event in events] == [("never_stored", "the record is gone")] * 2
 
 
 async def test_c10_a_response_is_sent_although_the_record_is_gone() -> None:
