@@ -129,6 +129,12 @@ def test_c5_a_time_limit_is_a_cancellation_so_the_policy_may_release_it(make_cal
     assert states(store) == [State.RELEASED]
 
 
+def raised_from(error: Exception, cause: BaseException | None, context: BaseException | None = None) -> Exception:
+    """As `raise error from cause` leaves it, where `context` was being handled."""
+    error.__cause__, error.__context__ = cause, context or cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
@@ -138,6 +144,14 @@ def test_c5_a_time_limit_is_a_cancellation_so_the_policy_may_release_it(make_cal
         (asyncio.CancelledError(), Cancelled()),
         (BaseExceptionGroup("g", [ValueError(), KeyboardInterrupt()]), Cancelled()),
         (BaseExceptionGroup("g", [UNKNOWN, KeyboardInterrupt()]), Raised(unknown=True)),
+        (raised_from(ValueError("from"), UNKNOWN), Raised(unknown=True)),
+        (
+            raised_from(ValueError("twice"), raised_from(OSError(), ExceptionGroup("g", [UNKNOWN]))),
+            Raised(unknown=True),
+        ),
+        (ExceptionGroup("g", [raised_from(ValueError(), UNKNOWN)]), Raised(unknown=True)),
+        (raised_from(ValueError("from None"), None, UNKNOWN), Raised()),  # by `from None`
+        (raised_from(TimeoutError(), asyncio.CancelledError()), Raised()),  # as asyncio.timeout does
     ],
     ids=repr,
 )

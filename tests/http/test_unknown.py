@@ -13,7 +13,7 @@ from django.core.asgi import get_asgi_application  # type: ignore[import-untyped
 from django.http import HttpRequest, HttpResponse  # type: ignore[import-untyped]  # Django has no types of its own
 from django.test import override_settings  # type: ignore[import-untyped]  # Django has no types of its own
 from django.urls import path as django_path  # type: ignore[import-untyped]  # Django has no types of its own
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from litestar import Litestar, post
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -184,3 +184,19 @@ async def test_c5_a_response_after_the_handler_said_so_is_neither_stored_nor_rel
 
     answer, states = await charge_once(app, store_when="stripe")
     assert (answer.status, states) == (told, [State.IN_PROGRESS])
+
+
+@pytest.mark.parametrize(("known", "state"), [(False, State.IN_PROGRESS), (True, State.RELEASED)])
+async def test_c5_an_answer_that_is_raised_from_what_is_unknown_keeps_the_record(known: bool, state: State) -> None:
+    """As handlers and dependencies wrap exceptions; `from None` says that the handler has found out."""
+
+    async def endpoint() -> None:
+        try:
+            raise BankTimeout
+        except BankTimeout as error:
+            raise HTTPException(502) from (None if known else error)
+
+    app = FastAPI()
+    app.post("/charges")(endpoint)
+    answer, states = await charge_once(app)
+    assert (answer.status, states) == (502, [state])
