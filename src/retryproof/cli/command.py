@@ -61,7 +61,7 @@ def json_option(function: Function) -> Function:
     return wrapped
 
 
-def apart(targets: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_targets(targets: Sequence[str]) -> tuple[list[str], list[str]]:
     """URLs, and the names of what is meant."""
     return [target for target in targets if "://" in target], [target for target in targets if "://" not in target]
 

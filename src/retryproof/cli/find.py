@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from retryproof.cli.command import STORE_VARIABLE, Function, Refused, apart, no_url
+from retryproof.cli.command import STORE_VARIABLE, Function, Refused, no_url, split_targets
 from retryproof.core.keys import check_key, record_id, short_digest
 from retryproof.core.record import Record, State
 from retryproof.stores import Store
@@ -25,7 +25,7 @@ _DIGEST = re.compile(r"[0-9a-f]{4,64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Sought:
+class Lookup:
     """What the options name. ids: the ids it may have, one of which has to exist; or a digest's start."""
 
     url: str
@@ -34,7 +34,7 @@ class Sought:
 
 
 def lookup_options(function: Function) -> Function:
-    """The arguments [URL] [DIGEST] and the options that name a key; read by `sought`."""
+    """The arguments [URL] [DIGEST] and the options that name a key; read by `lookup_of`."""
     options: Sequence[Callable[[Function], Function]] = (
         click.argument("targets", metavar="[URL] [DIGEST]", nargs=-1),
         click.option(
@@ -61,7 +61,7 @@ def lookup_options(function: Function) -> Function:
     return function
 
 
-def sought(options: dict[str, Any]) -> Sought:
+def lookup_of(options: dict[str, Any]) -> Lookup:
     """Take the lookup options out of a command's; raises UsageError where they do not name one record."""
     taken = {name: options.pop(name) for name in ("targets", "key", "scopes", "http", "endpoint", "caller")}
     taken |= {name: options.pop(name) for name in ("single_tenant", "anonymous", "app")}
@@ -69,15 +69,15 @@ def sought(options: dict[str, Any]) -> Sought:
     if bool(digest) == (taken["key"] is not None):
         raise click.UsageError("Name the record by its digest, or by --key with its scope.")
     if digest:
-        return Sought(url, digest=digest)
+        return Lookup(url, digest=digest)
     key = check_key(_read(taken["key"]))
     scopes = _scopes(taken)
     pepper = os.environ.get(PEPPER_VARIABLE, "").encode()
-    return Sought(url, ids=[record_id(scope, key, pepper=pepper) for scope in scopes])
+    return Lookup(url, ids=[record_id(scope, key, pepper=pepper) for scope in scopes])
 
 
 def _targets(targets: Sequence[str]) -> tuple[str, str]:
-    urls, names = apart(targets)
+    urls, names = split_targets(targets)
     digests = [name.lower() for name in names]
     if len(urls) > 1 or len(digests) > 1:
         raise click.UsageError("Give one URL and one digest at most.")
@@ -118,7 +118,7 @@ def _read(given: str) -> str:
     return sys.stdin.readline().rstrip("\r\n") if given == "-" else given
 
 
-def find(store: Store, wanted: Sought) -> Record:
+def find(store: Store, wanted: Lookup) -> Record:
     """The one record that is meant, whole; raises Refused where there is none or more than one."""
     ids = wanted.ids or [_by_digest(store, wanted.digest)]
     found = [record for record in store.get(ids) if record is not None]

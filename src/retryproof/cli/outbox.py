@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+from uuid import UUID
+
 import click
 
 from retryproof.cli import exits
-from retryproof.cli.outbox_adopt import adopt
-from retryproof.cli.outbox_drop import drop
-from retryproof.cli.outbox_list import list_dead
-from retryproof.cli.outbox_purge import purge
-from retryproof.cli.outbox_requeue import requeue
-from retryproof.cli.outbox_stats import stats
+from retryproof.cli.command import Function, Refused, json_option, no_url, split_targets, url_argument
+from retryproof.cli.operated import closing, purge_all, tell_of_letters
+from retryproof.cli.output import Output, add_row, duration, table
+from retryproof.cli.shown import moment
+from retryproof.core.address import redacted
+from retryproof.core.message import PARTITIONS
+from retryproof.stores.sql.outbox import DeadLetter
+from retryproof.transaction.operator import Operator
+
+T = TypeVar("T")
+PAGE = 1_000
 
 
 @click.group(epilog=exits.HELP)
@@ -18,5 +27,156 @@ def outbox() -> None:
     """How an outbox stands, and its dead letters: messages that were given up."""
 
 
-for command in (list_dead, requeue, drop, purge, stats, adopt):
-    outbox.add_command(command)
+def with_operator(url: str, work: Callable[[Operator], Awaitable[T]], partitions: int = PARTITIONS) -> T:
+    """Do something to the outbox of a database."""
+
+    return closing(lambda: Operator(url, partitions=partitions), work)
+
+
+def letters_argument(function: Function) -> Function:
+    """`[URL] [ID]…` and `--all`; read by `act`."""
+    for option in (
+        click.option("--topic", help="With --all: those of one topic."),
+        click.option("--all", "everything", is_flag=True, help="All dead letters."),
+        click.argument("targets", metavar="[URL] [ID]...", nargs=-1, envvar="RETRYPROOF_STORE"),
+    ):
+        function = option(function)
+    return function
+
+
+def act(
+    targets: Sequence[str],
+    everything: bool,
+    topic: str | None,
+    output: Output,
+    action: Callable[[Operator, Sequence[UUID]], Awaitable[int]],
+    word: str,
+) -> None:
+    """Do something to the dead letters that are meant, and say to how many."""
+    urls, names = split_targets(targets)
+    ids = _ids(names)
+    if len(urls) > 1:
+        raise click.UsageError("Give one URL at most.")
+    if bool(ids) == everything or (topic is not None and not everything):
+        raise click.UsageError("Name dead letters by their ids, or all of them: --all, with --topic where wanted.")
+    url = urls[0] if urls else no_url()
+
+    async def work(operator: Operator) -> int:
+        if not everything:
+            return await action(operator, ids)
+        done, seen = 0, set[UUID]()
+        while letters := await operator.dead(topic=topic, limit=PAGE):
+            new = [letter.message.id for letter in letters if letter.message.id not in seen]
+            if not new:  # what comes last died again meanwhile
+                break
+            seen.update(new)
+            done += await action(operator, new)
+            tell(f"{done} done")
+        return done
+
+    with output.progress(word) as tell:
+        count = with_operator(url, work)
+    tell_of_letters(url, output, word, count, ids)
+
+
+def _ids(texts: Sequence[str]) -> list[UUID]:
+    try:
+        return [UUID(text) for text in texts]
+    except ValueError as error:
+        raise click.UsageError("A dead letter's id is a UUID, as `outbox list` shows it.") from error
+
+
+@outbox.command("list", epilog=exits.HELP)
+@url_argument
+@click.option("--topic", help="Those of one topic.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@json_option
+def list_dead(url: str, topic: str | None, limit: int, output: Output) -> None:
+    """Dead letters, the oldest first: when and why they were given up. Payloads are not shown."""
+    letters = with_operator(url, lambda operator: operator.dead(topic=topic, limit=limit + 1))
+    shown, more = letters[:limit], len(letters) > limit
+    rows = table("id", "topic", "attempts", "given up", "reason")
+    for letter in shown:
+        message = letter.message
+        add_row(rows, (message.id, message.topic, message.attempts, moment(letter.died_at), letter.reason))
+    document = {"store": redacted(url), "dead": [as_document(letter) for letter in shown], "more": more}
+    output.answer(document, rows if shown else "No dead letters.", *(["… and more: --limit."] if more else []))
+
+
+def as_document(letter: DeadLetter) -> dict[str, Any]:
+    """What `--json` says of a dead letter."""
+    message = letter.message
+    return {
+        "id": str(message.id),
+        "topic": message.topic,
+        "attempts": message.attempts,
+        "reason": letter.reason,
+        "bytes": len(message.payload),
+        "content_type": message.content_type,
+        "created_at": moment(message.created_at),
+        "died_at": moment(letter.died_at),
+    }
+
+
+@outbox.command(epilog=exits.HELP)
+@letters_argument
+@json_option
+def requeue(targets: Sequence[str], everything: bool, topic: str | None, output: Output) -> None:
+    """Have dead letters sent again, after what is pending; their ids stay the same."""
+    act(targets, everything, topic, output, lambda operator, ids: operator.requeue(ids), "requeued")
+
+
+@outbox.command(epilog=exits.HELP)
+@letters_argument
+@json_option
+def drop(targets: Sequence[str], everything: bool, topic: str | None, output: Output) -> None:
+    """Forget dead letters: they are never sent."""
+    act(targets, everything, topic, output, lambda operator, ids: operator.drop(ids), "dropped")
+
+
+@outbox.command(epilog=exits.HELP)
+@url_argument
+@click.option("--older-than", type=click.FloatRange(0.0), required=True, metavar="SECONDS", help="Since given up.")
+@json_option
+def purge(url: str, older_than: float, output: Output) -> None:
+    """Forget old dead letters, in bounded passes."""
+
+    purge_all(url, output, lambda: Operator(url), lambda outbox: outbox.purge(older_than))
+
+
+@outbox.command(epilog=exits.HELP)
+@url_argument
+@json_option
+def stats(url: str, output: Output) -> None:
+    """How an outbox stands: what is pending and for how long, what is held back, and how many relays are alive."""
+    found = with_operator(url, lambda operator: operator.stats())
+    rows = table("", "")
+    for name, value in (
+        ("pending", found.pending),
+        ("lag: age of the oldest", duration(found.lag)),
+        ("held back behind a failure", found.parked),
+        ("keys held back", found.blocked),
+        ("dead letters", found.dead),
+        ("live relays", found.relays),
+        ("partitions", found.partitions),
+    ):
+        add_row(rows, (name, value))
+    output.answer({"store": redacted(url), **found.as_document()}, rows)
+
+
+@outbox.command(epilog=exits.HELP)
+@url_argument
+@json_option
+def adopt(url: str, output: Output) -> None:
+    """Have messages sent that came from a backup of another PostgreSQL cluster.
+
+    They may have been sent already, after the backup was made: receivers that go by ids see that, others do not.
+    """
+
+    async def work(operator: Operator) -> int:
+        if (await operator.stats()).relays:
+            raise Refused("Relays are alive; stop them first.")
+        return await operator.adopt()
+
+    count = with_operator(url, work)
+    output.answer({"store": redacted(url), "adopted": count}, f"adopted: {count}")
