@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import os
 import socket
 import statistics
 import threading
@@ -14,7 +13,6 @@ from typing import Any, ClassVar
 import asyncpg
 import psycopg
 import pytest
-from psycopg import RawCursor
 
 from retryproof.core.commands import (
     DONE,
@@ -36,10 +34,11 @@ from retryproof.stores.sql import asyncpg as on_asyncpg
 from retryproof.stores.sql import postgres, postgres_statements
 from retryproof.stores.sql.asyncpg import AsyncpgStore
 from retryproof.stores.sql.migrate import migrate
-from retryproof.stores.sql.plan import Plan, Row, Statement, perform
+from retryproof.stores.sql.plan import Plan, Statement
 from retryproof.stores.sql.postgres_url import parse
 from retryproof.stores.sql.psycopg import PsycopgStore
 from tests.conftest import PrivateServer
+from tests.stores.support import again, new_claim, pump, until_blocked
 
 TABLE = postgres_statements.TABLE
 PROMPT = 1.0  # seconds; a wait for a lock would take the store's whole time-out, two
@@ -67,37 +66,9 @@ def caller(postgres_url: str, unique: str) -> Iterator[psycopg.Connection[Any]]:
         yield connection
 
 
-def new_claim(**changes: Any) -> Claim:
-    options: dict[str, Any] = {
-        "id": os.urandom(32),
-        "fingerprint": b"same",
-        "nonce": os.urandom(16),
-        "lease": 10.0,
-        "retention": 3_600.0,
-        "unsettled_retention": 7_200.0,
-    }
-    return Claim(**(options | changes))
-
-
-def again(claim: Claim, **changes: Any) -> Claim:
-    """Another claim for the same operation."""
-    return new_claim(id=claim.id, fingerprint=claim.fingerprint, **changes)
-
-
 def token(reply: object) -> int:
     assert isinstance(reply, Acquired)
     return reply.token
-
-
-def pump(connection: psycopg.Connection[Any], plan: Plan[Any]) -> Any:
-    """Run a plan in the open transaction of a caller's connection."""
-
-    def execute(statement: Statement) -> Sequence[Row]:
-        with RawCursor(connection) as cursor:
-            cursor.execute(statement.sql.encode(), statement.parameters)
-            return cursor.fetchall()
-
-    return perform(plan, execute)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -171,7 +142,7 @@ class TestLocksOfOthers:
         ):
             other.execute(f"UPDATE {TABLE} SET lease_until = lease_until + 1")
             waiting = pool.submit(pump, caller, _joined(complete))
-            _until_blocked(other, caller.info.backend_pid)
+            until_blocked(other, caller.info.backend_pid)
             other.commit()
             assert waiting.result() == DONE
 
@@ -200,12 +171,6 @@ def _joined(command: Complete) -> Plan[FenceReply | None]:
         "INSERT INTO retryproof_markers (id, token) VALUES ($1, $2) RETURNING 1", (command.id, command.token)
     )
     return (yield from postgres.complete_joined_plan(command))
-
-
-def _until_blocked(connection: psycopg.Connection[Any], pid: int) -> None:
-    """Until the backend waits for a lock of this connection's."""
-    while not connection.execute("SELECT cardinality(pg_blocking_pids(%s)) > 0", (pid,)).fetchall()[0][0]:
-        connection.execute("SELECT pg_sleep(0.001)")
 
 
 class TestRaces:

@@ -17,7 +17,7 @@ from retryproof.stores.sql import postgres, postgres_statements
 from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.plan import Joining
 from retryproof.stores.sql.psycopg import PsycopgStore
-from tests.stores.test_postgres import _until_blocked, again, new_claim, pump
+from tests.stores.support import again, new_claim, pump, until_blocked
 
 TABLE = postgres_statements.TABLE
 ONE_SNAPSHOT = ["REPEATABLE READ", "SERIALIZABLE"]
@@ -151,7 +151,7 @@ def test_t1_a_completion_waits_for_who_has_the_row_and_looks_at_what_it_left(
         pump(caller, postgres.join_plan(hold))
         rival.execute(meanwhile.encode())
         waiting = pool.submit(complete, caller, hold.complete(b"result"))
-        _until_blocked(rival, caller.info.backend_pid)
+        until_blocked(rival, caller.info.backend_pid)
         rival.commit() if committed else rival.rollback()
         assert waiting.result(10.0) == (expected if committed else DONE)
         caller.commit()

@@ -214,11 +214,10 @@ async def test_t1_a_client_that_leaves_a_stream_too_long_to_keep_parts_no_work(p
 
     async with covered(postgres, app, policy=Policy(max_result=100)) as middleware:
         await leave_after_the_first_part(middleware, left)
-        assert postgres.charges() in ([], [1, 2])
+        assert postgres.charges() == [1, 2]
         async with client_of(middleware) as client:
             replay = await client.post("/charges")
-    if postgres.charges():
-        assert replay.headers["Idempotency-Replay"] == "omitted"
+    assert replay.headers["Idempotency-Replay"] == "omitted"
     assert postgres.charges() == [1, 2]
 
 
