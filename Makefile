@@ -9,7 +9,7 @@ demo:
 test:
 	@scripts/setup dev
 	@scripts/services install
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
+	@scripts/test $(ARGS)
 
 # import-linter's cache takes an import of a module that was added later for one of the whole package.
 lint:
@@ -17,6 +17,7 @@ lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src tests scripts
+	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/check_release.py
 

@@ -25,6 +25,23 @@ STARTED = pytest.StashKey[RunDirectory]()
 PrivateServer = Callable[..., Instance]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--timing", choices=("only", "none"), help="the tests marked `quiet` only, or all others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    timing = config.getoption("timing")
+    if timing is None:
+        return
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        measures = item.get_closest_marker("quiet") is not None
+        (chosen if measures == (timing == "only") else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         run = RunDirectory.of_session()
@@ -52,12 +69,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(
                 f"tested against {service.product} {instance.version} ({service.kind}), private: {instance.binary}"
             )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("quiet"):
-            item.add_marker(pytest.mark.xdist_group("quiet"))
 
 
 @pytest.fixture(scope="session")

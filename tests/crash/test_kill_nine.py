@@ -13,7 +13,7 @@ import pytest
 from tests.crash.conftest import LEASE, Lives, World
 from tests.http.servers import exchange, request_bytes, split
 
-pytestmark = [pytest.mark.crash]
+pytestmark = [pytest.mark.crash, pytest.mark.quiet]
 
 SLACK = 2.0
 """Seconds beyond the lease that a recovery may take on busy machines."""

@@ -164,6 +164,7 @@ def running(service: Service, port: int, key: str) -> Future[Reply]:
     return reply
 
 
+@pytest.mark.quiet
 @pytest.mark.timeout(90)
 def test_c10_before_the_handler_nothing_runs_and_the_answer_is_503(trouble: Trouble) -> None:
     key = str(uuid4())
@@ -293,6 +294,7 @@ def outlasting_a_lease() -> None:
     threading.Event().wait(POLICY.lease + 0.5)
 
 
+@pytest.mark.quiet
 @pytest.mark.timeout(90)
 def test_c10_a_twin_gets_the_result_that_waits_for_a_store_and_never_runs(trouble: Trouble) -> None:
     """C8: from memory while the store is away, however long that is; from the store once it is back."""
@@ -362,6 +364,7 @@ def test_c10_a_replay_from_memory_asks_whether_its_caller_may_have_it(private_re
     assert (denied.status, denied.content["code"], asked_for) == (403, "replay-denied", ["/charges"])
 
 
+@pytest.mark.quiet
 def test_c10_too_much_that_waits_for_a_store_begins_nothing_new(private_redis: PrivateServer) -> None:
     """What is held is bounded in bytes; then a new operation is refused before it runs, and twins are answered."""
     trouble, key = hung_redis(private_redis), str(uuid4())
@@ -382,6 +385,7 @@ def test_c10_too_much_that_waits_for_a_store_begins_nothing_new(private_redis: P
         assert post_until(port, str(uuid4()), 201, 15.0).status == 201
 
 
+@pytest.mark.quiet
 @pytest.mark.timeout(120)
 def test_c10_a_flood_of_new_keys_at_a_hung_store_leaves_little_to_do(private_redis: PrivateServer) -> None:
     """C3: what never left needs no taking back, and what was applied late is released; nothing else is written."""

@@ -92,6 +92,7 @@ def test_c10_a_store_out_of_reach_before_the_claim_runs_nothing(
     assert run_until_up(lambda: caller.run("k", lambda: 7).value) == 7
 
 
+@pytest.mark.quiet
 def test_c10_a_hung_store_is_an_error_in_time(linked: tuple[FaultLink, str], make_caller: MakeCaller) -> None:
     link, url = linked
     caller = make_caller(url, store_timeout=0.3)
@@ -106,6 +107,7 @@ def test_c10_a_hung_store_is_an_error_in_time(linked: tuple[FaultLink, str], mak
     assert run_until_up(lambda: caller.run("k", lambda: 7).value) == 7
 
 
+@pytest.mark.quiet
 def test_c10_after_the_effect_the_result_is_given_and_stored_late(
     linked: tuple[FaultLink, str], make_caller: MakeCaller
 ) -> None:

@@ -162,6 +162,7 @@ def test_h6_a_json_body_past_the_limit_is_taken_byte_for_byte(strategy: fingerpr
     assert begun.digest() == plain.digest()
 
 
+@pytest.mark.quiet
 async def test_h6_a_large_json_body_is_parsed_beside_the_loop(layer: MakeLayer) -> None:
     covered = layer(Counting(), fingerprint=fingerprint.json)
     body = b"[" + b"1.5," * (MAX_JSON // 4 - 1) + b"1]"

@@ -62,6 +62,18 @@ def test_an_optional_library_is_imported_only_where_its_name_is_in_the_path() ->
     assert strays == []
 
 
+def test_no_test_file_imports_another() -> None:
+    """What two of them need stands in a file of its own; else one of them cannot be moved, or run twice."""
+    tests = SOURCE.parents[1] / "tests"
+    strays = [
+        f"{file.relative_to(tests)} imports {node.module}"
+        for file in sorted(tests.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and "test_" in (node.module or "")
+    ]
+    assert strays == []
+
+
 def test_the_core_imports_nothing_but_the_standard_library_and_itself() -> None:
     strays = [
         f"{file.name} imports {name}"

@@ -81,6 +81,7 @@ def running_and_acquired(replies: Sequence[object]) -> tuple[int, int]:
 
 
 class TestLocksOfOthers:
+    @pytest.mark.quiet
     def test_t2_a_claim_that_a_rival_has_not_committed_does_not_hold_up_its_neighbours(
         self, store: PsycopgStore, caller: psycopg.Connection[Any]
     ) -> None:
@@ -93,6 +94,7 @@ class TestLocksOfOthers:
         caller.rollback()
         assert isinstance(store.claim([claims[20]])[0], Acquired)
 
+    @pytest.mark.quiet
     def test_t2_an_update_that_a_rival_has_not_committed_does_not_hold_up_its_neighbours(
         self, store: PsycopgStore, caller: psycopg.Connection[Any]
     ) -> None:
@@ -106,6 +108,7 @@ class TestLocksOfOthers:
         assert replies[20] == Running(1.0)
         assert seconds < PROMPT
 
+    @pytest.mark.quiet
     def test_t2_a_caller_that_completes_in_its_transaction_holds_up_no_renewal(
         self, store: PsycopgStore, caller: psycopg.Connection[Any]
     ) -> None:
@@ -514,6 +517,7 @@ class TestPlans:
 class TestHungServers:
     """C10: every call ends, whatever the server does."""
 
+    @pytest.mark.quiet
     @pytest.mark.crash
     def test_a_hung_server_is_an_error_in_time_and_forgotten_when_it_wakes(
         self, private_postgres: PrivateServer
@@ -535,6 +539,7 @@ class TestHungServers:
         used.close()
         new.close()
 
+    @pytest.mark.quiet
     @pytest.mark.crash
     async def test_a_hung_server_does_not_hang_the_loop(self, private_postgres: PrivateServer) -> None:
         server = private_postgres()

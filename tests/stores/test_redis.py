@@ -490,6 +490,7 @@ async def test_an_async_client_gives_its_address_and_is_left_alone(url: str, uni
     await client.aclose()
 
 
+@pytest.mark.quiet
 def test_no_retries_of_the_drivers_are_made(unique: str) -> None:
     client = Redis(host="127.0.0.1", port=1)  # redis-py 8 retries this ten times, for seconds
     began = time.monotonic()

@@ -48,6 +48,7 @@ def open_transaction(path: str) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+@pytest.mark.quiet
 def test_t2_a_new_key_behind_an_open_transaction_gets_a_prompt_and_definite_answer(path: str) -> None:
     store = SqliteStore(path)
     with open_transaction(path):
@@ -58,6 +59,7 @@ def test_t2_a_new_key_behind_an_open_transaction_gets_a_prompt_and_definite_answ
     assert isinstance(store.claim([new_claim()])[0], Acquired)
 
 
+@pytest.mark.quiet
 def test_t2_a_twin_and_a_replay_behind_an_open_transaction_wait_for_nobody(path: str) -> None:
     store = SqliteStore(path)
     running, done = new_claim(), new_claim()
@@ -74,6 +76,7 @@ def test_t2_a_twin_and_a_replay_behind_an_open_transaction_wait_for_nobody(path:
     assert getattr(replay, "result", None) == b"result"
 
 
+@pytest.mark.quiet
 def test_t2_what_travels_with_a_new_key_behind_an_open_transaction_is_answered_too(path: str) -> None:
     """A completion and a renewal are asked for again by who sent them, and pass when the file is free."""
     store = SqliteStore(path)
@@ -114,6 +117,7 @@ def open_transaction_of_a_thread(path: str) -> Iterator[None]:
     connection.close()
 
 
+@pytest.mark.quiet
 async def test_h7_over_http_it_is_a_503_that_says_when_to_ask_again(path: str) -> None:
     runs: list[str] = []
 
@@ -164,6 +168,7 @@ def test_short_writers_of_several_processes_make_no_claim_fail(path: str) -> Non
         assert connection.execute("SELECT count(*) FROM work").fetchone() == (160,)
 
 
+@pytest.mark.quiet
 def test_the_patience_is_an_option_of_the_url(path: str) -> None:
     store = open_store(f"sqlite:///{path}?patience=0.05")
     with open_transaction(path):

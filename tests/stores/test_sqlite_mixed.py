@@ -40,6 +40,7 @@ def open_transaction(path: str) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+@pytest.mark.quiet
 def test_t2_replays_and_twins_that_travel_with_what_writes_are_answered_behind_an_open_transaction(path: str) -> None:
     patience = 2 * PATIENCE
     store = SqliteStore(path, patience=patience)
@@ -89,6 +90,7 @@ def test_t2_who_waits_for_writers_that_come_and_go_outlasts_the_patience(path: s
         assert isinstance(SqliteStore(path, patience=0.2).claim([new_claim()])[0], Acquired)
 
 
+@pytest.mark.quiet
 def test_t2_who_waits_for_writers_without_end_is_told_so_at_the_time_out(path: str) -> None:
     store = SqliteStore(path, patience=0.2, timeout=0.4)
     store.get([b"0" * 32])
@@ -142,6 +144,7 @@ def test_an_in_memory_database_groups_and_rolls_back(path: str) -> None:
     assert isinstance(store.claim([again(claim)])[0], Finished)
 
 
+@pytest.mark.quiet
 def test_t2_a_file_that_cannot_be_written_still_replays(path: str) -> None:
     """As on a disk that was mounted again for reading."""
     store = SqliteStore(path)

@@ -210,6 +210,7 @@ with Idempotency(sys.argv[1], policy=SHORT) as engine:
 """
 
 
+@pytest.mark.quiet
 def test_t2_a_held_record_costs_another_process_no_lease_and_no_time(postgres: Database) -> None:
     """Nor does it get the held operation itself, which is told to come back."""
     locked, over = threading.Event(), threading.Event()

@@ -40,6 +40,7 @@ def beside(message: Message, database: Database) -> str:
     return next(key for key in keys if database.outbox.message("t", b"", key=key).partition == message.partition)
 
 
+@pytest.mark.quiet
 async def test_t6_a_backlog_behind_a_slow_key_does_not_hold_up_its_partition(database: Database) -> None:
     slow, *_ = database.send(*["slow"] * 3_000)
     database.send(beside(slow, database))
@@ -253,6 +254,7 @@ async def test_t6_what_is_done_of_a_batch_with_a_slow_message_is_let_go(database
     assert database.pending == 0
 
 
+@pytest.mark.quiet
 async def test_t6_a_few_slow_keys_among_many_cost_the_others_little(database: Database) -> None:
     """One key in fifty hangs, so that each batch has some; with the whole patience for each it would take 40 s."""
     database.send(*(f"slow{number}" if number % 50 == 0 else f"k{number}" for number in range(2_000)))

@@ -107,6 +107,7 @@ async def test_t6_a_receiver_that_hangs_for_one_key_holds_up_that_key_alone(data
     assert database.rows("SELECT * FROM retryproof_outbox_blocked") == []
 
 
+@pytest.mark.quiet
 async def test_t6_a_receiver_that_hangs_costs_other_keys_no_more_than_the_patience(
     database: Database, slow: Slow
 ) -> None:

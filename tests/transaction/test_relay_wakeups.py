@@ -88,6 +88,7 @@ async def asleep(relay: Counting) -> None:
     await until(lambda: relay.looks > 5 and relay.sleeping)
 
 
+@pytest.mark.quiet
 async def test_t7_an_idle_relay_is_woken_by_a_notification(database: Database) -> None:
     relay = Counting(database.url, Noting(), policy=SLEEPY)
     async with running(relay):
@@ -120,6 +121,7 @@ async def test_t7_a_listener_whose_connection_is_lost_comes_back(
     assert caplog.text.count("lost the connection that listens") == 2
 
 
+@pytest.mark.quiet
 async def test_t7_a_storm_of_notifications_is_no_storm_of_looks(database: Database) -> None:
     relay = Counting(database.url, Noting(), policy=SLEEPY)
     async with running(relay):
