@@ -17,7 +17,7 @@ from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.problem import DOCS_URL, KINDS, Problem, render
 from retryproof.stores.url import SCHEMES
 from tests.docs.pages import ROOT, anchors, blocks
-from tests.packaging.test_names import NAMES
+from tests.packaging.names import NAMES
 
 DOCS = ROOT / "docs"
 PROBLEMS = DOCS / "reference" / "problems.md"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -146,3 +147,23 @@ class OnLoop:
 
     def keeper(self) -> MemoryStore:
         return self.store
+
+
+def in_child(work: Callable[[], bool]) -> None:
+    """Run it in a forked process, which must say yes."""
+    pid = os.fork()
+    if pid == 0:
+        answer = 2
+        try:
+            answer = 0 if work() else 1
+        finally:
+            os._exit(answer)
+    for _ in range(int(SECONDS * 100)):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.01)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    raise AssertionError("the child hangs")

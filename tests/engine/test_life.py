@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from retryproof.stores.sql.plan import Plan, Statement
 from retryproof.stores.sql.sqlite import SqliteStore
 from retryproof.stores.threaded import InThread
 from retryproof.stores.url import aopen_store
-from tests.engine.support import SECONDS, OnLoop, in_thread
+from tests.engine.support import SECONDS, OnLoop, in_child, in_thread
 
 
 @pytest.fixture(params=["sqlite", "redis", "postgres"])
@@ -38,26 +36,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgres":
         migrate(given)
     return given
-
-
-def in_child(work: Callable[[], bool]) -> None:
-    """Run it in a forked process, which must say yes."""
-    pid = os.fork()
-    if pid == 0:
-        answer = 2
-        try:
-            answer = 0 if work() else 1
-        finally:
-            os._exit(answer)
-    for _ in range(int(SECONDS * 100)):
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.01)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    raise AssertionError("the child hangs")
 
 
 # Nothing happens before the first call

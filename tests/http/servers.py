@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -101,3 +102,24 @@ def _dechunked(body: bytes) -> bytes:
         whole += rest[: int(size, 16)]
         body = rest[int(size, 16) + 2 :]
     return whole
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until something that another thread does is done."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def replay(port: int, path: str, key: str, **options: Any) -> tuple[int, dict[bytes, list[bytes]], bytes]:
+    """The replay of an operation, as soon as it is done."""
+    found: list[Any] = []
+
+    def is_done() -> bool:
+        found[:] = split(exchange(port, request_bytes(path, key=key, **options)))
+        return b"idempotency-replayed" in found[1]
+
+    eventually(is_done)
+    status, headers, body = found
+    return status, headers, body

@@ -22,7 +22,7 @@ from tests.engine.support import Events as AwaitedEvents
 from tests.engine.support import Shared
 from tests.http.conftest import MakeLayer
 from tests.http.harness import Answer, Conversation, Counting, Events, call, layered, new_key, read_body, start
-from tests.http.test_streams import Script, head, part, sent, settled_code
+from tests.http.scripts import Script, head, part, sent, settled_code
 
 
 async def replayed(covered: App, key: str) -> Answer:

@@ -27,8 +27,7 @@ from starlette.routing import Route
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from tests.http.harness import new_key
-from tests.http.servers import connected, ended_cleanly, exchange, request_bytes, split, uvicorn_server
-from tests.http.test_sockets import replay
+from tests.http.servers import connected, ended_cleanly, exchange, replay, request_bytes, split, uvicorn_server
 
 pytestmark = pytest.mark.timeout(60)
 

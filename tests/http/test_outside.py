@@ -17,7 +17,7 @@ from retryproof.core.policy import Policy
 from retryproof.http.types import App, Message, Receive, Scope, Send
 from tests.http.conftest import MakeLayer
 from tests.http.harness import call, new_key, read_body, start
-from tests.http.test_streams import head, part, settled_code
+from tests.http.scripts import head, part, settled_code
 
 TEXT = b"the same text " * 100
 ORIGIN = (b"origin", b"https://one.example")

@@ -7,8 +7,7 @@ import json
 import socket
 import struct
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,17 @@ from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.options import Departure
 from tests.http.harness import new_key
-from tests.http.servers import connected, ended_cleanly, exchange, read_all, request_bytes, split, uvicorn_server
+from tests.http.servers import (
+    connected,
+    ended_cleanly,
+    eventually,
+    exchange,
+    read_all,
+    replay,
+    request_bytes,
+    split,
+    uvicorn_server,
+)
 
 QUICK = Policy(lease=0.2, on_abandoned="refuse")
 
@@ -135,27 +144,6 @@ def port(request: pytest.FixtureRequest, service: Service) -> Iterator[int]:
     with uvicorn_server(service.app, http=request.param) as port:
         yield port
         service.held.set()
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until something that another thread does is done."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def replay(port: int, path: str, key: str, **options: Any) -> tuple[int, dict[bytes, list[bytes]], bytes]:
-    """The replay of an operation, as soon as it is done."""
-    found: list[Any] = []
-
-    def is_done() -> bool:
-        found[:] = split(exchange(port, request_bytes(path, key=key, **options)))
-        return b"idempotency-replayed" in found[1]
-
-    eventually(is_done)
-    status, headers, body = found
-    return status, headers, body
 
 
 def test_h9_a_replay_is_the_first_response_byte_for_byte(port: int) -> None:

@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from retryproof.core.errors import OutcomeUnknown
 from retryproof.core.policy import Policy
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import Message, Receive, Scope, Send
 from tests.http.conftest import MakeLayer
-from tests.http.harness import Conversation, Header, call, new_key, read_body, start
-
-
-def head(*headers: Header, status: int = 200, **more: Any) -> Message:
-    """The start of a response."""
-    return {"type": "http.response.start", "status": status, "headers": list(headers), **more}
-
-
-def part(body: bytes, *, more: bool = True) -> Message:
-    """A part of a response's body."""
-    return {"type": "http.response.body", "body": body, "more_body": more}
-
-
-class Script:
-    """An app that sends these messages in turn; before a callable's place it waits for `go_on`.
-
-    runs: how often it was called.
-    """
-
-    def __init__(self, *messages: Message | Exception, paused: int | None = None) -> None:
-        self.messages = messages
-        self.paused = paused
-        self.go_on = asyncio.Event()
-        self.runs = 0
-        self.after = asyncio.Event()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.runs += 1
-        await read_body(receive)
-        for index, message in enumerate(self.messages):
-            if index == self.paused:
-                await self.go_on.wait()
-            if isinstance(message, Exception):
-                raise message
-            await send(message)
-        self.after.set()
-
-
-def sent(count: int) -> Callable[[Conversation], bool]:
-    """That so many messages were sent."""
-    return lambda conversation: len(conversation.sent) >= count
+from tests.http.harness import call, new_key, start
+from tests.http.scripts import Script, head, part, sent, settled_code
 
 
 async def test_h10_a_stream_flows_as_it_is_produced(layer: MakeLayer) -> None:
@@ -186,14 +145,6 @@ async def test_h11_an_app_that_stops_half_way_is_cut_and_its_outcome_unknown(
     assert conversation.sent == [*app.messages][: 2 * len(messages)]
     assert await settled_code(covered, key) == "outcome-unknown"
     assert app.runs == 1
-
-
-async def settled_code(covered: App, key: str) -> str:
-    """What a retry is told once the lease of an unknown attempt is over."""
-    code = "in-progress"
-    while code == "in-progress":  # a call goes through the loop, where the renewal and the clock go on
-        code = (await call(covered, key=key, body=b"")).code
-    return code
 
 
 async def test_work_after_the_response_goes_on_after_it_was_stored(layer: MakeLayer) -> None:

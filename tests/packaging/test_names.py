@@ -4,22 +4,7 @@ import importlib
 
 import pytest
 
-NAMES = {
-    "retryproof": {
-        "AsyncIdempotency",
-        "Idempotency",
-        "Outcome",
-        "Policy",
-        "current_operation",
-        "errors",
-        "operation_key",
-    },
-    "retryproof.stores": {"aopen_store", "open_store"},
-    "retryproof.http": {"by_header", "by_host", "by_user", "single_tenant"},
-    "retryproof.http.asgi": {"IdempotencyMiddleware"},
-    "retryproof.client.httpx": {"AsyncRetryTransport", "RetryTransport"},
-    "retryproof.testing": {"AsyncStoreConformance", "StoreConformance"},
-}
+from tests.packaging.names import NAMES
 
 ERRORS = {
     "ConfigurationError",

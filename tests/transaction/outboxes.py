@@ -2,8 +2,10 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from asyncio import create_task, sleep, timeout, wait_for
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -117,3 +119,29 @@ async def until_published(publisher: Noting, sent: set[UUID]) -> None:
 
 def sqlite_url(folder: Path) -> str:
     return f"sqlite:///{folder}/outbox.db"
+
+
+PATIENT = replace(QUICK, patience=0.1, timeout=60.0)
+
+
+@asynccontextmanager
+async def running(*relays: Relay) -> Any:
+    """The relays at work, and told to stop at the end."""
+    tasks = [create_task(relay.run()) for relay in relays]
+    try:
+        yield
+    finally:
+        for relay in relays:
+            relay.stop()
+        for task in tasks:
+            await wait_for(task, 20.0)
+
+
+async def until(true: Callable[[], object] | Callable[[], Awaitable[object]]) -> None:
+    """Look until something is so."""
+    async with timeout(20.0):
+        while True:
+            found = true()
+            if await found if isinstance(found, Awaitable) else found:
+                return
+            await sleep(0.01)

@@ -6,6 +6,7 @@ python -m tests.transaction.outgoing add|relay DATABASE RECEIVER POINT
 import asyncio
 import sys
 from collections.abc import Sequence
+from email.message import EmailMessage
 
 from retryproof.publishers.base import Batch, Outcome
 from retryproof.publishers.httpx import HttpPublisher
@@ -52,3 +53,14 @@ if __name__ == "__main__":
         add(url)
     else:
         asyncio.run(relay(url, receiver))
+
+
+def mail(to: str = "ada@example.com", **headers: str) -> bytes:
+    made = EmailMessage()
+    made["From"] = "Shop <shop@example.com>"
+    made["To"] = to
+    made["Subject"] = "Your receipt"
+    for name, value in headers.items():
+        made[name] = value
+    made.set_content("Thank you.\n.\n")
+    return made.as_bytes()

@@ -72,3 +72,15 @@ def insert(number: int = 1) -> str:
 
 
 __all__ = ["Database", "insert", "text"]
+
+
+@contextlib.contextmanager
+def transaction(database: Database) -> Iterator[Any]:
+    if database.path is None:
+        with psycopg.connect(database.store) as connection:
+            yield connection
+    else:
+        with contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")

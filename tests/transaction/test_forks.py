@@ -14,8 +14,7 @@ from sqlalchemy import create_engine, text
 
 from retryproof import errors
 from retryproof.transaction import Outbox
-from tests.engine.support import SECONDS, in_thread
-from tests.engine.test_life import in_child
+from tests.engine.support import SECONDS, in_child, in_thread
 
 
 def begun_in_sqlite3(path: Path) -> Any:

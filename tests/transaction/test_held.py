@@ -12,16 +12,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from retryproof import AsyncIdempotency, Idempotency, Outcome, Policy, current_operation, errors
+from retryproof import AsyncIdempotency, Idempotency, Outcome, current_operation, errors
+from tests.transaction.held import HELD, SHORT, in_a_thread, refuse, run_short_ones, work
 from tests.transaction.support import Database
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
-LEASE = 0.5
-HELD = 4 * LEASE
 PROMPT = 0.45
 """Seconds that a short operation may take on busy machines; less than a lease."""
-SHORT = Policy(lease=LEASE)
 HOLD_ALL = b"SELECT 1 FROM retryproof_operations FOR UPDATE"
 ASYNC_DRIVERS = ["postgresql+asyncpg", "postgresql+psycopg"]
 
@@ -38,30 +36,6 @@ def holding(database: Database) -> Iterator[None]:
         yield
 
 
-def work(seconds: float) -> str:
-    until = time.monotonic() + seconds
-    threading.Event().wait(until - time.monotonic())
-    return "done"
-
-
-def run_short_ones(engine: Idempotency, seconds: float) -> float:
-    """One short operation after the other, some of which fail; the longest any of them took."""
-    longest, until, number = 0.0, time.monotonic() + seconds, 0
-    while (began := time.monotonic()) < until:
-        number += 1
-        if number % 2:
-            engine.run(f"short {number}", lambda: "done", scope="s")
-        else:
-            with pytest.raises(ValueError, match="refused"):
-                engine.run(f"short {number}", refuse, scope="s")
-        longest = max(longest, time.monotonic() - began)
-    return longest
-
-
-def refuse() -> None:
-    raise ValueError("refused")
-
-
 async def arun_short_ones(engine: AsyncIdempotency, seconds: float) -> float:
     longest, until, number = 0.0, time.monotonic() + seconds, 0
     while (began := time.monotonic()) < until:
@@ -73,24 +47,6 @@ async def arun_short_ones(engine: AsyncIdempotency, seconds: float) -> float:
                 await engine.run(f"short {number}", refuse, scope="s")
         longest = max(longest, time.monotonic() - began)
     return longest
-
-
-@contextlib.contextmanager
-def in_a_thread(function: Any) -> Iterator[list[Any]]:
-    results: list[Any] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except Exception as error:  # noqa: BLE001  # for the test to look at
-            results.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield results
-    finally:
-        thread.join(30)
 
 
 def test_t2_a_held_record_costs_threads_beside_it_no_lease_and_no_time(postgres: Database) -> None:
@@ -200,7 +156,7 @@ async def test_t2_an_operation_whose_record_is_held_costs_tasks_beside_it_no_tim
 
 BESIDE = """
 import sys
-from tests.transaction.test_held import HELD, SHORT, in_a_thread, run_short_ones, work
+from tests.transaction.held import HELD, SHORT, in_a_thread, run_short_ones, work
 from retryproof import Idempotency
 
 with Idempotency(sys.argv[1], policy=SHORT) as engine:

@@ -1,9 +1,7 @@
 """A message takes effect once, in the consumer's own transaction (T4)."""
 
 import contextlib
-import sqlite3
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
@@ -12,21 +10,9 @@ import pytest
 
 from retryproof import errors
 from retryproof.transaction import Inbox, Outbox
-from tests.transaction.support import Database, insert
+from tests.transaction.support import Database, insert, transaction
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@contextlib.contextmanager
-def transaction(database: Database) -> Iterator[Any]:
-    if database.path is None:
-        with psycopg.connect(database.store) as connection:
-            yield connection
-    else:
-        with contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
 
 
 INBOX = Inbox("billing")

@@ -9,8 +9,7 @@ import pytest
 
 from retryproof import errors
 from retryproof.transaction import ainsert_once, insert_once
-from tests.transaction.support import Database
-from tests.transaction.test_inbox import transaction
+from tests.transaction.support import Database, transaction
 
 pytestmark = pytest.mark.timeout(60)
 

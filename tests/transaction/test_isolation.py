@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from tests.transaction.styles import of_sqlite3
 from tests.transaction.support import Database, insert
-from tests.transaction.test_transactional import of_sqlite3
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -20,8 +20,7 @@ from sqlalchemy.orm import Session
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
 from retryproof.reaper import reap_all
 from retryproof.stores import open_store
-from tests.transaction.support import Database, insert
-from tests.transaction.test_transactional import (
+from tests.transaction.styles import (
     BLOCKING,
     BRIEF,
     ON_LOOP,
@@ -36,6 +35,7 @@ from tests.transaction.test_transactional import (
     of_sqlite3,
     refused_for_good,
 )
+from tests.transaction.support import Database, insert
 
 pytestmark = pytest.mark.timeout(60)
 

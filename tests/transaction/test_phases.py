@@ -11,8 +11,8 @@ import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
 from retryproof.transaction.sqlite import Sqlite
+from tests.transaction.styles import BLOCKING, ON_LOOP, Blocking, OnLoop, abegin, begin, of_psycopg
 from tests.transaction.support import Database, insert
-from tests.transaction.test_transactional import BLOCKING, ON_LOOP, Blocking, OnLoop, abegin, begin, of_psycopg
 
 pytestmark = pytest.mark.timeout(60)
 

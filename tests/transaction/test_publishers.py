@@ -7,7 +7,6 @@ import hmac
 import ssl
 from dataclasses import replace
 from email import message_from_bytes
-from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from retryproof.publishers.httpx import HttpPublisher
 from retryproof.publishers.redis import RedisStreamPublisher
 from retryproof.publishers.smtp import SmtpPublisher
 from tests.conftest import PrivateServer
+from tests.transaction.outgoing import mail
 from tests.transaction.receivers import certificate, http_receiver, smtp_receiver
 
 
@@ -180,17 +180,6 @@ async def test_t7_a_relay_whose_lease_is_over_sends_no_more() -> None:
 
 
 # SMTP
-
-
-def mail(to: str = "ada@example.com", **headers: str) -> bytes:
-    made = EmailMessage()
-    made["From"] = "Shop <shop@example.com>"
-    made["To"] = to
-    made["Subject"] = "Your receipt"
-    for name, value in headers.items():
-        made[name] = value
-    made.set_content("Thank you.\n.\n")
-    return made.as_bytes()
 
 
 def test_m6_an_email_has_the_same_message_id_on_a_resend() -> None:

@@ -21,8 +21,7 @@ from retryproof.stores.sql.outbox import Taken
 from retryproof.stores.sql.plan import Plan, Statement, aperform
 from retryproof.transaction import Relay
 from retryproof.transaction.flights import Pace
-from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
-from tests.transaction.test_relay_slow import PATIENT, running, until
+from tests.transaction.outboxes import PATIENT, QUICK, Database, Noting, running, sqlite_url, until, until_empty
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -18,8 +18,8 @@ import pytest
 from retryproof.core.message import Message
 from retryproof.stores.sql.migrate import migrate
 from tests.transaction.outboxes import Database, sqlite_url
+from tests.transaction.outgoing import mail
 from tests.transaction.receivers import Request, http_receiver, smtp_receiver
-from tests.transaction.test_publishers import mail
 
 LEASE = 1.0
 

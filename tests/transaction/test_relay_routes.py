@@ -21,8 +21,7 @@ from retryproof.publishers.smtp import SmtpPublisher
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
 from retryproof.transaction.routes import EVERYTHING, Routes
-from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
-from tests.transaction.test_relay_slow import until
+from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until, until_empty
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -1,9 +1,8 @@
 """A receiver that hangs for one key holds up that key alone: on both databases, over real HTTP where that matters."""
 
 import threading
-from asyncio import Event, create_task, sleep, timeout, wait_for
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from asyncio import Event, create_task, sleep, wait_for
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -18,10 +17,8 @@ from retryproof.publishers.base import DELIVERED
 from retryproof.publishers.httpx import HttpPublisher
 from retryproof.transaction import Relay, RelayPolicy
 from retryproof.transaction.operator import Operator
-from tests.transaction.outboxes import QUICK, Database, sqlite_url
+from tests.transaction.outboxes import PATIENT, Database, running, sqlite_url, until
 from tests.transaction.receivers import Receiver, Request, http_receiver
-
-PATIENT = replace(QUICK, patience=0.1, timeout=60.0)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -64,29 +61,6 @@ def slow() -> Iterator[Slow]:
         made = Slow(receiver)
         yield made
         made.answer.set()
-
-
-@asynccontextmanager
-async def running(*relays: Relay) -> Any:
-    """The relays at work, and told to stop at the end."""
-    tasks = [create_task(relay.run()) for relay in relays]
-    try:
-        yield
-    finally:
-        for relay in relays:
-            relay.stop()
-        for task in tasks:
-            await wait_for(task, 20.0)
-
-
-async def until(true: Callable[[], object] | Callable[[], Awaitable[object]]) -> None:
-    """Look until something is so."""
-    async with timeout(20.0):
-        while True:
-            found = true()
-            if await found if isinstance(found, Awaitable) else found:
-                return
-            await sleep(0.01)
 
 
 async def test_t6_a_receiver_that_hangs_for_one_key_holds_up_that_key_alone(database: Database, slow: Slow) -> None:
