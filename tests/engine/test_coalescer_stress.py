@@ -28,11 +28,11 @@ from retryproof.core.commands import (
 from retryproof.core.errors import StoreUnavailable
 from retryproof.core.hold import Hold
 from retryproof.drive import clock
-from retryproof.stores.coalesce import Bridge, BridgeEnd, TaskCoalescer, ThreadCoalescer, bridge, tasks
-from retryproof.stores.coalesce.alarm import NEVER, Alarm
-from retryproof.stores.coalesce.bridge import _Crossing
-from retryproof.stores.coalesce.tasks import PORTION, WORTH_SPLITTING
 from retryproof.stores.keeper import Keeper
+from retryproof.stores.lanes import Bridge, BridgeEnd, TaskCoalescer, ThreadCoalescer, bridge, tasks
+from retryproof.stores.lanes.alarm import NEVER, Alarm
+from retryproof.stores.lanes.bridge import _Crossing
+from retryproof.stores.lanes.tasks import PORTION, WORTH_SPLITTING
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
 
 

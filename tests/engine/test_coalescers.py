@@ -15,7 +15,7 @@ import uvloop
 
 from retryproof.core.commands import Acquired, Claim, Complete, Done, Finished, Mismatch, Reply, Running, Unreachable
 from retryproof.stores.base import Capabilities
-from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer, tasks, threads
+from retryproof.stores.lanes import Bridge, TaskCoalescer, ThreadCoalescer, tasks, threads
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
 
 

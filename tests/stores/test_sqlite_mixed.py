@@ -11,7 +11,7 @@ import pytest
 
 from retryproof import Idempotency, Policy, errors
 from retryproof.core.commands import Acquired, Finished, Running, Unreachable
-from retryproof.stores.coalesce import ThreadCoalescer
+from retryproof.stores.lanes import ThreadCoalescer
 from retryproof.stores.sql.sqlite import PATIENCE, SqliteStore
 from retryproof.testing import StoreConformance  # noqa: F401  # before its parts, whose assertions are rewritten
 from retryproof.testing.bench import again, complete, new_claim, renew

@@ -25,9 +25,9 @@ from retryproof.core.commands import Claim, Found, Look, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import Record
 from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
-from retryproof.stores.coalesce import Bridge, TaskCoalescer, ThreadCoalescer
 from retryproof.stores.forks import keep_from_children
 from retryproof.stores.keeper import MAX_UNSTORED, NO_ANSWER, Keeper
+from retryproof.stores.lanes import Bridge, TaskCoalescer, ThreadCoalescer
 from retryproof.stores.threaded import InThread
 from retryproof.stores.url import is_async_url, open_async, open_store
 

@@ -10,8 +10,8 @@ from typing import Any
 from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, Release, Renew, Reply
 from retryproof.core.errors import StoreUnavailable
 from retryproof.stores.base import AsyncStore
-from retryproof.stores.coalesce.alarm import NEVER, Alarm
-from retryproof.stores.coalesce.replies import (
+from retryproof.stores.lanes.alarm import NEVER, Alarm
+from retryproof.stores.lanes.replies import (
     MAX_WAITING,
     Heard,
     Orphaned,

@@ -10,9 +10,9 @@ from contextlib import suppress
 from typing import Any
 
 from retryproof.core.commands import Claim, Reply
-from retryproof.stores.coalesce.alarm import NEVER, Alarm
-from retryproof.stores.coalesce.replies import MAX_WAITING, Orphaned, as_reply, clock, is_orphan, overdue, overfull
-from retryproof.stores.coalesce.threads import ThreadCoalescer
+from retryproof.stores.lanes.alarm import NEVER, Alarm
+from retryproof.stores.lanes.replies import MAX_WAITING, Orphaned, as_reply, clock, is_orphan, overdue, overfull
+from retryproof.stores.lanes.threads import ThreadCoalescer
 
 IDLE_SECONDS = 10.0
 """A thread with nothing to do for so long ends; the next command starts another."""

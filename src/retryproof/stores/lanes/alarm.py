@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from retryproof.stores.coalesce.replies import clock
+from retryproof.stores.lanes.replies import clock
 
 NEVER = float("inf")
 _AFTER = 0.001

@@ -9,8 +9,8 @@ serves threads over a blocking store: the first to arrive sends the batch for al
 next in line takes over. `Bridge` lets tasks of any loop use the latter through one thread.
 """
 
-from retryproof.stores.coalesce.bridge import Bridge, BridgeEnd
-from retryproof.stores.coalesce.tasks import TaskCoalescer
-from retryproof.stores.coalesce.threads import ThreadCoalescer
+from retryproof.stores.lanes.bridge import Bridge, BridgeEnd
+from retryproof.stores.lanes.tasks import TaskCoalescer
+from retryproof.stores.lanes.threads import ThreadCoalescer
 
 __all__ = ["Bridge", "BridgeEnd", "TaskCoalescer", "ThreadCoalescer"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, Release, Renew, Reply
 from retryproof.stores.base import HasCommitGroup, Store
-from retryproof.stores.coalesce.replies import (
+from retryproof.stores.lanes.replies import (
     MAX_WAITING,
     Heard,
     Orphaned,
