@@ -1,7 +1,9 @@
-"""The pumps: they perform what a flow asks for, in a thread or on the event loop. Only here has code a colour.
+"""The pumps: they perform what a generator asks for, in a thread or on the event loop. Only here has code a colour.
 
-A pump gives every store command to the opened store, `Run` and `Pause` to its caller, and the background work
-(`Disown`, `Linger`) to the store's keeper. What a store raises becomes `Unreachable`: the flow decides.
+`pump` and `apump` serve every generator of steps: a SQL plan's statements, a transaction's steps, a step's result that
+is to be kept. `drive`, `abegin` and `afinish` pump a flow: they give every store command to the opened store, `Run` and
+`Pause` to the caller, and the background work (`Disown`, `Linger`) to the store's keeper. What a store raises becomes
+`Unreachable`: the flow decides.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from retryproof.core.commands import (
 )
 from retryproof.core.hold import Hold
 
+S = TypeVar("S")
 T = TypeVar("T")
 Steps = Generator[Command, tuple[Reply, float], T]
 
@@ -40,6 +43,47 @@ clock: Callable[[], float] = (
 )
 """Seconds, by which leases are counted (C6). On Linux `time.monotonic` stands still while the machine is suspended; the
 store's clock, by which the lease ends, goes on."""
+
+
+# Any steps
+
+
+def pump(steps: Generator[S, Any, T], perform: Callable[[S], Any]) -> T:
+    """Perform each step and send its answer, in this thread; what the steps return in the end.
+
+    An Exception that `perform` raises is thrown into the steps: they decide what it means. Any other ends them.
+    """
+    try:
+        step = next(steps)
+        while True:
+            try:
+                answer = perform(step)
+            except Exception as error:  # noqa: BLE001  # the steps decide
+                step = steps.throw(error)
+            else:
+                step = steps.send(answer)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+async def apump(steps: Generator[S, Any, T], perform: Callable[[S], Awaitable[Any]]) -> T:
+    """`pump` on the event loop. A cancellation ends the steps where they are."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                answer = await perform(step)
+            except Exception as error:  # noqa: BLE001  # the steps decide
+                step = steps.throw(error)
+            else:
+                step = steps.send(answer)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+# A flow
 
 
 class Background(Protocol):

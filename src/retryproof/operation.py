@@ -24,7 +24,7 @@ from retryproof.core.failure import outcome_of
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import Steps, clock
+from retryproof.drive import Steps, apump, clock, pump
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
@@ -490,12 +490,7 @@ class BlockingOperation(Operation):
 
     def _keep(self, name: str, value: bytes) -> None:
         steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
-        try:
-            command: Command = next(steps)
-            while True:
-                command = steps.send((self._store.perform(command, self._policy.store_timeout), clock()))
-        except StopIteration as stop:
-            _kept(self, stop.value, name, value)
+        _kept(self, pump(steps, lambda command: (self._ask(command), clock())), name, value)
 
     def _check_astep(self) -> None:
         raise ConfigurationError("This operation is run by a sync engine: use the blocking call, not the awaited one.")
@@ -533,13 +528,11 @@ class LoopOperation(Operation):
         return asyncio.run_coroutine_threadsafe(self._aask(command), self._loop).result()
 
     async def _akeep(self, name: str, value: bytes) -> None:
+        async def ask(command: Command) -> tuple[Reply, float]:
+            return await self._aask(command), clock()
+
         steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
-        try:
-            command: Command = next(steps)
-            while True:
-                command = steps.send((await self._store.perform(command, self._policy.store_timeout), clock()))
-        except StopIteration as stop:
-            _kept(self, stop.value, name, value)
+        _kept(self, await apump(steps, ask), name, value)
 
     def _keep(self, name: str, value: bytes) -> None:
         """From a thread that the handler runs in."""

@@ -8,6 +8,7 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 from retryproof.core.errors import ConfigurationError
+from retryproof.drive import apump, pump
 from retryproof.stores.sql.plan import Row, Statement
 from retryproof.transaction.connections import adapt
 
@@ -43,18 +44,7 @@ def insert_once(
     if iscoroutinefunction(adapted.execute):
         raise ConfigurationError("This connection is awaited: use ainsert_once.")
     adapted.check_open()
-    try:
-        statement = next(steps)
-        while True:
-            try:
-                rows = adapted.execute(statement)
-            except Exception as error:  # noqa: BLE001  # the steps know which one means that the row is there
-                statement = steps.throw(error)
-            else:
-                statement = steps.send(rows)
-    except StopIteration as stop:
-        result: Inserted = stop.value
-        return result
+    return pump(steps, adapted.execute)
 
 
 async def ainsert_once(
@@ -66,18 +56,7 @@ async def ainsert_once(
     if not iscoroutinefunction(adapted.execute):
         raise ConfigurationError("This connection blocks: use insert_once.")
     await adapted.check_open()
-    try:
-        statement = next(steps)
-        while True:
-            try:
-                rows = await adapted.execute(statement)
-            except Exception as error:  # noqa: BLE001  # as above
-                statement = steps.throw(error)
-            else:
-                statement = steps.send(rows)
-    except StopIteration as stop:
-        result: Inserted = stop.value
-        return result
+    return await apump(steps, adapted.execute)
 
 
 def _steps(

@@ -61,7 +61,7 @@ from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
 from retryproof.core.record import State
-from retryproof.drive import clock
+from retryproof.drive import apump, clock, pump
 from retryproof.operation import Operation, Settled, lease_lost
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql import postgres, sqlite_plans
@@ -373,11 +373,17 @@ class BlockingTransaction:
         async def call(function: Callable[..., Any], *args: Any) -> Any:
             return function(*args) if here else await loop.run_in_executor(None, function, *args)
 
-        async def on_connection(step: Statement | Do) -> Any:
-            return await call(self._on_connection, step)
+        async def perform(step: Step) -> Any:
+            match step:
+                case Ask(command):
+                    return await ask(command)
+                case Pause(seconds):
+                    return await asyncio.sleep(seconds)
+                case _:
+                    return await call(self._on_connection, step)
 
         try:
-            return await _apump(settling(self.place, outcome, self.broken()), on_connection, ask)
+            return await apump(settling(self.place, outcome, self.broken()), perform)
         finally:
             self.let_go()
             await call(self._close)
@@ -400,7 +406,17 @@ class BlockingTransaction:
 
     def pump(self, steps: Steps[T], ask: Callable[[Any], Any]) -> T:
         """Do the steps; `ask` gives a command to the store."""
-        return _pump(steps, self._on_connection, ask, time.sleep)
+
+        def perform(step: Step) -> Any:
+            match step:
+                case Ask(command):
+                    return ask(command)
+                case Pause(seconds):
+                    return time.sleep(seconds)
+                case _:
+                    return self._on_connection(step)
+
+        return pump(steps, perform)
 
     def _on_connection(self, step: Statement | Do) -> Any:
         match step:
@@ -462,7 +478,17 @@ class LoopTransaction:
 
     async def pump(self, steps: Steps[T], ask: Callable[[Any], Awaitable[Any]]) -> T:
         """Do the steps; `ask` gives a command to the store."""
-        return await _apump(steps, self._on_connection, ask)
+
+        async def perform(step: Step) -> Any:
+            match step:
+                case Ask(command):
+                    return await ask(command)
+                case Pause(seconds):
+                    return await asyncio.sleep(seconds)
+                case _:
+                    return await self._on_connection(step)
+
+        return await apump(steps, perform)
 
     async def _on_connection(self, step: Statement | Do) -> Any:
         match step:
@@ -533,57 +559,6 @@ def _check_usable(adapted: BlockingConnection | LoopConnection, *, lent: bool) -
     reason = adapted.unusable(to_commit=True) or (None if lent else adapted.block())
     if reason is not None:
         raise refused(reason, getattr(adapted, "ADVICE", ""))
-
-
-def _pump(
-    steps: Steps[T],
-    on_connection: Callable[[Statement | Do], Any],
-    ask: Callable[[Any], Any],
-    sleep: Callable[[float], None],
-) -> T:
-    try:
-        step = next(steps)
-        while True:
-            try:
-                match step:
-                    case Ask(command):
-                        reply = ask(command)
-                    case Pause(seconds):
-                        reply = None
-                        sleep(seconds)
-                    case _:
-                        reply = on_connection(step)
-            except Exception as error:  # noqa: BLE001  # the steps decide
-                step = steps.throw(error)
-            else:
-                step = steps.send(reply)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-
-
-async def _apump(
-    steps: Steps[T], on_connection: Callable[[Statement | Do], Awaitable[Any]], ask: Callable[[Any], Awaitable[Any]]
-) -> T:
-    try:
-        step = next(steps)
-        while True:
-            try:
-                match step:
-                    case Ask(command):
-                        reply = await ask(command)
-                    case Pause(seconds):
-                        reply = None
-                        await asyncio.sleep(seconds)
-                    case _:
-                        reply = await on_connection(step)
-            except Exception as error:  # noqa: BLE001  # the steps decide
-                step = steps.throw(error)
-            else:
-                step = steps.send(reply)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
 
 
 # What an operation calls

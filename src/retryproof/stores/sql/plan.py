@@ -6,9 +6,11 @@ on the caller's, inside the caller's own transaction.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from retryproof.drive import apump, pump
 
 T = TypeVar("T")
 Row = Sequence[Any]
@@ -39,23 +41,7 @@ class Joining:
 Plan = Generator[Statement, Sequence[Row], T]
 
 
-def perform(plan: Plan[T], execute: Callable[[Statement], Sequence[Row]]) -> T:
-    """Pump a plan on a connection that blocks."""
-    try:
-        statement = next(plan)
-        while True:
-            statement = plan.send(execute(statement))
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-
-
-async def aperform(plan: Plan[T], execute: Callable[[Statement], Awaitable[Sequence[Row]]]) -> T:
-    """Pump a plan on a connection of the event loop."""
-    try:
-        statement = next(plan)
-        while True:
-            statement = plan.send(await execute(statement))
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
+perform = pump
+"""Pump a plan on a connection that blocks."""
+aperform = apump
+"""Pump a plan on a connection of the event loop."""
