@@ -7,7 +7,7 @@ import sys
 import psycopg
 
 from retryproof import Idempotency, Policy, current_operation
-from retryproof.transaction.psycopg import Psycopg
+from retryproof.sql.callers.psycopg import Psycopg
 
 URL, POINT = sys.argv[1:]
 

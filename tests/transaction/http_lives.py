@@ -36,15 +36,15 @@ from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.fastapi import transaction
 from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.sql.callers.aiosqlite import Aiosqlite
+from retryproof.sql.callers.asyncpg import Asyncpg
+from retryproof.sql.callers.psycopg import AsyncPsycopg, Psycopg
+from retryproof.sql.callers.sqlalchemy import OfAsync
+from retryproof.sql.callers.sqlite import Sqlite
 from retryproof.stores import open_store
 from retryproof.stores.sql.plan import Statement
 from retryproof.stores.url import open_async
 from retryproof.testing.crash import CrashPoints
-from retryproof.transaction.aiosqlite import Aiosqlite
-from retryproof.transaction.asyncpg import Asyncpg
-from retryproof.transaction.psycopg import AsyncPsycopg, Psycopg
-from retryproof.transaction.sqlalchemy import OfAsync
-from retryproof.transaction.sqlite import Sqlite
 from tests.crash.lives import end_with_input, say
 
 BLOCKING: tuple[Any, ...] = (Psycopg, Sqlite)

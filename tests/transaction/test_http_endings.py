@@ -22,9 +22,9 @@ from retryproof.core.record import State
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.fastapi import blocking_transaction, transaction
+from retryproof.sql.callers.asyncpg import Asyncpg
+from retryproof.sql.callers.psycopg import AsyncPsycopg
 from retryproof.testing.link import FaultLink
-from retryproof.transaction.asyncpg import Asyncpg
-from retryproof.transaction.psycopg import AsyncPsycopg
 from tests.transaction.support import Database, insert
 
 pytestmark = pytest.mark.timeout(60)

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
-from retryproof.transaction.sqlite import Sqlite
+from retryproof.sql.callers.sqlite import Sqlite
 from tests.transaction.styles import BLOCKING, ON_LOOP, Blocking, OnLoop, abegin, begin, of_psycopg
 from tests.transaction.support import Database, insert
 
@@ -360,7 +360,7 @@ def test_c14_a_result_that_cannot_be_kept_is_refused_and_rolls_back(postgres: Da
 def test_c3_a_commit_whose_answer_is_lost_is_settled_by_the_record(
     postgres: Database, committed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retryproof.transaction.psycopg import Psycopg
+    from retryproof.sql.callers.psycopg import Psycopg
 
     commit = Psycopg.commit
 

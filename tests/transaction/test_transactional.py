@@ -535,7 +535,7 @@ def test_what_a_session_has_pending_fails_before_the_record_is_touched(postgres:
 def test_c3_a_commit_whose_answer_is_lost_is_settled_by_the_record(
     postgres: Database, committed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retryproof.transaction.psycopg import Psycopg
+    from retryproof.sql.callers.psycopg import Psycopg
 
     commit = Psycopg.commit
 
@@ -568,7 +568,7 @@ def test_c3_a_commit_that_is_still_on_its_way_is_waited_for(
     """A release cannot pass while the transaction holds the row, so what it says is final."""
     import threading
 
-    from retryproof.transaction.psycopg import Psycopg
+    from retryproof.sql.callers.psycopg import Psycopg
 
     commit = Psycopg.commit
     threads: list[threading.Timer] = []

@@ -29,9 +29,9 @@ from uuid import UUID
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 from retryproof.core.record import microseconds
+from retryproof.sql.callers import BlockingConnection, LoopConnection, adapt, missing_table
 from retryproof.stores.sql.inbox import Entry, InboxPlans
 from retryproof.stores.sql.plan import Plan, aperform, perform
-from retryproof.transaction.connections import BlockingConnection, LoopConnection, adapt, missing_table
 
 T = TypeVar("T")
 

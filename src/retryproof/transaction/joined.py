@@ -63,11 +63,7 @@ from retryproof.core.policy import Policy
 from retryproof.core.record import State
 from retryproof.drive import apump, clock, pump
 from retryproof.operation import Operation, Settled, lease_lost
-from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql import postgres, sqlite_plans
-from retryproof.stores.sql.plan import Joining, Plan, Statement
-from retryproof.stores.sql.postgres_statements import TABLE
-from retryproof.transaction.connections import (
+from retryproof.sql.callers import (
     SAVEPOINT,
     BlockingConnection,
     LoopConnection,
@@ -76,6 +72,10 @@ from retryproof.transaction.connections import (
     refused,
     unknown,
 )
+from retryproof.stores.memory import wall_clock
+from retryproof.stores.sql import postgres, sqlite_plans
+from retryproof.stores.sql.plan import Joining, Plan, Statement
+from retryproof.stores.sql.postgres_statements import TABLE
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")

@@ -9,11 +9,7 @@ from uuid import UUID
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import PARTITIONS, Message, chain_of, partition_of, uuid7
-from retryproof.stores.sql.outbox import OutboxPlans
-from retryproof.stores.sql.outbox_postgres import PostgresOutbox
-from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
-from retryproof.stores.sql.plan import Plan, aperform, perform
-from retryproof.transaction.connections import (
+from retryproof.sql.callers import (
     FAILED,
     BlockingConnection,
     LoopConnection,
@@ -23,6 +19,10 @@ from retryproof.transaction.connections import (
     refused,
     sqlstate_of,
 )
+from retryproof.stores.sql.outbox import OutboxPlans
+from retryproof.stores.sql.outbox_postgres import PostgresOutbox
+from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
+from retryproof.stores.sql.plan import Plan, aperform, perform
 
 MAX_PAYLOAD = 1 << 20
 """Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""

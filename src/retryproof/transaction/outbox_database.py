@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.sql.callers import sqlstate_of
 from retryproof.stores.sql.inbox import InboxPlans
 from retryproof.stores.sql.outbox import OutboxPlans
 from retryproof.stores.sql.outbox_postgres import CHANNEL, PostgresOutbox
@@ -16,7 +17,6 @@ from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
 from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.postgres_url import parse
 from retryproof.stores.sql.sqlite import SqliteStore, from_url
-from retryproof.transaction.connections import sqlstate_of
 
 T = TypeVar("T")
 POSTGRES = ("postgresql", "postgres", "postgresql+asyncpg")

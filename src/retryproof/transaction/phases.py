@@ -38,11 +38,11 @@ from retryproof.core.keys import short_digest
 from retryproof.core.record import State
 from retryproof.drive import clock
 from retryproof.operation import Operation, lease_lost
+from retryproof.sql.callers import missing_table
 from retryproof.stores.memory import wall_clock
 from retryproof.stores.sql import postgres, sqlite_plans
 from retryproof.stores.sql.plan import Plan
 from retryproof.stores.sql.worklist import Entry, Worklist
-from retryproof.transaction.connections import missing_table
 from retryproof.transaction.joined import (
     ANOTHER,
     Ask,

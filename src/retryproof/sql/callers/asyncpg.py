@@ -9,8 +9,8 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
+from retryproof.sql.callers import BLOCK, CLOSED, NOT_OPEN, OnLoop, innermost
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import BLOCK, CLOSED, NOT_OPEN, OnLoop, innermost
 
 _CONNECTIONS = (asyncpg.Connection, PoolConnectionProxy)
 

@@ -104,19 +104,19 @@ class LoopConnection(Protocol):
 
 
 _ADAPTERS = {
-    "psycopg": "retryproof.transaction.psycopg",
-    "psycopg_pool": "retryproof.transaction.psycopg",
-    "asyncpg": "retryproof.transaction.asyncpg",
-    "sqlalchemy": "retryproof.transaction.sqlalchemy",
-    "sqlmodel": "retryproof.transaction.sqlalchemy",
-    "django": "retryproof.transaction.django",
-    "sqlite3": "retryproof.transaction.sqlite",
-    "aiosqlite": "retryproof.transaction.aiosqlite",
-    "pymysql": "retryproof.transaction.mysql",
-    "MySQLdb": "retryproof.transaction.mysql",
-    "asyncmy": "retryproof.transaction.mysql",
-    "aiomysql": "retryproof.transaction.mysql",
-    "mysql": "retryproof.transaction.mysql",
+    "psycopg": "retryproof.sql.callers.psycopg",
+    "psycopg_pool": "retryproof.sql.callers.psycopg",
+    "asyncpg": "retryproof.sql.callers.asyncpg",
+    "sqlalchemy": "retryproof.sql.callers.sqlalchemy",
+    "sqlmodel": "retryproof.sql.callers.sqlalchemy",
+    "django": "retryproof.sql.callers.django",
+    "sqlite3": "retryproof.sql.callers.sqlite",
+    "aiosqlite": "retryproof.sql.callers.aiosqlite",
+    "pymysql": "retryproof.sql.callers.mysql",
+    "MySQLdb": "retryproof.sql.callers.mysql",
+    "asyncmy": "retryproof.sql.callers.mysql",
+    "aiomysql": "retryproof.sql.callers.mysql",
+    "mysql": "retryproof.sql.callers.mysql",
 }
 """By the package that a connection's class, or a class that it inherits from, comes from."""
 

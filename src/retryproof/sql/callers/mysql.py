@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from retryproof.sql.callers import AUTOCOMMIT, CLOSED, Blocking, OnLoop, percent, refused
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import AUTOCOMMIT, CLOSED, Blocking, OnLoop, percent, refused
 
 ADVICE = "Turn autocommit off, or begin a transaction."
 IN_TRANSACTION = 1

@@ -15,8 +15,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, scoped_session
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import (
+from retryproof.sql.callers import (
     AUTOCOMMIT,
     BLOCK,
     CLOSED,
@@ -29,6 +28,7 @@ from retryproof.transaction.connections import (
     innermost,
     percent,
 )
+from retryproof.stores.sql.plan import Row, Statement
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession

@@ -6,8 +6,8 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from retryproof.sql.callers import CLOSED, NOT_OPEN, Blocking
 from retryproof.stores.sql.plan import Row, Statement
-from retryproof.transaction.connections import CLOSED, NOT_OPEN, Blocking
 
 
 def adapt(connection: Any) -> Sqlite | None:
