@@ -46,7 +46,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "What clients retry": ("retryproof.client", ("RetryPolicy", "RetryBudget")),
     "Stores": (
         "retryproof.stores",
-        ("open_store", "aopen_store", "Store", "AsyncStore", "Capabilities", "Reaped", "MemoryStore"),
+        ("open_store", "aopen_store", "Store", "AsyncStore", "Capabilities", "Reaped", "MemoryStore", "InLoop"),
     ),
     "SQLite": ("retryproof.stores.sql.sqlite", ("SqliteStore",)),
     "Redis and Valkey": ("retryproof.stores.redis", ("RedisStore", "AsyncRedisStore")),
@@ -77,6 +77,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "Codec": ("name", "encode", "decode"),
     "Traces": ("current_trace",),
     "ManualClock": ("seconds", "advance"),
+    "InLoop": ("close",),
 }
 """What of a class is for callers; the rest is for adapters, or said once, at the protocol that it follows."""
 

@@ -12,7 +12,7 @@ NAMES = {
         "errors",
         "operation_key",
     },
-    "retryproof.stores": {"aopen_store", "open_store"},
+    "retryproof.stores": {"InLoop", "aopen_store", "open_store"},
     "retryproof.http": {"by_header", "by_host", "by_user", "single_tenant"},
     "retryproof.http.asgi": {"IdempotencyMiddleware"},
     "retryproof.client.httpx": {"AsyncRetryTransport", "RetryTransport"},

@@ -99,6 +99,10 @@ class Record:
         """Whether a claim may treat it as absent. What has no outcome never is: only reaping ends it (I7)."""
         return self.settled and now >= self.expires_at
 
+    def over(self, now: int) -> bool:
+        """Whether reaping may end it: its time is over, whatever is known of it, and nobody holds it."""
+        return now >= self.expires_at and not self.live(now)
+
     def live(self, now: int) -> bool:
         """Whether an attempt holds it."""
         return self.state is State.IN_PROGRESS and now < self.lease_until

@@ -110,7 +110,7 @@ class MemoryStore:
         with self._lock:
             now = self._clock()
             ended = [record.id for record in told if self._end(record, now)]
-            over = [record for record in self._records.values() if _is_over(record, now)]
+            over = [record for record in self._records.values() if record.over(now)]
             settled = [record for record in over[:limit] if record.settled]
             for record in settled:
                 del self._records[record.id]
@@ -129,7 +129,7 @@ class MemoryStore:
 
     def _end(self, told: Record, now: int) -> bool:
         record = self._records.get(told.id)
-        if record is None or (record.nonce, record.token) != (told.nonce, told.token) or not _is_over(record, now):
+        if record is None or (record.nonce, record.token) != (told.nonce, told.token) or not record.over(now):
             return False
         del self._records[told.id]
         return True
@@ -156,7 +156,3 @@ class MemoryStore:
                 self._records.move_to_end(id)
                 return
             del self._records[id]
-
-
-def _is_over(record: Record, now: int) -> bool:
-    return now >= record.expires_at and not record.live(now)

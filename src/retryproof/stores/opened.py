@@ -17,7 +17,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,7 @@ from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import Record
 from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
 from retryproof.stores.forks import keep_from_children
+from retryproof.stores.forwarding import ForwardingStore
 from retryproof.stores.keeper import MAX_UNSTORED, NO_ANSWER, Keeper
 from retryproof.stores.lanes import Bridge, TaskCoalescer, ThreadCoalescer
 from retryproof.stores.threaded import InThread
@@ -145,7 +146,7 @@ class AsyncOpened:
                 return self.store.keeper()
             except ConfigurationError as error:
                 logger.warning("Leases are renewed through the event loop, and are lost where it blocks: %s", error)
-        return cast(Store, _OnLoop(self.store, self.loop))
+        return _OnLoop(self.store, self.loop)
 
     def check_usable(self) -> None:
         """Refuse to be used in another event loop or process than its own."""
@@ -230,7 +231,7 @@ class _InTurn:
         """The store is its opener's."""
 
 
-class _OnLoop:
+class _OnLoop(ForwardingStore):
     """An async store that has no keeper of its own, as the keeper's thread uses it: through the store's event loop.
 
     A handler that blocks that loop for longer than its lease loses it.
@@ -241,25 +242,21 @@ class _OnLoop:
     def __init__(self, store: AsyncStore, loop: asyncio.AbstractEventLoop) -> None:
         self.capabilities: Capabilities = store.capabilities
         self._loop = loop
-        for name in ("claim", "complete", "release", "renew", "checkpoint", "get", "scan", "evict", "reap"):
-            setattr(self, name, self._blocking(getattr(store, name)))
+        self._calls = store
 
-    def _blocking(self, call: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., T]:
-        def wait(*args: Any, **options: Any) -> T:
-            work = call(*args, **options)
-            try:
-                future = asyncio.run_coroutine_threadsafe(work, self._loop)
-            except RuntimeError:  # the loop is closed
-                work.close()
-                raise
-            try:
-                return future.result(self.SECONDS)
-            finally:
-                future.cancel()  # one that has not ended in time
-                if self._loop.is_closed():
-                    work.close()  # and will never begin
-
-        return wait
+    def _make(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        work = call(*arguments, **options)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop is closed
+            work.close()
+            raise
+        try:
+            return future.result(self.SECONDS)
+        finally:
+            future.cancel()  # one that has not ended in time
+            if self._loop.is_closed():
+                work.close()  # and will never begin
 
     def close(self) -> None:
         """The store is its opener's."""
@@ -403,7 +400,8 @@ class Source:
             return open_blocking(self.given.blocking, self._max_unstored)
         if self._async:
             raise ConfigurationError(
-                f"{type(self.given).__name__} is an async store; a sync engine takes a blocking one or a URL."
+                f"{type(self.given).__name__} is an async store, which belongs to an event loop; a sync engine takes a "
+                "blocking store, a URL, or stores.InLoop(make_store), which gives it a loop of its own."
             )
         return open_blocking(cast(Store, self.given), self._max_unstored)
 
