@@ -12,10 +12,10 @@ import pytest
 from retryproof.client import RetryBudget, RetryPolicy
 from retryproof.client.flow import (
     Answered,
+    AttemptEnd,
     Broken,
     Call,
     Pause,
-    Reply,
     Resumed,
     Send,
     Stop,
@@ -38,7 +38,7 @@ def answered(status: int, headers: dict[str, str] | None = None, code: str | Non
 
 
 def outcome(
-    call: Call, replies: Iterable[Reply], policy: RetryPolicy = POLICY, budget: RetryBudget | None = None
+    call: Call, replies: Iterable[AttemptEnd], policy: RetryPolicy = POLICY, budget: RetryBudget | None = None
 ) -> Stop:
     """Run one call over these replies; pauses take no time."""
     flow = retrying(call, policy, budget or RetryBudget(burst=math.inf), lambda: 0.0)

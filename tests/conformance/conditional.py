@@ -10,24 +10,24 @@ from typing import Any, TypeVar
 from retryproof.core.errors import StoreUnavailable
 from retryproof.stores.base import Capabilities
 from retryproof.stores.conditional import (
-    REFUSED,
+    KEPT,
     WRITTEN,
     AsyncConditionalStore,
     ConditionalStore,
+    EngineStep,
     Item,
+    Kept,
     Over,
-    Put,
+    PutItem,
     Read,
-    Refused,
-    Remove,
+    RemoveItem,
     Scan,
-    Step,
     Write,
     Written,
 )
 
 T = TypeVar("T")
-Answer = Written | Refused | StoreUnavailable
+Answer = Written | Kept | StoreUnavailable
 PAGE = 3
 """Items that a scan gives at once, however many are wanted: engines have pages of their own."""
 
@@ -39,12 +39,12 @@ class Engine:
 
     def __init__(self, fault: Callable[[int], str] = lambda number: "") -> None:
         self.items: dict[bytes, Item] = {}
-        self.steps: list[Step] = []
+        self.steps: list[EngineStep] = []
         self._fault = fault
         self._changes = 0
         self._lock = Lock()
 
-    def perform(self, step: Step) -> Any:
+    def perform(self, step: EngineStep) -> Any:
         """Do a step; each change of a write stands on its own."""
         with self._lock:
             self.steps.append(step)
@@ -61,12 +61,12 @@ class Engine:
                     size = min(limit, PAGE)
                     return [self.items[id] for id in behind[:size]], len(behind) > size
 
-    async def aperform(self, step: Step) -> Any:
+    async def aperform(self, step: EngineStep) -> Any:
         """The same, awaited."""
         await asyncio.sleep(0)
         return self.perform(step)
 
-    def _change(self, change: Put | Remove) -> Answer:
+    def _change(self, change: PutItem | RemoveItem) -> Answer:
         number, self._changes = self._changes, self._changes + 1
         fault = self._fault(number)
         lost = StoreUnavailable(f"change {number} failed {fault} it was done")
@@ -75,12 +75,12 @@ class Engine:
         answer = self._changed(change)
         return lost if fault == "after" else answer
 
-    def _changed(self, change: Put | Remove) -> Answer:
-        id = change.id if isinstance(change, Remove) else change.item.record.id
+    def _changed(self, change: PutItem | RemoveItem) -> Answer:
+        id = change.id if isinstance(change, RemoveItem) else change.item.record.id
         there = self.items.get(id)
         if (None if there is None else there.stamp) != change.expected:
-            return REFUSED
-        if isinstance(change, Remove):
+            return KEPT
+        if isinstance(change, RemoveItem):
             del self.items[id]
         else:
             self.items[id] = change.item

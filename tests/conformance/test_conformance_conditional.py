@@ -15,7 +15,7 @@ from retryproof.core.errors import StoreUnavailable
 from retryproof.core.record import State
 from retryproof.stores import InLoop
 from retryproof.stores.base import AsyncStore, Store
-from retryproof.stores.conditional import Put, Read, Remove, Write
+from retryproof.stores.conditional import PutItem, Read, RemoveItem, Write
 from retryproof.stores.memory import wall_clock
 from retryproof.testing import AsyncStoreConformance, ManualClock, StoreConformance
 from retryproof.testing.bench import again, checkpoint, complete, new_claim, release, renew
@@ -176,7 +176,7 @@ def test_i2_a_write_that_arrives_late_changes_nothing(engine: Engine, clock: Man
     (anew,) = store(engine, clock).claim([claim])
     assert isinstance(anew, Acquired)
     before = dict(engine.items)
-    engine.perform(Write([late, Remove(claim.id, late.expected or b"")]))
+    engine.perform(Write([late, RemoveItem(claim.id, late.expected or b"")]))
     assert engine.items == before
 
 
@@ -208,7 +208,7 @@ def test_c12_what_was_claimed_again_since_its_end_was_told_is_not_removed(engine
     perform = engine.perform
 
     def claims_first(step: Any) -> Any:
-        if isinstance(step, Write) and any(isinstance(change, Remove) for change in step.changes):
+        if isinstance(step, Write) and any(isinstance(change, RemoveItem) for change in step.changes):
             engine.perform = perform  # type: ignore[method-assign]  # once
             (reply,) = rival.claim([again(claim, lease=60.0)])
             assert isinstance(reply, Acquired)
@@ -231,4 +231,4 @@ def test_reads_and_writes_of_a_batch_travel_together(engine: Engine, clock: Manu
         for step in engine.steps
         if isinstance(step, Read | Write)
     ] == [(Write, 20), (Read, 20)]
-    assert all(isinstance(change, Put) for change in engine.steps[0].changes)  # type: ignore[union-attr]  # a Write
+    assert all(isinstance(change, PutItem) for change in engine.steps[0].changes)  # type: ignore[union-attr]  # a Write

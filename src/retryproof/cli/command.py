@@ -32,9 +32,10 @@ class Usage(click.ClickException):
     exit_code = exits.USAGE
 
 
-class Unreachable(click.ClickException):
+class NoAnswer(click.ClickException):
     """The store gave no answer: exit code 3."""
 
+    kind = "unreachable"
     exit_code = exits.UNREACHABLE
 
 
@@ -54,7 +55,7 @@ def json_option(function: Function) -> Function:
         except click.ClickException as error:
             if not as_json:
                 raise
-            kind = type(error).__name__.lower()
+            kind = getattr(error, "kind", type(error).__name__.lower())
             click.echo(json_text({"error": {"kind": kind, "message": error.format_message()}}, indent=None))
             sys.exit(error.exit_code)
 
@@ -83,7 +84,7 @@ def messages(*, secret_url: str) -> Iterator[None]:
     except ConfigurationError as error:
         raise Usage(said(error)) from error
     except StoreUnavailable as error:
-        raise Unreachable(said(error)) from error
+        raise NoAnswer(said(error)) from error
     except Unreadable as error:
         raise Refused(said(error)) from error
     except IdempotencyError as error:

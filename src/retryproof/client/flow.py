@@ -96,12 +96,12 @@ class Resumed:
     now: float
 
 
-Command = Send | Pause | Stop
-Reply = Answered | Broken | Resumed
-Flow = Generator[Command, Reply, None]
+ClientCommand = Send | Pause | Stop
+AttemptEnd = Answered | Broken | Resumed
+CallFlow = Generator[ClientCommand, AttemptEnd, None]
 
 
-def retrying(call: Call, policy: RetryPolicy, budget: RetryBudget, random: Callable[[], float]) -> Flow:
+def retrying(call: Call, policy: RetryPolicy, budget: RetryBudget, random: Callable[[], float]) -> CallFlow:
     """Drive one call to its end; `random` gives numbers in [0, 1)."""
     ends_at = call.started + policy.deadline
     budget.deposit()

@@ -30,7 +30,18 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("RetryTransport needs httpx: pip install 'retryproof[httpx]'", name="httpx") from missing
 
 from retryproof.client.budget import RetryBudget
-from retryproof.client.flow import Answered, Broken, Call, Command, Pause, Resumed, Send, Stop, problem_code, retrying
+from retryproof.client.flow import (
+    Answered,
+    Broken,
+    Call,
+    ClientCommand,
+    Pause,
+    Resumed,
+    Send,
+    Stop,
+    problem_code,
+    retrying,
+)
 from retryproof.client.policy import RetryPolicy
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.operation_key import current_operation_key
@@ -44,7 +55,7 @@ _HOPELESS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
 
 _TIMEOUTS = ("connect", "read", "write", "pool")
 
-Outcome = httpx.Response | httpx.TransportError
+ResponseOrError = httpx.Response | httpx.TransportError
 
 
 class _Exchange:
@@ -60,7 +71,7 @@ class _Exchange:
         self._transport = transport
         self._policy = policy
         self._attempt = 1
-        self._outcome: Outcome
+        self._outcome: ResponseOrError
         self._flow = retrying(self.call, policy, transport.budget, transport.random)
 
     def _once(self, policy: RetryPolicy) -> RetryPolicy:
@@ -73,10 +84,10 @@ class _Exchange:
             )
         return replace(policy, max_attempts=1)
 
-    def begin(self) -> Command:
+    def begin(self) -> ClientCommand:
         return next(self._flow)
 
-    def tell(self, outcome: Outcome) -> Command:
+    def tell(self, outcome: ResponseOrError) -> ClientCommand:
         self._outcome = outcome
         now = self._transport.monotonic()
         if isinstance(outcome, httpx.Response):
@@ -86,7 +97,7 @@ class _Exchange:
             )
         return self._flow.send(Broken(sent=not isinstance(outcome, _UNSENT), now=now))
 
-    def resume(self) -> Command:
+    def resume(self) -> ClientCommand:
         return self._flow.send(Resumed(self._transport.monotonic()))
 
     def request_for(self, send: Send) -> httpx.Request:
@@ -200,7 +211,7 @@ class RetryTransport(httpx.BaseTransport):
             exchange.name_key(error)
             raise
 
-    def _send(self, exchange: _Exchange, command: Send) -> Outcome:
+    def _send(self, exchange: _Exchange, command: Send) -> ResponseOrError:
         try:
             response = self._transport.handle_request(exchange.request_for(command))
             if not exchange.reads(response):
@@ -271,7 +282,7 @@ class AsyncRetryTransport(httpx.AsyncBaseTransport):
             exchange.name_key(error)
             raise
 
-    async def _send(self, exchange: _Exchange, command: Send) -> Outcome:
+    async def _send(self, exchange: _Exchange, command: Send) -> ResponseOrError:
         try:
             response = await self._transport.handle_async_request(exchange.request_for(command))
             if not exchange.reads(response):

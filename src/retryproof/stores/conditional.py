@@ -64,7 +64,7 @@ class Read:
 
 
 @value
-class Put:
+class PutItem:
     """Write this item, if the item that is there has the stamp `expected`; None: if nothing is there."""
 
     item: Item
@@ -72,8 +72,8 @@ class Put:
 
 
 @value
-class Remove:
-    """Remove the item with this id, if it has this stamp."""
+class RemoveItem:
+    """RemoveItem the item with this id, if it has this stamp."""
 
     id: bytes
     expected: bytes
@@ -81,9 +81,9 @@ class Remove:
 
 @value
 class Write:
-    """Do each of these, or refuse it; answered with `Written | Refused | StoreUnavailable` for each, in order."""
+    """Do each of these, or refuse it; answered with `Written | Kept | StoreUnavailable` for each, in order."""
 
-    changes: Sequence[Put | Remove]
+    changes: Sequence[PutItem | RemoveItem]
 
 
 @value
@@ -109,8 +109,8 @@ class Scan:
     limit: int
 
 
-Step = Read | Write | Over | Scan
-Plan: TypeAlias = Generator[Step, Any, T]
+EngineStep = Read | Write | Over | Scan
+Plan: TypeAlias = Generator[EngineStep, Any, T]
 
 
 @value
@@ -119,11 +119,11 @@ class Written:
 
 
 @value
-class Refused:
+class Kept:
     """Another item was there, or none."""
 
 
-WRITTEN, REFUSED = Written(), Refused()
+WRITTEN, KEPT = Written(), Kept()
 
 Rule = Callable[[Record | None, Any, int], tuple[Record | None, Any]]
 
@@ -189,12 +189,12 @@ class Plans:
                 for one, item in zip(unseen, items, strict=True):
                     one.see(item, read=True)
             now = self._clock()
-            puts: list[tuple[_Pending, Put, Any]] = []
+            puts: list[tuple[_Pending, PutItem, Any]] = []
             for one in left:
                 there = one.item
                 written, reply = rule(None if there is None else there.record, one.command, now)
                 if written is not None:
-                    put = Put(Item(written, os.urandom(16)), None if there is None else there.stamp)
+                    put = PutItem(Item(written, os.urandom(16)), None if there is None else there.stamp)
                     puts.append((one, put, reply))
                 elif one.read:
                     replies[one.place], one.done = reply, True
@@ -205,7 +205,7 @@ class Plans:
                 for (one, put, reply), answer in zip(puts, answers, strict=True):
                     one.seen = False
                     self._heard(put.item, answer)
-                    if not isinstance(answer, Refused):
+                    if not isinstance(answer, Kept):
                         replies[one.place], one.done = reply if isinstance(answer, Written) else answer, True
             left = [one for one in left if not one.done]
             if not left:
@@ -245,7 +245,7 @@ class Plans:
         return (yield from self._remove(ids, lambda record, now: not record.live(now), absent=True))
 
     def reap(self, limit: int, told: Sequence[Record]) -> Plan[Reaped]:
-        """Remove what is settled and over, find what is not settled and over, end what was told."""
+        """RemoveItem what is settled and over, find what is not settled and over, end what was told."""
         marks = {record.id: (record.nonce, record.token) for record in told}
         gone = yield from self._remove(
             list(marks), lambda record, now: record.over(now) and (record.nonce, record.token) == marks[record.id]
@@ -256,7 +256,7 @@ class Plans:
         now = self._clock()
         items = [item for item in (yield Over(now, limit + 1)) if item.record.over(now)]
         page = items[:limit]
-        settled = [Remove(item.record.id, item.stamp) for item in page if item.record.settled]
+        settled = [RemoveItem(item.record.id, item.stamp) for item in page if item.record.settled]
         answers = (yield Write(settled)) if settled else ()
         removed = sum(isinstance(answer, Written) for answer in answers)
         unsettled = [_as_read(item.record, now) for item in page if not item.record.settled]
@@ -265,7 +265,7 @@ class Plans:
     def _remove(
         self, ids: Sequence[bytes], may_go: Callable[[Record, int], bool], *, absent: bool = False
     ) -> Plan[list[bool]]:
-        """Remove each record that may go, on what was read of it; whether it is gone. absent: what is not there is."""
+        """Remove each record that may go; whether it is gone. absent: what an id that is not there is called."""
         gone = dict.fromkeys(ids, False)
         left = list(gone)
         for _ in range(ROUNDS):
@@ -278,18 +278,18 @@ class Plans:
                 if item is None:
                     gone[id] = absent
                 elif may_go(item.record, now):
-                    removals.append(Remove(id, item.stamp))
+                    removals.append(RemoveItem(id, item.stamp))
             answers = (yield Write(removals)) if removals else ()
             left = []
             for removal, answer in zip(removals, answers, strict=True):
                 self._forget(removal.id)
                 if isinstance(answer, Written):
                     gone[removal.id] = True
-                elif isinstance(answer, Refused):
+                elif isinstance(answer, Kept):
                     left.append(removal.id)
         return [gone[id] for id in ids]
 
-    def _heard(self, item: Item, answer: Written | Refused | StoreUnavailable) -> None:
+    def _heard(self, item: Item, answer: Written | Kept | StoreUnavailable) -> None:
         """Remember what was written, as long as an attempt of this process is at it; forget what may be another."""
         with self._lock:
             self._known.pop(item.record.id, None)
@@ -324,7 +324,7 @@ class ConditionalStore(ForwardingStore):
     """
 
     def __init__(
-        self, perform: Callable[[Step], Any], capabilities: Capabilities, clock: Callable[[], int] = wall_clock
+        self, perform: Callable[[EngineStep], Any], capabilities: Capabilities, clock: Callable[[], int] = wall_clock
     ) -> None:
         self.capabilities = capabilities
         self._calls = Plans(clock)
@@ -342,7 +342,7 @@ class AsyncConditionalStore(AsyncForwardingStore):
 
     def __init__(
         self,
-        perform: Callable[[Step], Awaitable[Any]],
+        perform: Callable[[EngineStep], Awaitable[Any]],
         capabilities: Capabilities,
         clock: Callable[[], int] = wall_clock,
     ) -> None:
