@@ -19,9 +19,9 @@ from typing import Any, get_overloads
 
 from retryproof import Policy
 from retryproof.client import RetryPolicy
+from retryproof.clock import wall_clock
 from retryproof.core.fingerprint import raw
 from retryproof.observe.logging import log_event
-from retryproof.stores.memory import wall_clock
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "api.md"
 

@@ -18,9 +18,9 @@ import asyncpg
 from benchmarks.measure import Figure, Pace, Run, Sample, interleave
 from benchmarks.services import Services
 from retryproof import AsyncIdempotency, current_operation
-from retryproof.stores.sql import postgres_statements
+from retryproof.sql.postgres import statements as postgres_statements
+from retryproof.sql.postgres.statements import TABLE
 from retryproof.stores.sql.migrate import migrate
-from retryproof.stores.sql.postgres_statements import TABLE
 from retryproof.transaction import Phased
 
 TASKS = 32

@@ -16,8 +16,8 @@ from retryproof.core.keys import short_digest
 from retryproof.core.record import Record
 from retryproof.observe.events import Event, Kind
 from retryproof.reaper import areap_all, reap_all
+from retryproof.sql.postgres.migrate import migrations
 from retryproof.stores import MemoryStore, Store
-from retryproof.stores.sql.migrate import migrations
 from retryproof.stores.threaded import InThread
 from tests.cli.conftest import Run, abandon, claim
 

@@ -10,11 +10,12 @@ import pytest
 from redis import Redis
 
 from retryproof import Idempotency
+from retryproof.sql.postgres import asyncpg
+from retryproof.sql.postgres import doctor as postgres_doctor
+from retryproof.sql.postgres.doctor import INDEXES
+from retryproof.sql.postgres.url import parse
 from retryproof.stores.diagnosis import Verdict
-from retryproof.stores.sql import asyncpg, postgres_doctor
 from retryproof.stores.sql.migrate import migrate
-from retryproof.stores.sql.postgres_doctor import INDEXES
-from retryproof.stores.sql.postgres_url import parse
 from tests.cli.conftest import Run
 from tests.conftest import PrivateServer
 

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from retryproof.sql.postgres import doctor as postgres_doctor
+from retryproof.sql.postgres import url as postgres_url
+from retryproof.sql.sqlite import doctor as sqlite_doctor
+from retryproof.sql.sqlite import records as sqlite_plans
 from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
 from retryproof.stores.redis import doctor as redis_doctor
-from retryproof.stores.sql import postgres_doctor, postgres_url, sqlite_doctor, sqlite_plans
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 

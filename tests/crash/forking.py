@@ -18,11 +18,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import retryproof.stores.sql.sqlite as sqlite_store
+import retryproof.sql.sqlite.file as sqlite_file
 from retryproof import Idempotency, Policy
 from retryproof.core.errors import ConfigurationError, IdempotencyError
+from retryproof.sql.plan import Plan, Statement
 from retryproof.stores import open_store
-from retryproof.stores.sql.plan import Plan, Statement
+from retryproof.stores.sql.sqlite import SqliteStore
 from retryproof.transaction import Outbox
 from tests.crash.prefork_app import append
 
@@ -75,7 +76,7 @@ def hold_the_lock(path: str) -> tuple[threading.Event, threading.Thread]:
         leave.wait()
 
     store = open_store(f"sqlite:///{path}")
-    assert isinstance(store, sqlite_store.SqliteStore)
+    assert isinstance(store, SqliteStore)
     thread = threading.Thread(target=store.perform, args=(plan,))
     thread.start()
     inside.wait()
@@ -132,7 +133,7 @@ def main() -> None:
     others = connect(path) if life.get("others") else None
     leave = None
     if life.get("locked"):
-        sqlite_store.FORK_PATIENCE = 0.2
+        sqlite_file.FORK_PATIENCE = 0.2
         leave, holder = hold_the_lock(path)
         threads.append(holder)
     (is_ready, ready), (go, going) = os.pipe(), os.pipe()

@@ -15,12 +15,12 @@ import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, errors
 from retryproof.core.commands import Acquired, Claim, Running
+from retryproof.sql.plan import Plan, Statement
 from retryproof.stores import open_store, opened
 from retryproof.stores.base import Store
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.redis.asynchronous import AsyncRedisStore
 from retryproof.stores.sql.migrate import migrate
-from retryproof.stores.sql.plan import Plan, Statement
 from retryproof.stores.sql.sqlite import SqliteStore
 from retryproof.stores.threaded import InThread
 from retryproof.stores.url import aopen_store

@@ -18,7 +18,7 @@ from uuid import UUID
 import pytest
 
 from retryproof.core.message import Message
-from retryproof.stores.sql.outbox import Taken
+from retryproof.sql.outbox import Taken
 from retryproof.transaction.floors import Floors
 
 Order = Callable[[Message, int], Any]

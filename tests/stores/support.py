@@ -10,7 +10,7 @@ import psycopg
 from psycopg import RawCursor
 
 from retryproof.core.commands import Claim
-from retryproof.stores.sql.plan import Plan, Row, Statement, perform
+from retryproof.sql.plan import Plan, Row, Statement, perform
 
 
 def new_claim(**changes: Any) -> Claim:

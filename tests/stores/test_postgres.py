@@ -30,12 +30,14 @@ from retryproof.core.commands import (
 )
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.record import MICROSECONDS, Record, State, decide, microseconds
-from retryproof.stores.sql import asyncpg as on_asyncpg
-from retryproof.stores.sql import postgres, postgres_statements
+from retryproof.sql.plan import Plan, Statement
+from retryproof.sql.postgres import records as postgres
+from retryproof.sql.postgres import statements as postgres_statements
+from retryproof.sql.postgres.url import parse
+from retryproof.stores.sql import asyncpg as on_asyncpg_store
 from retryproof.stores.sql.asyncpg import AsyncpgStore
 from retryproof.stores.sql.migrate import migrate
-from retryproof.stores.sql.plan import Plan, Statement
-from retryproof.stores.sql.postgres_url import parse
+from retryproof.stores.sql.postgres import PostgresStore
 from retryproof.stores.sql.psycopg import PsycopgStore
 from tests.conftest import PrivateServer
 from tests.stores.support import again, new_claim, pump, until_blocked
@@ -638,7 +640,10 @@ class TestConnections:
             finally:
                 keeper.close()
 
-        for make in (store.keeper, lambda: on_asyncpg._OnOwnLoop(url, 2.0)):
+        for make in (
+            store.keeper,
+            lambda: PostgresStore(on_asyncpg_store._BlockingPool(parse(url), 2.0), parse(url).table),
+        ):
             assert await asyncio.to_thread(keep, make) == [DONE]
         await store.aclose()
 

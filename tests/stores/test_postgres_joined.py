@@ -13,9 +13,10 @@ from psycopg import IsolationLevel, errors
 from retryproof.core.commands import DONE, LOST, Acquired, Checkpoint, Claim, Complete, Release, Renew, Running
 from retryproof.core.hold import Hold
 from retryproof.core.record import State
-from retryproof.stores.sql import postgres, postgres_statements
+from retryproof.sql.plan import Joining
+from retryproof.sql.postgres import records as postgres
+from retryproof.sql.postgres import statements as postgres_statements
 from retryproof.stores.sql.migrate import migrate
-from retryproof.stores.sql.plan import Joining
 from retryproof.stores.sql.psycopg import PsycopgStore
 from tests.stores.support import again, new_claim, pump, until_blocked
 

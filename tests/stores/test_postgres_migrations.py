@@ -11,9 +11,9 @@ import pytest
 from psycopg import sql
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
-from retryproof.stores.sql import asyncpg as on_asyncpg
-from retryproof.stores.sql.migrate import migrate, migrations, pending, statements_of
-from retryproof.stores.sql.postgres_url import SCHEMA_VERSION, parse
+from retryproof.sql.postgres import asyncpg as on_asyncpg
+from retryproof.sql.postgres.migrate import migrate, migrations, pending, statements_of
+from retryproof.sql.postgres.url import SCHEMA_VERSION, parse
 from retryproof.stores.sql.psycopg import PsycopgStore
 
 SNAPSHOT = Path(__file__).with_name("postgres_schema.txt")
@@ -72,7 +72,7 @@ def test_without_a_schema_tables_go_where_the_search_path_says(fresh_database: s
 
 
 async def test_asyncpg_migrates_where_psycopg_is_not_installed(url: str) -> None:
-    from retryproof.stores.sql import migrate as module
+    from retryproof.sql.postgres import migrate as module
 
     plan: Callable[[], Any] = lambda: module.migrate_plan(parse(url), lambda step: None)  # noqa: E731
     assert await on_asyncpg.transaction(parse(url), plan) == NAMES

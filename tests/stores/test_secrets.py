@@ -13,9 +13,9 @@ import pytest
 from redis import Redis
 
 from retryproof.core.errors import StoreUnavailable
+from retryproof.sql.postgres.url import parse
 from retryproof.stores import open_store
 from retryproof.stores.redis.settings import Settings
-from retryproof.stores.sql.postgres_url import parse
 from tests.transaction.receivers import certificate
 
 

@@ -20,8 +20,9 @@ from retryproof import Idempotency, Policy, errors
 from retryproof.core.commands import DONE, Acquired, Running
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
+from retryproof.sql.sqlite.url import PATIENCE
 from retryproof.stores import open_store
-from retryproof.stores.sql.sqlite import PATIENCE, SqliteStore
+from retryproof.stores.sql.sqlite import SqliteStore
 from retryproof.testing import StoreConformance  # noqa: F401  # before its parts, whose assertions are rewritten
 from retryproof.testing.bench import again, complete, new_claim, renew
 

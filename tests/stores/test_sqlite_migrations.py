@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
-from retryproof.stores.sql import inbox, outbox_sqlite, sqlite_migrate
-from retryproof.stores.sql.sqlite_schema import Part
+from retryproof.sql import inbox
+from retryproof.sql.sqlite import migrate as sqlite_migrate
+from retryproof.sql.sqlite import outbox as outbox_sqlite
+from retryproof.sql.sqlite.schema import Part
 from retryproof.transaction import Inbox, Outbox, Relay
 from tests.transaction.outboxes import QUICK, Noting
 

@@ -11,8 +11,9 @@ import pytest
 
 from retryproof import Idempotency, Policy, errors
 from retryproof.core.commands import Acquired, Finished, Running, Unreachable
+from retryproof.sql.sqlite.url import PATIENCE
 from retryproof.stores.lanes import ThreadCoalescer
-from retryproof.stores.sql.sqlite import PATIENCE, SqliteStore
+from retryproof.stores.sql.sqlite import SqliteStore
 from retryproof.testing import StoreConformance  # noqa: F401  # before its parts, whose assertions are rewritten
 from retryproof.testing.bench import again, complete, new_claim, renew
 
@@ -152,7 +153,7 @@ def test_t2_a_file_that_cannot_be_written_still_replays(path: str) -> None:
     [acquired] = store.claim([done])
     assert isinstance(acquired, Acquired)
     store.complete([complete(done, acquired, b"result")])
-    store._connected().execute("PRAGMA query_only = 1")
+    store._file._connected().execute("PRAGMA query_only = 1")
     threads = ThreadCoalescer(store, lambda claim, reply: None)
     began = time.monotonic()
     replies = threads.perform_many([new_claim(), again(done)], 10.0)
@@ -168,7 +169,7 @@ def test_a_reader_waits_for_who_locks_the_whole_file(path: str) -> None:
     owner = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     owner.execute("PRAGMA locking_mode = EXCLUSIVE")
     owner.execute("SELECT count(*) FROM retryproof_operations")
-    store._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.0)
+    store._file._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0.0)
     found: list[object] = []
     reader = threading.Thread(target=lambda: found.extend(store.get([b"0" * 32])))
     reader.start()

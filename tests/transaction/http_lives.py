@@ -41,8 +41,8 @@ from retryproof.sql.callers.asyncpg import Asyncpg
 from retryproof.sql.callers.psycopg import AsyncPsycopg, Psycopg
 from retryproof.sql.callers.sqlalchemy import OfAsync
 from retryproof.sql.callers.sqlite import Sqlite
+from retryproof.sql.plan import Statement
 from retryproof.stores import open_store
-from retryproof.stores.sql.plan import Statement
 from retryproof.stores.url import open_async
 from retryproof.testing.crash import CrashPoints
 from tests.crash.lives import end_with_input, say

@@ -13,9 +13,9 @@ import pytest
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
 from retryproof.core.record import Record
 from retryproof.reaper import reap_all
+from retryproof.sql.plan import Statement
+from retryproof.sql.worklist import Worklist
 from retryproof.stores import open_store
-from retryproof.stores.sql.plan import Statement
-from retryproof.stores.sql.worklist import Worklist
 from retryproof.transaction import Completer, Phased
 from retryproof.transaction.completer import Round
 from tests.transaction.support import Database, insert

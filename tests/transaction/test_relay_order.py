@@ -17,12 +17,12 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Conclusion, Message
+from retryproof.sql.plan import Plan
+from retryproof.sql.postgres.doctor import diagnose
+from retryproof.sql.postgres.outbox import PostgresOutbox
+from retryproof.sql.postgres.url import parse
 from retryproof.stores.diagnosis import Verdict
 from retryproof.stores.sql.migrate import migrate
-from retryproof.stores.sql.outbox_postgres import PostgresOutbox
-from retryproof.stores.sql.plan import Plan
-from retryproof.stores.sql.postgres_doctor import diagnose
-from retryproof.stores.sql.postgres_url import parse
 from retryproof.transaction import Outbox, Relay
 from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty, until_published

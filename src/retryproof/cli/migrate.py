@@ -10,8 +10,8 @@ from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.output import Output
 from retryproof.core.address import redacted
-from retryproof.stores.sql import migrate as servers
-from retryproof.stores.sql import sqlite_migrate as files
+from retryproof.sql.postgres import migrate as servers
+from retryproof.sql.sqlite import migrate as files
 from retryproof.stores.url import scheme_name
 
 NEEDS_NONE = {

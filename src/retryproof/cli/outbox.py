@@ -15,7 +15,7 @@ from retryproof.cli.output import Output, add_row, duration, table
 from retryproof.cli.shown import moment
 from retryproof.core.address import redacted
 from retryproof.core.message import PARTITIONS
-from retryproof.stores.sql.outbox import DeadLetter
+from retryproof.sql.outbox import DeadLetter
 from retryproof.transaction.operator import Operator
 
 T = TypeVar("T")

@@ -20,16 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+from retryproof.core.batch import Batch, Reaped
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
-from retryproof.core.errors import StoreUnavailable
 from retryproof.core.record import Record, State
 
-T = TypeVar("T")
-Batch = Sequence[T | StoreUnavailable]
-"""One reply or error for each item, in order."""
+__all__ = ["AsyncStore", "Batch", "Capabilities", "HasCommitGroup", "HasKeeper", "Reaped", "Store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,23 +52,6 @@ class Capabilities:
     clock: str = "server"
     blocking: bool = True
     concurrent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Reaped:
-    """What one bounded pass of reaping did.
-
-    settled: how many records past their retention it removed.
-    unsettled: records whose time is over and that have no outcome. They are still there: tell of each, and only then
-        give them back as `told` (C12).
-    more: whether another pass would find more.
-    ended: ids of those of `told` that it removed.
-    """
-
-    settled: int = 0
-    unsettled: Sequence[Record] = field(default=())
-    more: bool = False
-    ended: Sequence[bytes] = field(default=())
 
 
 @runtime_checkable

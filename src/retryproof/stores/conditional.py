@@ -27,6 +27,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any, TypeAlias, TypeVar
 
+from retryproof.clock import wall_clock
 from retryproof.core import record as table
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.errors import StoreUnavailable
@@ -35,7 +36,6 @@ from retryproof.core.value import value
 from retryproof.drive import apump, pump
 from retryproof.stores.base import Batch, Capabilities, Reaped
 from retryproof.stores.forwarding import AsyncForwardingStore, ForwardingStore
-from retryproof.stores.memory import wall_clock
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from retryproof.core.errors import ConfigurationError
+from retryproof.forks import keep_from_children
 from retryproof.stores.base import AsyncStore, Capabilities
-from retryproof.stores.forks import keep_from_children
 from retryproof.stores.forwarding import ForwardingStore
 
 T = TypeVar("T")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
 
+from retryproof.clock import wall_clock
 from retryproof.core import record as table
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.record import Record, State
 from retryproof.stores.base import Capabilities, Reaped
 
-
-def wall_clock() -> int:
-    """Microseconds since the epoch by the host's clock."""
-    return time.time_ns() // 1_000
+__all__ = ["MemoryStore", "wall_clock"]
 
 
 class MemoryStore:

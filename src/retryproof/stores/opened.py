@@ -6,7 +6,7 @@ at the first use, once per process, and for an async driver once per event loop.
 `close` or `aclose`; a store object belongs to its caller.
 
 Over a fork: a URL is opened anew in the child, and a store object is refused there. What the child inherited is never
-used nor closed in it, not by the garbage collector or the interpreter's end either (`stores.forks`). A SQLite file is
+used nor closed in it, not by the garbage collector or the interpreter's end either (`forks`). A SQLite file is
 closed before the fork, since to inherit it open would be enough to undo its locks.
 """
 
@@ -24,8 +24,8 @@ from typing import Any, TypeVar, cast
 from retryproof.core.commands import Claim, Found, Look, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import Record
+from retryproof.forks import keep_from_children
 from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
-from retryproof.stores.forks import keep_from_children
 from retryproof.stores.forwarding import ForwardingStore
 from retryproof.stores.keeper import MAX_UNSTORED, NO_ANSWER, Keeper
 from retryproof.stores.lanes import Bridge, TaskCoalescer, ThreadCoalescer

@@ -38,9 +38,9 @@ from retryproof.core.errors import (
 from retryproof.core.keys import short_digest
 from retryproof.core.record import MICROSECONDS
 from retryproof.engine import Outcome
-from retryproof.stores.sql.plan import Plan
-from retryproof.stores.sql.postgres_statements import TABLE
-from retryproof.stores.sql.worklist import Entry, Taken, Worklist
+from retryproof.sql.plan import Plan
+from retryproof.sql.postgres.statements import TABLE
+from retryproof.sql.worklist import Entry, Taken, Worklist
 from retryproof.transaction.phased import BlockingPhased, BlockingPhasedFunction, Gone, Phased, PhasedFunction
 
 T = TypeVar("T")

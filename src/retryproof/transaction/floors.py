@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from retryproof.core.message import Message
-from retryproof.stores.sql.outbox import Taken
+from retryproof.sql.outbox import Taken
 
 
 class Floors:

@@ -30,8 +30,8 @@ from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 from retryproof.core.record import microseconds
 from retryproof.sql.callers import BlockingConnection, LoopConnection, adapt, missing_table
-from retryproof.stores.sql.inbox import Entry, InboxPlans
-from retryproof.stores.sql.plan import Plan, aperform, perform
+from retryproof.sql.inbox import Entry, InboxPlans
+from retryproof.sql.plan import Plan, aperform, perform
 
 T = TypeVar("T")
 

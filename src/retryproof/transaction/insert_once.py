@@ -10,7 +10,7 @@ from typing import Any
 from retryproof.core.errors import ConfigurationError
 from retryproof.drive import apump, pump
 from retryproof.sql.callers import adapt
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 TRIES = 3
 """A row that was in the way may be gone before it is read."""

@@ -39,6 +39,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
+from retryproof.clock import wall_clock
 from retryproof.core.commands import (
     Committed,
     Complete,
@@ -72,10 +73,10 @@ from retryproof.sql.callers import (
     refused,
     unknown,
 )
-from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql import postgres, sqlite_plans
-from retryproof.stores.sql.plan import Joining, Plan, Statement
-from retryproof.stores.sql.postgres_statements import TABLE
+from retryproof.sql.plan import Joining, Plan, Statement
+from retryproof.sql.postgres import records as postgres
+from retryproof.sql.postgres.statements import TABLE
+from retryproof.sql.sqlite import records as sqlite_plans
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")

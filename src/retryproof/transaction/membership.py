@@ -15,8 +15,8 @@ from uuid import UUID, uuid4
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.message import Conclusion, Message
 from retryproof.core.record import microseconds
-from retryproof.stores.sql.outbox import Taken
-from retryproof.stores.sql.plan import Plan
+from retryproof.sql.outbox import Taken
+from retryproof.sql.plan import Plan
 from retryproof.transaction.floors import Floors
 from retryproof.transaction.outbox_database import Database
 from retryproof.transaction.relay_policy import RelayPolicy

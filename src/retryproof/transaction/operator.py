@@ -8,7 +8,7 @@ from uuid import UUID
 
 from retryproof.core.message import PARTITIONS
 from retryproof.core.record import microseconds
-from retryproof.stores.sql.outbox import DeadLetter, Stats
+from retryproof.sql.outbox import DeadLetter, Stats
 from retryproof.transaction.outbox_database import Database, open_database
 from retryproof.transaction.relay_policy import REMEMBERED
 

@@ -19,10 +19,10 @@ from retryproof.sql.callers import (
     refused,
     sqlstate_of,
 )
-from retryproof.stores.sql.outbox import OutboxPlans
-from retryproof.stores.sql.outbox_postgres import PostgresOutbox
-from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
-from retryproof.stores.sql.plan import Plan, aperform, perform
+from retryproof.sql.outbox import OutboxPlans
+from retryproof.sql.plan import Plan, aperform, perform
+from retryproof.sql.postgres.outbox import PostgresOutbox
+from retryproof.sql.sqlite.outbox import SqliteOutbox
 
 MAX_PAYLOAD = 1 << 20
 """Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.sql.callers import sqlstate_of
-from retryproof.stores.sql.inbox import InboxPlans
-from retryproof.stores.sql.outbox import OutboxPlans
-from retryproof.stores.sql.outbox_postgres import CHANNEL, PostgresOutbox
-from retryproof.stores.sql.outbox_sqlite import SqliteOutbox
-from retryproof.stores.sql.plan import Plan
-from retryproof.stores.sql.postgres_url import parse
-from retryproof.stores.sql.sqlite import SqliteStore, from_url
+from retryproof.sql.inbox import InboxPlans
+from retryproof.sql.outbox import OutboxPlans
+from retryproof.sql.plan import Plan
+from retryproof.sql.postgres.outbox import CHANNEL, PostgresOutbox
+from retryproof.sql.postgres.url import parse
+from retryproof.sql.sqlite.file import SqliteFile
+from retryproof.sql.sqlite.outbox import SqliteOutbox
+from retryproof.sql.sqlite.url import parse as parse_file
 
 T = TypeVar("T")
 POSTGRES = ("postgresql", "postgres", "postgresql+asyncpg")
@@ -59,21 +59,21 @@ class PostgresDatabase:
 
     def __init__(self, url: str, timeout: float) -> None:
         try:
-            module = importlib.import_module("retryproof.stores.sql.asyncpg")
+            from retryproof.sql.postgres.asyncpg import AsyncpgPool
         except ModuleNotFoundError as error:
             raise ConfigurationError(
                 "A relay on PostgreSQL needs asyncpg: pip install 'retryproof[postgres]'"
             ) from error
-        prefix = parse(url).prefix
-        self.plans: OutboxPlans = PostgresOutbox(prefix)
-        self.inbox = InboxPlans(sqlite=False, prefix=prefix)
-        self._store = module.AsyncpgStore(url, timeout=timeout)
+        target = parse(url)
+        self.plans: OutboxPlans = PostgresOutbox(target.prefix)
+        self.inbox = InboxPlans(sqlite=False, prefix=target.prefix)
+        self._pool = AsyncpgPool(target, timeout, target.check)
         self._url, self._timeout = url, timeout
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan; raises ConfigurationError where the role lacks a right."""
         try:
-            result: T = await self._store.perform(plan)
+            return await self._pool.perform(plan)
         except StoreUnavailable as error:
             if sqlstate_of(error.__cause__) == FORBIDDEN:
                 raise ConfigurationError(
@@ -81,17 +81,16 @@ class PostgresDatabase:
                     "relay's role."
                 ) from error
             raise
-        return result
 
     async def listen(self, heard: Callable[[str], None]) -> Listener:
         """Listen on a connection of its own."""
-        module = importlib.import_module("retryproof.stores.sql.asyncpg_listener")
-        listener: Listener = await module.AsyncpgListener.open(self._url, CHANNEL, heard, self._timeout)
-        return listener
+        from retryproof.sql.postgres.asyncpg_listener import AsyncpgListener
+
+        return await AsyncpgListener.open(self._url, CHANNEL, heard, self._timeout)
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._store.aclose()
+        await self._pool.aclose()
 
 
 class SqliteDatabase:
@@ -99,15 +98,15 @@ class SqliteDatabase:
 
     listens = False
 
-    def __init__(self, store: SqliteStore) -> None:
+    def __init__(self, file: SqliteFile) -> None:
         self.plans: OutboxPlans = SqliteOutbox()
         self.inbox = InboxPlans(sqlite=True)
-        self._store = store
+        self._file = file
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retryproof-outbox")
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._store.perform(plan))
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._file.write(plan))
 
     async def listen(self, heard: Callable[[str], None]) -> Listener:
         """SQLite has no notifications."""
@@ -115,7 +114,7 @@ class SqliteDatabase:
 
     async def aclose(self) -> None:
         """Close the file and end the thread."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._file.close)
         self._thread.shutdown(wait=False)
 
 
@@ -125,7 +124,7 @@ def open_database(url: str, *, timeout: float = TIMEOUT) -> Database:
     if scheme in POSTGRES:
         return PostgresDatabase(url, timeout)
     if scheme == "sqlite":
-        return SqliteDatabase(from_url(url, timeout=timeout))
+        return SqliteDatabase(SqliteFile(parse_file(url, timeout)))
     raise ConfigurationError(
         "Inbox and outbox are in PostgreSQL or SQLite: postgresql://user@host/database, sqlite:///file.db"
     )

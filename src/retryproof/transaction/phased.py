@@ -37,7 +37,7 @@ from retryproof.core.keys import check_key, short_digest
 from retryproof.core.policy import Policy
 from retryproof.engine import AsyncIdempotency, Engine, Idempotency, Outcome, Scope, sealed_fingerprint, tenant_of
 from retryproof.operation import current_operation
-from retryproof.stores.sql.worklist import Entry
+from retryproof.sql.worklist import Entry
 
 I = TypeVar("I")  # noqa: E741  # the input
 R = TypeVar("R")

@@ -30,6 +30,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from retryproof.clock import wall_clock
 from retryproof.core.codec import Codec, JsonCodec
 from retryproof.core.commands import Checkpoint, Done, FenceReply, Found, Look, Lost, Pause
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
@@ -39,10 +40,10 @@ from retryproof.core.record import State
 from retryproof.drive import clock
 from retryproof.operation import Operation, lease_lost
 from retryproof.sql.callers import missing_table
-from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql import postgres, sqlite_plans
-from retryproof.stores.sql.plan import Plan
-from retryproof.stores.sql.worklist import Entry, Worklist
+from retryproof.sql.plan import Plan
+from retryproof.sql.postgres import records as postgres
+from retryproof.sql.sqlite import records as sqlite_plans
+from retryproof.sql.worklist import Entry, Worklist
 from retryproof.transaction.joined import (
     ANOTHER,
     Ask,

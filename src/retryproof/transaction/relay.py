@@ -23,7 +23,7 @@ from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailab
 from retryproof.core.message import Message
 from retryproof.core.record import microseconds
 from retryproof.publishers.base import DELIVERED, UNTRIED, Failed, Outcome, Publisher
-from retryproof.stores.sql.outbox import Stats
+from retryproof.sql.outbox import Stats
 from retryproof.transaction.breaker import FIRST_PAUSE, PROBES, Breaker
 from retryproof.transaction.flights import Flights
 from retryproof.transaction.membership import Membership

@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.stores.forks import check_not_inherited, has_inherited_files
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.forks import check_not_inherited, has_inherited_files
+from retryproof.sql.plan import Row, Statement
 
 Dialect = Literal["postgresql", "sqlite", "mysql"]
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import aiosqlite
 
+from retryproof.forks import has_inherited_files
 from retryproof.sql.callers import CLOSED, NOT_OPEN, OnLoop, innermost
-from retryproof.stores.forks import has_inherited_files
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 FORKED = "it was made before this process was forked, and its thread is not here"
 

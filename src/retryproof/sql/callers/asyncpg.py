@@ -10,7 +10,7 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
 from retryproof.sql.callers import BLOCK, CLOSED, NOT_OPEN, OnLoop, innermost
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 _CONNECTIONS = (asyncpg.Connection, PoolConnectionProxy)
 

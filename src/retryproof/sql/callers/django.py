@@ -12,7 +12,7 @@ from django.utils.connection import ConnectionProxy  # type: ignore[import-untyp
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.sql.callers import AUTOCOMMIT, FAILED, SAVEPOINT, Blocking, Dialect, innermost, percent
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 DIALECTS: dict[str, Dialect] = {"postgresql": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from retryproof.sql.callers import AUTOCOMMIT, CLOSED, Blocking, OnLoop, percent, refused
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 ADVICE = "Turn autocommit off, or begin a transaction."
 IN_TRANSACTION = 1

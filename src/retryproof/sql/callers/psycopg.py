@@ -11,7 +11,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from retryproof.sql.callers import AUTOCOMMIT, CLOSED, FAILED, NOT_OPEN, SAVEPOINT, Blocking, OnLoop
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 ADVICE = "Use a connection with autocommit off, or open a transaction on it, and leave it open."
 PIPELINE = "it is in pipeline mode, in which it answers later; leave the pipeline first"

@@ -28,7 +28,7 @@ from retryproof.sql.callers import (
     innermost,
     percent,
 )
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from retryproof.sql.callers import CLOSED, NOT_OPEN, Blocking
-from retryproof.stores.sql.plan import Row, Statement
+from retryproof.sql.plan import Row, Statement
 
 
 def adapt(connection: Any) -> Sqlite | None:

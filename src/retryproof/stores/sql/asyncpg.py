@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
-
-import asyncpg
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
-from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import Record, State
+from retryproof.sql.plan import Plan
+from retryproof.sql.postgres import records
+from retryproof.sql.postgres.asyncpg import AsyncpgPool
+from retryproof.sql.postgres.statements import TABLE
+from retryproof.sql.postgres.url import TIMEOUT, Target, check_statement, parse
 from retryproof.stores.base import Batch, Reaped, Store
-from retryproof.stores.sql import postgres
-from retryproof.stores.sql.plan import Plan, Row, Statement, aperform
-from retryproof.stores.sql.postgres_statements import TABLE
-from retryproof.stores.sql.postgres_url import (
-    CONNECT_TIMEOUT,
-    POOL_SIZE,
-    TIMEOUT,
-    Target,
-    check_primary,
-    check_server,
-    check_statement,
-    explain,
-    parse,
-    pauses,
-    retryable,
-    shares,
-    timed_out,
-)
+from retryproof.stores.sql.postgres import CAPABILITIES, PostgresStore
 
 if TYPE_CHECKING:
-    Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
-    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+    from retryproof.sql.postgres.asyncpg import Pool
 
 T = TypeVar("T")
-
-DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 
 def from_url(url: str, *, timeout: float = TIMEOUT) -> AsyncpgStore:
@@ -56,42 +36,41 @@ class AsyncpgStore:
     call, connecting included.
     """
 
-    capabilities = postgres.CAPABILITIES
+    capabilities = CAPABILITIES
 
     def __init__(self, target: str | Pool, *, keeper_url: str | None = None, timeout: float = TIMEOUT) -> None:
         self._url = target if isinstance(target, str) else keeper_url
         self._timeout = timeout
         parsed = parse(self._url) if self._url else None
         self._table = self.table = parsed.table if parsed else TABLE
-        self._connections = (
-            _Connections(target, timeout)
-            if isinstance(target, str)
-            else _Borrowed(target, timeout, parsed.check if parsed else check_statement())
-        )
+        if isinstance(target, str):
+            self._pool = _own_pool(parse(target), timeout)
+        else:
+            self._pool = AsyncpgPool(target, timeout, parsed.check if parsed else check_statement())
 
     async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
         """Take each operation or say why not."""
-        return await self._perform(lambda: postgres.claim_plan(claims, self._table))
+        return await self._pool.perform(lambda: records.claim_plan(claims, self._table))
 
     async def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
         """Settle each operation with its result."""
-        return await self._perform(lambda: postgres.settle_plan(commands, self._table))
+        return await self._pool.perform(lambda: records.settle_plan(commands, self._table))
 
     async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
         """Give each operation back."""
-        return await self._perform(lambda: postgres.release_plan(commands, self._table))
+        return await self._pool.perform(lambda: records.release_plan(commands, self._table))
 
     async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
         """Extend each lease."""
-        return await self._perform(lambda: postgres.renew_plan(commands, self._table))
+        return await self._pool.perform(lambda: records.renew_plan(commands, self._table))
 
     async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
         """Keep each value under its name."""
-        return await self._perform(lambda: postgres.checkpoint_plan(commands, self._table))
+        return await self._pool.perform(lambda: records.checkpoint_plan(commands, self._table))
 
     async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
         """Each record as it stands."""
-        return await self._perform(lambda: postgres.get_plan(ids, self._table))
+        return await self._pool.perform(lambda: records.get_plan(ids, self._table))
 
     async def scan(
         self,
@@ -103,32 +82,31 @@ class AsyncpgStore:
         limit: int = 100,
     ) -> Sequence[Record]:
         """A page of records in the order of their ids, without results and checkpoints."""
-        return await self._perform(
-            lambda: postgres.scan_plan(
+        return await self._pool.perform(
+            lambda: records.scan_plan(
                 prefix=prefix, state=state, tenant=tenant, after=after, limit=limit, table=self._table
             )
         )
 
     async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         """Forget each record, unless its lease is live or its row is locked."""
-        return await self._perform(lambda: postgres.evict_plan(ids, self._table))
+        return await self._pool.perform(lambda: records.evict_plan(ids, self._table))
 
     async def unmark(self, ids: Sequence[bytes]) -> None:
         """Remove the markers that callers' transactions left, of operations that somebody settled (T1)."""
-        await self._perform(lambda: postgres.unmark_plan(ids, self._table))
+        await self._pool.perform(lambda: records.unmark_plan(ids, self._table))
 
     async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """Remove records whose time is over."""
-        return await self._perform(lambda: postgres.reap_plan(limit, told, self._table))
+        return await self._pool.perform(lambda: records.reap_plan(limit, told, self._table))
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan over other tables than the records'; as it may be run twice, it has to bear that."""
-        return await self._perform(plan)
+        return await self._pool.perform(plan)
 
     async def aclose(self) -> None:
         """Close what is idle; what is in use is closed when its call ends. A caller's pool stays open."""
-        self._connections.close()
-        await asyncio.sleep(0)  # for the loop to take leave of the sockets
+        await self._pool.aclose()
 
     def keeper(self) -> Store:
         """A blocking store over the same records with a connection of its own: on psycopg, or else on asyncpg."""
@@ -137,257 +115,27 @@ class AsyncpgStore:
                 "AsyncpgStore(pool) renews over a connection of its own; give its URL: "
                 "AsyncpgStore(pool, keeper_url='postgresql://…')"
             )
-        if importlib.util.find_spec("psycopg") is None:
-            return _OnOwnLoop(self._url, self._timeout)
-        module = importlib.import_module("retryproof.stores.sql.psycopg")
-        store: Store = module.PsycopgStore(self._url, timeout=self._timeout)
-        return store
-
-    async def _perform(self, plan: Callable[[], Plan[T]]) -> T:
-        """Run a plan before the deadline; once more on a new connection when an idle one turns out to be dead.
-
-        That is safe: what may have been done already is answered alike (C3).
-        """
-        deadline = asyncio.get_running_loop().time() + self._timeout
         try:
-            async with asyncio.timeout_at(deadline):
-                await self._connections.places.acquire()
-        except TimeoutError as error:
-            raise StoreUnavailable(f"all connections were in use for {self._timeout:g} s") from error
-        try:
-            return await self._run(plan, deadline)
-        except DRIVER_ERRORS as error:
-            if _over(deadline):
-                raise timed_out(self._timeout) from error
-            raise explain(error, getattr(error, "sqlstate", None)) from error
-        finally:
-            self._connections.places.release()
-
-    async def _run(self, plan: Callable[[], Plan[T]], deadline: float) -> T:
-        while True:
-            async with self._connections.take(deadline) as (connection, used):
-                try:
-                    return await aperform(plan(), lambda statement: _execute(connection, statement))
-                except DRIVER_ERRORS:
-                    dead = connection.is_closed() and not _over(deadline)
-                    if not (used and dead):
-                        raise
-            self._connections.discard()
+            from retryproof.stores.sql.psycopg import PsycopgStore
+        except ModuleNotFoundError:
+            return PostgresStore(_BlockingPool(parse(self._url), self._timeout), self._table)
+        return PsycopgStore(self._url, timeout=self._timeout)
 
 
-async def _execute(connection: Connection, statement: Statement) -> Sequence[Row]:
-    """Run one statement in a transaction of its own, again when the server undid it for a rival's sake."""
-    for pause in pauses():
-        try:
-            return await _fetch(connection, statement)
-        except asyncpg.PostgresError as error:
-            if not retryable(error.sqlstate):
-                raise
-            await asyncio.sleep(pause)  # the alarm at the deadline cuts the connection
-    return await _fetch(connection, statement)
+def _own_pool(target: Target, timeout: float) -> AsyncpgPool:
+    return AsyncpgPool(target, timeout, target.check)
 
 
-async def _fetch(connection: Connection, statement: Statement) -> Sequence[Row]:
-    rows = await connection.fetch(statement.sql, *statement.parameters)
-    return cast(Sequence[Row], rows)  # records can be indexed
+class _BlockingPool:
+    """A pool for a thread that blocks, on an event loop of its own: for renewing where psycopg is not installed."""
 
-
-def _over(deadline: float) -> bool:
-    """Whether the deadline has passed; uvloop's timers may be a millisecond early."""
-    return asyncio.get_running_loop().time() >= deadline - 0.005
-
-
-class _Connections:
-    """A few connections of our own."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        self._target = parse(url)
-        self._timeout = timeout
-        self._idle: list[asyncpg.Connection[asyncpg.Record]] = []
-        self._closed = False
-        self.places = asyncio.Semaphore(self._target.pool_size)
-
-    @asynccontextmanager
-    async def take(self, deadline: float) -> AsyncIterator[tuple[Connection, bool]]:
-        """A connection until the deadline, and whether it was used before; kept after a clean end only.
-
-        At the deadline the connection is cut, not asked to cancel: a stopped server answers neither.
-        """
-        loop = asyncio.get_running_loop()
-        used = bool(self._idle)
-        connection = self._idle.pop() if used else await self._connect(deadline)
-        alarm = loop.call_at(deadline, connection.terminate)
-        try:
-            yield connection, used
-        except BaseException:
-            connection.terminate()
-            raise
-        finally:
-            alarm.cancel()
-            if self._closed or connection.is_closed():
-                connection.terminate()
-            else:
-                self._idle.append(connection)
-
-    def discard(self) -> None:
-        """Cut what is idle."""
-        while self._idle:
-            self._idle.pop().terminate()
-
-    def close(self) -> None:
-        """Cut what is idle, and from now on whatever comes back."""
-        self._closed = True
-        self.discard()
-
-    async def _connect(self, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
-        """A new connection to the first host that is a primary."""
-        failure: Exception = TimeoutError()
-        for dsn, until in shares(self._target, asyncio.get_running_loop().time(), deadline):
-            try:
-                return await self._connect_to(dsn, until)
-            except (*DRIVER_ERRORS, StoreUnavailable) as error:
-                failure = error
-        raise failure
-
-    async def _connect_to(self, dsn: str, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
-        loop = asyncio.get_running_loop()
-        connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-            dsn,
-            timeout=max(0.0, deadline - loop.time()),
-            server_settings={"application_name": "retryproof", **self._target.settings(self._timeout)},
-            statement_cache_size=100 if self._target.statement_cache else 0,
-        )
-        alarm = loop.call_at(deadline, connection.terminate)
-        try:
-            await _check(connection, self._target.check)
-        except BaseException:
-            connection.terminate()
-            raise
-        finally:
-            alarm.cancel()
-        return connection
-
-
-class _Borrowed:
-    """The caller's pool: its connections, with its settings."""
-
-    def __init__(self, pool: Pool, timeout: float, check: str) -> None:
-        self._pool = pool
-        self._check = check
-        self._timeout = timeout
-        self._checked = False
-        self.places = asyncio.Semaphore(POOL_SIZE)
-
-    @asynccontextmanager
-    async def take(self, deadline: float) -> AsyncIterator[tuple[Connection, bool]]:
-        """A connection until the deadline; cut then, and after an error."""
-        loop = asyncio.get_running_loop()
-        connection = await self._pool.acquire(timeout=max(0.0, deadline - loop.time()))
-        alarm = loop.call_at(deadline, connection.terminate)
-        try:
-            if not self._checked:
-                await _check(connection, self._check)
-                self._checked = True
-            yield connection, False
-        except BaseException:
-            connection.terminate()
-            raise
-        finally:
-            alarm.cancel()
-            await self._pool.release(connection, timeout=self._timeout)
-
-    def discard(self) -> None:
-        """Nothing: a pool replaces dead connections itself."""
-
-    def close(self) -> None:
-        """Nothing: the pool is the caller's."""
-
-
-async def _check(connection: Connection, statement: str) -> None:
-    """Refuse a read replica and an old schema."""
-    (row,) = await connection.fetch(statement)
-    check_server(*row)
-
-
-class _OnOwnLoop:
-    """The store for a thread that blocks, on an event loop of its own: for renewing where psycopg is not installed."""
-
-    capabilities = postgres.CAPABILITIES
-
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, target: Target, timeout: float) -> None:
         self._loop = asyncio.new_event_loop()
-        self._store = AsyncpgStore(url, timeout=timeout)
+        self._pool = _own_pool(target, timeout)
 
-    def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
-        return self._wait(self._store.claim(claims))
-
-    def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
-        return self._wait(self._store.complete(commands))
-
-    def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        return self._wait(self._store.release(commands))
-
-    def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
-        return self._wait(self._store.renew(commands))
-
-    def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        return self._wait(self._store.checkpoint(commands))
-
-    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        return self._wait(self._store.get(ids))
-
-    def scan(self, **options: Any) -> Sequence[Record]:
-        return self._wait(self._store.scan(**options))
-
-    def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        return self._wait(self._store.evict(ids))
-
-    def unmark(self, ids: Sequence[bytes]) -> None:
-        self._wait(self._store.unmark(ids))
-
-    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        return self._wait(self._store.reap(limit, told))
+    def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        return self._loop.run_until_complete(self._pool.perform(plan))
 
     def close(self) -> None:
-        self._wait(self._store.aclose())
+        self._loop.run_until_complete(self._pool.aclose())
         self._loop.close()
-
-    def _wait(self, answer: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(answer)
-
-
-async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
-    """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
-    try:
-        connection = await connect_to_primary(target)
-        try:
-            async with connection.transaction():
-                return await aperform(plan(), lambda statement: _fetch(connection, statement))
-        finally:
-            connection.terminate()
-    except DRIVER_ERRORS as error:
-        raise explain(error, getattr(error, "sqlstate", None)) from error
-
-
-async def connect_to_primary(target: Target) -> asyncpg.Connection[asyncpg.Record]:
-    """A connection with the session's own settings; raises a driver's error or StoreUnavailable."""
-    loop = asyncio.get_running_loop()
-    failure: Exception = TimeoutError()
-    for dsn, until in shares(target, loop.time(), loop.time() + CONNECT_TIMEOUT):
-        try:
-            connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-                dsn,
-                timeout=max(0.0, until - loop.time()),
-                server_settings={"application_name": "retryproof"},
-                statement_cache_size=100 if target.statement_cache else 0,
-            )
-            try:
-                check_primary(await connection.fetchval("SELECT pg_is_in_recovery()"))
-            except BaseException:
-                connection.terminate()
-                raise
-        except (*DRIVER_ERRORS, StoreUnavailable) as error:
-            failure = error
-        else:
-            return connection
-    raise failure

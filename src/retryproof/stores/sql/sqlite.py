@@ -1,16 +1,7 @@
-"""The store on SQLite: one file, safe for every thread and process of one machine.
+"""The store on SQLite: the records' plans on one file.
 
-WAL, and `synchronous=FULL`: what was answered survives a crash of the machine. A replay only reads, beside any writer.
-What changes is written in one transaction for a whole batch, of every kind that waits (group commit).
-
-Who has to wait for another writer polls, here and not in SQLite, which sleeps for up to 100 ms between two looks: among
-busy processes some then never get a turn (with 4 of them 2 % of the claims failed after 0.25 s, and 1 % after 0.5 s;
-polled so none did, at three times the rate). And it tells apart what SQLite does not: writers that come and go, whose
-commits change `data_version`, are waited for up to the time-out; one that stays, such as a transaction which a handler
-keeps open, for `patience` only. Then there is a definite error, and replays, which only read, get their turn (T2).
-
-No connection is open across a fork, since SQLite would exclude nobody then (`stores.forks`): it is closed before, when
-the store is between two calls, and opened again at the next call, in parent and child.
+A replay only reads, beside any writer. What changes is written in one transaction for a whole batch, of every kind that
+waits (group commit).
 
 The table has a rowid and a unique index: with WITHOUT ROWID a claim costs half as much again, since large results then
 sit in the tree that every claim descends. It has no other index: reaping reads the table beside the writers.
@@ -18,39 +9,27 @@ sit in the tree that every claim descends. It has no other index: reaping reads 
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import random
-import sqlite3
-import tempfile
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
 
+from retryproof.clock import wall_clock
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
-from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.errors import StoreUnavailable
 from retryproof.core.record import Record, State
+from retryproof.sql.plan import Plan
+from retryproof.sql.sqlite import records
+from retryproof.sql.sqlite.file import SqliteFile
+from retryproof.sql.sqlite.url import PATIENCE, TIMEOUT, Target, parse
 from retryproof.stores.base import Batch, Capabilities, Reaped
-from retryproof.stores.forks import abandon, check_not_inherited
-from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql import sqlite_plans as plans
-from retryproof.stores.sql.plan import Plan, Row, Statement, perform
 
 T = TypeVar("T")
-R = TypeVar("R")
 
-IN_MEMORY = ":memory:"
-SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
-PATIENCE = 0.25
-"""Seconds to wait for one writer that stays: many times a commit, and still a prompt answer."""
-FIRST_NAP, LAST_NAP = 0.0005, 0.008
-"""Seconds between two looks at a locked file; a commit takes one to ten milliseconds."""
-FORK_PATIENCE = 5.0
-"""Seconds that a fork waits for calls that are under way, of all stores together; a child refuses what stays open."""
+
+def from_url(url: str, *, timeout: float = TIMEOUT) -> SqliteStore:
+    """The store of a URL."""
+    target = parse(url, timeout)
+    return SqliteStore(target.path, timeout=target.timeout, patience=target.patience, synchronous=target.synchronous)
 
 
 class SqliteStore:
@@ -69,59 +48,49 @@ class SqliteStore:
         self,
         path: str,
         *,
-        timeout: float = 2.0,
+        timeout: float = TIMEOUT,
         patience: float = PATIENCE,
         synchronous: str = "FULL",
         clock: Callable[[], int] = wall_clock,
     ) -> None:
-        if synchronous.upper() not in SYNCHRONOUS:
-            raise ConfigurationError(f"synchronous={synchronous!r} must be one of {', '.join(SYNCHRONOUS)}.")
+        self._file = SqliteFile(Target(path, timeout, patience, synchronous.upper()))
         self.path = path
-        self._timeout = timeout
-        self._patience = min(patience, timeout)
-        self.synchronous = synchronous.upper()
         self._clock = clock
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-        self._grouped = False
-        self._shut_out: StoreUnavailable | None = None  # why the group that is open may not write
-        with _forking:
-            _stores.add(self)
-
-    # The protocol
 
     def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
         """Take each operation or say why not."""
-        with self._lock:
-            replies: list[ClaimReply | StoreUnavailable | None] = [*self._perform(plans.peek(claims, self._clock()))]
+        with self._file.held():
+            replies: list[ClaimReply | StoreUnavailable | None] = [
+                *self._file.read(records.peek(claims, self._clock()))
+            ]
             left = [place for place, reply in enumerate(replies) if reply is None]
             if left:
                 asked = [claims[place] for place in left]
-                taken = self._write_batch(asked, lambda: plans.claim(asked, self._clock()))
+                taken = self._file.write_batch(asked, lambda: records.claim(asked, self._clock()))
                 for place, reply in zip(left, taken, strict=True):
                     replies[place] = reply
             return [reply for reply in replies if reply is not None]
 
     def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
         """Settle each operation with its result."""
-        return self._write_batch(commands, lambda: plans.complete(commands, self._clock()))
+        return self._file.write_batch(commands, lambda: records.complete(commands, self._clock()))
 
     def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
         """Give each operation back."""
-        return self._write_batch(commands, lambda: plans.release(commands, self._clock()))
+        return self._file.write_batch(commands, lambda: records.release(commands, self._clock()))
 
     def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
         """Extend each lease."""
-        return self._write_batch(commands, lambda: plans.renew(commands, self._clock()))
+        return self._file.write_batch(commands, lambda: records.renew(commands, self._clock()))
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
         """Keep each value under its name."""
-        return self._write_batch(commands, lambda: plans.checkpoint(commands))
+        return self._file.write_batch(commands, lambda: records.checkpoint(commands))
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
         """Each record as it stands."""
-        with self._lock:
-            return self._perform(plans.get(ids, self._clock()))
+        with self._file.held():
+            return self._file.read(records.get(ids, self._clock()))
 
     def scan(
         self,
@@ -133,321 +102,35 @@ class SqliteStore:
         limit: int = 100,
     ) -> Sequence[Record]:
         """A page of records in the order of their ids."""
-        with self._lock:
-            return self._perform(plans.scan(prefix, state, tenant, after, limit, self._clock()))
+        with self._file.held():
+            return self._file.read(records.scan(prefix, state, tenant, after, limit, self._clock()))
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
         """Forget each record, unless its lease is live."""
-        return self._write(lambda: plans.evict(ids, self._clock()))
+        return self._file.write(lambda: records.evict(ids, self._clock()))
 
     def unmark(self, ids: Sequence[bytes]) -> None:
         """Remove the markers that callers' transactions left, of operations that somebody settled (T1)."""
-        self._write(lambda: plans.unmark(ids))
+        self._file.write(lambda: records.unmark(ids))
 
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """End what was told, remove what is settled and over; what is over is found without the write lock."""
-        ended = self._write(lambda: plans.end(told, self._clock())) if told else []
-        with self._lock:
+        ended = self._file.write(lambda: records.end(told, self._clock())) if told else []
+        with self._file.held():
             settled, unsettled, more = (
-                self._perform(plans.find_over(limit, self._clock())) if limit else ([], [], False)
+                self._file.read(records.find_over(limit, self._clock())) if limit else ([], [], False)
             )
-        removed = self._write(lambda: plans.remove_over(settled, self._clock())) if settled else 0
+        removed = self._file.write(lambda: records.remove_over(settled, self._clock())) if settled else 0
         return Reaped(removed, unsettled, more, ended)
 
     def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan over other tables than the records', in one transaction that holds the write lock."""
-        return self._write(plan)
+        return self._file.write(plan)
 
-    @contextlib.contextmanager
-    def commit_group(self) -> Iterator[None]:
+    def commit_group(self) -> AbstractContextManager[None]:
         """All calls inside are one commit."""
-        with self._lock:
-            self._grouped, self._shut_out = True, None
-            try:
-                yield
-                if self._connected().in_transaction:
-                    self._execute(Statement("COMMIT"))
-            finally:
-                self._grouped = False
-                self._roll_back()
+        return self._file.commit_group()
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                connection.close()
-
-    # Over a fork
-
-    def suspend(self, deadline: float) -> bool:
-        """Before a fork: keep all others out from now on, and have no connection. deadline: of the monotonic clock.
-
-        False where that cannot be: a call is under way, for longer than that or in this very thread.
-        """
-        if _is_held_here(self._lock) or not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return False
-        if self.path != IN_MEMORY:
-            with contextlib.suppress(sqlite3.Error):  # what it leaves open, the child refuses
-                self.close()
-        return True
-
-    def resume(self) -> None:
-        """In the parent, after what `suspend` began."""
-        self._lock.release()
-
-    def disinherit(self) -> None:
-        """In the child: what is still open is the parent's, and whoever held the lock is not here."""
-        if self._connection is not None:
-            abandon(self._connection)
-        self._lock, self._connection, self._grouped = threading.RLock(), None, False
-
-    # The connection
-
-    def _write(self, plan: Callable[[], Plan[T]], patience: float | None = None) -> T:
-        with self._writing(patience):
-            return self._perform(plan())
-
-    def _write_batch(self, commands: Sequence[object], plan: Callable[[], Plan[Sequence[R]]]) -> Batch[R]:
-        """The plan's replies. In a group that gets no write lock, errors: what travels with it may only read (T2)."""
-        with self._lock:
-            if self._grouped and not self._connected().in_transaction:
-                self._shut_out = self._shut_out or self._why_shut_out()  # a group waits once
-                if self._shut_out is not None:
-                    return [self._shut_out] * len(commands)
-            return self._write(plan, self._patience)
-
-    def _why_shut_out(self) -> StoreUnavailable | None:
-        """Take the write lock, or say why it is not to be had."""
-        try:
-            self._begin(self._patience)
-        except StoreUnavailable as error:
-            return error
-        return None
-
-    @contextlib.contextmanager
-    def _writing(self, patience: float | None = None) -> Iterator[None]:
-        """The write lock until the end; inside a group, until the group's. patience: the time-out, unless given."""
-        with self._lock:
-            try:
-                if not self._connected().in_transaction:
-                    self._begin(self._timeout if patience is None else patience)
-                yield
-                if not self._grouped:
-                    self._execute(Statement("COMMIT"))
-            finally:
-                if not self._grouped:
-                    self._roll_back()
-
-    def _begin(self, patience: float) -> None:
-        """Take the write lock, however many others want it, unless one of them stays for longer than the patience."""
-        began = stays_since = time.monotonic()
-        naps = _naps()
-        version: object = None
-        while True:
-            try:
-                self._connected().execute("BEGIN IMMEDIATE")
-                return
-            except sqlite3.Error as error:
-                now = time.monotonic()
-                if not _is_busy(error) or now - began >= self._timeout or now - stays_since >= patience:
-                    raise self._unavailable(error) from error
-            seen = self._execute(Statement("PRAGMA data_version"))[0][0]
-            if seen != version:  # somebody has committed since the last look
-                version, stays_since = seen, now
-                naps = _naps()
-            time.sleep(next(naps))
-
-    def _roll_back(self) -> None:
-        if self._connection is not None and self._connection.in_transaction:
-            self._connection.rollback()
-
-    def _perform(self, plan: Plan[T]) -> T:
-        return perform(plan, self._execute)
-
-    def _execute(self, statement: Statement) -> Sequence[Row]:
-        connection = self._connected()
-        try:
-            if statement.many:
-                connection.executemany(statement.sql, statement.parameters)
-                return ()
-            return connection.execute(statement.sql, statement.parameters).fetchall()
-        except sqlite3.Error as error:
-            if not _is_busy(error) or statement.many:
-                raise self._unavailable(error) from error
-            return self._execute_later(connection, statement)
-
-    def _execute_later(self, connection: sqlite3.Connection, statement: Statement) -> Sequence[Row]:
-        """For the few times that others lock out even readers, as they do after a crash or when they close the file."""
-        began, naps = time.monotonic(), _naps()
-        while True:
-            time.sleep(next(naps))
-            try:
-                return connection.execute(statement.sql, statement.parameters).fetchall()
-            except sqlite3.Error as error:
-                if not _is_busy(error) or time.monotonic() - began >= self._timeout:
-                    raise self._unavailable(error) from error
-
-    def _connected(self) -> sqlite3.Connection:
-        if self._connection is None:
-            self._connection = self._connect()
-        return self._connection
-
-    def _connect(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = None
-        try:
-            if self.path != IN_MEMORY and not os.path.exists(self.path):
-                _make_private_file(os.path.realpath(self.path))  # where a symbolic link leads, SQLite would make it
-            check_not_inherited(self.path)
-            connection = sqlite3.connect(
-                self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
-            )
-            self._use_wal(connection)
-            connection.execute(f"PRAGMA synchronous = {self.synchronous}")
-            self._make_schema(connection)
-            connection.execute("PRAGMA busy_timeout = 0")  # from here on it is we who wait
-        except BaseException as error:
-            if connection is not None:
-                connection.close()
-            if isinstance(error, sqlite3.Error | OSError):
-                raise self._unavailable(error) from error
-            raise
-        return connection
-
-    def _use_wal(self, connection: sqlite3.Connection) -> None:
-        """Switch to WAL. For that alone SQLite does not wait while others open the file, so this does."""
-        deadline = time.monotonic() + self._timeout
-        while True:
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if not _is_busy(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.005)
-
-    def _make_schema(self, connection: sqlite3.Connection) -> None:
-        """Make what is missing; several processes may do it at once."""
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        tables = connection.execute(
-            "SELECT count(*) FROM sqlite_schema WHERE name IN ('retryproof_operations', 'retryproof_markers')"
-        ).fetchone()[0]
-        if tables == 2 and found == plans.SCHEMA_VERSION:
-            return
-        if tables and found > plans.SCHEMA_VERSION:
-            raise ConfigurationError(
-                f"{self.path} was written by a later release (schema {found}; this one knows "
-                f"{plans.SCHEMA_VERSION}). Upgrade retryproof."
-            )
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute(plans.SCHEMA)
-        connection.execute(plans.MARKERS_SCHEMA)  # earlier releases work beside it
-        connection.execute(f"PRAGMA user_version = {plans.SCHEMA_VERSION}")
-        connection.execute("COMMIT")
-
-    def _unavailable(self, error: sqlite3.Error | OSError) -> StoreUnavailable:
-        locked = "is kept locked by another writer"
-        what = locked if _is_busy(error) else f"cannot be used: {error}"
-        folder = os.path.dirname(os.path.abspath(self.path))
-        if not os.path.isdir(folder):
-            return StoreUnavailable(f"The SQLite database {self.path} {what}; make the folder {folder} first.")
-        return StoreUnavailable(f"The SQLite database {self.path} {what}; try again.")
-
-
-_stores: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_suspended: list[SqliteStore] = []
-_forking = threading.RLock()
-"""Held by the one thread that forks, from before to after; two of them would wait for each other's stores."""
-
-
-def _before_fork() -> None:
-    _forking.acquire()
-    deadline = time.monotonic() + FORK_PATIENCE
-    for store in list(_stores):
-        if store.suspend(deadline):
-            _suspended.append(store)
-
-
-def _after_in_parent() -> None:
-    while _suspended:
-        _suspended.pop().resume()
-    _forking.release()
-
-
-def _after_in_child() -> None:
-    global _forking
-    _forking = threading.RLock()
-    _suspended.clear()
-    for store in list(_stores):
-        store.disinherit()
-
-
-def _is_held_here(lock: threading.RLock) -> bool:
-    """Whether this thread holds the lock: only then a condition over it may notify."""
-    try:
-        threading.Condition(lock).notify(0)
-    except RuntimeError:
-        return False
-    return True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
-
-
-def _naps() -> Iterator[float]:
-    """Seconds between two looks at a locked file, at random, so that two who wait do not keep meeting."""
-    nap = FIRST_NAP
-    while True:
-        yield nap * random.uniform(0.5, 1.5)
-        nap = min(2 * nap, LAST_NAP)
-
-
-def _is_busy(error: Exception) -> bool:
-    name: str = getattr(error, "sqlite_errorname", "")
-    return name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
-
-
-def _make_private_file(path: str) -> None:
-    """Make the file, for its owner alone to read: what is stored may be anybody's response.
-
-    It gets its name only once it is closed here: closing a file drops the locks that this process has on it, and
-    SQLite holds its own so.
-    """
-    folder, name = os.path.split(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder or ".")
-    os.close(descriptor)
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        os.unlink(temporary)
-
-
-def from_url(url: str, *, timeout: float = 2.0) -> SqliteStore:
-    """The store of a URL: `sqlite:///relative.db`, `sqlite:////absolute.db`, with `?synchronous=NORMAL&timeout=5&…`."""
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
-    path = unquote(parts.path).removeprefix("/")
-    if parts.netloc or not path:
-        raise ConfigurationError(
-            "A SQLite URL is sqlite:/// and a path: sqlite:///keys.db, or sqlite:////var/lib/app/keys.db."
-        )
-    synchronous = options.pop("synchronous", "FULL")
-    timeout = _seconds(options, "timeout", timeout)
-    patience = _seconds(options, "patience", PATIENCE)
-    if options:
-        raise ConfigurationError(
-            f"Unknown options in the SQLite URL: {', '.join(options)}; known: synchronous, timeout, patience."
-        )
-    return SqliteStore(path, timeout=timeout, patience=patience, synchronous=synchronous)
-
-
-def _seconds(options: dict[str, str], name: str, default: float) -> float:
-    try:
-        seconds = float(options.pop(name, default))
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ConfigurationError(f"The {name} of a SQLite URL is a number of seconds: ?{name}=1.5.")
-    return seconds
+        self._file.close()

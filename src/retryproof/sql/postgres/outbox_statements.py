@@ -15,7 +15,7 @@ which has the same order, and read the whole table for a partition that is empty
 from __future__ import annotations
 
 from retryproof.core.message import UNCOUNTED
-from retryproof.stores.sql.outbox import HELD
+from retryproof.sql.outbox import HELD
 
 NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 STARTED = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"

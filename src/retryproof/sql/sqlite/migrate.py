@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from retryproof.stores.sql.inbox import SQLITE_INBOX
-from retryproof.stores.sql.outbox_sqlite import SQLITE_OUTBOX
-from retryproof.stores.sql.plan import Plan
-from retryproof.stores.sql.sqlite import from_url
-from retryproof.stores.sql.sqlite_schema import Part, migrated, missing, versions
+from retryproof.sql.inbox import SQLITE_INBOX
+from retryproof.sql.plan import Plan
+from retryproof.sql.sqlite.file import SqliteFile
+from retryproof.sql.sqlite.outbox import SQLITE_OUTBOX
+from retryproof.sql.sqlite.schema import Part, migrated, missing, versions
+from retryproof.sql.sqlite.url import parse
 
 TIMEOUT = 30.0
 """Seconds to wait for another writer."""
@@ -23,17 +24,17 @@ def migrate(url: str, *, progress: Callable[[str], None] = lambda step: None) ->
     """Change what is of an earlier release, in one transaction; the names of what was applied."""
     if not pending(url):
         return []
-    store = from_url(url, timeout=TIMEOUT)
+    file = SqliteFile(parse(url, TIMEOUT))
     progress("waiting for other writers")
     try:
-        return store.perform(_everything)
+        return file.write(_everything)
     finally:
-        store.close()
+        file.close()
 
 
 def pending(url: str) -> list[str]:
     """The names of what is missing; the file is neither made nor changed."""
-    found = versions(from_url(url).path, parts(), TIMEOUT)
+    found = versions(parse(url).path, parts(), TIMEOUT)
     return [name for part in parts() for name in missing(part, found[part.name])]
 
 

@@ -22,7 +22,7 @@ from retryproof.core.commands import (
 )
 from retryproof.core.hold import Hold
 from retryproof.core.record import Record, State
-from retryproof.stores.sql.plan import Joining, Plan, Row, Statement
+from retryproof.sql.plan import Joining, Plan, Row, Statement
 
 Fenced = TypeVar("Fenced", Complete, Release, Renew, Checkpoint)
 

@@ -14,9 +14,9 @@ from typing import Any
 from uuid import UUID
 
 from retryproof.core.message import Conclusion, Message
-from retryproof.stores.sql.outbox import DeadLetter, Rival, Settings, Stats, Taken
-from retryproof.stores.sql.outbox_postgres_statements import STATEMENTS
-from retryproof.stores.sql.plan import Plan, Row, Statement
+from retryproof.sql.outbox import DeadLetter, Rival, Settings, Stats, Taken
+from retryproof.sql.plan import Plan, Row, Statement
+from retryproof.sql.postgres.outbox_statements import STATEMENTS
 
 CHANNEL = "retryproof_outbox"
 

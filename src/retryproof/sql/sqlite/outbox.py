@@ -12,11 +12,11 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
+from retryproof.clock import wall_clock
 from retryproof.core.message import UNCOUNTED, Conclusion, Message
-from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql.outbox import HELD, DeadLetter, Rival, Settings, Stats, Taken
-from retryproof.stores.sql.plan import Plan, Row, Statement
-from retryproof.stores.sql.sqlite_schema import Part, ready
+from retryproof.sql.outbox import HELD, DeadLetter, Rival, Settings, Stats, Taken
+from retryproof.sql.plan import Plan, Row, Statement
+from retryproof.sql.sqlite.schema import Part, ready
 
 GATE = -1
 """The partition that stands for all of them where the order is strict, with an empty chain."""

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql.plan import Plan, Row, Statement
-from retryproof.stores.sql.sqlite_schema import Part, ready
+from retryproof.clock import wall_clock
+from retryproof.sql.plan import Plan, Row, Statement
+from retryproof.sql.sqlite.schema import Part, ready
 
 _FIRST = (
     """CREATE TABLE IF NOT EXISTS retryproof_inbox (

@@ -11,9 +11,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from retryproof.core.errors import StoreUnavailable
-from retryproof.stores.diagnosis import Finding, Verdict
-from retryproof.stores.sql.sqlite import from_url
-from retryproof.stores.sql.sqlite_plans import SCHEMA_VERSION
+from retryproof.core.findings import Finding, Verdict
+from retryproof.sql.sqlite.records import SCHEMA_VERSION
+from retryproof.sql.sqlite.url import parse
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
@@ -40,8 +40,8 @@ class Facts:
 
 def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
     """Look at the file, without making or changing it."""
-    store = from_url(url, timeout=timeout)
-    return verdicts(gather(Path(store.path), store.synchronous, timeout))
+    target = parse(url, timeout)
+    return verdicts(gather(Path(target.path), target.synchronous, timeout))
 
 
 def gather(path: Path, synchronous: str, timeout: float) -> Facts:

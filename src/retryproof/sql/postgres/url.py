@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from retryproof.core.errors import ConfigurationError, IdempotencyError, StoreUnavailable
-from retryproof.stores.sql.postgres_statements import TABLE
+from retryproof.sql.postgres.statements import TABLE
 
 TIMEOUT = 2.0
 """Seconds that a call may take, connecting included."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
-from retryproof.stores.sql.plan import Plan, Statement, perform
+from retryproof.sql.plan import Plan, Statement, perform
 
 VERSIONS = """CREATE TABLE IF NOT EXISTS retryproof_schema (
     part TEXT PRIMARY KEY,

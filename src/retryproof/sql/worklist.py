@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from retryproof.clock import wall_clock
 from retryproof.core.commands import DONE, Checkpoint, FenceReply
 from retryproof.core.record import State, microseconds
-from retryproof.stores.memory import wall_clock
-from retryproof.stores.sql import postgres, sqlite_plans
-from retryproof.stores.sql import postgres_statements as statements
-from retryproof.stores.sql.plan import Plan, Row, Statement
-from retryproof.stores.sql.postgres_statements import WORKLIST, worklist
-from retryproof.stores.sql.sqlite_plans import WORKLIST_SCHEMA
+from retryproof.sql.plan import Plan, Row, Statement
+from retryproof.sql.postgres import records as postgres
+from retryproof.sql.postgres import statements
+from retryproof.sql.postgres.statements import WORKLIST, worklist
+from retryproof.sql.sqlite import records as sqlite_plans
+from retryproof.sql.sqlite.records import WORKLIST_SCHEMA
 
 _COLUMNS = "id, birth, fingerprint, tenant, function, input"
 _ALL = f"{_COLUMNS}, tries, due_at, listed_at, reason"

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from retryproof.stores.sql.asyncpg import DRIVER_ERRORS, connect_to_primary
-from retryproof.stores.sql.postgres_url import explain, parse
+from retryproof.sql.postgres.asyncpg import DRIVER_ERRORS, connect_to_primary
+from retryproof.sql.postgres.url import explain, parse
 
 if TYPE_CHECKING:
-    from retryproof.stores.sql.asyncpg import Connection
+    from retryproof.sql.postgres.asyncpg import Connection
 
 PULSE = 30.0
 """Seconds between two questions whether the server is there still: a cut line says nothing by itself."""

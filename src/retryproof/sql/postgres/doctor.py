@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl, urlsplit
 
-from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
-from retryproof.stores.sql.migrate import migrations, transaction
-from retryproof.stores.sql.outbox_postgres import Numbering, PostgresOutbox
-from retryproof.stores.sql.plan import Plan, Statement
-from retryproof.stores.sql.postgres_statements import TABLE, markers
-from retryproof.stores.sql.postgres_url import SCHEMA_VERSION, ReadReplica, Target, parse
+from retryproof.core.findings import Finding, Verdict, clock_skew
+from retryproof.sql.plan import Plan, Statement
+from retryproof.sql.postgres.migrate import migrations, transaction
+from retryproof.sql.postgres.outbox import Numbering, PostgresOutbox
+from retryproof.sql.postgres.statements import TABLE, markers
+from retryproof.sql.postgres.url import SCHEMA_VERSION, ReadReplica, Target, parse
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 

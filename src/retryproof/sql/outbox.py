@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeAlias
 from uuid import UUID
 
 from retryproof.core.message import Conclusion, Message
-from retryproof.stores.sql.plan import Plan
+from retryproof.sql.plan import Plan
 
 HELD = (1 << 63) - 1
 """When a chain is due whose first message is being sent still: never, until its relay says what came of it, or dies."""

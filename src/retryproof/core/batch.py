@@ -1,0 +1,31 @@
+"""What a store answers a batch: one reply an item, and what one pass of reaping did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from retryproof.core.errors import StoreUnavailable
+from retryproof.core.record import Record
+
+T = TypeVar("T")
+Batch = Sequence[T | StoreUnavailable]
+"""One reply or error for each item, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    """What one bounded pass of reaping did.
+
+    settled: how many records past their retention it removed.
+    unsettled: records whose time is over and that have no outcome. They are still there: tell of each, and only then
+        give them back as `told` (C12).
+    more: whether another pass would find more.
+    ended: ids of those of `told` that it removed.
+    """
+
+    settled: int = 0
+    unsettled: Sequence[Record] = field(default=())
+    more: bool = False
+    ended: Sequence[bytes] = field(default=())

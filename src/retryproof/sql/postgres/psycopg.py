@@ -1,0 +1,352 @@
+"""PostgreSQL on psycopg 3, for callers that block: connections whose waits end at a deadline, and a pool of them."""
+
+from __future__ import annotations
+
+import selectors
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import RawCursor, conninfo, pq
+from psycopg.adapt import Dumper
+from psycopg.errors import OperationalError
+from psycopg.pq import Format
+
+from retryproof.core.errors import StoreUnavailable
+from retryproof.sql.plan import Plan, Row, Statement, perform
+from retryproof.sql.postgres.url import (
+    CONNECT_TIMEOUT,
+    Target,
+    check_primary,
+    check_server,
+    explain,
+    pauses,
+    retryable,
+    shares,
+    timed_out,
+)
+
+T = TypeVar("T")
+
+
+class _OutOfTime(Exception):
+    """The deadline of a call has passed."""
+
+
+class DeadlineConnection(psycopg.Connection[Row]):
+    """A connection whose waits end at `deadline`, whatever the server does; it is of no more use then.
+
+    psycopg's own time-outs are the server's (statement_timeout), which a stopped server does not keep.
+    """
+
+    deadline = float("inf")
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        """Pump one of psycopg's generators, as psycopg does, until the deadline.
+
+        It yields and is sent bits: 1 to read, 2 to write, as those of `selectors`.
+        """
+        try:
+            wanted = next(gen)
+            while True:
+                wanted = gen.send(_ready(self.pgconn.socket, int(wanted), self.deadline))
+        except StopIteration as stop:
+            return stop.value
+
+
+def _ready(socket: int, wanted: int, deadline: float) -> int:
+    """Wait for a socket; what it is ready for."""
+    seconds = None if deadline == float("inf") else max(0.0, deadline - monotonic())
+    with _Selector() as selector:
+        selector.register(socket, wanted)
+        ready = selector.select(seconds)
+    if not ready:
+        raise _OutOfTime
+    return ready[0][1]
+
+
+# Neither opens a descriptor of its own for each wait.
+_Selector = selectors.PollSelector if hasattr(selectors, "PollSelector") else selectors.SelectSelector
+
+
+class _Bytes(list[Any]):
+    """An array of bytes or None."""
+
+
+class _Numbers(list[int]):
+    """An array of 64-bit numbers."""
+
+
+class _Flags(list[bool]):
+    """An array of truth values."""
+
+
+class _Texts(list[str]):
+    """An array of texts."""
+
+
+_ARRAYS: dict[type, type] = {bytes: _Bytes, int: _Numbers, bool: _Flags, str: _Texts}
+
+
+def _typed(parameter: Any) -> Any:
+    """A list as an array of a known type, so that a statement is prepared once; psycopg would go by the values."""
+    if not isinstance(parameter, list):
+        return parameter
+    kind = next((type(value) for value in parameter if value is not None), bytes)
+    return _ARRAYS[kind](parameter)
+
+
+def _array(element: int, length: int, nulls: bool, body: bytes) -> bytes:
+    return _HEADER.pack(1, nulls, element, length, 1) + body
+
+
+_HEADER = struct.Struct(">iiIii")  # dimensions, whether there are nulls, element type, length, lower bound
+_LENGTH = struct.Struct(">i")
+_NULL = _LENGTH.pack(-1)
+
+
+class _BytesDumper(Dumper):
+    format = Format.BINARY
+    oid = 1001  # bytea[]
+
+    def dump(self, obj: _Bytes) -> bytes:
+        parts = [_NULL if value is None else _LENGTH.pack(len(value)) + value for value in obj]
+        return _array(17, len(obj), None in obj, b"".join(parts))
+
+
+class _NumbersDumper(Dumper):
+    format = Format.BINARY
+    oid = 1016  # bigint[]
+
+    def dump(self, obj: _Numbers) -> bytes:
+        values = [field for value in obj for field in (8, value)]
+        return _array(20, len(obj), False, struct.pack(">" + "iq" * len(obj), *values))
+
+
+class _FlagsDumper(Dumper):
+    format = Format.BINARY
+    oid = 1000  # boolean[]
+
+    def dump(self, obj: _Flags) -> bytes:
+        return _array(16, len(obj), False, b"".join(b"\0\0\0\1\1" if value else b"\0\0\0\1\0" for value in obj))
+
+
+class _TextsDumper(Dumper):
+    format = Format.BINARY
+    oid = 1009  # text[]
+
+    def dump(self, obj: _Texts) -> bytes:
+        values = [value.encode() for value in obj]
+        return _array(25, len(obj), False, b"".join(_LENGTH.pack(len(value)) + value for value in values))
+
+
+_DUMPERS: dict[type, type[Dumper]] = {
+    _Bytes: _BytesDumper,
+    _Numbers: _NumbersDumper,
+    _Flags: _FlagsDumper,
+    _Texts: _TextsDumper,
+}
+
+
+def connect(dsn: str, deadline: float, settings: dict[str, str]) -> DeadlineConnection:
+    """Connect before the deadline; libpq's own time-out counts in whole seconds, two at the least."""
+    parameters = conninfo.conninfo_to_dict(dsn)
+    options = [parameters.get("options"), *(f"-c {name}={_option(value)}" for name, value in settings.items())]
+    parameters["options"] = " ".join(str(option) for option in options if option) or None
+    parameters.setdefault("application_name", "retryproof")
+    parameters["client_encoding"] = "utf8"  # a database of bytes (SQL_ASCII) would give bytes for text
+    connecting = pq.PGconn.connect_start(conninfo.make_conninfo("", **parameters).encode())
+    try:
+        _finish_connecting(connecting, deadline)
+    except BaseException:
+        connecting.finish()
+        raise
+    connecting.nonblocking = 1
+    connection = DeadlineConnection(connecting)
+    connection.autocommit = True
+    for kind, dumper in _DUMPERS.items():
+        connection.adapters.register_dumper(kind, dumper)
+    return connection
+
+
+def _option(value: str) -> str:
+    return value.replace("\\", "\\\\").replace(" ", "\\ ")
+
+
+def _finish_connecting(connecting: pq.abc.PGconn, deadline: float) -> None:
+    status: int = pq.PollingStatus.WRITING
+    while status != pq.PollingStatus.OK:
+        if connecting.status == pq.ConnStatus.BAD or status == pq.PollingStatus.FAILED:
+            raise OperationalError(connecting.get_error_message().strip())
+        reading = status == pq.PollingStatus.READING
+        _ready(connecting.socket, selectors.EVENT_READ if reading else selectors.EVENT_WRITE, deadline)
+        status = connecting.connect_poll()
+
+
+class PsycopgPool:
+    """A few connections of its own; safe for threads. Nothing is opened before a call.
+
+    timeout: seconds for each call, connecting included.
+    """
+
+    def __init__(self, target: Target, timeout: float) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._idle: list[DeadlineConnection] = []
+        self._places = threading.BoundedSemaphore(target.pool_size)
+        self._closed = False
+
+    def close(self) -> None:
+        """Close what is idle; what is in use is closed when its call ends."""
+        self._closed = True
+        self._discard_idle()
+
+    def perform(self, plan: Callable[[], Plan[T]]) -> T:
+        """Run a plan before the deadline; once more on a new connection when an idle one turns out to be dead.
+
+        That is safe: what may have been done already is answered alike (C3).
+        """
+        deadline = monotonic() + self._timeout
+        with self._place(deadline):
+            try:
+                while self._idle:
+                    try:
+                        return self._run(self._idle.pop(), plan(), deadline)
+                    except _Dead:
+                        self._discard_idle()
+                    except IndexError:  # another thread was faster
+                        break
+                return self._run(self._connect(deadline), plan(), deadline)
+            except _OutOfTime as error:
+                raise timed_out(self._timeout) from error
+            except _Dead as error:
+                raise explain(error.cause, None) from error.cause
+            except psycopg.Error as error:
+                raise explain(error, error.sqlstate) from error
+
+    @contextmanager
+    def _place(self, deadline: float) -> Iterator[None]:
+        if not self._places.acquire(timeout=max(0.0, deadline - monotonic())):
+            raise StoreUnavailable(f"all {self._target.pool_size} connections were in use for {self._timeout:g} s")
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def _run(self, connection: DeadlineConnection, plan: Plan[T], deadline: float) -> T:
+        """Run a plan; the connection goes back to the idle ones only after a clean end."""
+        connection.deadline = deadline
+        try:
+            result = perform(plan, lambda statement: self._execute(connection, statement))
+        except OperationalError as error:
+            dead = connection.closed
+            connection.close()
+            if dead:
+                raise _Dead(error) from error
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        if self._closed:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        return result
+
+    def _execute(self, connection: DeadlineConnection, statement: Statement) -> Sequence[Row]:
+        """Run one statement in a transaction of its own, again when the server undid it for a rival's sake."""
+        for pause in pauses():
+            try:
+                return self._fetch(connection, statement)
+            except psycopg.Error as error:
+                if not retryable(error.sqlstate) or monotonic() + pause >= connection.deadline:
+                    raise
+                sleep(pause)
+        return self._fetch(connection, statement)
+
+    def _fetch(self, connection: DeadlineConnection, statement: Statement) -> Sequence[Row]:
+        with RawCursor(connection) as cursor:
+            parameters = [_typed(parameter) for parameter in statement.parameters]
+            cursor.execute(statement.sql.encode(), parameters, prepare=self._target.statement_cache, binary=True)
+            return cursor.fetchall()
+
+    def _connect(self, deadline: float) -> DeadlineConnection:
+        """A new connection to the first host that is a primary."""
+        failure: Exception = _OutOfTime()
+        for dsn, until in shares(self._target, monotonic(), deadline):
+            try:
+                return self._connect_to(dsn, until)
+            except (psycopg.Error, _OutOfTime, StoreUnavailable) as error:
+                failure = error
+        raise failure
+
+    def _connect_to(self, dsn: str, deadline: float) -> DeadlineConnection:
+        connection = connect(dsn, deadline, self._target.settings(self._timeout))
+        connection.deadline = deadline
+        try:
+            if not self._target.statement_cache:
+                connection.prepare_threshold = None
+            (row,) = connection.execute(self._target.check.encode()).fetchall()
+            check_server(*row)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _discard_idle(self) -> None:
+        while self._idle:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+
+class _Dead(Exception):
+    """The connection was lost."""
+
+    def __init__(self, cause: OperationalError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
+    """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
+    try:
+        connection = _connect_to_primary(target)
+        try:
+            with connection.transaction():
+                return perform(plan(), lambda statement: _fetch_any(connection, statement))
+        finally:
+            connection.close()
+    except _OutOfTime as error:
+        raise timed_out(CONNECT_TIMEOUT) from error
+    except psycopg.Error as error:
+        raise explain(error, error.sqlstate) from error
+
+
+def _connect_to_primary(target: Target) -> DeadlineConnection:
+    failure: Exception = _OutOfTime()
+    for dsn, until in shares(target, monotonic(), monotonic() + CONNECT_TIMEOUT):
+        try:
+            connection = connect(dsn, until, {})
+            try:
+                check_primary(connection.execute("SELECT pg_is_in_recovery()").fetchall()[0][0])
+            except BaseException:
+                connection.close()
+                raise
+        except (psycopg.Error, _OutOfTime, StoreUnavailable) as error:
+            failure = error
+        else:
+            connection.deadline = float("inf")
+            return connection
+    raise failure
+
+
+def _fetch_any(connection: DeadlineConnection, statement: Statement) -> Sequence[Row]:
+    with RawCursor(connection) as cursor:
+        cursor.execute(statement.sql.encode(), statement.parameters)
+        return cursor.fetchall() if cursor.description else []

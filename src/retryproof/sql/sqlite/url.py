@@ -1,0 +1,57 @@
+"""What a `sqlite:///` URL means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from retryproof.core.errors import ConfigurationError
+
+SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+TIMEOUT = 2.0
+PATIENCE = 0.25
+"""Seconds to wait for one writer that stays: many times a commit, and still a prompt answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file and how it is written: see `SqliteStore`."""
+
+    path: str
+    timeout: float = TIMEOUT
+    patience: float = PATIENCE
+    synchronous: str = "FULL"
+
+    def __post_init__(self) -> None:
+        if self.synchronous not in SYNCHRONOUS:
+            raise ConfigurationError(f"synchronous={self.synchronous!r} must be one of {', '.join(SYNCHRONOUS)}.")
+
+
+def parse(url: str, timeout: float = TIMEOUT) -> Target:
+    """Read `sqlite:///relative.db`, `sqlite:////absolute.db`, with `?synchronous=NORMAL&timeout=5&…`."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    path = unquote(parts.path).removeprefix("/")
+    if parts.netloc or not path:
+        raise ConfigurationError(
+            "A SQLite URL is sqlite:/// and a path: sqlite:///keys.db, or sqlite:////var/lib/app/keys.db."
+        )
+    synchronous = options.pop("synchronous", "FULL").upper()
+    timeout = _seconds(options, "timeout", timeout)
+    patience = _seconds(options, "patience", PATIENCE)
+    if options:
+        raise ConfigurationError(
+            f"Unknown options in the SQLite URL: {', '.join(options)}; known: synchronous, timeout, patience."
+        )
+    return Target(path, timeout, patience, synchronous)
+
+
+def _seconds(options: dict[str, str], name: str, default: float) -> float:
+    try:
+        seconds = float(options.pop(name, default))
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ConfigurationError(f"The {name} of a SQLite URL is a number of seconds: ?{name}=1.5.")
+    return seconds
