@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
-from retryproof.sql import inbox
+from retryproof.sql.sqlite import inbox
 from retryproof.sql.sqlite import migrate as sqlite_migrate
 from retryproof.sql.sqlite import outbox as outbox_sqlite
 from retryproof.sql.sqlite.schema import Part

@@ -14,7 +14,8 @@ from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation,
 from retryproof.core.record import Record
 from retryproof.reaper import reap_all
 from retryproof.sql.plan import Statement
-from retryproof.sql.worklist import Worklist
+from retryproof.sql.postgres.worklist import PostgresWorklist
+from retryproof.sql.sqlite.worklist import SqliteWorklist
 from retryproof.stores import open_store
 from retryproof.transaction import Completer, Phased
 from retryproof.transaction.completer import Round
@@ -365,7 +366,8 @@ async def test_a_worklist_that_fails_meanwhile_leaves_no_operation_unattended(
         raise errors.StoreUnavailable("down")
 
     shop.meanwhile = slowly
-    monkeypatch.setattr(Worklist, "postpone", unreachable)
+    for worklist in (PostgresWorklist, SqliteWorklist):
+        monkeypatch.setattr(worklist, "postpone", unreachable)
     found = await shop.completer.run_once()
     assert (found.completed, found.failed) == (1, 1)
     assert 102 in shop.database.charges()
@@ -498,15 +500,18 @@ async def test_c19_a_reaper_leaves_what_a_completer_runs(shop: Shop) -> None:
 async def test_a_row_whose_record_was_reaped_after_it_was_taken_runs_nothing(shop: Shop) -> None:
     """Between a completer's look and its claim."""
     await shop.abandon()
-    take = Worklist.take
 
-    def taken_and_reaped(self: Worklist, *arguments: Any) -> Any:
-        rows = yield from take(self, *arguments)
-        yield Statement("DELETE FROM retryproof_operations")
-        return rows
+    def and_reaped(take: Any) -> Any:
+        def taken_and_reaped(*arguments: Any) -> Any:
+            rows = yield from take(*arguments)
+            yield Statement("DELETE FROM retryproof_operations")
+            return rows
+
+        return taken_and_reaped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worklist, "take", taken_and_reaped)
+        for worklist in (PostgresWorklist, SqliteWorklist):
+            patch.setattr(worklist, "take", and_reaped(worklist.take))
         assert (await shop.completer.run_once()).dropped == 1
     assert shop.database.charges() == [1]
     assert await shop.completer.entries() == []

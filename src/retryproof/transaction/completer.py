@@ -38,9 +38,10 @@ from retryproof.core.errors import (
 from retryproof.core.keys import short_digest
 from retryproof.core.record import MICROSECONDS
 from retryproof.engine import Outcome
+from retryproof.sql.dialects import dialect_of
 from retryproof.sql.plan import Plan
 from retryproof.sql.postgres.statements import TABLE
-from retryproof.sql.worklist import Entry, Taken, Worklist
+from retryproof.sql.worklist import Entry, Taken, WorklistPlans
 from retryproof.transaction.phased import BlockingPhased, BlockingPhasedFunction, Gone, Phased, PhasedFunction
 
 T = TypeVar("T")
@@ -132,7 +133,7 @@ class Completer:
         ends += [await self._end(worklist, each, beside=False) for each in taken if each.suspect]
         return Round(len(taken), *(ends.count(end) for end in ("completed", "failed", "running", "dropped")))
 
-    async def _end(self, worklist: Worklist, taken: Taken, *, beside: bool) -> str:
+    async def _end(self, worklist: WorklistPlans, taken: Taken, *, beside: bool) -> str:
         entry = taken.entry
         try:
             end, seconds, reason = await self._run(taken, beside)
@@ -224,12 +225,10 @@ class Completer:
         worklist = self._worklist()
         return await self._perform(lambda: worklist.entries(limit))
 
-    def _worklist(self) -> Worklist:
+    def _worklist(self) -> WorklistPlans:
         store = self._store()
-        name = store.capabilities.name
-        if name not in ("postgresql", "sqlite"):
-            raise ConfigurationError(f"Phases are for PostgreSQL and SQLite; this store is {name}.")
-        return Worklist(name, getattr(store, "table", TABLE))
+        dialect = dialect_of(store.capabilities.name, subject="Phases are for", found="this store")
+        return dialect.worklist(getattr(store, "table", TABLE))
 
     def _store(self) -> Any:
         opened: Any = self._phased.engine.opened()

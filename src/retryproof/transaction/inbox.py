@@ -30,6 +30,7 @@ from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 from retryproof.core.record import microseconds
 from retryproof.sql.callers import BlockingConnection, LoopConnection, adapt, missing_table
+from retryproof.sql.dialects import DIALECTS, dialect_of
 from retryproof.sql.inbox import Entry, InboxPlans
 from retryproof.sql.plan import Plan, aperform, perform
 
@@ -97,8 +98,8 @@ class Inbox:
         if schema is not None and not _SCHEMA.fullmatch(schema):
             raise ConfigurationError("schema= must be letters, digits and underscores, not beginning with a digit")
         self.consumer = consumer
-        self._postgres = InboxPlans(sqlite=False, prefix=f'"{schema}".' if schema else "")
-        self._sqlite = InboxPlans(sqlite=True)
+        prefix = f'"{schema}".' if schema else ""
+        self._plans_by_dialect = {name: dialect.inbox(prefix) for name, dialect in DIALECTS.items()}
 
     def receive(self, connection: Any, *, source: str, message_id: str, payload: bytes) -> Received:
         """Take a message, first in the transaction that is open on a connection that blocks.
@@ -293,13 +294,8 @@ class Inbox:
         return adapted, self._plans(adapted)  # type: ignore[return-value]  # checked just before
 
     def _plans(self, adapted: BlockingConnection | LoopConnection) -> InboxPlans:
-        match adapted.dialect:
-            case "postgresql":
-                return self._postgres
-            case "sqlite":
-                return self._sqlite
-            case other:
-                raise ConfigurationError(f"The inbox is for PostgreSQL and SQLite; this connection is {other}.")
+        dialect = dialect_of(adapted.dialect, subject="The inbox is for", found="this connection")
+        return self._plans_by_dialect[dialect.name]
 
 
 def _blocks(adapted: BlockingConnection | LoopConnection) -> bool:

@@ -19,10 +19,9 @@ from retryproof.sql.callers import (
     refused,
     sqlstate_of,
 )
+from retryproof.sql.dialects import DIALECTS, dialect_of
 from retryproof.sql.outbox import OutboxPlans
 from retryproof.sql.plan import Plan, aperform, perform
-from retryproof.sql.postgres.outbox import PostgresOutbox
-from retryproof.sql.sqlite.outbox import SqliteOutbox
 
 MAX_PAYLOAD = 1 << 20
 """Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""
@@ -53,8 +52,8 @@ class Outbox:
         self._topics = None if topics is None else frozenset(topics)
         self._max_payload = max_payload
         self._partitions = partitions
-        self._postgres = PostgresOutbox(f'"{schema}".' if schema else "")
-        self._sqlite = SqliteOutbox()
+        prefix = f'"{schema}".' if schema else ""
+        self._plans_by_dialect = {name: dialect.outbox(prefix) for name, dialect in DIALECTS.items()}
 
     def message(
         self,
@@ -164,13 +163,8 @@ class Outbox:
         return self._plans(connection).notify()
 
     def _plans(self, connection: BlockingConnection | LoopConnection) -> OutboxPlans:
-        match connection.dialect:
-            case "postgresql":
-                return self._postgres
-            case "sqlite":
-                return self._sqlite
-            case other:
-                raise ConfigurationError(f"The outbox is for PostgreSQL and SQLite; this connection is {other}.")
+        dialect = dialect_of(connection.dialect, subject="The outbox is for", found="this connection")
+        return self._plans_by_dialect[dialect.name]
 
     def _check(
         self,

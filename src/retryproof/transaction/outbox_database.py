@@ -12,14 +12,15 @@ from retryproof.sql.callers import sqlstate_of
 from retryproof.sql.inbox import InboxPlans
 from retryproof.sql.outbox import OutboxPlans
 from retryproof.sql.plan import Plan
-from retryproof.sql.postgres.outbox import CHANNEL, PostgresOutbox
+from retryproof.sql.postgres.dialect import POSTGRES
+from retryproof.sql.postgres.outbox import CHANNEL
 from retryproof.sql.postgres.url import parse
+from retryproof.sql.sqlite.dialect import SQLITE
 from retryproof.sql.sqlite.file import SqliteFile
-from retryproof.sql.sqlite.outbox import SqliteOutbox
 from retryproof.sql.sqlite.url import parse as parse_file
 
 T = TypeVar("T")
-POSTGRES = ("postgresql", "postgres", "postgresql+asyncpg")
+SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
 TIMEOUT = 5.0
 FORBIDDEN = "42501"  # insufficient_privilege
 
@@ -65,8 +66,8 @@ class PostgresDatabase:
                 "A relay on PostgreSQL needs asyncpg: pip install 'retryproof[postgres]'"
             ) from error
         target = parse(url)
-        self.plans: OutboxPlans = PostgresOutbox(target.prefix)
-        self.inbox = InboxPlans(sqlite=False, prefix=target.prefix)
+        self.plans: OutboxPlans = POSTGRES.outbox(target.prefix)
+        self.inbox = POSTGRES.inbox(target.prefix)
         self._pool = AsyncpgPool(target, timeout, target.check)
         self._url, self._timeout = url, timeout
 
@@ -99,8 +100,8 @@ class SqliteDatabase:
     listens = False
 
     def __init__(self, file: SqliteFile) -> None:
-        self.plans: OutboxPlans = SqliteOutbox()
-        self.inbox = InboxPlans(sqlite=True)
+        self.plans: OutboxPlans = SQLITE.outbox("")
+        self.inbox = SQLITE.inbox("")
         self._file = file
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retryproof-outbox")
 
@@ -121,7 +122,7 @@ class SqliteDatabase:
 def open_database(url: str, *, timeout: float = TIMEOUT) -> Database:
     """The database of a URL; nothing is connected before the first plan."""
     scheme = url.partition("://")[0].lower()
-    if scheme in POSTGRES:
+    if scheme in SCHEMES:
         return PostgresDatabase(url, timeout)
     if scheme == "sqlite":
         return SqliteDatabase(SqliteFile(parse_file(url, timeout)))

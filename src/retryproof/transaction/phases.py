@@ -40,10 +40,11 @@ from retryproof.core.record import State
 from retryproof.drive import clock
 from retryproof.operation import Operation, lease_lost
 from retryproof.sql.callers import missing_table
+from retryproof.sql.dialects import DIALECTS
 from retryproof.sql.plan import Plan
 from retryproof.sql.postgres import records as postgres
 from retryproof.sql.sqlite import records as sqlite_plans
-from retryproof.sql.worklist import Entry, Worklist
+from retryproof.sql.worklist import Entry
 from retryproof.transaction.joined import (
     ANOTHER,
     Ask,
@@ -253,7 +254,7 @@ def committing(place: Place, command: Checkpoint, entry: Entry | None, broken: s
 
 
 def _checkpoint(place: Place, command: Checkpoint, entry: Entry | None) -> Plan[FenceReply | None]:
-    return Worklist(place.dialect, place.table).checkpoint(command, entry, place.hold.lease)
+    return DIALECTS[place.dialect].worklist(place.table).checkpoint(command, entry, place.hold.lease)
 
 
 def _renewed(place: Place) -> Steps[float | None]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from retryproof.core.message import UNCOUNTED
 from retryproof.sql.outbox import HELD
+from retryproof.sql.postgres.statements import NOW
 
-NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 STARTED = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
 GATE = -1
 """The partition that stands for all of them where the order is strict, with an empty chain."""

@@ -26,8 +26,8 @@ class Case(IntEnum):
     COMMITTED = 11
 
 
-_NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
-_CLOCK = f"SELECT {_NOW} AS now"
+NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+_CLOCK = f"SELECT {NOW} AS now"
 
 _CLAIM = """
 WITH clock AS MATERIALIZED ({clock}),
@@ -304,7 +304,7 @@ def complete(table: str, *, one: bool = False, listed: bool = False) -> str:
 @cache
 def complete_joined(table: str, *, listed: bool = False) -> str:
     """Settle one operation in the transaction that `join` marked, waiting for the row; `listed` as above."""
-    settling = _JOINED.format(table=table, changes=_completed("$4::bytea", _NOW), mark=_MARK, markers=markers(table))
+    settling = _JOINED.format(table=table, changes=_completed("$4::bytea", NOW), mark=_MARK, markers=markers(table))
     return _unmarking(table, settling, f", {_gone(table)}" if listed else "")
 
 

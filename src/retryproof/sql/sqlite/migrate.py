@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from retryproof.sql.inbox import SQLITE_INBOX
 from retryproof.sql.plan import Plan
 from retryproof.sql.sqlite.file import SqliteFile
+from retryproof.sql.sqlite.inbox import SQLITE_INBOX
 from retryproof.sql.sqlite.outbox import SQLITE_OUTBOX
 from retryproof.sql.sqlite.schema import Part, migrated, missing, versions
 from retryproof.sql.sqlite.url import parse
