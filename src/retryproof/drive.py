@@ -32,13 +32,12 @@ from retryproof.core.commands import (
     Run,
     Unreachable,
 )
+from retryproof.core.errors import ConfigurationError
 from retryproof.core.hold import Hold
 
 S = TypeVar("S")
 T = TypeVar("T")
 Steps = Generator[Command, tuple[Reply, float], T]
-Told = tuple[Reply, float]
-_TWICE = "A flow runs once."
 
 clock: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
@@ -53,14 +52,14 @@ store's clock, by which the lease ends, goes on."""
 def pump(steps: Generator[S, Any, T], perform: Callable[[S], Any]) -> T:
     """Perform each step and send its answer, in this thread; what the steps return in the end.
 
-    An Exception that `perform` raises is thrown into the steps: they decide what it means. Any other ends them.
+    What `perform` raises is thrown into the steps, interruptions too: they decide what it means, and clean up.
     """
     try:
         step = next(steps)
         while True:
             try:
                 answer = perform(step)
-            except Exception as error:  # noqa: BLE001  # the steps decide
+            except BaseException as error:  # noqa: BLE001  # the steps decide
                 step = steps.throw(error)
             else:
                 step = steps.send(answer)
@@ -70,13 +69,13 @@ def pump(steps: Generator[S, Any, T], perform: Callable[[S], Any]) -> T:
 
 
 async def apump(steps: Generator[S, Any, T], perform: Callable[[S], Awaitable[Any]]) -> T:
-    """`pump` on the event loop. A cancellation ends the steps where they are."""
+    """`pump` on the event loop; a cancellation is thrown into the steps as well."""
     try:
         step = next(steps)
         while True:
             try:
                 answer = await perform(step)
-            except Exception as error:  # noqa: BLE001  # the steps decide
+            except BaseException as error:  # noqa: BLE001  # the steps decide
                 step = steps.throw(error)
             else:
                 step = steps.send(answer)
@@ -127,86 +126,130 @@ class AsyncPerformer(Protocol):
         """
 
 
-def begin(flow: Steps[T], store: Performer, timeout: float, pause: Callable[[Pause], Paused]) -> T | Run:
-    """Pump a flow from its start to its `Run` or its conclusion, in this thread.
+class Asking:
+    """The opened store as the code of an operation asks it, from a thread."""
 
-    The caller performs the `Run`: it watches the hold, and in the step that calls the work it asks `hold.may_begin`;
-    where that says no it pumps `renew` first. `finish` pumps what follows the outcome.
+    __slots__ = ("_store", "_timeout")
+
+    def __init__(self, store: Performer, timeout: float) -> None:
+        self._store = store
+        self._timeout = timeout
+
+    def check_blocking(self) -> None:
+        """Raise ConfigurationError where a call that blocks must not be made from here."""
+
+    def check_awaited(self) -> None:
+        """Raise ConfigurationError where a call that is awaited must not be made from here."""
+        raise ConfigurationError("This operation is run by a sync engine: use the blocking call, not the awaited one.")
+
+    def ask(self, command: Any) -> Reply:
+        """The reply to one command."""
+        return self._store.perform(command, self._timeout)
+
+    def aask(self, command: Any) -> Awaitable[Reply]:
+        """`ask` for a task of the operation's event loop."""
+        raise NotImplementedError
+
+
+class LoopAsking(Asking):
+    """The same, where an event loop runs the operation: from its tasks, and from threads that they start."""
+
+    __slots__ = ("_awaited", "_loop")
+
+    def __init__(self, store: AsyncPerformer, timeout: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._awaited = store
+        self._timeout = timeout
+        self._loop = loop
+
+    def check_blocking(self) -> None:
+        if asyncio._get_running_loop() is self._loop:
+            raise ConfigurationError("step would block the event loop: await astep instead.")
+
+    def check_awaited(self) -> None:
+        if asyncio._get_running_loop() is not self._loop:
+            raise ConfigurationError("This operation belongs to another event loop: use step here, not astep.")
+
+    def ask(self, command: Any) -> Reply:
+        """From a thread; on the loop itself there is no answer to be had without blocking."""
+        if asyncio._get_running_loop() is self._loop:
+            return Unreachable(ConfigurationError("A blocking call on the event loop cannot ask an async store."))
+
+        async def asked() -> Reply:
+            return await self.aask(command)
+
+        return asyncio.run_coroutine_threadsafe(asked(), self._loop).result()
+
+    def aask(self, command: Any) -> Awaitable[Reply]:
+        return self._awaited.perform(command, self._timeout)
+
+
+def drive(
+    flow: Steps[T],
+    store: Performer,
+    timeout: float,
+    run: Callable[[Hold], Reply],
+    pause: Callable[[Pause], Paused],
+) -> T:
+    """Pump a flow to its conclusion in this thread.
+
+    run: calls the work, unless its hold may not begin it. An interruption while the attempt is being settled cannot
+        lose its result: the keeper goes on.
     """
-    return _pump(flow, None, store, timeout, pause)
-
-
-def renew(flow: Steps[T], hold: Hold, store: Performer, timeout: float) -> T | None:
-    """Pump a flow that begins with work which may not begin (C6): None, when it may now; or the flow's conclusion.
-
-    What is interrupted meanwhile was not begun, and is given back.
-    """
-    told: Told | None = None
+    background = store.background
+    hold: Hold | None = None
+    outcome: Reply = None
     try:
-        while not hold.may_begin(clock()):
-            step = _pump(flow, told, store, timeout, _sleep)
-            if not isinstance(step, Run):
-                return step
-            told = (NOT_BEGUN, clock())
-    except BaseException:
-        store.background.linger(hold, hold.release())
-        raise
-    return None
-
-
-def finish(flow: Steps[T], store: Performer, timeout: float) -> T:
-    """Pump a flow that begins with an outcome, or later, to its conclusion, in this thread.
-
-    Where it is interrupted, the caller leaves it to the background: `leave_settling_to`.
-    """
-    conclusion = _pump(flow, None, store, timeout, _sleep)
-    if isinstance(conclusion, Run):
-        raise RuntimeError(_TWICE)
-    return conclusion
-
-
-def _pump(
-    flow: Steps[T], told: Told | None, store: Performer, timeout: float, pause: Callable[[Pause], Paused]
-) -> T | Run:
-    """Tell the flow this, None at its start, and perform what it asks for, up to `Run` or the conclusion."""
-    try:
-        command = flow.send(told)  # type: ignore[arg-type]  # None starts a generator
+        command = next(flow)
         while True:
+            kind = type(command)
             reply: Reply = None
             if isinstance(command, Run):
-                return command
-            if isinstance(command, Pause):
+                if hold is None:
+                    hold = command.hold
+                    background.watch(hold)
+                outcome = None
+                reply = outcome = run(hold) if hold.may_begin(clock()) else NOT_BEGUN
+            elif isinstance(command, Pause):
                 reply = pause(command)
-            elif isinstance(command, Disown | Linger):
-                _leave_to(store.background, command)
+            elif kind is Disown or kind is Linger:
+                _leave_to(background, command)
             else:
                 reply = store.perform(command, timeout)
             command = flow.send((reply, clock()))
     except StopIteration as stop:
         result: T = stop.value
         return result
+    except BaseException:
+        if hold is not None:
+            _leave_settling_to(background, hold, outcome)
+        raise
+    finally:
+        if hold is not None:
+            background.unwatch(hold)
 
 
 def abegin(
-    flow: Steps[T],
-    store: AsyncPerformer,
-    timeout: float,
-    pause: Callable[[Pause], Awaitable[Paused]],
-    before: Reply = None,
+    flow: Steps[T], store: AsyncPerformer, timeout: float, pause: Callable[[Pause], Awaitable[Paused]]
 ) -> Awaitable[T | Run]:
-    """`begin`, awaited. before: the reply to its claim that the flow knows already."""
-    return _apump(flow, None, store, timeout, pause, before)
+    """Pump a flow up to its `Run`, which the caller then performs and hands to `afinish`; or to its conclusion.
+
+    The caller watches the hold; `afinish` unwatches it. In the step that calls the work it asks `hold.may_begin`, and
+    where that says no it pumps `arenew` first.
+    """
+    return _pump(flow, next(flow), store, timeout, pause)
 
 
 async def arenew(flow: Steps[T], hold: Hold, store: AsyncPerformer, timeout: float) -> T | None:
-    """`renew`, awaited; a cancellation is an interruption."""
-    told: Told | None = None
+    """Pump a flow whose hold may not begin its work (C6): None, when it may now; or the flow's conclusion, unwatched.
+
+    What is cancelled meanwhile was not begun, and is given back.
+    """
     try:
         while not hold.may_begin(clock()):
-            step = await _apump(flow, told, store, timeout, _asleep)
+            step = await _pump(flow, flow.send((NOT_BEGUN, clock())), store, timeout, _sleep)
             if not isinstance(step, Run):
+                store.background.unwatch(hold)
                 return step
-            told = (NOT_BEGUN, clock())
     except BaseException:
         store.background.linger(hold, hold.release())
         raise
@@ -215,47 +258,43 @@ async def arenew(flow: Steps[T], hold: Hold, store: AsyncPerformer, timeout: flo
 
 async def afinish(
     flow: Steps[T],
+    reply: Reply,
     hold: Hold,
-    outcome: Reply,
     store: AsyncPerformer,
     timeout: float,
     adopt: Callable[[asyncio.Task[T]], None],
 ) -> T:
-    """`finish`, awaited. outcome: that of the work.
+    """Pump a flow from the outcome of its `Run` to its conclusion.
 
-    A cancellation cannot lose the outcome: the rest then goes on in a task of its own, which is handed to `adopt`.
+    A cancellation cannot lose it: the rest then goes on in a task of its own, which is handed to `adopt`.
     """
     command: Command | None = None
-    told: Told | None = None
+    outcome = reply
     try:
         while True:
-            command = flow.send(told)  # type: ignore[arg-type]  # None starts a generator
-            if isinstance(command, Pause):
-                await asyncio.sleep(command.seconds)
-                reply: Reply = None
-            elif isinstance(command, Linger):
+            command = flow.send((reply, clock()))
+            kind = type(command)
+            reply = None
+            if kind is Linger:
                 _leave_to(store.background, command)
-                reply = None
+            elif isinstance(command, Pause):
+                await asyncio.sleep(command.seconds)
             else:
                 reply = await store.perform(command, timeout)
-            told = (reply, clock())
     except StopIteration as stop:
+        store.background.unwatch(hold)
         result: T = stop.value
         return result
     except asyncio.CancelledError:
-        if command is not None:
-            adopt(go_on(flow, command, hold, outcome, store, timeout))
+        if command is None:
+            store.background.unwatch(hold)
+        else:
+            # What was on its way is sent again: commands are idempotent by nonce (C3).
+            adopt(_in_background(_settle(flow, command, hold, outcome, store, timeout)))
         raise
-
-
-def go_on(
-    flow: Steps[T], command: Command, hold: Hold, outcome: Reply, store: AsyncPerformer, timeout: float
-) -> asyncio.Task[T]:
-    """A task that settles what was cancelled at this command, and unwatches the hold.
-
-    What was on its way is sent again: commands are idempotent by nonce (C3).
-    """
-    return _in_background(_settle(flow, command, hold, outcome, store, timeout))
+    except BaseException:
+        store.background.unwatch(hold)
+        raise
 
 
 async def _settle(
@@ -263,61 +302,51 @@ async def _settle(
 ) -> T:
     """Perform this command and what follows; when the loop shuts down meanwhile, the keeper goes on."""
     try:
-        conclusion = await _apump(flow, None, store, timeout, _asleep, command=command)
+        conclusion = await _pump(flow, command, store, timeout, _sleep)
         if isinstance(conclusion, Run):
-            raise RuntimeError(_TWICE)
+            raise RuntimeError("A flow runs once.")
         return conclusion
     except BaseException:
-        leave_settling_to(store.background, hold, outcome)
+        _leave_settling_to(store.background, hold, outcome)
         raise
     finally:
         store.background.unwatch(hold)
 
 
-async def _apump(
+async def _pump(
     flow: Steps[T],
-    told: Told | None,
+    command: Command,
     store: AsyncPerformer,
     timeout: float,
     pause: Callable[[Pause], Awaitable[Paused]],
-    reply: Reply = None,
-    command: Command | None = None,
 ) -> T | Run:
-    """`_pump`, awaited. reply: the one before. command: the one at which the flow stands, to begin with."""
+    """Perform this command and what follows, up to `Run` or the conclusion."""
+    reply: Reply = None
     try:
-        if command is None:
-            command = flow.send(told)  # type: ignore[arg-type]  # None starts a generator
         while True:
-            before, reply = reply, None
+            kind, before, reply = type(command), reply, None
             if isinstance(command, Run):
                 return command
             if isinstance(command, Pause):
                 reply = await pause(command)
-            elif isinstance(command, Disown | Linger):
+            elif kind is Disown or kind is Linger:
                 _leave_to(store.background, command)
             else:
                 asked = store.perform(command, timeout)
                 try:
                     reply = await asked
                 except asyncio.CancelledError:
+                    # The store sees to a claim that is on its way. Nobody else knows of one whose reply has come and
+                    # is not read, or whose first sending went unanswered.
                     if isinstance(command, Claim):
-                        see_to(store.background, command, asked, before)
+                        answer = asked.result() if _is_answered(asked) else before
+                        if may_stand(answer) or may_stand(before):
+                            store.background.disown(command, answer)
                     raise
             command = flow.send((reply, clock()))
     except StopIteration as stop:
         result: T = stop.value
         return result
-
-
-def see_to(background: Background, claim: Claim, asked: Awaitable[Reply], before: Reply = None) -> None:
-    """Disown a claim whose caller was cancelled. before: the reply to an earlier sending.
-
-    The store sees to a claim that is on its way. Nobody else knows of one whose reply has come and is not read, or
-    whose first sending went unanswered.
-    """
-    answer = asked.result() if _is_answered(asked) else before
-    if may_stand(answer) or may_stand(before):
-        background.disown(claim, answer)
 
 
 def may_stand(reply: Reply) -> bool:
@@ -329,7 +358,7 @@ def _is_answered(asked: Awaitable[Reply]) -> TypeGuard[asyncio.Future[Reply]]:
     return isinstance(asked, asyncio.Future) and asked.done() and not asked.cancelled()
 
 
-def leave_settling_to(background: Background, hold: Hold, outcome: Reply) -> None:
+def _leave_settling_to(background: Background, hold: Hold, outcome: Reply) -> None:
     """Who was settling this attempt has been interrupted: what it came to must not be lost (C4)."""
     if isinstance(outcome, Returned):
         background.linger(hold, hold.complete(outcome.result))
@@ -344,12 +373,7 @@ def _leave_to(background: Background, command: Command) -> None:
         background.linger(command.hold, command.last)
 
 
-def _sleep(pause: Pause) -> Paused:
-    time.sleep(pause.seconds)
-    return Paused()
-
-
-async def _asleep(pause: Pause) -> Paused:
+async def _sleep(pause: Pause) -> Paused:
     await asyncio.sleep(pause.seconds)
     return Paused()
 

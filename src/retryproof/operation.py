@@ -1,48 +1,53 @@
-"""What a handler sees of the operation that it runs in."""
+"""What a handler sees of the operation that it runs in, and the context variable that it is found by.
+
+What steps and phases keep is `recovery`'s; the transactions that an operation takes part in are `joined`'s.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import importlib
-import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias, TypeVar, overload
+from typing import Any, Protocol, Self, TypeVar, overload
 from uuid import UUID
 
 from retryproof.core import commands
-from retryproof.core.codec import OMITTED_VALUE, Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
-from retryproof.core.commands import DONE, Command, Done, Found, Look, Lost, Outcome, Raised, Reply, Unreachable
-from retryproof.core.errors import ConfigurationError, LeaseLost, NoOperation, ResultOmitted, StoreUnavailable
+from retryproof.core.codec import Codec
+from retryproof.core.commands import Outcome, Raised
+from retryproof.core.errors import NoOperation
 from retryproof.core.failure import outcome_of
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import Steps, apump, clock, pump
+from retryproof.drive import Asking, LoopAsking, apump, pump
+from retryproof.joined import Joined
+from retryproof.joined.phases import PhaseBlock
+from retryproof.joined.transaction import Settled
+from retryproof.recovery import ENDED, PLAIN, Call, Recovery, Stepping, lease_lost, stepping
+
+__all__ = [
+    "ENDED",
+    "EPOCH",
+    "BlockingOperation",
+    "LoopOperation",
+    "Operation",
+    "Phase",
+    "Settled",
+    "asettle",
+    "current_operation",
+    "enter",
+    "lease_lost",
+    "leave",
+    "settle",
+]
 
 T = TypeVar("T")
-logger = logging.getLogger("retryproof")
-Settled: TypeAlias = tuple[Outcome, BaseException | None]
-"""What came of the work once its transaction is over, and what its caller is raised."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_PLAIN = JsonCodec()
-_ANOTHER = "This operation has a transaction already; all that it does commits in one."
-ENDED = (
-    "The operation has ended, and so has its transaction: what is done now (in a background task, say) is no part of "
-    "it. Open a transaction of your own."
-)
-"""Why an operation takes no transaction any more."""
-_STEP_BESIDE = (
-    "The operation's transaction holds its record (on SQLite always, on PostgreSQL above READ COMMITTED), so the "
-    "step's result could not be kept. Nothing was called. Take the step before you ask for the transaction, or between "
-    "phases."
-)
 
 
 class Phase(Protocol):
@@ -84,30 +89,17 @@ class Operation:
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = (
-        "_hold",
-        "_joined",
-        "_names",
-        "_phase",
-        "_phase_holds",
-        "_phased",
-        "_policy",
-        "_store",
-        "_unknown",
-        "refuses_transactions",
-    )
+    __slots__ = ("_hold", "_joined", "_phased", "_policy", "_recovery", "_refuses", "_store", "_unknown")
 
     def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
         self._hold = hold
         self._store = store
         self._policy = policy
-        self._names: set[str] | None = None
-        self._joined: Any = None
-        self._phase: str | None = None
-        self._phase_holds = False  # the record
+        self._recovery: Recovery | None = None
+        self._joined: Joined | None = None
         self._phased: Any = None
         self._unknown = False
-        self.refuses_transactions = ""
+        self._refuses = ""
 
     @property
     def key_digest(self) -> str:
@@ -149,27 +141,29 @@ class Operation:
         when another attempt took over, or the lease has run out past `max_run`; StoreUnavailable when the result could
         not be kept, or the lease has run out and could not be renewed.
         """
-        self._check_step()
-        known, value = self._begin_step(name, codec)
-        if known:
-            return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
-        if clock() >= self._hold.deadline:
-            self._renew(name)
-        data, result = self._encoded_or_omitted(name, codec or _PLAIN, fn(self.derive(name)))
-        self._keep(name, data)
-        return result  # type: ignore[no-any-return]  # as above
+        asking = self._asking()
+        asking.check_blocking()
+
+        def perform(what: Any) -> Any:
+            return fn(what.key) if type(what) is Call else asking.ask(what)
+
+        result: T = pump(self._stepping(name, codec), perform)
+        return result
 
     async def astep(self, name: str, fn: Callable[[UUID], Awaitable[T]], *, codec: Codec | None = None) -> T:
         """`step` for a coroutine function."""
-        self._check_astep()
-        known, value = self._begin_step(name, codec)
-        if known:
-            return value  # type: ignore[no-any-return]  # what the codec gave back for a value of T
-        if clock() >= self._hold.deadline:
-            await self._arenew(name)
-        data, result = self._encoded_or_omitted(name, codec or _PLAIN, await fn(self.derive(name)))
-        await self._akeep(name, data)
-        return result  # type: ignore[no-any-return]  # as above
+        asking = self._asking()
+        asking.check_awaited()
+
+        def perform(what: Any) -> Awaitable[Any]:
+            return fn(what.key) if type(what) is Call else asking.aask(what)
+
+        result: T = await apump(self._stepping(name, codec), perform)
+        return result
+
+    def _stepping(self, name: str, codec: Codec | None) -> Stepping:
+        held = self._joined is not None and self._joined.holds
+        return stepping(self._kept(), name, codec or PLAIN, self.derive(name), held=held)
 
     def outcome_unknown(self) -> None:
         """Say that nobody knows whether this attempt had its effect: its record stays, for `on_abandoned` (C5).
@@ -207,15 +201,7 @@ class Operation:
         Raises ConfigurationError for a connection without a transaction that could be used, or to another database,
         LeaseLost when another attempt took over. Nothing was written then.
         """
-        if self._known(connection):
-            return self._joined.connection
-        with self._joining():
-            joined = _module().join(self, connection, self._ask)
-            if self.refuses_transactions:  # since the operation has ended meanwhile
-                joined.settle(Raised(), self._ask)
-                raise ConfigurationError(self.refuses_transactions, digest=self.key_digest)
-            self._joined = joined
-        return joined.connection
+        return self._transactions().join(connection, self._asking().ask)
 
     @overload
     async def atransaction(self, connection: AbstractAsyncContextManager[T]) -> T: ...
@@ -225,16 +211,9 @@ class Operation:
 
     async def atransaction(self, connection: Any) -> Any:
         """`transaction` for a connection that is awaited: of psycopg, asyncpg, SQLAlchemy or aiosqlite."""
-        self._check_astep()
-        if self._known(connection):
-            return self._joined.connection
-        with self._joining():
-            joined = await _module().ajoin(self, connection, self._aask)
-            if self.refuses_transactions:  # as above
-                await joined.asettle(Raised(), self._aask)
-                raise ConfigurationError(self.refuses_transactions, digest=self.key_digest)
-            self._joined = joined
-        return joined.connection
+        asking = self._asking()
+        asking.check_awaited()
+        return await self._transactions().ajoin(connection, asking.aask)
 
     def rollback(self) -> None:
         """Undo what was done in the operation's transaction, which is over then: the result is stored without it.
@@ -243,24 +222,33 @@ class Operation:
         done where there is no transaction, or where the operation has ended. Raises OutcomeUnknown where the handler
         had committed it.
         """
-        if self._joined is not None and not self.refuses_transactions:
-            joined, self._joined = self._joined, None
-            _, error = joined.settle(Raised(), self._ask)
+        if self._joined is not None and not self._refuses:
+            _, error = self._joined.settle(Raised())
             if error is not None:
                 raise error
 
     async def arollback(self) -> None:
         """`rollback` for what runs on an event loop, whichever kind of connection it has."""
-        if self._joined is not None and not self.refuses_transactions:
-            joined, self._joined = self._joined, None
-            _, cancellation = await _outlive(joined, Raised(), self._aask)
+        if self._joined is not None and not self._refuses:
+            _, cancellation = await self._joined.asettle(Raised(), self._asking().aask)
             if cancellation is not None:  # or the error of work that was committed before
                 raise cancellation
 
     @property
     def joined(self) -> bool:
         """Whether it commits in a transaction of the caller's."""
-        return self._joined is not None
+        return self._joined is not None and self._joined.transaction is not None
+
+    @property
+    def refuses_transactions(self) -> str:
+        """Why it takes no transaction any more; ENDED once it has ended."""
+        return self._refuses
+
+    @refuses_transactions.setter
+    def refuses_transactions(self, reason: str) -> None:
+        self._refuses = reason
+        if self._recovery is not None:
+            self._recovery.refuses = reason
 
     def phase(self, name: str, connection: Any = None, *, codec: Codec | None = None) -> Phase:
         """Local work that commits together with its recovery point; a later attempt does not repeat it (T3).
@@ -277,10 +265,7 @@ class Operation:
         could be used; LeaseLost when another attempt took over; StoreUnavailable when the lease could not be renewed,
         or when the answer to the commit was lost and the record cannot be asked.
         """
-        # Loaded when it is first used, as in `_module`.
-        phases = importlib.import_module("retryproof.transaction.phases")
-        phase: Phase = phases.PhaseBlock(self, name, connection, codec)
-        return phase
+        return PhaseBlock(self._transactions(), name, connection, codec, self._phased, self._asking())
 
     @property
     def principal(self) -> tuple[str, ...]:
@@ -290,197 +275,29 @@ class Operation:
         principal: tuple[str, ...] = self._phased.principal
         return principal
 
-    def _known(self, connection: Any) -> bool:
-        """Whether the operation has joined that connection already."""
-        if self._phase is not None:
-            raise ConfigurationError(
-                f"{self._phase} has a transaction of its own; leave it first.", digest=self.key_digest
-            )
-        if self.refuses_transactions:
-            raise ConfigurationError(self.refuses_transactions, digest=self.key_digest)
-        if self._hold.lost:
-            raise lease_lost(self._hold)
+    def _kept(self) -> Recovery:
+        """Made when it is first used: few operations need it."""
+        recovery = self._recovery
+        if recovery is None:
+            with _mutex:  # threads of one handler may be the first together
+                if self._recovery is None:
+                    self._recovery = Recovery(self._hold, self._policy, self._store.capabilities.max_result)
+                recovery = self._recovery
+            recovery.refuses = self._refuses  # looked at after it can be told of the end
+        return recovery
+
+    def _transactions(self) -> Joined:
+        """The same."""
+        recovery = self._kept()
         if self._joined is None:
-            return False
-        if self._joined.given is connection or self._joined.connection is connection:
-            return True
-        raise ConfigurationError(_ANOTHER, digest=self.key_digest)
+            with _mutex:
+                if self._joined is None:
+                    self._joined = Joined(recovery, self._store)
+        return self._joined
 
-    @contextlib.contextmanager
-    def _joining(self) -> Iterator[None]:
-        """Nobody else joins a transaction meanwhile: one of the two would be neither committed nor rolled back."""
-        with _mutex:
-            if self in _about_to_join:
-                raise ConfigurationError(_ANOTHER, digest=self.key_digest)
-            _about_to_join.add(self)
-        try:
-            yield
-        finally:
-            _about_to_join.discard(self)
-
-    def _ask(self, command: Any) -> Reply:
-        """The store's reply to one command, for a thread."""
+    def _asking(self) -> Asking:
+        """How the store is asked from the code of this operation."""
         raise NotImplementedError
-
-    async def _aask(self, command: Any) -> Reply:
-        """The store's reply to one command, for a task."""
-        raise NotImplementedError
-
-    def _check_step(self) -> None:
-        """Refuse a step whose result could not be kept from here, before it runs."""
-
-    def _check_astep(self) -> None:
-        """The same for `astep`."""
-
-    def _keep(self, name: str, value: bytes) -> None:
-        raise NotImplementedError
-
-    async def _akeep(self, name: str, value: bytes) -> None:
-        raise NotImplementedError
-
-    def encoded(self, codec: Codec, value: Any) -> tuple[bytes, Any]:
-        """A value of a step or a phase, as it is kept and as every attempt sees it (C16).
-
-        Raises Unencodable for one that cannot be kept, for its kind or its size.
-        """
-        data, seen = encode_and_replay(codec, value)
-        own: int | None = self._store.capabilities.max_result
-        kept = 0 if own is None else sum(map(len, self._hold.checkpoints.values()))
-        if len(data) > self._policy.max_result or (own is not None and kept + len(data) > own):
-            raise Unencodable(f"it has {len(data)} bytes, which is over the limit")
-        return data, seen
-
-    def _encoded_or_omitted(self, name: str, codec: Codec, value: Any) -> tuple[bytes, Any]:
-        """A step's result; one that cannot be kept is handed on as it is: what made it must not run again (C14)."""
-        try:
-            return self.encoded(codec, value)
-        except Unencodable as error:
-            logger.warning("The result of the step %r is not kept: %s", name, error)
-            return OMITTED_VALUE, value
-
-    def check_revivable(self, name: str) -> None:
-        """Refuse to extend a lease past `max_run` (C6)."""
-        if clock() >= self._hold.stops:
-            self._forget_name(name)
-            raise LeaseLost(
-                f"This attempt ran past max_run, and its lease is over: {name!r} was not begun, since another attempt "
-                "may take over at any time.",
-                digest=self.key_digest,
-            )
-
-    def _renew(self, name: str) -> None:
-        """Renew a lease that has run out by our own count, before a step begins (C6)."""
-        self.check_revivable(name)
-        sent = clock()
-        self._renewed(name, self._ask(self._hold.renew()), sent)
-
-    async def _arenew(self, name: str) -> None:
-        """The same, awaited."""
-        self.check_revivable(name)
-        sent = clock()
-        self._renewed(name, await self._aask(self._hold.renew()), sent)
-
-    def _renewed(self, name: str, reply: Reply, sent: float) -> None:
-        if isinstance(reply, Done):
-            self._hold.renewed(sent)
-            if clock() < self._hold.deadline:
-                return
-        self._forget_name(name)
-        if isinstance(reply, Lost):
-            self._hold.lose()
-            raise lease_lost(self._hold)
-        raise StoreUnavailable(
-            f"The lease had run out and could not be renewed, so {name!r} was not begun.",
-            digest=self.key_digest,
-        ) from getattr(reply, "error", None)
-
-    def _begin_step(self, name: str, codec: Codec | None) -> tuple[bool, Any]:
-        self._check_not_ended(name)
-        with _mutex:  # threads use names as well
-            if self._names is None:
-                self._names = set()
-            if name in self._names:
-                raise ConfigurationError(
-                    f"The name {name!r} was used twice in one attempt; give each step and phase a name of its own.",
-                    digest=self.key_digest,
-                )
-            self._names.add(name)
-        if self._hold.lost:
-            raise lease_lost(self._hold)
-        kept = self._hold.checkpoints.get(name)
-        if kept is not None:
-            return True, self._read(name, codec or _PLAIN, kept)
-        if self._phase_holds or (self._joined is not None and self._joined.place.held):
-            self._names.discard(name)
-            raise ConfigurationError(_STEP_BESIDE, digest=self.key_digest)
-        return False, None
-
-    def _read(self, name: str, codec: Codec, kept: bytes) -> Any:
-        if kept != OMITTED_VALUE:
-            return decode_value(codec, kept)
-        raise ResultOmitted(
-            f"{name!r} was done by an earlier attempt, and its result could not be kept: it could not be encoded, or "
-            "was too large. It is not run again; read its effect where it was written.",
-            digest=self.key_digest,
-        )
-
-    def _check_not_ended(self, name: str) -> None:
-        if self.refuses_transactions == ENDED:
-            raise ConfigurationError(
-                f"The operation has ended: its result was stored, or it was given back. {name!r} was not begun, since "
-                "nothing more can be kept of this attempt.",
-                digest=self.key_digest,
-            )
-
-    def _forget_name(self, name: str) -> None:
-        """It was not used after all."""
-        if self._names is not None:
-            self._names.discard(name)
-
-
-def lease_lost(hold: Hold) -> LeaseLost:
-    """The error of an attempt that another one took over."""
-    return LeaseLost(
-        "Another attempt took this operation over while this one ran past its lease; what this one does is not "
-        "recorded any more. Stop, and let the other one answer.",
-        digest=short_digest(hold.id),
-    )
-
-
-def keep(hold: Hold, name: str, value: bytes, seconds: float, now: float) -> Steps[Reply]:
-    """Store a step's result, fenced; asks again for up to `seconds` while the store gives no answer.
-
-    Where the record is gone nobody took over, and the attempt goes on: it is told as done (C10).
-    """
-    began = now
-    while True:
-        reply, now = yield hold.checkpoint(name, value)
-        if isinstance(reply, Lost):
-            found, _ = yield Look(hold.id)
-            return DONE if isinstance(found, Found) and found.record is None else reply
-        if not isinstance(reply, Unreachable) or now - began > seconds:
-            return reply
-
-
-def _kept(operation: Operation, reply: Reply, name: str, value: bytes) -> None:
-    hold = operation._hold
-    if isinstance(reply, Done):
-        hold.checkpoints = {**hold.checkpoints, name: value}
-    elif isinstance(reply, Lost) and operation.refuses_transactions == ENDED:
-        raise ConfigurationError(
-            f"The operation ended while {name!r} was done, so that its result could not be kept.",
-            digest=short_digest(hold.id),
-        )
-    elif isinstance(reply, Lost):
-        hold.lose()
-        raise lease_lost(hold)
-    else:
-        error = reply.error if isinstance(reply, Unreachable) else None
-        raise StoreUnavailable(
-            f"The result of the step {name!r} could not be stored; a later attempt runs it again, under the same "
-            "derived key.",
-            digest=short_digest(hold.id),
-        ) from error
 
 
 class BlockingOperation(Operation):
@@ -488,16 +305,8 @@ class BlockingOperation(Operation):
 
     __slots__ = ()
 
-    def _keep(self, name: str, value: bytes) -> None:
-        steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
-        _kept(self, pump(steps, lambda command: (self._ask(command), clock())), name, value)
-
-    def _check_astep(self) -> None:
-        raise ConfigurationError("This operation is run by a sync engine: use the blocking call, not the awaited one.")
-
-    def _ask(self, command: Any) -> Reply:
-        reply: Reply = self._store.perform(command, self._policy.store_timeout)
-        return reply
+    def _asking(self) -> Asking:
+        return Asking(self._store, self._policy.store_timeout)
 
 
 class LoopOperation(Operation):
@@ -509,36 +318,11 @@ class LoopOperation(Operation):
         super().__init__(hold, store, policy)
         self._loop = loop
 
-    def _check_step(self) -> None:
-        if asyncio._get_running_loop() is self._loop:
-            raise ConfigurationError("step would block the event loop: await astep instead.")
-
-    def _check_astep(self) -> None:
-        if asyncio._get_running_loop() is not self._loop:
-            raise ConfigurationError("This operation belongs to another event loop: use step here, not astep.")
-
-    async def _aask(self, command: Any) -> Reply:
-        reply: Reply = await self._store.perform(command, self._policy.store_timeout)
-        return reply
-
-    def _ask(self, command: Any) -> Reply:
-        """From a thread that the handler runs in; on the loop itself there is no answer to be had without blocking."""
-        if asyncio._get_running_loop() is self._loop:
-            return Unreachable(ConfigurationError("A blocking call on the event loop cannot ask an async store."))
-        return asyncio.run_coroutine_threadsafe(self._aask(command), self._loop).result()
-
-    async def _akeep(self, name: str, value: bytes) -> None:
-        async def ask(command: Command) -> tuple[Reply, float]:
-            return await self._aask(command), clock()
-
-        steps = keep(self._hold, name, value, self._policy.complete_timeout, clock())
-        _kept(self, await apump(steps, ask), name, value)
-
-    def _keep(self, name: str, value: bytes) -> None:
-        """From a thread that the handler runs in."""
-        asyncio.run_coroutine_threadsafe(self._akeep(name, value), self._loop).result()
+    def _asking(self) -> Asking:
+        return LoopAsking(self._store, self._policy.store_timeout, self._loop)
 
 
+_mutex = threading.Lock()
 _current: ContextVar[Operation] = ContextVar("retryproof_operation")
 _RAISE: Any = object()
 
@@ -578,10 +362,8 @@ def settle(operation: Operation, outcome: Outcome) -> Settled:
     """What came of the work, and of the transaction that it joined, which is over then. In the handler's thread."""
     operation.refuses_transactions = ENDED
     outcome = operation.said(outcome)
-    if operation._joined is None:
-        return outcome, None
-    settled: Settled = operation._joined.settle(outcome, operation._ask)
-    return settled
+    joined = operation._joined
+    return (outcome, None) if joined is None else joined.settle(outcome)
 
 
 async def asettle(operation: Operation, outcome: Outcome) -> Settled:
@@ -590,35 +372,5 @@ async def asettle(operation: Operation, outcome: Outcome) -> Settled:
     """
     operation.refuses_transactions = ENDED
     outcome = operation.said(outcome)
-    if operation._joined is None:
-        return outcome, None
-    return await _outlive(operation._joined, outcome, operation._aask)
-
-
-async def _outlive(joined: Any, outcome: Outcome, ask: Callable[[Any], Awaitable[Reply]]) -> Settled:
-    """End a transaction, whoever is cancelled meanwhile."""
-    task = asyncio.get_running_loop().create_task(_asettled(joined, outcome, ask))
-    _settling.add(task)
-    task.add_done_callback(_settling.discard)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError as cancellation:
-        await asyncio.wait({task})
-        return task.result()[0], cancellation
-
-
-_mutex = threading.Lock()
-_about_to_join: set[Operation] = set()
-"""Operations whose handlers asked for a transaction that is not open yet."""
-_settling: set[asyncio.Task[Settled]] = set()
-"""Tasks that the loop must not lose."""
-
-
-async def _asettled(joined: Any, outcome: Outcome, ask: Callable[[Any], Awaitable[Reply]]) -> Settled:
-    settled: Settled = await joined.asettle(outcome, ask)
-    return settled
-
-
-def _module() -> Any:
-    """Loaded when it is first used: it stands on this module, and few operations need it."""
-    return importlib.import_module("retryproof.transaction.joined")
+    joined = operation._joined
+    return (outcome, None) if joined is None else await joined.asettle(outcome, operation._asking().aask)

@@ -43,7 +43,6 @@ from retryproof.core.commands import (
     Reply,
     Returned,
     Run,
-    Stopped,
     StoreCommand,
 )
 from retryproof.core.hold import Hold
@@ -348,7 +347,6 @@ class Explorer:
             (Returned(caller.name.encode()), world),
             (Raised(), clean),
             (Raised(unknown=True), world),
-            (Stopped(), world),
             (Cancelled(), clean if caller.policy.release_on_cancel else world),
         ]
         if not holds(world.record, hold):

@@ -259,14 +259,6 @@ class Cancelled:
 
 
 @value
-class Stopped:
-    """The work was told to stop, by a shutdown or a time limit: whether it had its effect is not known.
-
-    Like Cancelled, but never released, whatever the policy says of cancellation.
-    """
-
-
-@value
 class LeaseLost:
     """The lease was lost while the work ran, and the work was cancelled."""
 
@@ -283,7 +275,7 @@ class Paused:
     on: bool = True
 
 
-Outcome = Returned | Committed | Raised | Cancelled | Stopped | LeaseLost
+Outcome = Returned | Committed | Raised | Cancelled | LeaseLost
 """What came of the work."""
 
 NOT_BEGUN = NotBegun()

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Protocol, assert_never
 
 from retryproof import operation
-from retryproof.attempt import LoopAttempt
 from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.failure import causes, outcome_of, unknown_in
@@ -26,6 +25,7 @@ from retryproof.core.flow import (
     Conclusion,
     Down,
     Failed,
+    Flow,
     Foreign,
     Mismatched,
     Refused,
@@ -34,7 +34,7 @@ from retryproof.core.flow import (
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import clock
+from retryproof.drive import AsyncPerformer, afinish, arenew, clock
 from retryproof.http import ending as endings
 from retryproof.http.client_link import ClientLink
 from retryproof.http.departed import Departed, is_of_departure
@@ -106,6 +106,9 @@ class Owner(Protocol):
     def departed(self) -> Departed:
         """The runs that go on without their clients."""
 
+    def told(self, conclusion: Conclusion) -> None:
+        """Hear the conclusion."""
+
     async def answer(self, conclusion: Conclusion) -> None:
         """Send what a conclusion other than one's own means to the caller."""
 
@@ -118,10 +121,10 @@ class Execution:
 
     __slots__ = (
         "_alone",
-        "_attempt",
         "_conclusion",
         "_deserted",
         "_ending",
+        "_flow",
         "_head",
         "_hold",
         "_last",
@@ -141,6 +144,7 @@ class Execution:
         "_scope",
         "_settling",
         "_stopped",
+        "_store",
         "_streamed",
         "_task",
         "_tell_overrun",
@@ -151,7 +155,9 @@ class Execution:
         owner: Owner,
         scope: Scope,
         *,
-        attempt: LoopAttempt,
+        flow: Flow,
+        hold: Hold,
+        store: AsyncPerformer,
         max_result: int,
         fails_open: bool,
         on_departure: Departure | HeadDeparture,
@@ -161,8 +167,9 @@ class Execution:
         self._link = owner.link
         self._options = owner.options
         self._policy = owner.policy
-        self._attempt = attempt
-        self._hold = attempt.hold
+        self._flow = flow
+        self._hold = hold
+        self._store = store
         self._on_departure = on_departure
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
@@ -182,7 +189,7 @@ class Execution:
         self._settling = False
         self._rest: asyncio.Task[Conclusion] | None = None
         self._conclusion: Conclusion | None = None
-        self._operation = attempt.operation
+        self._operation = operation.LoopOperation(self._hold, store, self._policy, self._loop)
         if fails_open:
             self._operation.refuses_transactions = _FAIL_OPEN
         self._ending: Ending | None = None
@@ -227,7 +234,8 @@ class Execution:
         hold = self._hold
         hold.on_lost = self._link.on_left = None  # leaves no cycle to the garbage collector
         hold.on_overrun = self._tell_overrun
-        self._attempt.leave()
+        if not self._settling:  # only after an error of the layer's own
+            self._store.background.unwatch(self._hold)
         if self._alone:
             self._owner.departed().discard(self)
         if self._task is not None:
@@ -324,11 +332,12 @@ class Execution:
 
     async def _renewed(self) -> bool:
         """Whether the app may begin after all; else another attempt has it, or the store gave no answer (C6)."""
-        self._conclusion = await self._attempt.renew()
+        self._conclusion = await arenew(self._flow, self._hold, self._store, self._policy.store_timeout)
         if self._conclusion is None:
             return True
         self._settling = True
         self._operation.refuses_transactions = operation.ENDED
+        self._owner.told(self._conclusion)
         await self._answer_overtaken()  # the table's NOT_BEGUN
         return False
 
@@ -377,6 +386,7 @@ class Execution:
         """Whether the last message has come before; one whose sender was cancelled on the way is seen to its end."""
         if self._rest is not None and self._conclusion is None:
             self._conclusion = await asyncio.shield(self._rest)
+            self._owner.told(self._conclusion)
             await self._conclude()
         return self._settling
 
@@ -518,8 +528,11 @@ class Execution:
             self._conclusion = await asyncio.shield(self._rest)
         else:
             self._operation.refuses_transactions = operation.ENDED
-            self._conclusion = await self._finish_attempt(reply)
+            self._conclusion = await afinish(
+                self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
+            )
         link.tell()
+        self._owner.told(self._conclusion)
 
     def _outcome(self, record: str) -> Outcome:
         """What the core is told for what the record is to get."""
@@ -567,14 +580,10 @@ class Execution:
             digest = short_digest(self._hold.id)
             logger.error("The transaction of operation %s failed.", digest, exc_info=error)
             self._problem = replace(_refusal(outcome, error), operation=digest)
-        return await self._finish_attempt(outcome)
+        return await afinish(self._flow, outcome, self._hold, self._store, self._policy.store_timeout, self._adopt)
 
-    async def _finish_attempt(self, outcome: Outcome) -> Conclusion:
-        try:
-            return await self._attempt.finish(outcome)
-        except asyncio.CancelledError:
-            self._rest = self._attempt.rest or self._rest
-            raise
+    def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
+        self._rest = rest
 
     # What is sent once it is settled
 

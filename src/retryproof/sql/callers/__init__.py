@@ -12,7 +12,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.forks import check_not_inherited, has_inherited_files
@@ -32,7 +32,15 @@ _FILES = Statement("PRAGMA database_list")
 
 @runtime_checkable
 class BlockingConnection(Protocol):
-    """A caller's connection that blocks."""
+    """A caller's connection that blocks.
+
+    on_loop: whether its methods are awaited. IDENTIFIED: the library tells the transaction that is joined from the next
+    one, and refuses to commit it. ADVICE: what to do about one that is refused.
+    """
+
+    on_loop: ClassVar[bool]
+    IDENTIFIED: ClassVar[bool]
+    ADVICE: ClassVar[str]
 
     @property
     def dialect(self) -> Dialect: ...
@@ -78,6 +86,10 @@ class BlockingConnection(Protocol):
 @runtime_checkable
 class LoopConnection(Protocol):
     """A caller's connection on an event loop; the contract is BlockingConnection's, awaited."""
+
+    on_loop: ClassVar[bool]
+    IDENTIFIED: ClassVar[bool]
+    ADVICE: ClassVar[str]
 
     @property
     def dialect(self) -> Dialect: ...
@@ -173,6 +185,8 @@ def refused(reason: str, advice: str) -> ConfigurationError:
 class Unguarded:
     """Libraries that tell nothing of blocks, and refuse no commit."""
 
+    IDENTIFIED: ClassVar[bool] = False
+
     def block(self) -> str | None:
         """See BlockingConnection."""
         return None
@@ -187,7 +201,8 @@ class Unguarded:
 class Blocking(Unguarded):
     """What the adapters of libraries that block have in common."""
 
-    ADVICE = "Open a transaction first, and leave it open."
+    ADVICE: ClassVar[str] = "Open a transaction first, and leave it open."
+    on_loop: ClassVar[bool] = False
     dialect: Dialect
     _connection: Any
 
@@ -215,7 +230,8 @@ class Blocking(Unguarded):
 class OnLoop(Unguarded):
     """What the adapters of libraries for event loops have in common."""
 
-    ADVICE = Blocking.ADVICE
+    ADVICE: ClassVar[str] = Blocking.ADVICE
+    on_loop: ClassVar[bool] = True
     dialect: Dialect
     _connection: Any
 

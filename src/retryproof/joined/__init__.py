@@ -1,0 +1,123 @@
+"""Work that commits with its operation's record: the transactions of callers that an attempt takes part in (T1, T3).
+
+An attempt has one transaction for all that it does (`transaction`), or one for each phase (`phases`), and never two at
+once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from retryproof.core.commands import Outcome, Raised, Reply
+from retryproof.core.errors import ConfigurationError
+from retryproof.drive import apump, pump
+from retryproof.joined.transaction import Settled, Steps, Transaction
+from retryproof.recovery import Recovery, lease_lost
+
+_ANOTHER = "This operation has a transaction already; all that it does commits in one."
+
+
+class Joined:
+    """What one attempt has joined.
+
+    transaction: the one that all of it commits in. phase: the open phase, in words. part: that phase's transaction.
+    """
+
+    __slots__ = ("_joining", "_store", "part", "phase", "recovery", "transaction")
+
+    def __init__(self, recovery: Recovery, store: Any) -> None:
+        self.recovery = recovery
+        self.transaction: Transaction | None = None
+        self.phase: str | None = None
+        self.part: Transaction | None = None
+        self._store = store
+        self._joining = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether a transaction holds the record, so that nothing can be kept beside it."""
+        open_one = self.part or self.transaction
+        return open_one is not None and open_one.held
+
+    def new(self, given: Any, ask: Callable[[Any], Any], *, on_loop: bool) -> Transaction:
+        """A transaction that is still to be entered; ask: gives the store a command, in that colour."""
+        return Transaction(self.recovery, self._store, given, ask, on_loop=on_loop)
+
+    def join(self, given: Any, ask: Callable[[Any], Reply]) -> Any:
+        """Make the transaction of this connection, or of one that a block gives, the attempt's; the connection."""
+        transaction = self.new(given, ask, on_loop=False)
+        return pump(self._join(transaction), transaction.perform)
+
+    async def ajoin(self, given: Any, ask: Callable[[Any], Awaitable[Reply]]) -> Any:
+        """`join` for a connection that is awaited."""
+        transaction = self.new(given, ask, on_loop=True)
+        return await apump(self._join(transaction), transaction.perform)
+
+    def _join(self, transaction: Transaction) -> Steps[Any]:
+        given, recovery = transaction.given, self.recovery
+        if self.phase is not None:
+            raise ConfigurationError(
+                f"{self.phase} has a transaction of its own; leave it first.", digest=recovery.digest
+            )
+        if recovery.refuses:
+            raise ConfigurationError(recovery.refuses, digest=recovery.digest)
+        if recovery.hold.lost:
+            raise lease_lost(recovery.hold)
+        joined = self.transaction
+        if joined is not None:
+            if joined.given is given or joined.connection is given:
+                return joined.connection
+            raise ConfigurationError(_ANOTHER, digest=recovery.digest)
+        with self._alone():
+            yield from transaction.enter()
+            if recovery.refuses:  # since the operation has ended meanwhile
+                yield from transaction.settle(Raised())
+                raise ConfigurationError(recovery.refuses, digest=recovery.digest)
+            self.transaction = transaction
+        return transaction.connection
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else joins a transaction meanwhile: one of the two would be neither committed nor rolled back."""
+        with _mutex:
+            if self._joining:
+                raise ConfigurationError(_ANOTHER, digest=self.recovery.digest)
+            self._joining = True
+        try:
+            yield
+        finally:
+            self._joining = False
+
+    def settle(self, outcome: Outcome) -> Settled:
+        """Commit the transaction with this outcome, or roll it back; what came of the work, which has none then."""
+        transaction, self.transaction = self.transaction, None
+        if transaction is None:
+            return outcome, None
+        return pump(transaction.settle(outcome), transaction.perform)
+
+    async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Reply]]) -> Settled:
+        """`settle` on the event loop, whichever kind of connection it has. ask: gives the store a command.
+
+        A cancellation does not part the result from its commit: it is handed back as the error, after the end. A second
+        one does not wait.
+        """
+        transaction, self.transaction = self.transaction, None
+        if transaction is None:
+            return outcome, None
+        task = asyncio.get_running_loop().create_task(transaction.asettle(outcome, ask))
+        _settling.add(task)
+        task.add_done_callback(_settling.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError as cancellation:
+            await asyncio.wait({task})
+            return task.result()[0], cancellation
+
+
+_mutex = threading.Lock()
+_settling: set[asyncio.Task[Settled]] = set()
+"""Tasks that the loop must not lose."""

@@ -1,0 +1,45 @@
+"""Which connection carries which operation: one at a time, or one would commit the other's unfinished work.
+
+By the driver's own connection, whatever stands for it, and for as long as who joined it is there.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Protocol
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.core.keys import short_digest
+
+
+class Carried(Protocol):
+    """A transaction that an operation has joined. id: the record's."""
+
+    @property
+    def id(self) -> bytes: ...
+
+
+_carried: weakref.WeakValueDictionary[int, Carried] = weakref.WeakValueDictionary()
+"""What is joined, by the identity of the driver's connection, which it keeps alive."""
+_mutex = threading.Lock()
+
+
+def take(transaction: Carried, driver: object) -> None:
+    """From here on the connection carries this operation; ConfigurationError where it has another."""
+    with _mutex:
+        other = _carried.get(id(driver))
+        if other is not None:
+            raise ConfigurationError(
+                f"This connection is in the transaction of operation {short_digest(other.id)}, which would commit "
+                "what is done here, or lose it. Give each operation a connection of its own. Nothing was written.",
+                digest=short_digest(transaction.id),
+            )
+        _carried[id(driver)] = transaction
+
+
+def let_go(transaction: Carried, driver: object) -> None:
+    """It carries that operation no more; once or more."""
+    with _mutex:
+        if _carried.get(id(driver)) is transaction:
+            del _carried[id(driver)]

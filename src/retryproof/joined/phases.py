@@ -1,0 +1,316 @@
+"""Phases: local work that commits together with its recovery point (T3).
+
+    async with operation.phase("create_order", pool.acquire()) as phase:
+        if phase.pending:                                   # not done by an earlier attempt
+            await phase.connection.execute("INSERT …")
+            phase.result = order_id
+    order_id = phase.result
+
+    order_id = await operation.phase("create_order", pool.acquire()).arun(create_order)    # the same, as a call
+
+Theory. A phase is a transaction that also writes its name and result into the operation's record, fenced: the
+statement waits for the record's row, compares token and nonce under its lock, and keeps the lock until the commit that
+follows at once. So the work and its recovery point are there together or not at all, no later attempt repeats a phase
+that was committed, and a holder that another attempt took over cannot commit one. Until then the transaction holds no
+lock that the store needs, however long the phase takes: its own lease and everybody else's are renewed as ever.
+
+A `with` block cannot be skipped, so a phase that is done says so (`pending` is False), has its result, and gives no
+connection to work with.
+
+A commit whose answer is lost is settled by the record: a renewal passes over a locked row, so once it is done the
+transaction has ended, and the record either has the recovery point or never will.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from types import TracebackType
+from typing import Any, NoReturn, Protocol, Self, TypeVar
+
+from retryproof.core.codec import Codec
+from retryproof.core.commands import Done, Found, Look, Lost, Pause
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.core.flow import FIRST_BACKOFF, LAST_BACKOFF
+from retryproof.core.hold import Hold
+from retryproof.core.record import State
+from retryproof.drive import Asking, apump, clock, pump
+from retryproof.joined import Joined
+from retryproof.joined.transaction import ANOTHER, Ask, Steps, Transaction
+from retryproof.recovery import PLAIN, lease_lost
+from retryproof.sql.callers import missing_table
+from retryproof.sql.worklist import Entry
+
+T = TypeVar("T")
+logger = logging.getLogger("retryproof")
+
+
+class Listing(Protocol):
+    """What a phased operation has beside its phases: its row of the completer's worklist."""
+
+    @property
+    def connect(self) -> Callable[[], Any] | None:
+        """Makes what a phase without a connection of its own uses."""
+
+    def entry(self, hold: Hold) -> Entry | None:
+        """The row that the next recovery point is to write as well, if any."""
+
+    def was_listed(self, hold: Hold) -> None:
+        """The row is there."""
+
+
+class PhaseBlock:
+    """What `operation.phase` gives; see `operation.Phase`."""
+
+    def __init__(
+        self,
+        joined: Joined,
+        name: str,
+        given: Any,
+        codec: Codec | None,
+        listing: Listing | None,
+        asking: Asking,
+    ) -> None:
+        self.name = name
+        self.pending = False
+        self.result: Any = None
+        self._joined = joined
+        self._recovery = joined.recovery
+        self._given = given
+        self._codec = codec or PLAIN
+        self._listing = listing
+        self._asking = asking
+        self._transaction: Transaction | None = None
+
+    @property
+    def connection(self) -> Any:
+        """See Phase."""
+        if self._transaction is None:
+            raise ConfigurationError(
+                f"The phase {self.name!r} is not open: it is done already (ask `phase.pending` before working in it), "
+                "or its block was left.",
+                digest=self._recovery.digest,
+            )
+        return self._transaction.connection
+
+    def run(self, fn: Callable[[Any], T]) -> T:
+        """See Phase."""
+        with self:
+            if self.pending:
+                self.result = fn(self.connection)
+        result: T = self.result
+        return result
+
+    async def arun(self, fn: Callable[[Any], Awaitable[T]]) -> T:
+        """See Phase."""
+        async with self:
+            if self.pending:
+                self.result = await fn(self.connection)
+        result: T = self.result
+        return result
+
+    def __enter__(self) -> Self:
+        self._asking.check_blocking()
+        if self._begin():
+            transaction = self._joined.new(self._given, self._asking.ask, on_loop=False)
+            pump(self._enter(transaction), transaction.perform)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        transaction = self._transaction
+        if transaction is not None:
+            pump(self._leave(transaction, error), transaction.perform)
+
+    async def __aenter__(self) -> Self:
+        self._asking.check_awaited()
+        if self._begin():
+            transaction = self._joined.new(self._given, self._asking.aask, on_loop=True)
+            await apump(self._enter(transaction), transaction.perform)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        transaction = self._transaction
+        if transaction is not None:
+            await _together(apump(self._leave(transaction, error), transaction.perform))
+
+    def _begin(self) -> bool:
+        """Whether there is something to do; the name is used from now on."""
+        joined, recovery = self._joined, self._recovery
+        if joined.phase is not None or joined.transaction is not None:
+            raise ConfigurationError(
+                f"The phase {self.name!r} is inside of {joined.phase or 'the transaction of the operation'}; each "
+                "phase is a transaction of its own.",
+                digest=recovery.digest,
+            )
+        known, self.result = recovery.begin(self.name, self._codec)
+        self.pending = not known
+        if self.pending:
+            joined.phase = f"the phase {self.name!r}"
+        return self.pending
+
+    def _enter(self, transaction: Transaction) -> Steps[None]:
+        """Join the phase's transaction."""
+        try:
+            if clock() >= self._recovery.hold.deadline:
+                self._recovery.check_revivable(self.name)
+            if transaction.given is None:
+                transaction.given = self._connected()
+            yield from transaction.enter()
+        except BaseException:
+            self._joined.phase = None
+            self._recovery.forget(self.name)
+            raise
+        self._transaction = self._joined.part = transaction
+
+    def _connected(self) -> Any:
+        if self._listing is None or self._listing.connect is None:
+            raise ConfigurationError(
+                f"The phase {self.name!r} has no connection: pass one, `operation.phase({self.name!r}, connection)`, "
+                "or register the function with Phased(engine, connect=…).",
+                digest=self._recovery.digest,
+            )
+        return self._listing.connect()
+
+    def _leave(self, transaction: Transaction, error: BaseException | None) -> Steps[None]:
+        """The steps of the end: commit the phase, or roll it back because of what its block raised."""
+        self._transaction = self._joined.part = self._joined.phase = None
+        broken = transaction.broken()
+        return transaction.leave(transaction.roll_back() if error is not None else self._commit(transaction, broken))
+
+    def _commit(self, transaction: Transaction, broken: str | None) -> Steps[None]:
+        """Commit the work with its recovery point, or roll it back and raise.
+
+        broken: why the transaction is of no use any more.
+        """
+        recovery, hold, listing = self._recovery, self._recovery.hold, self._listing
+        try:
+            data, seen = recovery.encoded(self._codec, self.result)
+            entry = None if listing is None else listing.entry(hold)
+        except Exception:
+            yield from transaction.roll_back()
+            raise
+        if broken is not None:
+            yield from transaction.roll_back()
+            yield from self._raise_why_lost(transaction, broken)
+        try:
+            renewed_at = yield from self._renewed(transaction)
+            command = hold.checkpoint(self.name, data)
+            reply = yield from transaction.fence.worklist.checkpoint(command, entry, hold.lease)
+        except Exception as error:
+            yield from transaction.roll_back()
+            if missing_table(error):
+                raise ConfigurationError(
+                    "The database has no worklist for the completer: run `retryproof migrate`.",
+                    digest=recovery.digest,
+                ) from error
+            raise
+        if isinstance(reply, Lost):
+            yield from transaction.roll_back()
+        if not isinstance(reply, Done):  # None: the transaction is somebody else's, and left alone
+            yield from self._raise_why_lost(transaction, ANOTHER)
+        try:
+            yield from transaction.commit()
+        except Exception as error:  # noqa: BLE001  # whatever the driver raises; the record says what it means
+            yield from transaction.roll_back()
+            yield from self._doubted(transaction, error)
+        else:
+            if renewed_at is not None:
+                hold.renewed(renewed_at)
+        recovery.kept(self.name, data)
+        if entry is not None and listing is not None:
+            listing.was_listed(hold)
+        self.pending = False
+        self.result = seen
+
+    def _renewed(self, transaction: Transaction) -> Steps[float | None]:
+        """Renew a lease that has run out by our own count (C6), or raise; the time to count it from, once committed.
+
+        Where the caller's transaction may hold the record, as on SQLite always, the renewal is part of it: from nowhere
+        else could it be written.
+        """
+        hold = self._recovery.hold
+        if hold.lost:
+            raise lease_lost(hold)
+        sent = clock()
+        if sent < hold.deadline or sent >= hold.stops:  # past max_run it stands for as long as nobody takes over
+            return None
+        reply: object
+        if transaction.held:
+            [reply] = yield from transaction.fence.plans.renew([hold.renew()])
+        else:
+            reply = yield Ask(hold.renew())
+        if isinstance(reply, Done):
+            return sent
+        if isinstance(reply, Lost):
+            hold.lose()
+            raise lease_lost(hold)
+        raise StoreUnavailable(
+            "The lease had run out and could not be renewed, so the phase was rolled back.",
+            digest=self._recovery.digest,
+        ) from getattr(reply, "error", None)
+
+    def _raise_why_lost(self, transaction: Transaction, reason: str) -> Steps[NoReturn]:
+        hold = self._recovery.hold
+        found = yield Ask(Look(hold.id))
+        if transaction.ours(found, State.IN_PROGRESS) and found.record.committed:
+            raise transaction.committed_alone()
+        if transaction.ours(found, State.IN_PROGRESS) or not isinstance(found, Found):
+            raise ConfigurationError(
+                f"The transaction of the phase {self.name!r} was ended inside of it ({reason}): its work was not "
+                "committed with it, and there is no recovery point. Leave it open: it is committed at the end of the "
+                "block.",
+                digest=self._recovery.digest,
+            )
+        hold.lose()
+        raise lease_lost(hold)
+
+    def _doubted(self, transaction: Transaction, error: Exception) -> Steps[None]:
+        """The commit failed, or only its answer did: raise, unless the record has the recovery point."""
+        hold, began, delay = self._recovery.hold, clock(), FIRST_BACKOFF
+        while True:
+            reply = yield Ask(hold.renew())
+            if isinstance(reply, Lost):
+                hold.lose()
+                raise lease_lost(hold)
+            if isinstance(reply, Done):
+                found = yield Ask(Look(hold.id))
+                if transaction.ours(found, State.IN_PROGRESS):
+                    if self.name in found.record.checkpoints:
+                        return
+                    raise error
+                if isinstance(found, Found):
+                    hold.lose()
+                    raise lease_lost(hold)
+            if clock() - began + delay > self._recovery.policy.complete_timeout:
+                break
+            yield Pause(delay)
+            delay = min(2 * delay, LAST_BACKOFF)
+        raise StoreUnavailable(
+            f"Whether the phase {self.name!r} was committed is not known yet: the answer to its commit was lost, and "
+            "the database gives no other. A later attempt finds out; ask again with the same key.",
+            digest=self._recovery.digest,
+            retry_after=hold.lease,
+        ) from error
+
+
+async def _together(work: Coroutine[Any, Any, None]) -> None:
+    """Do it to its end; a cancellation does not part the work from its recovery point, and goes on afterwards."""
+    task = asyncio.get_running_loop().create_task(work)
+    _going_on.add(task)
+    task.add_done_callback(_going_on.discard)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is not None:
+            logger.warning("A phase that was cancelled while it was committed failed: %s", task.exception())
+        raise
+
+
+_going_on: set[asyncio.Task[None]] = set()
+"""Tasks that the loop must not lose."""
