@@ -73,7 +73,7 @@ class PutItem:
 
 @value
 class RemoveItem:
-    """RemoveItem the item with this id, if it has this stamp."""
+    """Remove the item with this id, if it has this stamp."""
 
     id: bytes
     expected: bytes
@@ -245,7 +245,7 @@ class Plans:
         return (yield from self._remove(ids, lambda record, now: not record.live(now), absent=True))
 
     def reap(self, limit: int, told: Sequence[Record]) -> Plan[Reaped]:
-        """RemoveItem what is settled and over, find what is not settled and over, end what was told."""
+        """Remove what is settled and over, find what is not settled and over, end what was told."""
         marks = {record.id: (record.nonce, record.token) for record in told}
         gone = yield from self._remove(
             list(marks), lambda record, now: record.over(now) and (record.nonce, record.token) == marks[record.id]
