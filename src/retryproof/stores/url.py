@@ -12,35 +12,65 @@ from urllib.parse import urlsplit
 from retryproof.core.address import check_address, scheme_of
 from retryproof.core.errors import ConfigurationError
 from retryproof.stores.base import AsyncStore, Store
+from retryproof.stores.looped import InLoop
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.threaded import InThread
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
-    """Where a scheme's stores are: "module:factory", each called with (url, timeout=seconds)."""
+class Entry:
+    """All that is said of a kind of store, in one place: a new one is added to ENTRIES and nowhere else.
 
-    blocking: str
+    schemes: of its URLs. blocking, on_loop: "module:factory" of its stores, each called with (url, timeout=seconds); a
+        kind that has only one serves callers of the other colour through a thread.
+    doctor: the module whose `diagnose(url, timeout=seconds)` looks for what breaks its safety.
+    migrations: the module with `pending(url)` and `migrate(url, progress=tell)`; None where there is no schema.
+    extra: what is installed for it, `retryproof[extra]`; None: the standard library has it.
+    Modules are imported when they are first needed, since each imports a library that may be missing.
+    """
+
+    schemes: tuple[str, ...]
+    blocking: str | None
     on_loop: str | None
-    extra: str | None
+    doctor: str
+    migrations: str | None = None
+    extra: str | None = None
 
 
-_REDIS = Scheme(
-    "retryproof.stores.redis.blocking:RedisStore", "retryproof.stores.redis.asynchronous:AsyncRedisStore", "redis"
+ENTRIES = (
+    Entry(("memory",), "retryproof.stores.url:_open_memory", None, "retryproof.stores.memory_doctor"),
+    Entry(
+        ("sqlite",),
+        "retryproof.stores.sql.sqlite:from_url",
+        None,
+        "retryproof.sql.sqlite.doctor",
+        "retryproof.sql.sqlite.migrate",
+    ),
+    Entry(
+        ("redis", "rediss"),
+        "retryproof.stores.redis.blocking:RedisStore",
+        "retryproof.stores.redis.asynchronous:AsyncRedisStore",
+        "retryproof.stores.redis.doctor",
+        extra="redis",
+    ),
+    Entry(
+        ("postgresql", "postgres", "postgresql+asyncpg"),
+        "retryproof.stores.sql.psycopg:from_url",
+        "retryproof.stores.sql.asyncpg:from_url",
+        "retryproof.sql.postgres.doctor",
+        "retryproof.sql.postgres.migrate",
+        extra="postgres",
+    ),
+    Entry(
+        ("postgresql+psycopg",),
+        "retryproof.stores.sql.psycopg:from_url",
+        None,
+        "retryproof.sql.postgres.doctor",
+        "retryproof.sql.postgres.migrate",
+        extra="postgres",
+    ),
 )
-_PSYCOPG, _ASYNCPG = "retryproof.stores.sql.psycopg:from_url", "retryproof.stores.sql.asyncpg:from_url"
-_POSTGRES = Scheme(_PSYCOPG, _ASYNCPG, "postgres")
-
-SCHEMES: dict[str, Scheme] = {
-    "memory": Scheme("retryproof.stores.url:_open_memory", None, None),
-    "sqlite": Scheme("retryproof.stores.sql.sqlite:from_url", None, None),
-    "redis": _REDIS,
-    "rediss": _REDIS,
-    "postgresql": _POSTGRES,
-    "postgres": _POSTGRES,
-    "postgresql+asyncpg": _POSTGRES,
-    "postgresql+psycopg": Scheme(_PSYCOPG, None, "postgres"),
-}
+SCHEMES = {scheme: entry for entry in ENTRIES for scheme in entry.schemes}
 
 _named_memory: dict[str, MemoryStore] = {}
 os.register_at_fork(after_in_child=_named_memory.clear)  # shared in one process
@@ -52,17 +82,19 @@ def open_store(url: str, *, timeout: float = 2.0) -> Store:
     timeout: seconds that one call may take.
     Raises ConfigurationError for an unknown scheme or a missing driver.
     """
-    scheme = _scheme(url)
-    store: Store = _load(scheme.blocking, scheme)(url, timeout=timeout)
+    entry = entry_of(url)
+    if entry.blocking is None:
+        return InLoop(lambda: open_async(url, timeout=timeout))
+    store: Store = _factory(entry, entry.blocking)(url, timeout=timeout)
     return store
 
 
 def open_async(url: str, *, timeout: float = 2.0) -> AsyncStore:
     """A store for the running event loop; see `aopen_store`."""
-    scheme = _scheme(url)
-    if scheme.on_loop is None:
+    entry = entry_of(url)
+    if entry.on_loop is None:
         return InThread(open_store(url, timeout=timeout))
-    store: AsyncStore = _load(scheme.on_loop, scheme)(url, timeout=timeout)
+    store: AsyncStore = _factory(entry, entry.on_loop)(url, timeout=timeout)
     return store
 
 
@@ -77,39 +109,39 @@ async def aopen_store(url: str, *, timeout: float = 2.0) -> AsyncStore:
 
 def is_async_url(url: str) -> bool:
     """Whether the URL's store for async callers is a native one, tied to an event loop."""
-    return _scheme(url).on_loop is not None
+    return entry_of(url).on_loop is not None
 
 
-def scheme_name(url: str) -> str:
-    """The URL's scheme in lower case; ConfigurationError for an unknown one."""
-    _scheme(url)
-    return scheme_of(url)
-
-
-def _scheme(url: str) -> Scheme:
+def entry_of(url: str) -> Entry:
+    """The entry of the URL's scheme; ConfigurationError for an unknown one."""
     name = scheme_of(url)
-    scheme = SCHEMES.get(name)
-    if scheme is None:
+    entry = SCHEMES.get(name)
+    if entry is None:
         known = ", ".join(
             f"{known}://" + (f" (retryproof[{it.extra}])" if it.extra else "") for known, it in SCHEMES.items()
         )
         shown = f"{name}://" if name else "it has no scheme"
         raise ConfigurationError(f"Unknown store URL ({shown}). Known schemes, with the extra to install: {known}.")
     check_address(url)
-    return scheme
+    return entry
 
 
-def _load(path: str, scheme: Scheme) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
+def load(entry: Entry, module: str) -> Any:
+    """A module of the entry's; ConfigurationError where a library that it imports is missing."""
     try:
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if scheme.extra is None or (error.name or "").startswith("retryproof"):
+        if entry.extra is None or (error.name or "").startswith("retryproof"):
             raise
         raise ConfigurationError(
             f"This store needs the package {error.name!r}, which is not installed: "
-            f"pip install 'retryproof[{scheme.extra}]'."
+            f"pip install 'retryproof[{entry.extra}]'."
         ) from error
+
+
+def _factory(entry: Entry, path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    factory: Callable[..., Any] = getattr(load(entry, module), name)
     return factory
 
 
