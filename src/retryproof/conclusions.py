@@ -39,6 +39,13 @@ def kind_of(conclusion: Conclusion) -> Kind:
             return Kind.UNREADABLE
 
 
+def is_outage(down: Down) -> bool:
+    """Not a store that was never set up: it would stay open for good. Nor a record that cannot be read: the operation
+    may be done (C21).
+    """
+    return not isinstance(down.error, errors.ConfigurationError | errors.Unreadable)
+
+
 def event_of(conclusion: Conclusion, kind: Kind, digest: str, where: str, seconds: float) -> Event:
     """The event that a conclusion is."""
     attempt, trace, note, error = 0, "", "", None

@@ -38,6 +38,8 @@ from retryproof.core.hold import Hold
 S = TypeVar("S")
 T = TypeVar("T")
 Steps = Generator[Command, tuple[Reply, float], T]
+Told = tuple[Reply, float]
+_TWICE = "A flow runs once."
 
 clock: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
@@ -183,73 +185,86 @@ class LoopAsking(Asking):
         return self._awaited.perform(command, self._timeout)
 
 
-def drive(
-    flow: Steps[T],
-    store: Performer,
-    timeout: float,
-    run: Callable[[Hold], Reply],
-    pause: Callable[[Pause], Paused],
-) -> T:
-    """Pump a flow to its conclusion in this thread.
+def begin(flow: Steps[T], store: Performer, timeout: float, pause: Callable[[Pause], Paused]) -> T | Run:
+    """Pump a flow from its start to its `Run` or its conclusion, in this thread.
 
-    run: calls the work, unless its hold may not begin it. An interruption while the attempt is being settled cannot
-        lose its result: the keeper goes on.
+    The caller performs the `Run`: it watches the hold, and in the step that calls the work it asks `hold.may_begin`;
+    where that says no it pumps `renew` first. `finish` pumps what follows the outcome.
     """
-    background = store.background
-    hold: Hold | None = None
-    outcome: Reply = None
+    return _pump(flow, None, store, timeout, pause)
+
+
+def renew(flow: Steps[T], hold: Hold, store: Performer, timeout: float) -> T | None:
+    """Pump a flow that begins with work which may not begin (C6): None, when it may now; or the flow's conclusion.
+
+    What is interrupted meanwhile was not begun, and is given back.
+    """
+    told: Told | None = None
     try:
-        command = next(flow)
+        while not hold.may_begin(clock()):
+            step = _pump(flow, told, store, timeout, _sleep)
+            if not isinstance(step, Run):
+                return step
+            told = (NOT_BEGUN, clock())
+    except BaseException:
+        store.background.linger(hold, hold.release())
+        raise
+    return None
+
+
+def finish(flow: Steps[T], store: Performer, timeout: float) -> T:
+    """Pump a flow that begins with an outcome, or later, to its conclusion, in this thread.
+
+    Where it is interrupted, the caller leaves it to the background: `leave_settling_to`.
+    """
+    conclusion = _pump(flow, None, store, timeout, _sleep)
+    if isinstance(conclusion, Run):
+        raise RuntimeError(_TWICE)
+    return conclusion
+
+
+def _pump(
+    flow: Steps[T], told: Told | None, store: Performer, timeout: float, pause: Callable[[Pause], Paused]
+) -> T | Run:
+    """Tell the flow this, None at its start, and perform what it asks for, up to `Run` or the conclusion."""
+    try:
+        command = flow.send(told)  # type: ignore[arg-type]  # None starts a generator
         while True:
-            kind = type(command)
             reply: Reply = None
             if isinstance(command, Run):
-                if hold is None:
-                    hold = command.hold
-                    background.watch(hold)
-                outcome = None
-                reply = outcome = run(hold) if hold.may_begin(clock()) else NOT_BEGUN
-            elif isinstance(command, Pause):
+                return command
+            if isinstance(command, Pause):
                 reply = pause(command)
-            elif kind is Disown or kind is Linger:
-                _leave_to(background, command)
+            elif isinstance(command, Disown | Linger):
+                _leave_to(store.background, command)
             else:
                 reply = store.perform(command, timeout)
             command = flow.send((reply, clock()))
     except StopIteration as stop:
         result: T = stop.value
         return result
-    except BaseException:
-        if hold is not None:
-            _leave_settling_to(background, hold, outcome)
-        raise
-    finally:
-        if hold is not None:
-            background.unwatch(hold)
 
 
 def abegin(
-    flow: Steps[T], store: AsyncPerformer, timeout: float, pause: Callable[[Pause], Awaitable[Paused]]
+    flow: Steps[T],
+    store: AsyncPerformer,
+    timeout: float,
+    pause: Callable[[Pause], Awaitable[Paused]],
+    before: Reply = None,
 ) -> Awaitable[T | Run]:
-    """Pump a flow up to its `Run`, which the caller then performs and hands to `afinish`; or to its conclusion.
-
-    The caller watches the hold; `afinish` unwatches it. In the step that calls the work it asks `hold.may_begin`, and
-    where that says no it pumps `arenew` first.
-    """
-    return _pump(flow, next(flow), store, timeout, pause)
+    """`begin`, awaited. before: the reply to its claim that the flow knows already."""
+    return _apump(flow, None, store, timeout, pause, before)
 
 
 async def arenew(flow: Steps[T], hold: Hold, store: AsyncPerformer, timeout: float) -> T | None:
-    """Pump a flow whose hold may not begin its work (C6): None, when it may now; or the flow's conclusion, unwatched.
-
-    What is cancelled meanwhile was not begun, and is given back.
-    """
+    """`renew`, awaited; a cancellation is an interruption."""
+    told: Told | None = None
     try:
         while not hold.may_begin(clock()):
-            step = await _pump(flow, flow.send((NOT_BEGUN, clock())), store, timeout, _sleep)
+            step = await _apump(flow, told, store, timeout, _asleep)
             if not isinstance(step, Run):
-                store.background.unwatch(hold)
                 return step
+            told = (NOT_BEGUN, clock())
     except BaseException:
         store.background.linger(hold, hold.release())
         raise
@@ -258,43 +273,47 @@ async def arenew(flow: Steps[T], hold: Hold, store: AsyncPerformer, timeout: flo
 
 async def afinish(
     flow: Steps[T],
-    reply: Reply,
     hold: Hold,
+    outcome: Reply,
     store: AsyncPerformer,
     timeout: float,
     adopt: Callable[[asyncio.Task[T]], None],
 ) -> T:
-    """Pump a flow from the outcome of its `Run` to its conclusion.
+    """`finish`, awaited. outcome: that of the work.
 
-    A cancellation cannot lose it: the rest then goes on in a task of its own, which is handed to `adopt`.
+    A cancellation cannot lose the outcome: the rest then goes on in a task of its own, which is handed to `adopt`.
     """
     command: Command | None = None
-    outcome = reply
+    told: Told | None = None
     try:
         while True:
-            command = flow.send((reply, clock()))
-            kind = type(command)
-            reply = None
-            if kind is Linger:
-                _leave_to(store.background, command)
-            elif isinstance(command, Pause):
+            command = flow.send(told)  # type: ignore[arg-type]  # None starts a generator
+            if isinstance(command, Pause):
                 await asyncio.sleep(command.seconds)
+                reply: Reply = None
+            elif isinstance(command, Linger):
+                _leave_to(store.background, command)
+                reply = None
             else:
                 reply = await store.perform(command, timeout)
+            told = (reply, clock())
     except StopIteration as stop:
-        store.background.unwatch(hold)
         result: T = stop.value
         return result
     except asyncio.CancelledError:
-        if command is None:
-            store.background.unwatch(hold)
-        else:
-            # What was on its way is sent again: commands are idempotent by nonce (C3).
-            adopt(_in_background(_settle(flow, command, hold, outcome, store, timeout)))
+        if command is not None:
+            adopt(go_on(flow, command, hold, outcome, store, timeout))
         raise
-    except BaseException:
-        store.background.unwatch(hold)
-        raise
+
+
+def go_on(
+    flow: Steps[T], command: Command, hold: Hold, outcome: Reply, store: AsyncPerformer, timeout: float
+) -> asyncio.Task[T]:
+    """A task that settles what was cancelled at this command, and unwatches the hold.
+
+    What was on its way is sent again: commands are idempotent by nonce (C3).
+    """
+    return _in_background(_settle(flow, command, hold, outcome, store, timeout))
 
 
 async def _settle(
@@ -302,51 +321,61 @@ async def _settle(
 ) -> T:
     """Perform this command and what follows; when the loop shuts down meanwhile, the keeper goes on."""
     try:
-        conclusion = await _pump(flow, command, store, timeout, _sleep)
+        conclusion = await _apump(flow, None, store, timeout, _asleep, command=command)
         if isinstance(conclusion, Run):
-            raise RuntimeError("A flow runs once.")
+            raise RuntimeError(_TWICE)
         return conclusion
     except BaseException:
-        _leave_settling_to(store.background, hold, outcome)
+        leave_settling_to(store.background, hold, outcome)
         raise
     finally:
         store.background.unwatch(hold)
 
 
-async def _pump(
+async def _apump(
     flow: Steps[T],
-    command: Command,
+    told: Told | None,
     store: AsyncPerformer,
     timeout: float,
     pause: Callable[[Pause], Awaitable[Paused]],
+    reply: Reply = None,
+    command: Command | None = None,
 ) -> T | Run:
-    """Perform this command and what follows, up to `Run` or the conclusion."""
-    reply: Reply = None
+    """`_pump`, awaited. reply: the one before. command: the one at which the flow stands, to begin with."""
     try:
+        if command is None:
+            command = flow.send(told)  # type: ignore[arg-type]  # None starts a generator
         while True:
-            kind, before, reply = type(command), reply, None
+            before, reply = reply, None
             if isinstance(command, Run):
                 return command
             if isinstance(command, Pause):
                 reply = await pause(command)
-            elif kind is Disown or kind is Linger:
+            elif isinstance(command, Disown | Linger):
                 _leave_to(store.background, command)
             else:
                 asked = store.perform(command, timeout)
                 try:
                     reply = await asked
                 except asyncio.CancelledError:
-                    # The store sees to a claim that is on its way. Nobody else knows of one whose reply has come and
-                    # is not read, or whose first sending went unanswered.
                     if isinstance(command, Claim):
-                        answer = asked.result() if _is_answered(asked) else before
-                        if may_stand(answer) or may_stand(before):
-                            store.background.disown(command, answer)
+                        see_to(store.background, command, asked, before)
                     raise
             command = flow.send((reply, clock()))
     except StopIteration as stop:
         result: T = stop.value
         return result
+
+
+def see_to(background: Background, claim: Claim, asked: Awaitable[Reply], before: Reply = None) -> None:
+    """Disown a claim whose caller was cancelled. before: the reply to an earlier sending.
+
+    The store sees to a claim that is on its way. Nobody else knows of one whose reply has come and is not read, or
+    whose first sending went unanswered.
+    """
+    answer = asked.result() if _is_answered(asked) else before
+    if may_stand(answer) or may_stand(before):
+        background.disown(claim, answer)
 
 
 def may_stand(reply: Reply) -> bool:
@@ -358,7 +387,7 @@ def _is_answered(asked: Awaitable[Reply]) -> TypeGuard[asyncio.Future[Reply]]:
     return isinstance(asked, asyncio.Future) and asked.done() and not asked.cancelled()
 
 
-def _leave_settling_to(background: Background, hold: Hold, outcome: Reply) -> None:
+def leave_settling_to(background: Background, hold: Hold, outcome: Reply) -> None:
     """Who was settling this attempt has been interrupted: what it came to must not be lost (C4)."""
     if isinstance(outcome, Returned):
         background.linger(hold, hold.complete(outcome.result))
@@ -373,7 +402,12 @@ def _leave_to(background: Background, command: Command) -> None:
         background.linger(command.hold, command.last)
 
 
-async def _sleep(pause: Pause) -> Paused:
+def _sleep(pause: Pause) -> Paused:
+    time.sleep(pause.seconds)
+    return Paused()
+
+
+async def _asleep(pause: Pause) -> Paused:
     await asyncio.sleep(pause.seconds)
     return Paused()
 

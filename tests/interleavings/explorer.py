@@ -43,6 +43,7 @@ from retryproof.core.commands import (
     Reply,
     Returned,
     Run,
+    Stopped,
     StoreCommand,
 )
 from retryproof.core.hold import Hold
@@ -347,6 +348,7 @@ class Explorer:
             (Returned(caller.name.encode()), world),
             (Raised(), clean),
             (Raised(unknown=True), world),
+            (Stopped(), world),
             (Cancelled(), clean if caller.policy.release_on_cancel else world),
         ]
         if not holds(world.record, hold):

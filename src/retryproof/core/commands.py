@@ -259,6 +259,14 @@ class Cancelled:
 
 
 @value
+class Stopped:
+    """The work was told to stop, by a shutdown or a time limit: whether it had its effect is not known.
+
+    Like Cancelled, but never released, whatever the policy says of cancellation.
+    """
+
+
+@value
 class LeaseLost:
     """The lease was lost while the work ran, and the work was cancelled."""
 
@@ -275,7 +283,7 @@ class Paused:
     on: bool = True
 
 
-Outcome = Returned | Committed | Raised | Cancelled | LeaseLost
+Outcome = Returned | Committed | Raised | Cancelled | Stopped | LeaseLost
 """What came of the work."""
 
 NOT_BEGUN = NotBegun()

@@ -8,6 +8,10 @@ to be unknown.
 `attempt` yields commands and is sent `(reply, now)`; `now` is the pump's monotonic clock in seconds. It returns a
 conclusion. TABLE is the whole automaton, checked against the code by the explorer, and the documentation's diagram
 is drawn from it.
+
+Most attempts need only a few steps of it: `after_claim`, `to_settle` and `after_settling` are these steps as plain
+functions, which the machine uses and callers may. Where one of them does not decide, the caller starts the machine at
+that point, with what it was told in hand: `attempt` and `settle` take the first reply, `ended` begins at the outcome.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from retryproof.core.commands import (
     Returned,
     Run,
     Running,
+    Stopped,
     Unreachable,
 )
 from retryproof.core.errors import StoreUnavailable
@@ -51,6 +56,8 @@ from retryproof.core.record import MICROSECONDS, Record, State
 from retryproof.core.value import value
 
 Flow = Generator[Command, tuple[Reply, float], "Conclusion"]
+Told = tuple[Reply, float]
+"""A reply, and when it came."""
 
 FIRST_BACKOFF = 0.05
 """Seconds before a failed settling is repeated; doubled each time, up to LAST_BACKOFF."""
@@ -145,6 +152,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     (RUNNING, "Committed"): ("Completed",),
     (RUNNING, "Raised"): (SETTLING, "Failed"),
     (RUNNING, "Cancelled"): (SETTLING, "Failed"),
+    (RUNNING, "Stopped"): ("Failed",),
     (RUNNING, "LeaseLost"): (OVERTAKEN,),
     (RUNNING, "NotBegun"): (RENEWING, "Down"),
     (RENEWING, "Done"): (RUNNING,),
@@ -159,41 +167,85 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
 """(state, reply) -> where it may lead: a state, or a conclusion."""
 
 
+# The steps of the common case
+
+
+def after_claim(claim: Claim, reply: Reply, since: float, asked: float, policy: Policy) -> Hold | Replayed | None:
+    """What the reply to a claim decides by itself; None: the machine decides.
+
+    since: when the claim was sent for the first time. Any sending under this nonce may be the one that was applied, on
+        its way for as long as it liked: the lease is counted from the first.
+    asked: when it was sent for the last time. A waiter's time to run begins when it may run (C18).
+    """
+    if type(reply) is Acquired:
+        return Hold(claim, reply, since, asked + policy.max_run)
+    return Replayed(reply) if type(reply) is Finished else None
+
+
+def to_settle(hold: Hold, outcome: Reply, policy: Policy) -> Complete | Release | Completed | Failed | None:
+    """What an outcome asks of the store, or the conclusion that needs nothing of it; None: the machine decides."""
+    if type(outcome) is Returned:
+        return hold.complete(outcome.result)
+    match outcome:
+        case Committed(result):
+            return Completed(hold, result)
+        case Raised(unknown=True) | Stopped():  # the effect may have happened: the record stays as it is
+            return Failed(hold, released=False)
+        case Cancelled() if not policy.release_on_cancel:
+            return Failed(hold, released=False)
+        case Raised() | Cancelled():
+            return hold.release()
+        case _:
+            return None
+
+
+def after_settling(hold: Hold, command: Complete | Release, reply: Reply) -> Completed | Failed | None:
+    """What the reply to a settling command decides; None: the machine decides."""
+    if type(reply) is not Done:
+        return None
+    return Completed(hold, command.result) if type(command) is Complete else Failed(hold, released=True)
+
+
+# The machine
+
+
 def attempt(
     claim: Claim,
     policy: Policy,
     now: float,
     refingerprint: Callable[[bytes], bytes | None] = lambda stored: None,
+    told: Told | None = None,
 ) -> Flow:
     """One attempt: claim, run, settle.
 
+    now: when the claim was sent, or is. told: the reply to it, where it is here already.
     refingerprint: the input's fingerprint by the algorithm that made a stored one, or None where that is not known;
         the first two bytes of a fingerprint name its algorithm (C21).
     """
-    claimed = yield from _claim(claim, policy, now, refingerprint)
+    claimed = yield from _claim(claim, policy, now, refingerprint, told)
     if not isinstance(claimed, Hold):
         return claimed
-    del claim, refingerprint  # what outlives the claim is seen by every garbage collection while the work runs
+    del claim, refingerprint, told  # what outlives the claim is seen by every garbage collection while the work runs
     outcome, now = yield Run(claimed)
+    return (yield from ended(claimed, outcome, policy, now))
+
+
+def ended(hold: Hold, outcome: Reply, policy: Policy, now: float) -> Flow:
+    """The attempt from the outcome of its `Run` on."""
     if isinstance(outcome, NotBegun):
-        outcome, now = yield from _begin_late(claimed, now)
+        outcome, now = yield from _begin_late(hold, now)
+    step = to_settle(hold, outcome, policy)
+    if isinstance(step, Complete | Release):
+        return (yield from settle(hold, step, policy, now))
+    if step is not None:
+        return step
     match outcome:
-        case Returned(result):
-            return (yield from _settle(claimed, claimed.complete(result), policy, now))
-        case Committed(result):
-            return Completed(claimed, result)
-        case Raised(unknown=True):  # the effect may have happened: the record stays as it is
-            return Failed(claimed, released=False)
-        case Cancelled() if not policy.release_on_cancel:
-            return Failed(claimed, released=False)
-        case Raised() | Cancelled():
-            return (yield from _settle(claimed, claimed.release(), policy, now))
         case LeaseLost():
-            return (yield from _overtaken(claimed, Failed(claimed, released=False)))
+            return (yield from _overtaken(hold, Failed(hold, released=False)))
         case Lost():  # before anything was begun
-            return (yield from _overtaken(claimed, Busy(0.0, overtaken=True)))
+            return (yield from _overtaken(hold, Busy(0.0, overtaken=True)))
         case Unreachable(error):  # nothing was begun, so that whoever asks next may run at once
-            yield Linger(claimed, claimed.release())
+            yield Linger(hold, hold.release())
             return Down(error)
         case _:
             _unexpected(outcome)
@@ -220,19 +272,19 @@ def _begin_late(hold: Hold, now: float) -> Generator[Command, tuple[Reply, float
 
 
 def _claim(
-    claim: Claim, policy: Policy, now: float, refingerprint: Callable[[bytes], bytes | None]
+    claim: Claim, policy: Policy, now: float, refingerprint: Callable[[bytes], bytes | None], told: Told | None
 ) -> Generator[Command, tuple[Reply, float], Hold | Conclusion]:
     """Claim until there is an answer; a duplicate waits for as long as the policy lets it (C18)."""
     began = sent = now
     doubted = unanswered = False
     while True:
         asked = now
-        reply, now = yield claim
+        reply, now = told or (yield claim)
+        told = None
+        decided = after_claim(claim, reply, began, asked, policy)
+        if decided is not None:
+            return decided
         match reply:
-            case Acquired():
-                # Any sending under this nonce may be the one that was applied, on its way for as long as it liked: the
-                # lease is counted from the first. A waiter's time to run begins when it may run (C18).
-                return Hold(claim, reply, began, asked + policy.max_run)
             case Running(left):
                 if now - began < policy.wait:
                     paused, now = yield Pause(min(policy.poll, began + policy.wait - now), waiting=True)
@@ -242,8 +294,6 @@ def _claim(
                 if unanswered:  # a sending of this claim may still arrive, after the holder has gone
                     yield Disown(claim)
                 return Busy(left)
-            case Finished():
-                return Replayed(reply)
             case Mismatch(stored):
                 if stored[:ALGORITHM] == claim.fingerprint[:ALGORITHM]:
                     return Mismatched()
@@ -266,17 +316,20 @@ def _claim(
                 _unexpected(reply)
 
 
-def _settle(hold: Hold, command: Complete | Release, policy: Policy, now: float) -> Flow:
+def settle(hold: Hold, command: Complete | Release, policy: Policy, now: float, told: Told | None = None) -> Flow:
     """Store what the attempt came to before anybody sees it (C4), or give the operation back (C5).
 
+    now: when the command was sent, or is. told: the reply to it, where it is here already.
     It needs no live lease: nonce and token decide (C6). Past `complete_timeout` the caller gets it all the same, and
     the background goes on (C10).
     """
     began, delay, doubted = now, FIRST_BACKOFF, False
     while True:
-        reply, now = yield command
-        if isinstance(reply, Done):
-            return Completed(hold, command.result) if isinstance(command, Complete) else Failed(hold, released=True)
+        reply, now = told or (yield command)
+        told = None
+        conclusion = after_settling(hold, command, reply)
+        if conclusion is not None:
+            return conclusion
         if isinstance(reply, Lost):  # what this attempt came to is no answer any more: no two results are seen (C8)
             if isinstance(command, Complete):
                 return (yield from _overtaken(hold, Completed(hold, command.result, stored=False, gone=True)))

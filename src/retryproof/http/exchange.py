@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
 
-from retryproof.conclusions import WHY_UNKNOWN
+from retryproof.attempt import LoopAttempt
+from retryproof.conclusions import WHY_UNKNOWN, is_outage
 from retryproof.core.codec import StoredResponse, decode_response
-from retryproof.core.commands import Finished, Pause, Paused, Run
+from retryproof.core.commands import Finished
 from retryproof.core.errors import ConfigurationError, IdempotencyError, InvalidKey, Unreadable
 from retryproof.core.fingerprint import Hasher, comparable
 from retryproof.core.flow import (
@@ -21,7 +22,6 @@ from retryproof.core.flow import (
     Conclusion,
     Down,
     Failed,
-    Flow,
     Foreign,
     Mismatched,
     Refused,
@@ -29,7 +29,7 @@ from retryproof.core.flow import (
 )
 from retryproof.core.keys import Strength, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import abegin, clock
+from retryproof.drive import clock
 from retryproof.engine import AsyncIdempotency
 from retryproof.http import problem as problems
 from retryproof.http.body import BUDGET, SHARE, Body, OverBudget, deadline
@@ -106,7 +106,6 @@ class Exchange:
         "_headers",
         "_id",
         "_on_departure",
-        "_opened",
         "_raw_path",
         "_receive",
         "_running",
@@ -138,7 +137,6 @@ class Exchange:
         self._where: str
         self._fails_open: bool
         self._on_departure: Departure | HeadDeparture
-        self._opened: AsyncOpened | AsyncView
 
     def departed(self) -> Departed:
         """The runs of this layer that go on without their clients."""
@@ -345,50 +343,51 @@ class Exchange:
         try:
             opened = engine.opened()
         except IdempotencyError as error:  # out of reach, or not set up; the event has it
-            await self._conclude(Down(error))
+            down = Down(error)
+            engine.attempts.conclude(down, self._id, self._where, self._began, fails_open=self._fails_open)
+            await self._end_without(down)
             return None
         trace = traceparent(self._headers.get(b"traceparent", b""))
-        flow = engine.flow(opened, self._id, self._fingerprint, self.policy, self._tenant, trace, self._refingerprint)
-        execution: Execution | None = None
-        try:
-            step = await abegin(flow, opened, self.policy.store_timeout, self._pause)
-            if not isinstance(step, Run):
-                await self._conclude(step)
-                return None
-            execution = self._execution(flow, step, opened)
-        finally:
-            if execution is None:  # otherwise its end says so
-                opened.background.leave()
-        return execution
+        attempt = await engine.attempts.abegin(
+            opened,
+            self.policy,
+            self._id,
+            self._fingerprint,
+            self._where,
+            self._tenant,
+            trace,
+            self._refingerprint,
+            fails_open=self._fails_open,
+            stays=self.link.stays,
+        )
+        if isinstance(attempt, LoopAttempt):
+            return self._execution(attempt, opened)
+        await self._end_without(attempt)
+        return None
 
-    async def _pause(self, command: Pause) -> Paused:
-        return await self._engine.pause(command, self.policy, self.link.stays)
+    async def _end_without(self, conclusion: Conclusion) -> None:
+        """Answer for an attempt that did not come to run."""
+        if self._fails_open and isinstance(conclusion, Down) and is_outage(conclusion):
+            await self._run_unprotected()
+        else:
+            await self._answer(conclusion)
 
-    def _execution(self, flow: Flow, run: Run, opened: AsyncOpened | AsyncView) -> Execution:
+    def _execution(self, attempt: LoopAttempt, opened: AsyncOpened | AsyncView) -> Execution:
         engine, policy = self._engine, self.policy
         own = opened.capabilities.max_result
-        self._opened = opened
         execution = Execution(
             self,
             _app_scope(self._scope, stops=self._on_departure == "stop"),
-            flow=flow,
-            hold=run.hold,
-            store=opened,
+            attempt=attempt,
             max_result=policy.max_result if own is None else min(own, policy.max_result),
             fails_open=self._fails_open,
             on_departure=self._on_departure,
         )
         self._running = True
-        engine.listen(run.hold, self._where)
-        opened.background.watch(run.hold)
         engine.running.add(execution.start())
         return execution
 
     # What an execution asks of its exchange
-
-    def told(self, conclusion: Conclusion) -> None:
-        """The execution has come to this conclusion."""
-        self._engine.conclude(conclusion, self._id, self._where, self._began)
 
     async def answer(self, conclusion: Conclusion) -> None:
         """Answer for another attempt."""
@@ -397,17 +396,9 @@ class Exchange:
     def ended(self, task: asyncio.Task[None]) -> None:
         """The app has returned or raised."""
         self._engine.running.discard(task)
-        self._opened.background.leave()
         self.link.close()
 
     # Answers
-
-    async def _conclude(self, conclusion: Conclusion) -> None:
-        if isinstance(conclusion, Down) and self._fails_open and _is_outage(conclusion):
-            await self._run_unprotected(conclusion)
-            return
-        self.told(conclusion)
-        await self._answer(conclusion)
 
     async def _answer(self, conclusion: Conclusion) -> None:
         if isinstance(conclusion, Replayed):
@@ -452,11 +443,8 @@ class Exchange:
             answer = await answer
         return answer is True
 
-    async def _run_unprotected(self, down: Down) -> None:
+    async def _run_unprotected(self) -> None:
         """The route would rather double an effect than refuse (C10)."""
-        self._engine.tell(
-            Event(kind=EventKind.UNPROTECTED, digest=short_digest(self._id), where=self._where, error=down.error)
-        )
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -472,13 +460,6 @@ class Exchange:
         send = self.link.send if self._running else self._server_send
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-
-
-def _is_outage(down: Down) -> bool:
-    """Not a store that was never set up: it would stay open for good. Nor a record that cannot be read: the operation
-    may be done (C21).
-    """
-    return not isinstance(down.error, ConfigurationError | Unreadable)
 
 
 def _finds(find: Callable[[], str | None]) -> bool:

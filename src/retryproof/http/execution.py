@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Protocol, assert_never
 
 from retryproof import operation
+from retryproof.attempt import LoopAttempt
 from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.failure import causes, outcome_of, unknown_in
@@ -25,7 +26,6 @@ from retryproof.core.flow import (
     Conclusion,
     Down,
     Failed,
-    Flow,
     Foreign,
     Mismatched,
     Refused,
@@ -34,7 +34,7 @@ from retryproof.core.flow import (
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
-from retryproof.drive import AsyncPerformer, afinish, arenew, clock
+from retryproof.drive import clock
 from retryproof.http import ending as endings
 from retryproof.http.client_link import ClientLink
 from retryproof.http.departed import Departed, is_of_departure
@@ -106,9 +106,6 @@ class Owner(Protocol):
     def departed(self) -> Departed:
         """The runs that go on without their clients."""
 
-    def told(self, conclusion: Conclusion) -> None:
-        """Hear the conclusion."""
-
     async def answer(self, conclusion: Conclusion) -> None:
         """Send what a conclusion other than one's own means to the caller."""
 
@@ -121,10 +118,10 @@ class Execution:
 
     __slots__ = (
         "_alone",
+        "_attempt",
         "_conclusion",
         "_deserted",
         "_ending",
-        "_flow",
         "_head",
         "_hold",
         "_last",
@@ -144,7 +141,6 @@ class Execution:
         "_scope",
         "_settling",
         "_stopped",
-        "_store",
         "_streamed",
         "_task",
         "_tell_overrun",
@@ -155,9 +151,7 @@ class Execution:
         owner: Owner,
         scope: Scope,
         *,
-        flow: Flow,
-        hold: Hold,
-        store: AsyncPerformer,
+        attempt: LoopAttempt,
         max_result: int,
         fails_open: bool,
         on_departure: Departure | HeadDeparture,
@@ -167,9 +161,8 @@ class Execution:
         self._link = owner.link
         self._options = owner.options
         self._policy = owner.policy
-        self._flow = flow
-        self._hold = hold
-        self._store = store
+        self._attempt = attempt
+        self._hold = attempt.hold
         self._on_departure = on_departure
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
@@ -189,7 +182,7 @@ class Execution:
         self._settling = False
         self._rest: asyncio.Task[Conclusion] | None = None
         self._conclusion: Conclusion | None = None
-        self._operation = operation.LoopOperation(self._hold, store, self._policy, self._loop)
+        self._operation = attempt.operation
         if fails_open:
             self._operation.refuses_transactions = _FAIL_OPEN
         self._ending: Ending | None = None
@@ -234,8 +227,7 @@ class Execution:
         hold = self._hold
         hold.on_lost = self._link.on_left = None  # leaves no cycle to the garbage collector
         hold.on_overrun = self._tell_overrun
-        if not self._settling:  # only after an error of the layer's own
-            self._store.background.unwatch(self._hold)
+        self._attempt.leave()
         if self._alone:
             self._owner.departed().discard(self)
         if self._task is not None:
@@ -332,12 +324,11 @@ class Execution:
 
     async def _renewed(self) -> bool:
         """Whether the app may begin after all; else another attempt has it, or the store gave no answer (C6)."""
-        self._conclusion = await arenew(self._flow, self._hold, self._store, self._policy.store_timeout)
+        self._conclusion = await self._attempt.renew()
         if self._conclusion is None:
             return True
         self._settling = True
         self._operation.refuses_transactions = operation.ENDED
-        self._owner.told(self._conclusion)
         await self._answer_overtaken()  # the table's NOT_BEGUN
         return False
 
@@ -386,7 +377,6 @@ class Execution:
         """Whether the last message has come before; one whose sender was cancelled on the way is seen to its end."""
         if self._rest is not None and self._conclusion is None:
             self._conclusion = await asyncio.shield(self._rest)
-            self._owner.told(self._conclusion)
             await self._conclude()
         return self._settling
 
@@ -528,11 +518,8 @@ class Execution:
             self._conclusion = await asyncio.shield(self._rest)
         else:
             self._operation.refuses_transactions = operation.ENDED
-            self._conclusion = await afinish(
-                self._flow, reply, self._hold, self._store, self._policy.store_timeout, self._adopt
-            )
+            self._conclusion = await self._finish_attempt(reply)
         link.tell()
-        self._owner.told(self._conclusion)
 
     def _outcome(self, record: str) -> Outcome:
         """What the core is told for what the record is to get."""
@@ -580,10 +567,14 @@ class Execution:
             digest = short_digest(self._hold.id)
             logger.error("The transaction of operation %s failed.", digest, exc_info=error)
             self._problem = replace(_refusal(outcome, error), operation=digest)
-        return await afinish(self._flow, outcome, self._hold, self._store, self._policy.store_timeout, self._adopt)
+        return await self._finish_attempt(outcome)
 
-    def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
-        self._rest = rest
+    async def _finish_attempt(self, outcome: Outcome) -> Conclusion:
+        try:
+            return await self._attempt.finish(outcome)
+        except asyncio.CancelledError:
+            self._rest = self._attempt.rest or self._rest
+            raise
 
     # What is sent once it is settled
 

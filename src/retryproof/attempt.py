@@ -1,0 +1,469 @@
+"""One attempt at an operation: claimed, watched, settled, told to the listeners. It stands here, once, in both colours.
+
+    attempt = attempts.begin(opened, policy, id, fingerprint, where)      # or `await attempts.abegin(…)`
+    if not isinstance(attempt, BlockingAttempt):                          # LoopAttempt
+        …                                                                 # a conclusion: replayed, busy, down, …
+    try:
+        conclusion = None if attempt.hold.may_begin(clock()) else attempt.renew()
+        if conclusion is None:
+            conclusion = attempt.finish(work(attempt.operation))
+    finally:
+        attempt.leave()
+
+Most attempts are one claim that is acquired and one result that is stored. These need no state machine: the functions
+`after_claim`, `to_settle` and `after_settling` of `core.flow` decide. Where they do not, the machine is started at that
+point with the reply in hand, and `drive` pumps it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+from retryproof.conclusions import event_of, is_outage, kind_of
+from retryproof.core.commands import NOT_BEGUN, Claim, Complete, Outcome, Pause, Paused, Release, Reply, Run
+from retryproof.core.flow import Conclusion, Down, after_claim, after_settling, ended, settle, to_settle
+from retryproof.core.flow import attempt as machine
+from retryproof.core.hold import Hold
+from retryproof.core.keys import short_digest
+from retryproof.core.policy import Policy
+from retryproof.drive import (
+    AsyncPerformer,
+    Background,
+    Performer,
+    abegin,
+    afinish,
+    arenew,
+    begin,
+    clock,
+    finish,
+    go_on,
+    leave_settling_to,
+    renew,
+    see_to,
+)
+from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
+from retryproof.operation import BlockingOperation, LoopOperation, enter, leave
+
+T = TypeVar("T")
+Refingerprint = Callable[[bytes], bytes | None]
+Stays = Callable[[float], Awaitable[bool]]
+"""Waits for some seconds; False says that the caller has left meanwhile."""
+
+
+class Counting(Background, Protocol):
+    """A background that counts the attempts of its process (C15)."""
+
+    def enter(self) -> int:
+        """An attempt begins; says how alone it is, as a claim does."""
+
+    def leave(self) -> None:
+        """An attempt has ended."""
+
+
+class BlockingStore(Performer, Protocol):
+    """An opened store, for threads."""
+
+    @property
+    def background(self) -> Counting: ...
+
+
+class LoopStore(AsyncPerformer, Protocol):
+    """An opened store, for the tasks of its event loop."""
+
+    @property
+    def background(self) -> Counting: ...
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+
+
+def unknown_algorithm(stored: bytes) -> bytes | None:
+    """The input's fingerprint by another algorithm: not known."""
+    return None
+
+
+class Attempts:
+    """The attempts of one engine, and what they have in common: who hears of them, and how many of them wait."""
+
+    __slots__ = ("_counting", "_traces", "listeners", "waiting")
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self.listeners = tuple(listeners)
+        self.waiting = 0
+        self._traces = tracing(self.listeners)
+        self._counting = threading.Lock()
+
+    def begin(
+        self,
+        opened: BlockingStore,
+        policy: Policy,
+        id: bytes,
+        fingerprint: bytes,
+        where: str = "",
+        tenant: bytes = b"",
+        trace: str = "",
+        refingerprint: Refingerprint = unknown_algorithm,
+        *,
+        beside: bool = False,
+    ) -> BlockingAttempt | Conclusion:
+        """Claim an operation: an attempt that may run, watched; or the conclusion, which the listeners were told.
+
+        id, fingerprint, tenant, trace: as in Claim. where: the endpoint or function, for events.
+        beside: others that were taken over run side by side with it, so that its death would not count (C15).
+        """
+        began = clock()
+        claim = self._claim(opened.background, policy, id, fingerprint, tenant, trace, beside)
+        attempt: BlockingAttempt | None = None
+        step: Hold | Conclusion | None
+        try:
+            reply = opened.perform(claim, policy.store_timeout)
+            step = after_claim(claim, reply, began, began, policy)
+            if step is None:
+                flow = machine(claim, policy, began, refingerprint, (reply, clock()))
+                step = _held(begin(flow, opened, policy.store_timeout, lambda pause: self._pause(pause, policy)))
+            if isinstance(step, Hold):
+                attempt = BlockingAttempt(self, opened, policy, step, began, where)
+                return attempt
+        finally:
+            if attempt is None:
+                opened.background.leave()
+        self.conclude(step, id, where, began)
+        return step
+
+    async def abegin(
+        self,
+        opened: LoopStore,
+        policy: Policy,
+        id: bytes,
+        fingerprint: bytes,
+        where: str = "",
+        tenant: bytes = b"",
+        trace: str = "",
+        refingerprint: Refingerprint = unknown_algorithm,
+        *,
+        beside: bool = False,
+        fails_open: bool = False,
+        stays: Stays | None = None,
+    ) -> LoopAttempt | Conclusion:
+        """`begin`, awaited.
+
+        fails_open: who asks runs the work without protection where the store is out of reach; the listeners are told
+            so. stays: how a duplicate waits (C18), where it may leave meanwhile.
+        """
+        began = clock()
+        background = opened.background
+        claim = self._claim(background, policy, id, fingerprint, tenant, trace, beside)
+        attempt: LoopAttempt | None = None
+        step: Hold | Conclusion | None
+        try:
+            asked = opened.perform(claim, policy.store_timeout)
+            try:
+                reply = await asked
+            except asyncio.CancelledError:
+                see_to(background, claim, asked)
+                raise
+            step = after_claim(claim, reply, began, began, policy)
+            if step is None:
+                step = await self._decide(claim, reply, opened, policy, began, refingerprint, stays)
+            if isinstance(step, Hold):
+                attempt = LoopAttempt(self, opened, policy, step, began, where)
+                return attempt
+        finally:
+            if attempt is None:
+                background.leave()
+        self.conclude(step, id, where, began, fails_open=fails_open)
+        return step
+
+    def _claim(
+        self,
+        background: Counting,
+        policy: Policy,
+        id: bytes,
+        fingerprint: bytes,
+        tenant: bytes,
+        trace: str,
+        beside: bool,
+    ) -> Claim:
+        alone = background.enter()
+        return Claim(  # in the order of its fields: by name it takes twice as long
+            id,
+            fingerprint,
+            os.urandom(16),
+            policy.lease,
+            policy.retention,
+            policy.unsettled_retention,
+            policy.on_abandoned,
+            policy.max_attempts,
+            tenant,
+            trace if self._traces is None else recorded_trace(self._traces, trace),
+            0 if beside else alone,
+        )
+
+    async def _decide(
+        self,
+        claim: Claim,
+        reply: Reply,
+        opened: LoopStore,
+        policy: Policy,
+        began: float,
+        refingerprint: Refingerprint,
+        stays: Stays | None,
+    ) -> Hold | Conclusion:
+        """What becomes of a claim whose first reply does not decide."""
+        flow = machine(claim, policy, began, refingerprint, (reply, clock()))
+        return _held(
+            await abegin(
+                flow, opened, policy.store_timeout, lambda pause: self._apause(pause, policy, stays), before=reply
+            )
+        )
+
+    # A duplicate waits
+
+    def _pause(self, pause: Pause, policy: Policy) -> Paused:
+        if pause.waiting and not self._admit(policy):
+            return Paused(on=False)
+        try:
+            time.sleep(pause.seconds)
+        finally:
+            if pause.waiting:
+                self._dismiss()
+        return Paused()
+
+    async def _apause(self, pause: Pause, policy: Policy, stays: Stays | None) -> Paused:
+        if pause.waiting and not self._admit(policy):
+            return Paused(on=False)
+        try:
+            if pause.waiting and stays is not None:
+                return Paused(on=await stays(pause.seconds))
+            await asyncio.sleep(pause.seconds)
+            return Paused()
+        finally:
+            if pause.waiting:
+                self._dismiss()
+
+    def _admit(self, policy: Policy) -> bool:
+        """Whether there is room for another one that waits."""
+        with self._counting:
+            if self.waiting >= policy.max_waiters:
+                return False
+            self.waiting += 1
+            return True
+
+    def _dismiss(self) -> None:
+        with self._counting:
+            self.waiting -= 1
+
+    # Listeners
+
+    def tell(self, event: Event) -> None:
+        """Tell the listeners."""
+        tell(self.listeners, event)
+
+    def conclude(
+        self, conclusion: Conclusion, id: bytes, where: str, began: float, *, fails_open: bool = False
+    ) -> None:
+        """Tell the listeners how an attempt ended that began at this time of `drive.clock`."""
+        if fails_open and isinstance(conclusion, Down) and is_outage(conclusion):
+            self.tell(Event(kind=Kind.UNPROTECTED, digest=short_digest(id), where=where, error=conclusion.error))
+            return
+        kind = kind_of(conclusion)
+        if wanted(self.listeners, kind):
+            self.tell(event_of(conclusion, kind, short_digest(id), where, clock() - began))
+
+    def overran(self, hold: Hold) -> None:
+        """Its lease is not renewed any more; called from the keeper's thread."""
+        self._tell_of(Kind.OVERRUN, hold)
+
+    def settled(self, hold: Hold, stored: bool) -> None:
+        """What lingered is stored, or will never be; called from the keeper's thread."""
+        self._tell_of(Kind.STORED_LATE if stored else Kind.NEVER_STORED, hold)
+
+    def _tell_of(self, kind: Kind, hold: Hold) -> None:
+        digest = short_digest(hold.id)
+        self.tell(Event(kind=kind, digest=digest, where=hold.where, attempt=hold.attempt, trace=hold.trace))
+
+
+def _held(step: Run | Conclusion) -> Hold | Conclusion:
+    return step.hold if isinstance(step, Run) else step
+
+
+class BlockingAttempt:
+    """An attempt that holds its claim and runs in a thread.
+
+    The work begins only where `hold.may_begin` says so in the same step, else after `renew` (C6).
+    """
+
+    __slots__ = ("_attempts", "_began", "_opened", "_policy", "_watched", "hold", "operation")
+
+    def __init__(
+        self, attempts: Attempts, opened: BlockingStore, policy: Policy, hold: Hold, began: float, where: str
+    ) -> None:
+        self._attempts = attempts
+        self._opened = opened
+        self._policy = policy
+        self._began = began
+        self.hold = hold
+        self.operation = BlockingOperation(hold, opened, policy)
+        _listen(attempts, hold, where)
+        opened.background.watch(hold)
+        self._watched = True
+
+    def renew(self) -> Conclusion | None:
+        """Renew a lease that was over before the work began: None, when it may begin now; or the conclusion.
+
+        What is interrupted meanwhile was not begun, and is given back.
+        """
+        hold = self.hold
+        flow = ended(hold, NOT_BEGUN, self._policy, clock())
+        conclusion = renew(flow, hold, self._opened, self._policy.store_timeout)
+        if conclusion is not None:
+            self._conclude(conclusion)
+        return conclusion
+
+    def within(self, call: Callable[[], T]) -> T:
+        """Call with this operation as the current one: for work that is done in parts, such as a stream's."""
+        token = enter(self.operation)
+        try:
+            return call()
+        finally:
+            leave(token)
+
+    def finish(self, outcome: Outcome) -> Conclusion:
+        """Store what came of the work, or give the operation back; the listeners are told.
+
+        An interruption meanwhile does not lose it: the keeper goes on.
+        """
+        hold, policy, opened = self.hold, self._policy, self._opened
+        try:
+            conclusion: Conclusion | None
+            step = to_settle(hold, outcome, policy)
+            if isinstance(step, Complete | Release):
+                sent = clock()
+                reply = opened.perform(step, policy.store_timeout)
+                conclusion = after_settling(hold, step, reply)
+                if conclusion is None:
+                    flow = settle(hold, step, policy, sent, (reply, clock()))
+                    conclusion = finish(flow, opened, policy.store_timeout)
+            elif step is not None:
+                conclusion = step
+            else:
+                conclusion = finish(ended(hold, outcome, policy, clock()), opened, policy.store_timeout)
+        except BaseException:
+            leave_settling_to(opened.background, hold, outcome)
+            raise
+        self._conclude(conclusion)
+        return conclusion
+
+    def _conclude(self, conclusion: Conclusion) -> None:
+        self._unwatch()
+        self._attempts.conclude(conclusion, self.hold.id, self.hold.where, self._began)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._opened.background.unwatch(self.hold)
+
+    def leave(self) -> None:
+        """The work has ended, whatever came of it; called once."""
+        self._unwatch()
+        self._opened.background.leave()
+
+
+class LoopAttempt:
+    """An attempt that holds its claim and runs on an event loop.
+
+    rest: the task that goes on settling it, once a cancellation has interrupted `finish`.
+    """
+
+    __slots__ = ("_attempts", "_began", "_opened", "_policy", "_watched", "hold", "operation", "rest")
+
+    def __init__(
+        self, attempts: Attempts, opened: LoopStore, policy: Policy, hold: Hold, began: float, where: str
+    ) -> None:
+        self._attempts = attempts
+        self._opened = opened
+        self._policy = policy
+        self._began = began
+        self.hold = hold
+        self.operation = LoopOperation(hold, opened, policy, opened.loop)
+        self.rest: asyncio.Task[Conclusion] | None = None
+        _listen(attempts, hold, where)
+        opened.background.watch(hold)
+        self._watched = True
+
+    async def renew(self) -> Conclusion | None:
+        """`BlockingAttempt.renew`, awaited."""
+        hold = self.hold
+        flow = ended(hold, NOT_BEGUN, self._policy, clock())
+        conclusion = await arenew(flow, hold, self._opened, self._policy.store_timeout)
+        if conclusion is not None:
+            self._conclude(conclusion)
+        return conclusion
+
+    async def finish(self, outcome: Outcome) -> Conclusion:
+        """Store what came of the work, or give the operation back; the listeners are told.
+
+        A cancellation meanwhile does not lose it: `rest` goes on, and tells the listeners at its end.
+        """
+        hold, policy, opened = self.hold, self._policy, self._opened
+        conclusion: Conclusion | None
+        step = to_settle(hold, outcome, policy)
+        try:
+            if isinstance(step, Complete | Release):
+                sent = clock()
+                try:
+                    reply = await opened.perform(step, policy.store_timeout)
+                except asyncio.CancelledError:
+                    flow = settle(hold, step, policy, sent)
+                    self._adopt(go_on(flow, next(flow), hold, outcome, opened, policy.store_timeout))
+                    raise
+                conclusion = after_settling(hold, step, reply)
+                if conclusion is None:
+                    flow = settle(hold, step, policy, sent, (reply, clock()))
+                    conclusion = await afinish(flow, hold, outcome, opened, policy.store_timeout, self._adopt)
+            elif step is not None:
+                conclusion = step
+            else:
+                flow = ended(hold, outcome, policy, clock())
+                conclusion = await afinish(flow, hold, outcome, opened, policy.store_timeout, self._adopt)
+        except BaseException:
+            self._unwatch()
+            raise
+        self._conclude(conclusion)
+        return conclusion
+
+    def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
+        """It is watched until its rest has ended."""
+        self._watched = False
+        self.rest = rest
+        rest.add_done_callback(self._conclude_rest)
+
+    def _conclude_rest(self, rest: asyncio.Task[Conclusion]) -> None:
+        if not rest.cancelled() and rest.exception() is None:
+            self._conclude(rest.result())
+
+    def _conclude(self, conclusion: Conclusion) -> None:
+        self._unwatch()
+        self._attempts.conclude(conclusion, self.hold.id, self.hold.where, self._began)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._opened.background.unwatch(self.hold)
+
+    def leave(self) -> None:
+        """The work has ended, whatever came of it; called once."""
+        self._unwatch()
+        self._opened.background.leave()
+
+
+def _listen(attempts: Attempts, hold: Hold, where: str) -> None:
+    """Hear from the keeper what becomes of a hold."""
+    hold.where = where
+    hold.on_overrun = attempts.overran
+    hold.on_settled = attempts.settled
