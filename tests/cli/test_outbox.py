@@ -10,10 +10,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
-from retryproof.transaction.operator import Operator
 from tests.cli.conftest import Run
 from tests.transaction.outboxes import Database, Noting
 from tests.transaction.receivers import Receiver, http_receiver

@@ -18,8 +18,8 @@ from uuid import UUID
 import pytest
 
 from retryproof.core.message import Message
+from retryproof.outbox.floors import Floors
 from retryproof.sql.outbox import Taken
-from retryproof.transaction.floors import Floors
 
 Order = Callable[[Message, int], Any]
 """By what a claim sorts: of a message, and the id of its transaction."""

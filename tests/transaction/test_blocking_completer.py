@@ -122,7 +122,7 @@ async def test_a_thread_that_hangs_past_max_run_is_left_behind_and_fenced_off(da
         try:
             assert (await completer.run_once()).failed == 1
             (entry,) = await completer.entries()
-            assert entry.reason == "retryproof.transaction.completer.TooLong"
+            assert entry.reason == "retryproof.phased.completer.TooLong"
             shop.meanwhile = lambda: None
             database.execute("UPDATE retryproof_operations SET lease_until = 0 WHERE state = 1")
             database.execute("UPDATE retryproof_phased SET due_at = 0")

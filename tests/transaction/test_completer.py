@@ -12,13 +12,13 @@ import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
 from retryproof.core.record import Record
+from retryproof.phased.completer import Round
 from retryproof.reaper import reap_all
 from retryproof.sql.plan import Statement
 from retryproof.sql.postgres.worklist import PostgresWorklist
 from retryproof.sql.sqlite.worklist import SqliteWorklist
 from retryproof.stores import open_store
 from retryproof.transaction import Completer, Phased
-from retryproof.transaction.completer import Round
 from tests.transaction.support import Database, insert
 
 NOTHING = {True: r"'\x00'", False: "X'00'"}
@@ -281,7 +281,7 @@ async def test_no_input_outlives_its_operation_where_no_completer_runs(shop: Sho
 
 async def test_a_record_of_a_later_life_is_not_taken_for_the_one_that_was_listed(shop: Shop) -> None:
     """It was evicted after the completer had seen it, and its key used again."""
-    from retryproof.transaction.phased import Gone
+    from retryproof.phased.functions import Gone
 
     await shop.abandon()
     (entry,) = await shop.completer.entries()
@@ -343,7 +343,7 @@ async def test_a_call_that_hangs_holds_the_others_up_for_max_run_at_most(databas
         shop.meanwhile = lambda: _never(asyncio.Event())
         assert (await shop.completer.run_once()).failed == 1
         (entry,) = await shop.completer.entries()
-        assert entry.reason == "retryproof.transaction.completer.TooLong"
+        assert entry.reason == "retryproof.phased.completer.TooLong"
         shop.meanwhile = None
         shop.expire()
         assert (await shop.completer.run_once()).completed == 1

@@ -9,9 +9,9 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError, LeaseLost
 from retryproof.core.message import Conclusion, Message
+from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
 from retryproof.transaction import Outbox, Relay
-from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
 
 

@@ -20,7 +20,7 @@ from botocore.exceptions import BotoCoreError, ConnectionClosedError
 from retryproof import Idempotency, current_operation, errors
 from retryproof.testing.link import FaultLink
 from retryproof.transaction import Put, aput_once, put_once
-from retryproof.transaction.dynamodb import NONCE
+from retryproof.upserts.dynamodb import NONCE
 
 if TYPE_CHECKING:
     from types_aiobotocore_dynamodb.client import DynamoDBClient as LoopClient

@@ -14,13 +14,13 @@ import pytest
 
 from retryproof.core.errors import StoreUnavailable
 from retryproof.core.message import Message
+from retryproof.outbox.in_flight import Pace
 from retryproof.publishers import Batch, Outcome
 from retryproof.publishers.function import FunctionPublisher
 from retryproof.sql.outbox import Taken
 from retryproof.sql.plan import Plan, Statement, aperform
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
-from retryproof.transaction.flights import Pace
 from tests.transaction.outboxes import PATIENT, QUICK, Database, Noting, running, sqlite_url, until, until_empty
 
 

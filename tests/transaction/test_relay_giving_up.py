@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from retryproof.core.message import Message
+from retryproof.outbox import breaker
+from retryproof.outbox.operator import Operator
 from retryproof.publishers import UNTRIED, Batch, Failed, Outcome
 from retryproof.publishers.httpx import HttpPublisher
 from retryproof.stores.sql.migrate import migrate
-from retryproof.transaction import Relay, breaker
-from retryproof.transaction.operator import Operator
+from retryproof.transaction import Relay
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
 from tests.transaction.receivers import Request, http_receiver
 

@@ -13,11 +13,11 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Conclusion, Message
+from retryproof.outbox.membership import Membership
+from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
-from retryproof.transaction.membership import Membership
-from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import QUICK, Database, Noting, until_empty, until_published
 
 OFTEN = replace(QUICK, lease=0.8)

@@ -17,6 +17,7 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Conclusion, Message
+from retryproof.outbox.operator import Operator
 from retryproof.sql.plan import Plan
 from retryproof.sql.postgres.doctor import diagnose
 from retryproof.sql.postgres.outbox import PostgresOutbox
@@ -24,7 +25,6 @@ from retryproof.sql.postgres.url import parse
 from retryproof.stores.diagnosis import Verdict
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Outbox, Relay
-from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty, until_published
 
 STRICT = replace(QUICK, order="strict")

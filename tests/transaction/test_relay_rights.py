@@ -9,11 +9,11 @@ import psycopg
 import pytest
 
 from retryproof.core.errors import ConfigurationError
+from retryproof.inbox.operator import InboxOperator
+from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Inbox, Outbox, Relay
-from retryproof.transaction.inbox_operator import InboxOperator
-from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import QUICK, Database, Noting, until_empty
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "outbox-and-relay.md"

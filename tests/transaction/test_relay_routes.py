@@ -12,6 +12,7 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
+from retryproof.outbox.routes import EVERYTHING, Routes
 from retryproof.publishers import DELIVERED, UNTRIED, Batch, Failed, Outcome
 from retryproof.publishers.base import Progress
 from retryproof.publishers.function import FunctionPublisher
@@ -20,7 +21,6 @@ from retryproof.publishers.redis import RedisStreamPublisher
 from retryproof.publishers.smtp import SmtpPublisher
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
-from retryproof.transaction.routes import EVERYTHING, Routes
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until, until_empty
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.message import Message
+from retryproof.outbox.operator import Operator
 from retryproof.publishers import Batch, Outcome
 from retryproof.publishers.base import DELIVERED
 from retryproof.publishers.httpx import HttpPublisher
 from retryproof.transaction import Relay, RelayPolicy
-from retryproof.transaction.operator import Operator
 from tests.transaction.outboxes import PATIENT, Database, running, sqlite_url, until
 from tests.transaction.receivers import Receiver, Request, http_receiver
 
@@ -234,7 +234,7 @@ async def test_t7_a_finish_without_an_answer_is_said_again_and_sends_nothing_twi
 async def test_t6_more_slow_messages_than_may_go_on_are_waited_for(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retryproof.transaction.flights.SLOW", 8)
+    monkeypatch.setattr("retryproof.outbox.in_flight.SLOW", 8)
     database.send(*(f"slow{number}" for number in range(100)))
     working, most = 0, 0
 
@@ -282,7 +282,7 @@ async def test_t6_a_publisher_that_does_not_say_how_far_it_is_has_one_batch_at_a
 async def test_t6_a_plain_function_that_hangs_is_waited_for_and_named_in_the_log(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("retryproof.transaction.flights.LATE", 0.1)
+    monkeypatch.setattr("retryproof.outbox.in_flight.LATE", 0.1)
     database.send("a", "b")
     answer = threading.Event()
 

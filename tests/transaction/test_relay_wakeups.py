@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
+from retryproof.outbox.policy import Totals
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay, RelayPolicy
-from retryproof.transaction.relay_policy import Totals
 from servers.table import account
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url
 
@@ -208,8 +208,8 @@ def _answers(port: int) -> None:
 async def test_t7_behind_a_transaction_pooler_it_says_once_that_it_hears_nothing_and_works(
     database: Database, pooled: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retryproof.transaction.wakeups.HEARING", 0.5)
-    monkeypatch.setattr("retryproof.transaction.wakeups.LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("retryproof.outbox.wakeups.HEARING", 0.5)
+    monkeypatch.setattr("retryproof.outbox.wakeups.LONGEST_PAUSE", 0.1)
     relay = Counting(pooled, Noting(), policy=replace(SLEEPY, max_poll=0.2))
     async with running(relay):
         await until(lambda: "notifications do not arrive" in caplog.text)

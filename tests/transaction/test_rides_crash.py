@@ -22,8 +22,8 @@ import pytest
 import stripe
 
 from examples.rides.app import SCHEMA, Request, Rides
+from retryproof.phased.completer import Round
 from retryproof.transaction import Completer
-from retryproof.transaction.completer import Round
 from tests.transaction.rides import opened
 from tests.transaction.support import Database
 

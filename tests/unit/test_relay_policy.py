@@ -7,9 +7,9 @@ from uuid import uuid4
 import pytest
 
 from retryproof.core.message import UNCOUNTED, Message, chain_of
+from retryproof.outbox.policy import COUNTS, RelayPolicy, conclude
 from retryproof.publishers import DELIVERED, UNTRIED, Failed, Outcome
 from retryproof.publishers.base import Kind
-from retryproof.transaction.relay_policy import COUNTS, RelayPolicy, conclude
 
 POLICY = RelayPolicy()
 SECOND = 1_000_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retryproof.transaction.share import RARELY, SPREAD, Share
+from retryproof.outbox.quota import RARELY, SPREAD, Share
 
 BATCH = 100
 OWNED = 64

@@ -20,9 +20,9 @@ from retryproof.cli.command import Usage, find_modules_here, json_option
 from retryproof.cli.output import Output, Tell, add_row, table
 from retryproof.cli.shown import moment
 from retryproof.core.keys import short_digest
+from retryproof.phased.completer import Completer, Round
+from retryproof.phased.functions import BlockingPhased, Phased
 from retryproof.sql.worklist import Entry
-from retryproof.transaction.completer import Completer, Round
-from retryproof.transaction.phased import BlockingPhased, Phased
 
 
 @click.command(epilog=exits.HELP)

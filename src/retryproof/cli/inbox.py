@@ -12,8 +12,8 @@ from retryproof.cli.command import json_option, no_url, split_targets, url_argum
 from retryproof.cli.operated import closing, purge_all, tell_of_letters
 from retryproof.cli.output import Output, add_row, duration, table
 from retryproof.core.address import redacted
-from retryproof.transaction.inbox import DeadLetter
-from retryproof.transaction.inbox_operator import InboxOperator
+from retryproof.inbox.operator import InboxOperator
+from retryproof.inbox.receive import DeadLetter
 
 T = TypeVar("T")
 

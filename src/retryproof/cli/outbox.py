@@ -15,8 +15,8 @@ from retryproof.cli.output import Output, add_row, duration, table
 from retryproof.cli.shown import moment
 from retryproof.core.address import redacted
 from retryproof.core.message import PARTITIONS
+from retryproof.outbox.operator import Operator
 from retryproof.sql.outbox import DeadLetter
-from retryproof.transaction.operator import Operator
 
 T = TypeVar("T")
 PAGE = 1_000

@@ -17,10 +17,10 @@ from retryproof.cli.command import Function, Refused, find_modules_here, json_op
 from retryproof.cli.output import Output, Tell
 from retryproof.core.address import FUNCTION, destination, redacted
 from retryproof.core.message import PARTITIONS
+from retryproof.outbox.policy import RelayPolicy, Totals
+from retryproof.outbox.relay import Relay
+from retryproof.outbox.routes import EVERYTHING
 from retryproof.publishers import open_publisher
-from retryproof.transaction.relay import Relay
-from retryproof.transaction.relay_policy import RelayPolicy, Totals
-from retryproof.transaction.routes import EVERYTHING
 
 DEFAULTS = RelayPolicy()
 TO_VARIABLE = "RETRYPROOF_RELAY_TO"

@@ -1,13 +1,9 @@
-"""Work that commits with the caller's own transaction."""
+"""Work that commits with the caller's own transaction: the public names of inbox, outbox, phased and upserts."""
 
-from retryproof.transaction.completer import Completer
-from retryproof.transaction.dynamodb import Put, aput_once, put_once
-from retryproof.transaction.inbox import Inbox, Received
-from retryproof.transaction.insert_once import Inserted, ainsert_once, insert_once
-from retryproof.transaction.outbox import Outbox
-from retryproof.transaction.phased import BlockingPhased, Phased
-from retryproof.transaction.relay import Relay
-from retryproof.transaction.relay_policy import RelayPolicy
+from retryproof.inbox import Inbox, Received
+from retryproof.outbox import Outbox, Relay, RelayPolicy
+from retryproof.phased import BlockingPhased, Completer, Phased
+from retryproof.upserts import Inserted, Put, ainsert_once, aput_once, insert_once, put_once
 
 __all__ = [
     "BlockingPhased",

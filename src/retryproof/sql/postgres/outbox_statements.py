@@ -4,7 +4,7 @@ Messages are ordered by a number alone, which is drawn when one is added. Who sa
 number, and a claim that sees it sees the other's as well; so what a claim takes in this order is in order, and waits
 for no other transaction. Two transactions that did not see each other may go out either way.
 
-Claims begin at floors (`retryproof.transaction.floors`), which spare the walk over what was deleted and not yet
+Claims begin at floors (`retryproof.outbox.floors`), which spare the walk over what was deleted and not yet
 vacuumed. They rest on a transaction having its id before it draws a number: `xid` is the first column, and its default
 asks for the id, so it is evaluated before the number.
 

@@ -8,9 +8,9 @@ from uuid import UUID
 
 from retryproof.core.message import PARTITIONS
 from retryproof.core.record import microseconds
+from retryproof.outbox.policy import REMEMBERED
+from retryproof.sql.database import Database, open_database
 from retryproof.sql.outbox import DeadLetter, Stats
-from retryproof.transaction.outbox_database import Database, open_database
-from retryproof.transaction.relay_policy import REMEMBERED
 
 PURGE_BATCH = 1_000
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import microseconds
-from retryproof.transaction.inbox import START, DeadLetter, letter_of
-from retryproof.transaction.outbox_database import Database, open_database
+from retryproof.inbox.receive import START, DeadLetter, letter_of
+from retryproof.sql.database import Database, open_database
 
 PURGE_BATCH = 1_000
 

@@ -38,11 +38,11 @@ from retryproof.core.errors import (
 from retryproof.core.keys import short_digest
 from retryproof.core.record import MICROSECONDS
 from retryproof.engine import Outcome
+from retryproof.phased.functions import BlockingPhased, BlockingPhasedFunction, Gone, Phased, PhasedFunction
 from retryproof.sql.dialects import dialect_of
 from retryproof.sql.plan import Plan
 from retryproof.sql.postgres.statements import TABLE
 from retryproof.sql.worklist import Entry, Taken, WorklistPlans
-from retryproof.transaction.phased import BlockingPhased, BlockingPhasedFunction, Gone, Phased, PhasedFunction
 
 T = TypeVar("T")
 Function = PhasedFunction[Any, Any] | BlockingPhasedFunction[Any, Any]

@@ -22,15 +22,15 @@ from time import monotonic
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.message import Message
 from retryproof.core.record import microseconds
+from retryproof.outbox.breaker import FIRST_PAUSE, PROBES, Breaker
+from retryproof.outbox.in_flight import Flights
+from retryproof.outbox.membership import Membership
+from retryproof.outbox.policy import REMEMBERED, RelayPolicy, Totals, conclude
+from retryproof.outbox.routes import EVERYTHING, Destination, Routes
+from retryproof.outbox.wakeups import Wakeups
 from retryproof.publishers.base import DELIVERED, UNTRIED, Failed, Outcome, Publisher
+from retryproof.sql.database import Database, open_database
 from retryproof.sql.outbox import Stats
-from retryproof.transaction.breaker import FIRST_PAUSE, PROBES, Breaker
-from retryproof.transaction.flights import Flights
-from retryproof.transaction.membership import Membership
-from retryproof.transaction.outbox_database import Database, open_database
-from retryproof.transaction.relay_policy import REMEMBERED, RelayPolicy, Totals, conclude
-from retryproof.transaction.routes import EVERYTHING, Destination, Routes
-from retryproof.transaction.wakeups import Wakeups
 
 LONGEST_PAUSE = 5.0
 """Seconds between tries while the database gives no answer."""

@@ -15,12 +15,12 @@ from uuid import UUID, uuid4
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.message import Conclusion, Message
 from retryproof.core.record import microseconds
+from retryproof.outbox.floors import Floors
+from retryproof.outbox.policy import RelayPolicy
+from retryproof.outbox.quota import Share
+from retryproof.sql.database import Database
 from retryproof.sql.outbox import Taken
 from retryproof.sql.plan import Plan
-from retryproof.transaction.floors import Floors
-from retryproof.transaction.outbox_database import Database
-from retryproof.transaction.relay_policy import RelayPolicy
-from retryproof.transaction.share import Share
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
-from retryproof.transaction.outbox_database import Database
+from retryproof.sql.database import Database
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 60.0
