@@ -42,6 +42,8 @@ class Capabilities:
     clock: whose clock counts, for people: "server", "host".
     blocking: a call may block its thread; one that never does is called from the event loop itself.
     concurrent: calls may come from several threads at once. Otherwise they come one at a time.
+    batches_in_flight: batches of one kind that an async store is sent at a time. An engine that takes a batch in one
+        statement is fastest with one; one that takes it item by item wants more. No two hold the same id.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Capabilities:
     clock: str = "server"
     blocking: bool = True
     concurrent: bool = False
+    batches_in_flight: int = 1
 
 
 @runtime_checkable

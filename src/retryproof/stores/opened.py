@@ -129,7 +129,7 @@ class AsyncOpened:
         self._generation = _fork_generation
         keep_from_children(self)
         self.loop = asyncio.get_running_loop()
-        self._perform = TaskCoalescer(store, self._orphaned, self._heard).perform
+        self._submit = TaskCoalescer(store, self._orphaned, self._heard).submit
         self.background = Keeper(
             self._keeper_store, owns=True, max_batch=store.capabilities.max_batch, max_unstored=max_unstored
         )
@@ -137,8 +137,8 @@ class AsyncOpened:
     def perform(self, command: Any, timeout: float) -> Awaitable[Reply]:
         """One command's reply, for a task."""
         if type(command) is Claim and (command.id in self.background.holds or self.background.full):
-            return _instead(self.background, command, timeout, self._perform)
-        return self._perform(command, timeout)
+            return _instead(self.background, command, timeout, self._submit[Claim])
+        return self._submit[type(command)](command, timeout)
 
     def _keeper_store(self) -> Store:
         if isinstance(self.store, HasKeeper):

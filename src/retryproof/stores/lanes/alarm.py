@@ -27,6 +27,11 @@ class Alarm:
         self._timer: asyncio.TimerHandle | None = None
         self.due = NEVER
 
+    def wake_by(self, deadline: float) -> None:
+        """Ring at this deadline at the latest."""
+        if deadline < self.due:
+            self.set(deadline)
+
     def set(self, deadline: float) -> None:
         """Ring at this deadline, which is before `due`."""
         if self._timer is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
 
 from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, Release, Renew, Reply
 from retryproof.core.errors import StoreUnavailable
@@ -26,226 +27,303 @@ from retryproof.stores.lanes.replies import (
     twin_reply,
 )
 
-WORTH_SPLITTING = 16
-"""Replies from which on they are handed out in portions, so that client and server work at the same time."""
 PORTION = 32
-"""Replies that are handed out at once, at most; larger portions leave the one or the other idle."""
+"""Replies that are handed out at once where there are many; larger portions leave client or server idle."""
+WORTH_SPLITTING = 2 * PORTION
+"""Replies from which on they are handed out in portions, so that client and server work at the same time. Each portion
+makes the next call smaller, and a call costs the client as much as the commands of some ten operations."""
 
+_Waiter: TypeAlias = tuple[asyncio.Future[Reply], Any, float, float]
+"""A task's command on its way: the future of its reply, the command, its deadline, and the time-out that set it.
 
-def _portion(replies: int) -> int:
-    return replies if replies < WORTH_SPLITTING else min(PORTION, (replies + 1) // 2)
-
-
-class _Waiter:
-    """A task's command on its way."""
-
-    __slots__ = ("command", "deadline", "future", "overdue", "timeout", "twins")
-
-    def __init__(self, command: Any, future: asyncio.Future[Reply], deadline: float, timeout: float) -> None:
-        self.command = command
-        self.future = future
-        self.deadline = deadline
-        self.timeout = timeout
-        self.overdue = False
-        self.twins: list[_Waiter] | None = None
+Before its answer comes, the future is done only where its caller has left (cancelled) or was told that it is too late.
+It is a tuple, since one is made for every command; its twins stand in a table of the lane."""
 
 
 class _Lane:
-    """All commands of one kind for one async store: at most one batch on its way."""
+    """All commands of one kind for one async store: what waits, and the senders that carry it off in batches."""
 
     __slots__ = (
-        "_alarm",
-        "_answered",
-        "_call",
-        "_coalescer",
+        "_aside",
+        "_create_future",
         "_flying",
+        "_idle",
         "_later",
-        "_loop",
-        "_pending",
-        "_requeued",
+        "_ready",
+        "_senders",
         "_size",
-        "_task",
         "_twins",
+        "alarm",
+        "call",
+        "coalescer",
+        "pending",
+        "requeued",
     )
 
     def __init__(self, coalescer: TaskCoalescer, call: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]) -> None:
-        self._coalescer = coalescer
-        self._call = call
+        self.coalescer = coalescer
+        self.call = call
+        self.pending: dict[bytes, _Waiter] = {}
+        self.requeued = False
+        self.alarm = Alarm(coalescer.loop, self._expire)
         self._size = coalescer.max_batch
-        self._loop = coalescer.loop
-        self._pending: dict[bytes, _Waiter] = {}
+        self._create_future = coalescer.loop.create_future
         self._later: deque[_Waiter] = deque()
-        self._twins = 0  # of those in line and on their way
-        self._flying: Sequence[_Waiter] = ()
-        self._answered: Sequence[_Waiter] = ()  # whose replies are here, and are handed out next: not overdue any more
-        self._requeued = False
-        self._task: asyncio.Task[None] | None = None
-        self._alarm = Alarm(coalescer.loop, self._expire)
+        self._twins: dict[asyncio.Future[Reply], list[_Waiter]] = {}  # of those in line and on their way
+        self._aside = 0  # how many stand in these two
+        self._senders = [_Sender(self) for _ in range(coalescer.batches_in_flight)]
+        self._idle = list(self._senders)
+        self._ready = True  # a sender is idle, and none is about to fetch what waits
+        # Ids on their way, which do not leave again before they have landed. One sender needs no such thing.
+        self._flying: set[bytes] | None = set() if len(self._senders) > 1 else None
 
     def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """Put a command on its way."""
-        future: asyncio.Future[Reply] = self._loop.create_future()
-        if len(self._pending) + len(self._later) + self._twins >= MAX_WAITING:
-            future.set_result(overfull(self._coalescer.name))
+        future: asyncio.Future[Reply] = self._create_future()
+        if len(self.pending) + self._aside >= MAX_WAITING:
+            future.set_result(overfull(self.coalescer.name))
             return future
         deadline = clock() + timeout
-        waiter = _Waiter(command, future, deadline, timeout)
-        self._queue(waiter)
-        if self._task is None:
-            self._task = self._loop.create_task(self._run())
-            self._task.add_done_callback(self._ended)
-        if deadline < self._alarm.due:
-            self._alarm.set(deadline)
+        self._queue((future, command, deadline, timeout))
+        self.alarm.wake_by(deadline)
+        if self._ready:
+            self._start()
         return future
 
     def _queue(self, waiter: _Waiter) -> None:
-        standing = self._pending.setdefault(waiter.command.id, waiter)
+        standing = self.pending.setdefault(waiter[1].id, waiter)
         if standing is waiter:
             return
-        if are_twins(standing.command, waiter.command):
-            self._twins += 1
-            if standing.twins is None:
-                standing.twins = []
-            standing.twins.append(waiter)
+        self._aside += 1
+        if are_twins(standing[1], waiter[1]):
+            self._twins.setdefault(standing[0], []).append(waiter)
         else:
             self._later.append(waiter)
 
-    async def _run(self) -> None:
-        """Send batches until nothing waits."""
-        try:
-            while self._pending:
-                self._flying = self._next_batch()
-                if not self._flying:
-                    continue
-                answers = await self._send([waiter.command for waiter in self._flying])
-                await self._hand_out(answers)
-        finally:
-            self._task = None
-            if self._flying or self._answered or self._pending:  # only when this task was cancelled, as its loop ends
-                self._abandon()
+    def _start(self) -> None:
+        self._ready = False
+        self._idle.pop().start()
 
-    async def _hand_out(self, answers: Sequence[Any]) -> None:
-        """Answer the batch, in portions.
+    # What a sender asks for
 
-        What the callers of a portion ask next is under way while the others still work. Who waits for this lane goes
-        first: a pause would merge all callers into one crowd that works or waits in step.
-        """
-        waiters = self._answered = self._flying
-        self._flying = ()
-        size = _portion(len(waiters))
-        for start in range(0, len(waiters), size):
-            if start and not self._pending:
-                await asyncio.sleep(0)
-            self._deliver_all(waiters[start : start + size], answers[start : start + size])
-            self._answered = waiters[start + size :]
-        if self._requeued:  # by a store that may answer without ever giving way to the loop
-            self._requeued = False
-            await asyncio.sleep(0)
+    def next_batch(self) -> Sequence[_Waiter]:
+        """What is to leave now, each id once; nothing, where nothing waits or all that waits is on its way already."""
+        while taken := self._take():
+            for _ in range(len(self._later)):
+                self._aside -= 1
+                self._queue(self._later.popleft())
+            batch = [waiter for waiter in taken if not (waiter[0].done() and self._taken_back(waiter))]
+            if batch:
+                self._ready = bool(self._idle)
+                if self._flying is not None:
+                    self._flying.update(waiter[1].id for waiter in batch)
+                    if self._ready and self.pending:
+                        self._start()
+                return batch
+        return ()
+
+    def _take(self) -> Collection[_Waiter]:
+        pending = self.pending
+        if self._flying is None and len(pending) <= self._size:
+            self.pending = {}
+            return pending.values()
+        flying = self._flying or ()
+        return [pending.pop(id) for id in list(islice((id for id in pending if id not in flying), self._size))]
+
+    def _taken_back(self, waiter: _Waiter) -> bool:
+        """Whether this, which is answered, does not leave any more: a claim whose caller has left, or what its caller
+        was told has not left in time. A twin takes its place."""
+        if not isinstance(waiter[1], Claim):
+            return not waiter[0].cancelled()
+        for twin in self._twins_of(waiter):
+            self._queue(twin)
+        return True
+
+    def landed(self, batch: Sequence[_Waiter]) -> None:
+        """These are on their way no more."""
+        if self._flying is not None:
+            self._flying.difference_update(waiter[1].id for waiter in batch)
+
+    def deliver(self, waiters: Sequence[_Waiter], answers: Sequence[Any]) -> None:
+        """Hand answers out."""
+        for waiter, answer in zip(waiters, answers, strict=True):
+            future = waiter[0]
+            if future.done() or isinstance(answer, Exception) or future in self._twins:
+                self._deliver(waiter, as_reply(self.coalescer.name, answer))
+            else:
+                future.set_result(answer)  # nearly always
+
+    def _deliver(self, waiter: _Waiter, reply: Reply) -> None:
+        future, command, _, _ = waiter
+        gone = future.done()
+        if not gone:
+            future.set_result(reply)
+        elif future.cancelled() and is_orphan(command, reply):
+            self.coalescer.orphaned(command, reply)
+        for twin in self._twins_of(waiter):
+            told = None if gone else twin_reply(reply, command.lease)
+            if twin[0].done():
+                continue
+            if told is None:
+                self._queue(twin)
+                self.requeued = True
+                self.alarm.wake_by(twin[2])
+            else:
+                twin[0].set_result(told)
+
+    def _twins_of(self, waiter: _Waiter) -> Sequence[_Waiter]:
+        """Its twins, which from now on are on their own."""
+        twins = self._twins.pop(waiter[0], ())
+        self._aside -= len(twins)
+        return twins
+
+    def rest(self, sender: _Sender) -> None:
+        """It has nothing to carry."""
+        self._idle.append(sender)
+        self._ready = True
+
+    def abandon(self, sender: _Sender) -> None:
+        """The loop shuts down: who still waits gets a definite answer, and may ask again."""
+        self.landed(sender.flying)
+        waiters = [*sender.flying, *sender.answered, *self.pending.values(), *self._later]
+        self._aside -= len(self._later)
+        sender.flying, sender.answered, self.pending, self._later = (), (), {}, deque()
+        self.requeued = False
+        orphans: list[Claim] = []
+        for waiter in waiters:
+            for future, command, _, _ in (waiter, *self._twins_of(waiter)):
+                if not future.done():
+                    future.set_result(interrupted(self.coalescer.name))
+                elif future.cancelled() and isinstance(command, Claim):
+                    orphans.append(command)
+        for orphan in orphans:  # once everybody is answered, whatever becomes of this
+            self.coalescer.orphaned(orphan, None)
+
+    # In time
+
+    def _expire(self) -> float:
+        """Tell everybody who has waited for too long, and break off what hangs; when the next is due."""
+        now = clock()  # not the loop's time, which on uvloop is that of the round's beginning
+        earliest = self._expire_all([*self.pending.values(), *self._later], now, sent=False)
+        for sender in self._senders:
+            if sender.flying:
+                earliest = min(earliest, self._expire_all(sender.flying, now, sent=True), sender.expire(now))
+        return earliest
+
+    def _expire_all(self, waiters: Iterable[_Waiter], now: float, *, sent: bool) -> float:
+        earliest = NEVER
+        for waiter in waiters:
+            earliest = min(earliest, self._expire_one(waiter, now, sent=sent))
+            for twin in self._twins.get(waiter[0], ()):
+                earliest = min(earliest, self._expire_one(twin, now, sent=False))
+        return earliest
+
+    def _expire_one(self, waiter: _Waiter, now: float, *, sent: bool) -> float:
+        future, _, deadline, timeout = waiter
+        if future.done():
+            return NEVER
+        if deadline > now:
+            return deadline
+        future.set_result(overdue(self.coalescer.name, timeout, sent=sent))
+        return NEVER
+
+
+class _Sender:
+    """Carries a lane's batches off, one after the other, in a task that ends when nothing waits.
+
+    flying: what is on its way. answered: whose replies are here and are handed out next: not overdue any more.
+    """
+
+    __slots__ = ("_broken_off", "_hangs_at", "_lane", "_task", "answered", "flying")
+
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
+        self.flying: Sequence[_Waiter] = ()
+        self.answered: Sequence[_Waiter] = ()
+        self._task: asyncio.Task[None] | None = None
+        self._hangs_at = NEVER
+        self._broken_off = False
+
+    def start(self) -> None:
+        """Fetch what waits in the loop's next round, when more may have come."""
+        self._broken_off = False
+        self._task = self._lane.coalescer.loop.create_task(self._run())
+        self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A task that is cancelled before it has begun runs nothing, not even its end."""
         if self._task is task:
             self._task = None
-            self._abandon()
+            self._lane.rest(self)
+            self._lane.abandon(self)
 
-    def _next_batch(self) -> Sequence[_Waiter]:
-        if len(self._pending) <= self._size:
-            batch, self._pending = list(self._pending.values()), {}
-        else:
-            batch = [self._pending.pop(id) for id in list(self._pending)[: self._size]]
-        for _ in range(len(self._later)):
-            self._queue(self._later.popleft())
-        return [waiter for waiter in batch if not (waiter.future.done() and self._taken_back(waiter))]
-
-    def _taken_back(self, waiter: _Waiter) -> bool:
-        """Whether this, which is answered, does not leave any more: a claim whose caller has left, or what its caller
-        was told has not left in time. A twin takes its place."""
-        if not isinstance(waiter.command, Claim):
-            return waiter.overdue
-        for twin in self._twins_of(waiter):
-            self._queue(twin)
-        return True
-
-    def _twins_of(self, waiter: _Waiter) -> Sequence[_Waiter]:
-        """Its twins, which from now on are on their own."""
-        if waiter.twins is None:
-            return ()
-        twins, waiter.twins = waiter.twins, None
-        self._twins -= len(twins)
-        return twins
-
-    async def _send(self, commands: Sequence[Any]) -> Sequence[Any]:
+    async def _run(self) -> None:
+        lane = self._lane
         try:
-            async with asyncio.timeout(self._coalescer.hang_limit):
-                answers = list(await self._call(commands))
+            while batch := lane.next_batch():
+                self.flying = batch
+                answers = await self._ask([waiter[1] for waiter in batch])
+                lane.landed(batch)
+                self.flying, self.answered = (), batch
+                await self._hand_out(batch, answers)
+        except BaseException:  # it is cancelled as its loop ends
+            lane.abandon(self)
+            raise
+        finally:
+            self._task = None
+            lane.rest(self)
+
+    async def _ask(self, commands: Sequence[Any]) -> Sequence[Any]:
+        lane = self._lane
+        self._hangs_at = clock() + lane.coalescer.hang_limit
+        lane.alarm.wake_by(self._hangs_at)
+        try:
+            answers: Sequence[Any] = list(await lane.call(commands))
+        except asyncio.CancelledError:
+            if not self._stopped_by_alarm():
+                raise
+            return [TimeoutError()] * len(commands)
         except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
+            self._stopped_by_alarm()
             return [error] * len(commands)
+        self._stopped_by_alarm()
         if len(answers) != len(commands):
             broken = StoreUnavailable(f"The store answered {len(answers)} of {len(commands)} commands; it is broken.")
             return [broken] * len(commands)
-        self._coalescer.heard()
+        lane.coalescer.heard()
         return answers
 
-    def _deliver_all(self, waiters: Sequence[_Waiter], answers: Sequence[Any]) -> None:
-        for waiter, answer in zip(waiters, answers, strict=True):
-            if waiter.twins is None and not isinstance(answer, Exception) and not waiter.future.done():
-                waiter.future.set_result(answer)  # nearly always, and then `_deliver` has nothing to add
-            else:
-                self._deliver(waiter, as_reply(self._coalescer.name, answer))
-
-    def _deliver(self, waiter: _Waiter, reply: Reply) -> None:
-        gone = waiter.future.done()
-        if not gone:
-            waiter.future.set_result(reply)
-        elif waiter.future.cancelled() and is_orphan(waiter.command, reply):
-            self._coalescer.orphaned(waiter.command, reply)
-        for twin in self._twins_of(waiter):
-            told = None if gone else twin_reply(reply, waiter.command.lease)
-            if twin.future.done():
-                continue
-            if told is None:
-                self._queue(twin)
-                self._requeued = True
-                if twin.deadline < self._alarm.due:
-                    self._alarm.set(twin.deadline)
-            else:
-                twin.future.set_result(told)
-
-    def _expire(self) -> float:
-        """Tell everybody who has waited for too long; when the next is due."""
-        now = clock()  # not the loop's time, which on uvloop is that of the round's beginning
-        earliest = NEVER
-        in_line = [*self._pending.values(), *self._later]
-        for waiters, sent in (self._flying, True), (in_line, False):
-            for leader in waiters:
-                earliest = min(earliest, self._expire_one(leader, now, sent=sent))
-                for twin in leader.twins or ():
-                    earliest = min(earliest, self._expire_one(twin, now, sent=False))
-        return earliest
-
-    def _expire_one(self, waiter: _Waiter, now: float, *, sent: bool) -> float:
-        if waiter.future.done():
-            return NEVER
-        if waiter.deadline > now:
-            return waiter.deadline
-        waiter.overdue = True
-        waiter.future.set_result(overdue(self._coalescer.name, waiter.timeout, sent=sent))
+    def expire(self, now: float) -> float:
+        """Break the call off if it hangs; when that is due."""
+        if self._hangs_at > now or self._task is None:
+            return self._hangs_at
+        self._hangs_at, self._broken_off = NEVER, True
+        self._task.cancel()
         return NEVER
 
-    def _abandon(self) -> None:
-        """The loop shuts down: who still waits gets a definite answer, and may ask again."""
-        waiters = [*self._flying, *self._answered, *self._pending.values(), *self._later]
-        self._flying, self._answered, self._pending, self._later = (), (), {}, deque()
-        self._requeued = False
-        orphans: list[Claim] = []
-        for waiter in waiters:
-            for one in (waiter, *self._twins_of(waiter)):
-                if not one.future.done():
-                    one.future.set_result(interrupted(self._coalescer.name))
-                elif one.future.cancelled() and isinstance(one.command, Claim):
-                    orphans.append(one.command)
-        for orphan in orphans:  # once everybody is answered, whatever becomes of this
-            self._coalescer.orphaned(orphan, None)
+    def _stopped_by_alarm(self) -> bool:
+        """Whether the alarm has cancelled the task, and nobody else; that cancellation is over."""
+        if not self._broken_off or self._task is None:
+            return False
+        self._broken_off = False
+        return self._task.uncancel() == 0
+
+    async def _hand_out(self, batch: Sequence[_Waiter], answers: Sequence[Any]) -> None:
+        """Answer the batch, in portions.
+
+        What the callers of a portion ask next is under way while the others still work. What waits is sent before
+        that: a pause would merge all callers into one crowd that works or waits in step.
+        """
+        lane = self._lane
+        size = PORTION if len(batch) >= WORTH_SPLITTING else len(batch)
+        for start in range(0, len(batch), size):
+            if start and not lane.pending:
+                await asyncio.sleep(0)
+            lane.deliver(batch[start : start + size], answers[start : start + size])
+            self.answered = batch[start + size :]
+        if lane.requeued:  # by a store that may answer without ever giving way to the loop
+            lane.requeued = False
+            await asyncio.sleep(0)
 
 
 class TaskCoalescer:
@@ -257,25 +335,28 @@ class TaskCoalescer:
         self.loop = asyncio.get_running_loop()
         self.name = store.capabilities.name
         self.max_batch = store.capabilities.max_batch
+        self.batches_in_flight = store.capabilities.batches_in_flight
         self.orphaned = orphaned
         self.heard = heard
         self.hang_limit = hang_limit
         self._store = store
-        self._lanes = {
-            Claim: _Lane(self, store.claim),
-            Complete: _Lane(self, store.complete),
-            Release: _Lane(self, store.release),
-            Renew: _Lane(self, store.renew),
-            Checkpoint: _Lane(self, store.checkpoint),
-            Look: _Lane(self, self._look),
+        calls: dict[type, Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]] = {
+            Claim: store.claim,
+            Complete: store.complete,
+            Release: store.release,
+            Renew: store.renew,
+            Checkpoint: store.checkpoint,
+            Look: self._look,
         }
+        self.submit = {kind: _Lane(self, call).submit for kind, call in calls.items()}
+        """`perform` by kind of command."""
 
     def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """One command's reply; Unreachable when there was none in time.
 
         A claim whose caller is cancelled does not leave, or is released when its reply arrives. Other commands travel.
         """
-        return self._lanes[type(command)].submit(command, timeout)
+        return self.submit[type(command)](command, timeout)
 
     async def _look(self, looks: Sequence[Look]) -> Sequence[Found]:
         return [Found(record) for record in await self._store.get([look.id for look in looks])]
