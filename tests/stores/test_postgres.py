@@ -33,6 +33,7 @@ from retryproof.core.record import MICROSECONDS, Record, State, decide, microsec
 from retryproof.sql.plan import Plan, Statement
 from retryproof.sql.postgres import records as postgres
 from retryproof.sql.postgres import statements as postgres_statements
+from retryproof.sql.postgres.statements import Items
 from retryproof.sql.postgres.url import parse
 from retryproof.stores.sql import asyncpg as on_asyncpg_store
 from retryproof.stores.sql.asyncpg import AsyncpgStore
@@ -455,14 +456,16 @@ class TestPlans:
     """No hot statement scans the table, however many rows it has and whatever the planner knows of them."""
 
     STATEMENTS: ClassVar[dict[str, str]] = {
-        "claim": postgres_statements.claim(TABLE),
-        "claim one": postgres_statements.claim(TABLE, one=True),
-        "complete": postgres_statements.complete(TABLE),
+        "claim": postgres_statements.claim(TABLE, Items.MANY),
+        "claim alike": postgres_statements.claim(TABLE, Items.ALIKE),
+        "claim one": postgres_statements.claim(TABLE, Items.ONE),
+        "complete": postgres_statements.complete(TABLE, Items.MANY),
+        "complete alike": postgres_statements.complete(TABLE, Items.ALIKE),
         "join a caller's transaction": postgres_statements.join(TABLE),
         "complete in a caller's transaction": postgres_statements.complete_joined(TABLE),
         "complete what is listed in it": postgres_statements.complete_joined(TABLE, listed=True),
         "checkpoint in it": postgres_statements.checkpoint_joined(TABLE),
-        "complete one": postgres_statements.complete(TABLE, one=True),
+        "complete one": postgres_statements.complete(TABLE, Items.ONE),
         "release": postgres_statements.release(TABLE),
         "renew": postgres_statements.renew(TABLE),
         "checkpoint": postgres_statements.checkpoint(TABLE),
@@ -668,6 +671,32 @@ class TestConnections:
             )
         store.close()
         assert all(isinstance(reply, Acquired) for (reply,) in replies)
+
+    @pytest.mark.parametrize(
+        "last",
+        [
+            pytest.param({}, id="alike"),
+            pytest.param({"trace": "é"}, id="a trace of another length"),
+            pytest.param({"tenant": b""}, id="no tenant"),
+            pytest.param({"fingerprint": b"\0\0other"}, id="a fingerprint of another length"),
+            pytest.param({"retention": 7.0}, id="another retention"),
+            pytest.param({"max_attempts": 9, "on_abandoned": "refuse"}, id="another policy"),
+        ],
+    )
+    def test_each_item_of_a_batch_keeps_its_own_values(self, store: PsycopgStore, last: dict[str, Any]) -> None:
+        """Whichever way a batch is given to the server: strings of one length go as one, others as arrays."""
+        claims = [new_claim(tenant=bytes([n]) * 16, trace=f"trace-{n}", alone=n % 3) for n in range(5)]
+        claims.append(new_claim(**({"tenant": b"\x05" * 16, "trace": "trace-5"} | last)))
+        tokens = [token(reply) for reply in store.claim(claims)]
+        results = [b"", b"one", None, b"\0" * 40, b"four", b"five"]
+        pairs = zip(claims, tokens, results, strict=True)
+        assert store.complete([Complete(c.id, c.nonce, t, result) for c, t, result in pairs]) == [DONE] * 6
+        kept = [record for record in store.get([claim.id for claim in claims]) if record is not None]
+        assert [(r.id, r.fingerprint, r.nonce, r.tenant, r.trace, r.retention, r.token, r.result) for r in kept] == [
+            (c.id, c.fingerprint, c.nonce, c.tenant, c.trace, c.retention, t, result)
+            for c, t, result in zip(claims, tokens, results, strict=True)
+        ]
+        assert [record.counts for record in kept] == [claim.alone == 2 for claim in claims]
 
     def test_odd_texts_do_not_fail_their_neighbours(self, store: PsycopgStore) -> None:
         claim = new_claim(trace="\0\ud800é")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import asyncpg
 
 from retryproof.core.errors import StoreUnavailable
-from retryproof.sql.plan import Plan, Row, Statement, aperform
+from retryproof.drive import apump
+from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.url import (
     CONNECT_TIMEOUT,
     POOL_SIZE,
@@ -56,11 +56,11 @@ class AsyncpgPool:
         That is safe: what may have been done already is answered alike (C3).
         """
         deadline = asyncio.get_running_loop().time() + self._timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._connections.places.acquire()
-        except TimeoutError as error:
-            raise StoreUnavailable(f"all connections were in use for {self._timeout:g} s") from error
+        places = self._connections.places
+        if places.locked():
+            await self._wait_for_a_place(deadline)
+        else:
+            await places.acquire()  # at once
         try:
             return await self._run(plan, deadline)
         except DRIVER_ERRORS as error:
@@ -68,18 +68,89 @@ class AsyncpgPool:
                 raise timed_out(self._timeout) from error
             raise explain(error, getattr(error, "sqlstate", None)) from error
         finally:
-            self._connections.places.release()
+            places.release()
+
+    async def _wait_for_a_place(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._connections.places.acquire()
+        except TimeoutError as error:
+            raise StoreUnavailable(f"all connections were in use for {self._timeout:g} s") from error
 
     async def _run(self, plan: Callable[[], Plan[T]], deadline: float) -> T:
         while True:
-            async with self._connections.take(deadline) as (connection, used):
-                try:
-                    return await aperform(plan(), lambda statement: _execute(connection, statement))
-                except DRIVER_ERRORS:
-                    dead = connection.is_closed() and not _over(deadline)
-                    if not (used and dead):
-                        raise
+            line = await self._connections.take(deadline)
+            used = line.used
+            try:
+                result = await apump(plan(), line.execute)
+            except DRIVER_ERRORS:
+                dead = line.connection.is_closed() and not _over(deadline)
+                await self._connections.drop(line)
+                if not (used and dead):
+                    raise
+            except BaseException:
+                await self._connections.drop(line)
+                raise
+            else:
+                await self._connections.put_back(line)
+                return result
             self._connections.discard()
+
+
+class _Line:
+    """A connection that is cut at the deadline of the call that uses it.
+
+    It is cut and not asked to cancel: a stopped server answers neither. One alarm serves many calls: where it rings
+    before the deadline of the call that is under way, it is set again.
+    """
+
+    __slots__ = ("_alarm", "_deadline", "_loop", "connection", "used")
+
+    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        self.connection = connection
+        self.used = False
+        self._loop = loop
+        self._deadline: float | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def begin(self, deadline: float) -> None:
+        """A call begins."""
+        self._deadline = deadline
+        if self._alarm is None:
+            self._alarm = self._loop.call_at(deadline, self._ring)
+
+    def end(self) -> None:
+        """The call has ended well."""
+        self._deadline, self.used = None, True
+
+    def release(self) -> None:
+        """The connection is somebody else's from now on."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def cut(self) -> None:
+        """Cut the connection."""
+        self.release()
+        self.connection.terminate()
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._deadline is None:
+            return
+        if _over(self._deadline):
+            self.connection.terminate()
+        else:
+            self._alarm = self._loop.call_at(self._deadline, self._ring)
+
+    async def execute(self, statement: Statement) -> Sequence[Row]:
+        """Run one statement in a transaction of its own, again when the server undid it for a rival's sake."""
+        try:
+            return await _fetch(self.connection, statement)
+        except asyncpg.PostgresError as error:
+            if not retryable(error.sqlstate):
+                raise
+        return await _execute(self.connection, statement)
 
 
 async def _execute(connection: Connection, statement: Statement) -> Sequence[Row]:
@@ -94,9 +165,9 @@ async def _execute(connection: Connection, statement: Statement) -> Sequence[Row
     return await _fetch(connection, statement)
 
 
-async def _fetch(connection: Connection, statement: Statement) -> Sequence[Row]:
-    rows = await connection.fetch(statement.sql, *statement.parameters)
-    return cast(Sequence[Row], rows)  # records can be indexed
+def _fetch(connection: Connection, statement: Statement) -> Awaitable[Sequence[Row]]:
+    fetched: Any = connection.fetch(statement.sql, *statement.parameters)
+    return cast(Awaitable[Sequence[Row]], fetched)  # records can be indexed
 
 
 def _over(deadline: float) -> bool:
@@ -110,36 +181,32 @@ class _Connections:
     def __init__(self, target: Target, timeout: float) -> None:
         self._target = target
         self._timeout = timeout
-        self._idle: list[asyncpg.Connection[asyncpg.Record]] = []
+        self._idle: list[_Line] = []
         self._closed = False
         self.places = asyncio.Semaphore(self._target.pool_size)
 
-    @asynccontextmanager
-    async def take(self, deadline: float) -> AsyncIterator[tuple[Connection, bool]]:
-        """A connection until the deadline, and whether it was used before; kept after a clean end only.
+    async def take(self, deadline: float) -> _Line:
+        """A connection until the deadline."""
+        line = self._idle.pop() if self._idle else _Line(await self._connect(deadline), asyncio.get_running_loop())
+        line.begin(deadline)
+        return line
 
-        At the deadline the connection is cut, not asked to cancel: a stopped server answers neither.
-        """
-        loop = asyncio.get_running_loop()
-        used = bool(self._idle)
-        connection = self._idle.pop() if used else await self._connect(deadline)
-        alarm = loop.call_at(deadline, connection.terminate)
-        try:
-            yield connection, used
-        except BaseException:
-            connection.terminate()
-            raise
-        finally:
-            alarm.cancel()
-            if self._closed or connection.is_closed():
-                connection.terminate()
-            else:
-                self._idle.append(connection)
+    async def put_back(self, line: _Line) -> None:
+        """Keep it for the next call, after a clean end."""
+        line.end()
+        if self._closed or line.connection.is_closed():
+            line.cut()
+        else:
+            self._idle.append(line)
+
+    async def drop(self, line: _Line) -> None:
+        """Cut it, after an error."""
+        line.cut()
 
     def discard(self) -> None:
         """Cut what is idle."""
         while self._idle:
-            self._idle.pop().terminate()
+            self._idle.pop().cut()
 
     def close(self) -> None:
         """Cut what is idle, and from now on whatever comes back."""
@@ -185,23 +252,32 @@ class _Borrowed:
         self._checked = False
         self.places = asyncio.Semaphore(POOL_SIZE)
 
-    @asynccontextmanager
-    async def take(self, deadline: float) -> AsyncIterator[tuple[Connection, bool]]:
-        """A connection until the deadline; cut then, and after an error."""
+    async def take(self, deadline: float) -> _Line:
+        """A connection until the deadline."""
         loop = asyncio.get_running_loop()
-        connection = await self._pool.acquire(timeout=max(0.0, deadline - loop.time()))
-        alarm = loop.call_at(deadline, connection.terminate)
-        try:
-            if not self._checked:
-                await _check(connection, self._check)
-                self._checked = True
-            yield connection, False
-        except BaseException:
-            connection.terminate()
-            raise
-        finally:
-            alarm.cancel()
-            await self._pool.release(connection, timeout=self._timeout)
+        line = _Line(await self._pool.acquire(timeout=max(0.0, deadline - loop.time())), loop)
+        line.begin(deadline)
+        if not self._checked:
+            try:
+                await _check(line.connection, self._check)
+            except BaseException:
+                await self.drop(line)
+                raise
+            self._checked = True
+        return line
+
+    async def put_back(self, line: _Line) -> None:
+        """Give it back."""
+        line.release()
+        await self._release(line.connection)
+
+    async def _release(self, connection: Any) -> None:
+        await self._pool.release(connection, timeout=self._timeout)
+
+    async def drop(self, line: _Line) -> None:
+        """Cut it, after an error, and give it back."""
+        line.cut()
+        await self._release(line.connection)
 
     def discard(self) -> None:
         """Nothing: a pool replaces dead connections itself."""
@@ -222,7 +298,7 @@ async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
         connection = await connect_to_primary(target)
         try:
             async with connection.transaction():
-                return await aperform(plan(), lambda statement: _fetch(connection, statement))
+                return await apump(plan(), lambda statement: _fetch(connection, statement))
         finally:
             connection.terminate()
     except DRIVER_ERRORS as error:

@@ -56,7 +56,7 @@ from retryproof.core.hold import Hold
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 from retryproof.sql.plan import Joining, Plan, Row, Statement
 from retryproof.sql.postgres import statements
-from retryproof.sql.postgres.statements import TABLE, Case
+from retryproof.sql.postgres.statements import TABLE, Case, Items
 
 LOCKED_LEASE = 1.0
 """Seconds that the holder of a locked row is said to run; who waits asks again long before."""
@@ -67,6 +67,7 @@ psycopg those of other kinds as well, so they are short: who sent the item asks 
 REAP_BATCH = 500
 """Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
 
+_ABSENT = Case.ABSENT.value
 ABANDONED = {"rerun": 0, "refuse": 1, "settle": 2}
 
 Fenced = Complete | Release | Renew | Checkpoint
@@ -75,31 +76,65 @@ F = TypeVar("F", bound=Fenced)
 
 def claim_plan(claims: Sequence[Claim], table: str = TABLE) -> Plan[Sequence[ClaimReply]]:
     """Take each operation or say why not: one statement, two after a lost race."""
-    replies = _claim_replies(claims, (yield _claim(claims, table)))
-    raced = [claim for claim in claims if claim.id not in replies]
-    if raced:
-        replies.update(_claim_replies(raced, (yield _claim(raced, table))))
+    by_id = {claim.id: claim for claim in claims}
+    replies: dict[bytes, ClaimReply] = {}
+    for _ in range(2):
+        asked = [claim for claim in claims if claim.id not in replies] if replies else claims
+        for row in (yield _claim(asked, table)):
+            id = row[0]
+            if row[1] == _ABSENT:
+                claim = by_id[id]
+                replies[id] = Acquired(row[2], 1, row[4], claim.nonce, NOTHING, claim.trace)
+            else:
+                replies[id] = _claim_reply(row)
+        if len(replies) == len(claims):
+            break
     return [replies.get(claim.id) or Running(min(claim.lease, LOCKED_LEASE)) for claim in claims]
 
 
 def _claim(claims: Sequence[Claim], table: str) -> Statement:
-    return _batch(
-        lambda one: statements.claim(table, one=one),
-        (
-            [claim.id for claim in claims],
-            [claim.fingerprint for claim in claims],
-            [claim.nonce for claim in claims],
-            [microseconds(claim.lease) for claim in claims],
-            [microseconds(claim.retention) for claim in claims],
-            [microseconds(claim.unsettled_retention) for claim in claims],
-            [ABANDONED[claim.on_abandoned] for claim in claims],
-            [claim.max_attempts for claim in claims],
-            [claim.tenant for claim in claims],
-            [_bytes(claim.trace) for claim in claims],
-            [claim.alone for claim in claims],
-            [lock_key(claim.id) for claim in claims],
-        ),
+    """A claim by plain values; many by an array a column, and more cheaply where they are alike, as nearly always."""
+    first = claims[0]
+    if len(claims) == 1:
+        return Statement(statements.claim(table, Items.ONE), (*_own_values(first), *_terms(first)))
+    columns = list(zip(*map(_own_values, claims), strict=True))
+    *strings, alone, keys = columns
+    if all(map(_of_one_length, strings)) and all(_has_terms(claim, first) for claim in claims):
+        packed = [b"".join(column) for column in strings]
+        return Statement(statements.claim(table, Items.ALIKE), (*packed, bytes(alone), list(keys), *_terms(first)))
+    columns += zip(*map(_terms, claims), strict=True)
+    return Statement(statements.claim(table, Items.MANY), [list(column) for column in columns])
+
+
+def _own_values(claim: Claim) -> tuple[Any, ...]:
+    """What differs from claim to claim, in the order of the statement."""
+    id, trace = claim.id, claim.trace
+    return id, claim.fingerprint, claim.nonce, claim.tenant, _bytes(trace) if trace else b"", claim.alone, lock_key(id)
+
+
+def _terms(claim: Claim) -> tuple[int, ...]:
+    """What a policy says, in the order of the statement."""
+    return (
+        microseconds(claim.lease),
+        microseconds(claim.retention),
+        microseconds(claim.unsettled_retention),
+        ABANDONED[claim.on_abandoned],
+        claim.max_attempts,
     )
+
+
+def _has_terms(claim: Claim, first: Claim) -> bool:
+    return (
+        claim.lease == first.lease
+        and claim.retention == first.retention
+        and claim.unsettled_retention == first.unsettled_retention
+        and claim.on_abandoned == first.on_abandoned
+        and claim.max_attempts == first.max_attempts
+    )
+
+
+def _of_one_length(strings: Sequence[bytes]) -> bool:
+    return len(set(map(len, strings))) == 1
 
 
 def _batch(sql: Callable[[bool], str], columns: Sequence[list[Any]]) -> Statement:
@@ -109,16 +144,9 @@ def _batch(sql: Callable[[bool], str], columns: Sequence[list[Any]]) -> Statemen
     return Statement(sql(False), columns)
 
 
-def _claim_replies(claims: Sequence[Claim], rows: Sequence[Row]) -> dict[bytes, ClaimReply]:
-    by_id = {claim.id: claim for claim in claims}
-    return {row[0]: _claim_reply(by_id[row[0]], row) for row in rows}
-
-
-def _claim_reply(claim: Claim, row: Row) -> ClaimReply:
+def _claim_reply(row: Row) -> ClaimReply:
     _, case, token, attempt, first_seen, birth, trace, checkpoints, payload = row
     match case:
-        case Case.ABSENT:
-            return Acquired(token, 1, first_seen, claim.nonce, NOTHING, claim.trace)
         case Case.EXPIRED | Case.RELEASED | Case.TAKEN_OVER | Case.REPEATED:
             return Acquired(token, attempt, first_seen, birth, _checkpoints(checkpoints), _text(trace))
         case Case.RUNNING:
@@ -250,9 +278,16 @@ def _fence(commands: Sequence[Fenced]) -> tuple[list[Any], ...]:
 
 
 def _complete(commands: Sequence[Complete], table: str) -> Statement:
+    ids, nonces, tokens = _fence(commands)
     results = [command.result for command in commands]
     listed = any(command.listed for command in commands)
-    return _batch(lambda one: statements.complete(table, one=one, listed=listed), (*_fence(commands), results))
+    if len(commands) > 1 and _of_one_length(ids) and _of_one_length(nonces):
+        values = (b"".join(ids), b"".join(nonces), tokens, results)
+        return Statement(statements.complete(table, Items.ALIKE, listed=listed), values)
+    return _batch(
+        lambda one: statements.complete(table, Items.ONE if one else Items.MANY, listed=listed),
+        (ids, nonces, tokens, results),
+    )
 
 
 def _release(commands: Sequence[Release], table: str) -> Statement:
