@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from types import GeneratorType
-from typing import Any
+from typing import Any, Protocol
 
 from retryproof.core import flow, twin
 from retryproof.core import record as table
@@ -113,11 +113,20 @@ STATES: dict[type[Any], str] = {
 Edge = tuple[str, str, str]
 
 
-class Replay:
-    """A caller brought to life from what it was told."""
+class Beside(Protocol):
+    """Other ways through the same attempt, which are told the same."""
 
-    def __init__(self, rules: Rules, caller: Caller, told: tuple[Told, ...]) -> None:
+    def note(self, item: Told, command: Command | None) -> None: ...
+
+    def tell(self, reply: Reply, now: float) -> None: ...
+
+
+class Replay:
+    """A caller brought to life from what it was told; `beside` is told the same."""
+
+    def __init__(self, rules: Rules, caller: Caller, told: tuple[Told, ...], beside: Beside | None = None) -> None:
         self._rules = rules
+        self._beside = beside
         self.edges: list[Edge] = []
         self._from: tuple[str, str] | None = None
         self.conclusion: flow.Conclusion | None = None
@@ -134,6 +143,8 @@ class Replay:
         return self.begun and isinstance(self.command, Run | Checkpoint)
 
     def _tell(self, item: Told) -> None:
+        if self._beside is not None:
+            self._beside.note(item, self.command)
         if item.what == BEGUN:
             self.begun = True
         elif item.what == STEP:
@@ -155,6 +166,8 @@ class Replay:
                 self._reply(LeaseLost(), now)
             return
         self._note(reply)
+        if self._beside is not None:
+            self._beside.tell(reply, now)
         try:
             self.command = self._flow.send((reply, now))
         except StopIteration as stop:
@@ -190,7 +203,7 @@ def frozen(value: Any) -> Hashable:
     if isinstance(value, Generator):
         return _frozen_frames(value)
     if isinstance(value, Hold):
-        return tuple(frozen(getattr(value, name)) for name in Hold.__slots__)
+        return tuple(frozen(getattr(value, name)) for name in Hold.__slots__ if not name.startswith("on_"))
     if isinstance(value, Mapping):
         return tuple(sorted(value.items()))
     if isinstance(value, Exception) or callable(value):

@@ -8,6 +8,9 @@ raises, is cancelled; a process dies; time passes a lease or a retention. Every 
 A generator cannot be copied, so a caller is the list of what it was told and is replayed from its start; two callers
 are the same when their suspended frames are. Worlds that were seen are not entered again. A world that comes back on
 one path is a path without end, which is a fault too.
+
+Under the real rules every caller is also taken to each point by `attempt.py`, in both colours, and cancelled and
+interrupted there: `ways.py`.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ from tests.interleavings.callers import (
     frozen,
 )
 from tests.interleavings.invariants import Violation, check_write, holds, is_stored
+from tests.interleavings.ways import Ways, by_hand
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,9 @@ Step = tuple[tuple[object, ...], World]
 class Explorer:
     """Visits every world of a scenario; raises Violation at the first fault."""
 
-    def __init__(self, scenario: Scenario, rules: Rules) -> None:
+    def __init__(self, scenario: Scenario, rules: Rules, *, ways: bool) -> None:
         self.scenario = scenario
+        self._ways = ways
         self.rules = rules
         self.report = Report()
         self._recovered: set[Hashable] = set()
@@ -408,7 +413,10 @@ class Explorer:
         return self._becomes[key]
 
     def _replay(self, number: int, told: tuple[Told, ...]) -> tuple[Worker, Hold | None, flow.Conclusion | None]:
-        replay = Replay(self.rules, self.scenario.callers[number], told)
+        caller = self.scenario.callers[number]
+        if self._ways:
+            self._compare(caller, told)
+        replay = Replay(self.rules, caller, told)
         self.report.edges.update(replay.edges)
         if replay.conclusion is not None:
             self.report.conclusions.add(type(replay.conclusion).__name__)
@@ -469,6 +477,20 @@ class Explorer:
         if len(holders) > 1 and not self.scenario.losses:
             raise Violation("I1: two handlers run, and both believe that their lease is live")
 
+    def _compare(self, caller: Caller, told: tuple[Told, ...]) -> None:
+        """Take the other ways to the same point; and to the one before, to be cancelled there."""
+        ways = Ways(caller, told[0].now)
+        replay = Replay(self.rules, caller, told, ways)
+        if not isinstance(replay.command, Checkpoint):  # which goes to the store from the work, not from the attempt
+            ways.compare(replay.command, replay.conclusion)
+        if replay.conclusion is None:
+            ways.cancel(None)
+        last = told[-1].what
+        if len(told) > 1 and not isinstance(last, str):
+            unread = Ways(caller, told[0].now)
+            Replay(self.rules, caller, told[:-1], unread)
+            unread.cancel(last)
+
     def _conclude(self, world: World, conclusion: flow.Conclusion) -> World:
         match conclusion:
             case flow.Completed(hold, result, True):
@@ -514,6 +536,10 @@ def _line(label: tuple[object, ...]) -> str:
     return " ".join(map(str, label))
 
 
-def explore(scenario: Scenario, rules: Rules | None = None) -> Report:
-    """Visit every world of a scenario under the real rules, or faulty ones."""
-    return Explorer(scenario, rules or Rules()).explore()
+def explore(scenario: Scenario, rules: Rules | None = None, *, ways: bool = True) -> Report:
+    """Visit every world of a scenario under the real rules, or faulty ones.
+
+    ways: whether the other ways are taken as well. What a caller is told decides them, not how many callers there are.
+    """
+    with by_hand():
+        return Explorer(scenario, rules or Rules(), ways=ways and rules is None).explore()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from retryproof import attempt as straight
 from retryproof.core import flow, twin
 from retryproof.core import record as table
 from retryproof.core.commands import (
@@ -235,3 +236,46 @@ def test_the_explorer_finds(name: str) -> None:
 def test_a_violation_names_the_steps_that_lead_to_it() -> None:
     with pytest.raises(Violation, match=r"(?s)after:\nstart\n.*A begins"):
         explore(OTHER, Rules(decide=decide_without_the_fingerprint))
+
+
+def decides_without_the_fence(hold: Hold, command: Complete | Release, reply: Reply) -> flow.Completed | None:
+    """A lost lease taken for a stored result."""
+    return flow.Completed(hold, command.result) if isinstance(command, Complete) else None
+
+
+def starts_the_machine_without_the_reply(*arguments: Any) -> flow.Flow:
+    """So that the claim is sent once more."""
+    return flow.attempt(*arguments[:4])
+
+
+def counts_the_lease_from_the_answer(
+    claim: Claim, reply: Reply, since: float, asked: float, policy: Policy
+) -> Hold | flow.Replayed | None:
+    return flow.after_claim(claim, reply, since + 1, asked, policy)
+
+
+def does_nothing(*arguments: Any) -> None:
+    """A step that was forgotten."""
+
+
+STRAIGHT_FAULTS = {
+    "after_settling": decides_without_the_fence,
+    "machine": starts_the_machine_without_the_reply,
+    "after_claim": counts_the_lease_from_the_answer,
+    "see_to": does_nothing,
+    "leave_settling_to": does_nothing,
+}
+
+
+@pytest.mark.parametrize("name", STRAIGHT_FAULTS)
+def test_the_straight_way_is_held_to_the_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(straight, name, STRAIGHT_FAULTS[name])
+    with pytest.raises(Violation, match=r"attempt|cancellation|interruption"):
+        explore(SAME)
+
+
+def test_a_cancellation_that_loses_the_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C4: what was on its way goes on in a task of its own."""
+    monkeypatch.setattr(straight.LoopAttempt, "_adopt", does_nothing)
+    with pytest.raises(Violation):
+        explore(SAME)
