@@ -84,7 +84,10 @@ class _Lane:
             future.set_result(overfull(self.coalescer.name))
             return future
         deadline = clock() + timeout
-        self._queue((future, command, deadline, timeout))
+        waiter = (future, command, deadline, timeout)
+        standing = self.pending.setdefault(command.id, waiter)
+        if standing is not waiter:
+            self._set_aside(standing, waiter)
         self.alarm.wake_by(deadline)
         if self._ready:
             self._start()
@@ -92,8 +95,11 @@ class _Lane:
 
     def _queue(self, waiter: _Waiter) -> None:
         standing = self.pending.setdefault(waiter[1].id, waiter)
-        if standing is waiter:
-            return
+        if standing is not waiter:
+            self._set_aside(standing, waiter)
+
+    def _set_aside(self, standing: _Waiter, waiter: _Waiter) -> None:
+        """Its id is in line already: it shares that command's answer, or travels later."""
         self._aside += 1
         if are_twins(standing[1], waiter[1]):
             self._twins.setdefault(standing[0], []).append(waiter)
@@ -146,9 +152,10 @@ class _Lane:
 
     def deliver(self, waiters: Sequence[_Waiter], answers: Sequence[Any]) -> None:
         """Hand answers out."""
+        twins = self._twins
         for waiter, answer in zip(waiters, answers, strict=True):
             future = waiter[0]
-            if future.done() or isinstance(answer, Exception) or future in self._twins:
+            if future.done() or isinstance(answer, Exception) or (twins and future in twins):
                 self._deliver(waiter, as_reply(self.coalescer.name, answer))
             else:
                 future.set_result(answer)  # nearly always
@@ -265,7 +272,14 @@ class _Sender:
                 answers = await self._ask([waiter[1] for waiter in batch])
                 lane.landed(batch)
                 self.flying, self.answered = (), batch
-                await self._hand_out(batch, answers)
+                if len(batch) < WORTH_SPLITTING:
+                    lane.deliver(batch, answers)
+                else:
+                    await self._deliver_in_portions(batch, answers)
+                self.answered = ()
+                if lane.requeued:  # by a store that may answer without ever giving way to the loop
+                    lane.requeued = False
+                    await asyncio.sleep(0)
         except BaseException:  # it is cancelled as its loop ends
             lane.abandon(self)
             raise
@@ -308,22 +322,17 @@ class _Sender:
         self._broken_off = False
         return self._task.uncancel() == 0
 
-    async def _hand_out(self, batch: Sequence[_Waiter], answers: Sequence[Any]) -> None:
-        """Answer the batch, in portions.
+    async def _deliver_in_portions(self, batch: Sequence[_Waiter], answers: Sequence[Any]) -> None:
+        """What the callers of a portion ask next is under way while the others still work.
 
-        What the callers of a portion ask next is under way while the others still work. What waits is sent before
-        that: a pause would merge all callers into one crowd that works or waits in step.
+        What waits is sent before that: a pause would merge all callers into one crowd that works or waits in step.
         """
         lane = self._lane
-        size = PORTION if len(batch) >= WORTH_SPLITTING else len(batch)
-        for start in range(0, len(batch), size):
+        for start in range(0, len(batch), PORTION):
             if start and not lane.pending:
                 await asyncio.sleep(0)
-            lane.deliver(batch[start : start + size], answers[start : start + size])
-            self.answered = batch[start + size :]
-        if lane.requeued:  # by a store that may answer without ever giving way to the loop
-            lane.requeued = False
-            await asyncio.sleep(0)
+            lane.deliver(batch[start : start + PORTION], answers[start : start + PORTION])
+            self.answered = batch[start + PORTION :]
 
 
 class TaskCoalescer:
