@@ -62,6 +62,12 @@ def test_h11_what_raises_has_raised_whoever_left() -> None:
     assert {TABLE[RAISED, reach, work].record for reach, work in product(REACHES, WORKS)} == {RELEASED}
 
 
+def test_c5_what_was_never_begun_is_given_back_whatever_is_answered() -> None:
+    never = [TABLE[ending.NOT_BEGUN, reach, work] for reach, work in product(REACHES, WORKS)]
+    assert {found.record for found in never} == {RELEASED}
+    assert TABLE[ending.NOT_BEGUN, COMPLETE, JOINED].there == RESPONSE
+
+
 def test_c5_an_unknown_outcome_is_never_released_or_done() -> None:
     says = (UNKNOWN, ending.UNKNOWN_ANSWERED, ending.UNKNOWN_RAISED)
     assert {TABLE[said, reach, work].record for said, reach, work in product(says, REACHES, WORKS)} == {LEFT_UNKNOWN}

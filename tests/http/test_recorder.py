@@ -35,6 +35,24 @@ def test_how_far_a_response_is() -> None:
     assert (recorder.reach, stored(recorder)) == (COMPLETE, (200, b"ab", False))
 
 
+@pytest.mark.parametrize("status", [100, 102, 103])
+def test_h14_an_interim_response_is_no_head(status: int) -> None:
+    recorder = Recorder(1000)
+    assert recorder.head(status, [(b"link", b"</a>")]) == [(b"link", b"</a>")]
+    assert (recorder.reach, recorder.status, recorder.headers) == (NO_HEAD, 0, ())
+    recorder.head(201, [LENGTH_3])
+    recorder.part(b"abc", more=False)
+    assert (recorder.reach, stored(recorder)) == (COMPLETE, (201, b"abc", False))
+
+
+def test_h10_what_was_aborted_is_no_response() -> None:
+    recorder = recorded(LENGTH_3)
+    recorder.part(b"abc", more=True)
+    recorder.abort()
+    assert recorder.part(b"", more=False)
+    assert (recorder.reach, stored(recorder)) == (WRONG, (200, b"", True))
+
+
 def test_h9_what_is_handed_on_is_another_list_than_what_is_kept() -> None:
     given = [(b"a", b"1")]
     recorder = Recorder(1000)

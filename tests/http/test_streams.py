@@ -242,3 +242,17 @@ async def test_h14_a_compressed_response_is_undone_for_who_does_not_take_it(laye
         [b"accept-encoding"],
     )
     assert other.values(b"content-length") == [b"5"]
+
+
+async def test_h14_an_interim_response_goes_out_at_once_and_is_not_kept(layer: MakeLayer) -> None:
+    hint = head((b"link", b"</a>"), status=103)
+    app = Script(hint, head(status=201), part(b"a", more=False), paused=1)
+    covered, key = layer(app), new_key()
+    conversation = start(covered, key=key)
+    conversation.give()
+    await conversation.until(sent(1))
+    assert conversation.sent == [hint]
+    app.go_on.set()
+    await conversation.end()
+    replay = await call(covered, key=key, body=b"")
+    assert (replay.status, replay.body, replay.values(b"link")) == (201, b"a", [])

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Sequence
 from retryproof.core.fingerprint import CustomFingerprint, Strategy, raw
 from retryproof.core.keys import Strength
 from retryproof.core.policy import Policy
-from retryproof.http.exchange import COVERED, Exchange, HttpEngine
+from retryproof.http.admission import COVERED
+from retryproof.http.asgi_answers import HttpEngine
+from retryproof.http.asgi_exchange import request_of, respond
 from retryproof.http.key_source import FindKey, JsonFieldKey
 from retryproof.http.options import (
     BODY_TIMEOUT,
@@ -117,7 +119,6 @@ class IdempotencyMiddleware:
         self.app = app
         self._options = options
         self._methods = options.methods
-        self._key_header = options.key_header
         self._engine = HttpEngine(
             app, options, store=store, policy=policy if isinstance(policy, Policy) else None, events=events
         )
@@ -129,17 +130,14 @@ class IdempotencyMiddleware:
                 send = self._closing(send)
             await self.app(scope, receive, send)
             return
-        lines: list[bytes] = []
-        if self._key_header is not None:
-            lines = [value for name, value in scope["headers"] if name == self._key_header]
-            if not lines and not self._options.required.of(scope):
-                await self.app(scope, receive, send)
-                return
-        policy = None if COVERED in scope else self._options.policy.of(scope)
+        options = self._options
+        request = request_of(scope, options.key_header)
+        covered = options.key_header is None or request.key_lines or options.required.of(scope)
+        policy = options.policy.of(scope) if covered and COVERED not in scope else None
         if policy is None:
             await self.app(scope, receive, send)
-            return
-        await Exchange(self._engine, scope, receive, send, policy).respond(lines)
+        else:
+            await respond(self._engine, scope, receive, send, request, policy)
 
     def _closing(self, send: Send) -> Send:
         """A `send` that closes the store when the app has shut down."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from threading import Lock
 from typing import BinaryIO, cast
 
@@ -110,6 +111,13 @@ class Body:
         self._file.seek(0)
         while chunk := self._file.read(CHUNK):
             yield chunk
+
+    def file(self) -> BinaryIO:
+        """A file that holds the bytes, at its beginning, until `close`."""
+        if self._file is None:
+            return BytesIO(b"".join(self._chunks))
+        self._file.seek(0)
+        return self._file
 
     def close(self) -> None:
         """Let go of the bytes, and of the file if there is one. May be called twice."""

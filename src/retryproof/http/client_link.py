@@ -8,16 +8,13 @@ has left is dropped, so that the handler runs to its end; where it is to stop, s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from retryproof.http.body import Body
+from retryproof.http.departed import ClientLeft
 from retryproof.http.types import Message, Receive, Send
 
 DISCONNECT = "http.disconnect"
-
-
-class ClientLeft(OSError):
-    """What an app is raised that sends to a client which has left, where it is to stop then."""
 
 
 class ClientLink:
@@ -46,7 +43,7 @@ class ClientLink:
         "tells",
     )
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, body: bytes | Body = b"") -> None:
         self._receive = receive
         self._send = send
         self._chunks: Iterator[bytes] | None = None
@@ -54,24 +51,12 @@ class ClientLink:
         self._unread = True
         self._watch: asyncio.Future[Message] | None = None
         self._telling: asyncio.Future[None] | None = None
-        self.body: bytes | Body = b""
+        self.body = body
         self.left = False
         self.on_left: Callable[[], None] | None = None
         self.detached = False
         self.tells = True
         self.stops = False
-
-    def whole_body(self) -> bytes:
-        """All of the body, in memory."""
-        return self.body if isinstance(self.body, bytes) else self.body.read()
-
-    def body_size(self) -> int:
-        """Bytes of the body."""
-        return len(self.body) if isinstance(self.body, bytes) else self.body.size
-
-    def body_chunks(self) -> Iterable[bytes]:
-        """The body in order."""
-        return (self.body,) if isinstance(self.body, bytes) else self.body.chunks()
 
     async def receive(self) -> Message:
         """The body, then what the server has to say."""

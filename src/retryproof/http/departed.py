@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Protocol
 
 from retryproof.core.failure import causes
-from retryproof.http.client_link import ClientLeft
 
 _TOO_MANY = "too many requests run without their clients"
 
 
-class Run(Protocol):
-    """The app's run for one request."""
+class ClientLeft(OSError):
+    """What an app is raised that sends to a client which has left, where it is to stop then."""
+
+
+class Departing(Protocol):
+    """The app's run for one request, which may go on without its client."""
 
     def stop(self, why: str) -> None:
         """Cancel it; `why` is for the log."""
@@ -26,20 +30,23 @@ class Departed:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._runs: dict[Run, None] = {}
+        self._lock = Lock()  # a server may run requests in threads
+        self._runs: dict[Departing, None] = {}
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def add(self, run: Run) -> None:
+    def add(self, run: Departing) -> None:
         """This run has no client any more."""
-        self._runs[run] = None
-        if len(self._runs) > self._limit:
+        with self._lock:
+            self._runs[run] = None
+            if len(self._runs) <= self._limit:
+                return
             longest = next(iter(self._runs))
             del self._runs[longest]
-            longest.stop(_TOO_MANY)
+        longest.stop(_TOO_MANY)
 
-    def discard(self, run: Run) -> None:
+    def discard(self, run: Departing) -> None:
         """It has ended, or is about to."""
         self._runs.pop(run, None)
 

@@ -42,8 +42,10 @@ STOPPED = "stopped without its client"
 """By `on_departure="stop"`, at `max_run`, or since too many run without a client (H11)."""
 LEASE_LOST = "lease lost"
 """Another attempt took over, and the app was cancelled for it."""
-NOT_BEGUN = "not begun"
-"""The lease was over before the app was called, and was not to be renewed (C6)."""
+TOO_LATE = "lease over before it began"
+"""The app was not called, since the lease was not to be renewed (C6)."""
+NOT_BEGUN = "nothing begun"
+"""As a proxy says whose upstream was not reached: what was never begun is given back, whatever is answered."""
 
 HAPPENINGS = (
     ANSWERED,
@@ -58,6 +60,7 @@ HAPPENINGS = (
     CANCELLED,
     STOPPED,
     LEASE_LOST,
+    TOO_LATE,
     NOT_BEGUN,
 )
 
@@ -144,7 +147,11 @@ ROWS: tuple[Row, ...] = (
     Row((STOPPED,), REACHES, (ALONE,), Ending(LEFT_UNKNOWN, CUT, RAISE)),
     Row((STOPPED,), REACHES, (JOINED,), Ending(RELEASED, CUT, RAISE)),
     Row((LEASE_LOST,), REACHES, WORKS, Ending(LOST, WINNERS, WINNERS)),
-    Row((NOT_BEGUN,), REACHES, WORKS, Ending(LOST, WINNERS, WINNERS)),
+    # No work at all.
+    Row((TOO_LATE,), REACHES, WORKS, Ending(LOST, WINNERS, WINNERS)),
+    Row((NOT_BEGUN,), (COMPLETE,), WORKS, Ending(RELEASED, RESPONSE, RESPONSE)),
+    Row((NOT_BEGUN,), (NO_HEAD,), WORKS, Ending(RELEASED, RAISE, RAISE)),
+    Row((NOT_BEGUN,), (*_UNFINISHED, WRONG), WORKS, Ending(RELEASED, CUT, NOTHING)),
 )
 
 

@@ -24,6 +24,11 @@ _WITHOUT_BODY = frozenset({204, 304})
 _EVENT_STREAM = b"text/event-stream"
 
 
+def is_interim(status: int) -> bool:
+    """Whether a status is one of those that come before the response: 100, 102, 103; but not 101, which is the last."""
+    return status < 200 and status != 101
+
+
 class Recorder:
     """Takes one response. `head` comes first, then parts; the last one is marked.
 
@@ -59,10 +64,13 @@ class Recorder:
     def head(self, status: int, headers: Iterable[Any], *, bodiless: bool = False, trailers: bool = False) -> Headers:
         """Take the head; the headers to hand on, which are the caller's to change.
 
-        1xx are no heads: hand them on and take the final one. bodiless: the answer to a HEAD, whose Content-Length is
-        that of another response. trailers: they come after the body.
+        1xx are no heads (`is_interim`): they change nothing, and the final one comes after them.
+        bodiless: the answer to a HEAD, whose Content-Length is that of another response.
+        trailers: they come after the body.
         Raises TypeError or ValueError for headers that are no pairs, and keeps none then.
         """
+        if is_interim(status):
+            return list(map(tuple, headers))
         self.reach = HELD
         self.status = status
         self.headers = None

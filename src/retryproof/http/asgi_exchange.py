@@ -1,0 +1,199 @@
+"""One covered request under ASGI: admitted, claimed, run; or told why not, or replayed (H7).
+
+This performs what the pure modules decide: `admission` whether it may claim, `answers` what a conclusion is as a
+response. The app's run is `asgi_run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import quote
+
+from retryproof.attempt import LoopAttempt
+from retryproof.conclusions import is_outage
+from retryproof.core.errors import IdempotencyError
+from retryproof.core.flow import Conclusion, Down
+from retryproof.core.policy import Policy
+from retryproof.drive import clock
+from retryproof.http.admission import COVERED, Admission, NotCovered, Refused
+from retryproof.http.answers import UNPROTECTED, refusal
+from retryproof.http.asgi_answers import HttpEngine, send_answer, send_conclusion
+from retryproof.http.asgi_run import AppRun
+from retryproof.http.body import deadline
+from retryproof.http.client_link import DISCONNECT, ClientLink
+from retryproof.http.problem import Problem
+from retryproof.http.request import HttpRequest, key_lines_in
+from retryproof.http.semantics import traceparent
+from retryproof.http.types import Message, Receive, Scope, Send
+from retryproof.observe.events import Event, Kind
+
+_HIDDEN_EXTENSIONS = ("http.response.pathsend", "http.response.zerocopysend")
+"""Ways to send a file past everybody; without them an app sends its bytes, which can be kept."""
+
+
+class Gone:
+    """The client left before its body was complete."""
+
+
+GONE = Gone()
+
+
+async def respond(
+    engine: HttpEngine, scope: Scope, receive: Receive, send: Send, request: HttpRequest, policy: Policy
+) -> None:
+    """Run the operation, replay it, or say why not."""
+    admission = Admission(engine.options, request, policy)
+    link: ClientLink | None = None
+    run: AppRun | None = None
+    try:
+        refused = await _admit(engine, admission, receive)
+        if refused is not None:
+            await _turn_away(engine, admission, refused, scope, receive, send)
+            return
+        scope[COVERED] = True
+        link = ClientLink(receive, send, admission.body or b"")
+        attempt = await _begin(engine, admission, link)
+        if isinstance(attempt, LoopAttempt):
+            run = AppRun(engine, admission, attempt, _app_scope(scope, stops=admission.on_departure == "stop"), link)
+            await run.outlast()
+        elif admission.fails_open and isinstance(attempt, Down) and is_outage(attempt):
+            await _run_unprotected(engine, scope, link.receive, send)
+        else:
+            await send_conclusion(engine, admission, attempt, send)
+    finally:
+        if run is None:  # otherwise its end does it, which may come later
+            admission.close()
+            if link is not None:
+                link.close()
+
+
+# Admission
+
+
+async def _admit(engine: HttpEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
+    """Why the request may not claim its operation; None: it may."""
+    refused: Refused | Gone | None = admission.begin()
+    if refused is None:
+        message = await receive()
+        if message["type"] == DISCONNECT:
+            return GONE
+        more = message.get("more_body", False)
+        refused = admission.take(message.get("body", b""), more=more)
+        if refused is None and more:
+            refused = await _read_on(engine, admission, receive)
+        if refused is not None:
+            return refused
+        refused = admission.end()
+        if refused is None and admission.is_large:
+            await asyncio.to_thread(admission.digest)
+    if admission.weak_key:
+        engine.tell(Event(kind=Kind.WEAK_KEY, note=admission.weak_key))
+    return refused
+
+
+async def _read_on(engine: HttpEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
+    """Take the rest of a body that comes in several messages."""
+    now, patience = asyncio.get_running_loop().time, engine.options.body_timeout
+    began = now()
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline(began, now(), admission.size, patience)):
+                message = await receive()
+        except TimeoutError:
+            return admission.stalled()
+        if message["type"] == DISCONNECT:
+            return GONE
+        more = message.get("more_body", False)
+        refused = admission.take(message.get("body", b""), more=more)
+        if refused is not None or not more:
+            return refused
+
+
+async def _turn_away(
+    engine: HttpEngine, admission: Admission, refused: Refused | Gone, scope: Scope, receive: Receive, send: Send
+) -> None:
+    match refused:
+        case Problem():
+            await send_answer(refusal(refused, engine.options), send)
+        case NotCovered(read):
+            if read:
+                link = ClientLink(receive, send, admission.body or b"")
+                try:
+                    await engine.app(scope, link.receive, send)
+                finally:
+                    link.close()
+            else:
+                await engine.app(scope, receive, send)
+        case Gone():
+            return  # nothing was claimed, nothing runs, and nobody is there to be told
+
+
+# The claim
+
+
+async def _begin(engine: HttpEngine, admission: Admission, link: ClientLink) -> LoopAttempt | Conclusion:
+    try:
+        opened = engine.opened()
+    except IdempotencyError as error:  # out of reach, or not set up; the event has it
+        down = Down(error)
+        engine.attempts.conclude(down, admission.id, admission.where, clock(), fails_open=admission.fails_open)
+        return down
+    return await engine.attempts.abegin(
+        opened,
+        admission.policy,
+        admission.id,
+        admission.fingerprint,
+        admission.where,
+        admission.tenant,
+        traceparent(admission.request.headers.get(b"traceparent", b"")),
+        admission.refingerprint,
+        fails_open=admission.fails_open,
+        stays=link.stays,
+    )
+
+
+async def _run_unprotected(engine: HttpEngine, scope: Scope, receive: Receive, send: Send) -> None:
+    """The route would rather double an effect than refuse (C10)."""
+
+    async def send_marked(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), UNPROTECTED]}
+        await send(message)
+
+    await engine.app(scope, receive, send_marked)
+
+
+# What is asked for
+
+
+def request_of(scope: Scope, key_header: bytes | None) -> HttpRequest:
+    """The request in an ASGI scope. Callables of the user's are given the scope itself."""
+    every = scope["headers"]
+    headers: dict[bytes, bytes] = dict(every)
+    lines = () if key_header is None else key_lines_in(headers, every, key_header)
+    return HttpRequest(scope["method"], _raw_path(scope), scope.get("query_string", b""), headers, lines, scope)
+
+
+def _raw_path(scope: Scope) -> bytes:
+    raw = scope.get("raw_path")
+    if raw is None:
+        path, root = scope["path"], scope.get("root_path", "")
+        whole = path if path.startswith(root) else root + path  # mounts of old cut the root off
+        return quote(whole, errors="surrogatepass").encode("ascii")
+    return bytes(raw).partition(b"?")[0]
+
+
+def _app_scope(scope: Scope, *, stops: bool) -> Scope:
+    """The scope for the app: the same object, since what lies outside reads from it what routing put there.
+
+    Ways to send a file past the layer are not offered. The app is told that sending to a client that has left is an
+    error (ASGI HTTP 2.4), which the link sees to: so a framework has no reason to stop a response by itself. Where it
+    is to stop (`stops`), it is told what the server said.
+    """
+    extensions = scope.get("extensions")
+    if extensions and any(name in extensions for name in _HIDDEN_EXTENSIONS):
+        scope["extensions"] = {name: value for name, value in extensions.items() if name not in _HIDDEN_EXTENSIONS}
+    asgi = scope.get("asgi", {})
+    if not stops and asgi.get("spec_version", "2.0") in ("2.0", "2.1", "2.2", "2.3"):
+        scope["asgi"] = {**asgi, "spec_version": "2.4"}
+    return scope
