@@ -48,13 +48,11 @@ class Dialect(ABC):
     one_writer: a transaction that has written shuts all other writers out. So one that is not ours is rolled back, and
         a caller's transaction always holds the record.
     tells_joined: a transaction can be asked whether it is the one that was joined, and goes on afterwards.
-    one_statement: a plan that changes rows is one statement; otherwise it is a transaction, for who runs it to open.
     """
 
     name: str
     one_writer: bool
     tells_joined: bool
-    one_statement: bool
 
     @abstractmethod
     def joined(self, table: str) -> JoinedPlans:

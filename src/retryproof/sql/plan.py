@@ -2,6 +2,11 @@
 
 An adapter says only how to execute a statement on its driver, so the same plan runs on the store's own connection or
 on the caller's, inside the caller's own transaction.
+
+What is committed together on a connection of our own is said by the engine. On PostgreSQL each statement commits by
+itself: what has to happen together is one statement (WITH … changes several tables), and a plan of several may end
+between any two of them. On SQLite a plan is one transaction, as it would be on MySQL, whose statements change one table
+each: whoever runs it begins before its first statement and commits after its last.
 """
 
 from __future__ import annotations

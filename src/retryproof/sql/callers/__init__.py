@@ -18,7 +18,7 @@ from retryproof.core.errors import ConfigurationError
 from retryproof.forks import check_not_inherited, has_inherited_files
 from retryproof.sql.plan import Row, Statement
 
-Dialect = Literal["postgresql", "sqlite", "mysql"]
+DialectName = Literal["postgresql", "sqlite", "mysql"]
 
 NOT_OPEN = "no transaction is open on it"
 AUTOCOMMIT = "it commits each statement by itself (autocommit)"
@@ -43,7 +43,7 @@ class BlockingConnection(Protocol):
     ADVICE: ClassVar[str]
 
     @property
-    def dialect(self) -> Dialect: ...
+    def dialect(self) -> DialectName: ...
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """Why no statement can be part of the caller's transaction, as far as the client knows; None when it can.
@@ -92,7 +92,7 @@ class LoopConnection(Protocol):
     ADVICE: ClassVar[str]
 
     @property
-    def dialect(self) -> Dialect: ...
+    def dialect(self) -> DialectName: ...
 
     def unusable(self, *, to_commit: bool = False) -> str | None: ...
 
@@ -203,7 +203,7 @@ class Blocking(Unguarded):
 
     ADVICE: ClassVar[str] = "Open a transaction first, and leave it open."
     on_loop: ClassVar[bool] = False
-    dialect: Dialect
+    dialect: DialectName
     _connection: Any
 
     def driver(self) -> object:
@@ -232,7 +232,7 @@ class OnLoop(Unguarded):
 
     ADVICE: ClassVar[str] = Blocking.ADVICE
     on_loop: ClassVar[bool] = True
-    dialect: Dialect
+    dialect: DialectName
     _connection: Any
 
     async def driver(self) -> object:

@@ -11,10 +11,10 @@ from django.db.backends.base.base import BaseDatabaseWrapper  # type: ignore[imp
 from django.utils.connection import ConnectionProxy  # type: ignore[import-untyped]  # as above
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.sql.callers import AUTOCOMMIT, FAILED, SAVEPOINT, Blocking, Dialect, innermost, percent
+from retryproof.sql.callers import AUTOCOMMIT, FAILED, SAVEPOINT, Blocking, DialectName, innermost, percent
 from retryproof.sql.plan import Row, Statement
 
-DIALECTS: dict[str, Dialect] = {"postgresql": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
+DIALECTS: dict[str, DialectName] = {"postgresql": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
 
 def adapt(connection: Any) -> Django | None:
@@ -55,7 +55,7 @@ class Django(Blocking):
         if connection.vendor not in DIALECTS:
             raise ConfigurationError(f"Django's {connection.vendor} is not known here.")
         self._connection = connection
-        self.dialect: Dialect = DIALECTS[connection.vendor]
+        self.dialect: DialectName = DIALECTS[connection.vendor]
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""

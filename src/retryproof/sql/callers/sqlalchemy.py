@@ -23,7 +23,7 @@ from retryproof.sql.callers import (
     NOT_OPEN,
     SAVEPOINT,
     Blocking,
-    Dialect,
+    DialectName,
     OnLoop,
     innermost,
     percent,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DIALECTS: dict[str, Dialect] = {
+DIALECTS: dict[str, DialectName] = {
     "postgresql": "postgresql",
     "sqlite": "sqlite",
     "mysql": "mysql",
@@ -147,7 +147,7 @@ class OfConnection(_Guarded):
         self._connection = self._outer = connection
         self._begun = _Begun()
         self._driver = _check_driver(connection)
-        self.dialect: Dialect = DIALECTS[connection.dialect.name]
+        self.dialect: DialectName = DIALECTS[connection.dialect.name]
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
@@ -199,7 +199,7 @@ class OfSession(_Guarded):
         self._begun = _Begun()
         bind = session.get_bind()
         self._driver = _check_driver(bind)
-        self.dialect: Dialect = DIALECTS[bind.dialect.name]
+        self.dialect: DialectName = DIALECTS[bind.dialect.name]
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
@@ -251,7 +251,7 @@ class OfAsync(OnLoop):
     def __init__(self, outer: AsyncConnection | AsyncSession, inner: OfConnection | OfSession) -> None:
         self._outer = outer
         self._inner = inner
-        self.dialect: Dialect = inner.dialect
+        self.dialect: DialectName = inner.dialect
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection; what needs the database is found out by `check_open`."""

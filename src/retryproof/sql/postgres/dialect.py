@@ -51,7 +51,6 @@ class Postgres(Dialect):
     name = "postgresql"
     one_writer = False
     tells_joined = True
-    one_statement = True
 
     def joined(self, table: str) -> JoinedPlans:
         """See Dialect."""

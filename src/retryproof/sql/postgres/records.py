@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from retryproof.core.batch import Batch, Reaped
@@ -72,6 +73,22 @@ ABANDONED = {"rerun": 0, "refuse": 1, "settle": 2}
 
 Fenced = Complete | Release | Renew | Checkpoint
 F = TypeVar("F", bound=Fenced)
+
+
+class RecordPlans:
+    """Each call of a store as a plan, over one table of operations."""
+
+    def __init__(self, table: str) -> None:
+        self.claim = partial(claim_plan, table=table)
+        self.complete = partial(settle_plan, table=table)
+        self.release = partial(release_plan, table=table)
+        self.renew = partial(renew_plan, table=table)
+        self.checkpoint = partial(checkpoint_plan, table=table)
+        self.get = partial(get_plan, table=table)
+        self.scan = partial(scan_plan, table=table)
+        self.evict = partial(evict_plan, table=table)
+        self.reap = partial(reap_plan, table=table)
+        self.unmark = partial(unmark_plan, table=table)
 
 
 def claim_plan(claims: Sequence[Claim], table: str = TABLE) -> Plan[Sequence[ClaimReply]]:

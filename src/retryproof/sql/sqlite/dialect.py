@@ -49,7 +49,6 @@ class Sqlite(Dialect):
     name = "sqlite"
     one_writer = True
     tells_joined = False
-    one_statement = False
 
     def joined(self, table: str) -> JoinedPlans:
         """See Dialect."""

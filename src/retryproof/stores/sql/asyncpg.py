@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.record import Record, State
 from retryproof.sql.plan import Plan
-from retryproof.sql.postgres import records
 from retryproof.sql.postgres.asyncpg import AsyncpgPool
+from retryproof.sql.postgres.records import RecordPlans
 from retryproof.sql.postgres.statements import TABLE
 from retryproof.sql.postgres.url import TIMEOUT, Target, check_statement, parse
-from retryproof.stores.base import Batch, Reaped, Store
+from retryproof.stores.base import Store
+from retryproof.stores.forwarding import AsyncForwardingStore
 from retryproof.stores.sql.postgres import CAPABILITIES, PostgresStore
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def from_url(url: str, *, timeout: float = TIMEOUT) -> AsyncpgStore:
     return AsyncpgStore(url, timeout=timeout)
 
 
-class AsyncpgStore:
+class AsyncpgStore(AsyncForwardingStore):
     """Records in PostgreSQL for one event loop, over a few connections of its own or a pool of the caller's.
 
     target: `postgresql://user@host/database` with the options of `PsycopgStore`, or an asyncpg pool, which stays the
@@ -42,63 +41,19 @@ class AsyncpgStore:
         self._url = target if isinstance(target, str) else keeper_url
         self._timeout = timeout
         parsed = parse(self._url) if self._url else None
-        self._table = self.table = parsed.table if parsed else TABLE
+        self.table = parsed.table if parsed else TABLE
+        self._calls = RecordPlans(self.table)
         if isinstance(target, str):
             self._pool = _own_pool(parse(target), timeout)
         else:
             self._pool = AsyncpgPool(target, timeout, parsed.check if parsed else check_statement())
 
-    async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
-        """Take each operation or say why not."""
-        return await self._pool.perform(lambda: records.claim_plan(claims, self._table))
-
-    async def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
-        """Settle each operation with its result."""
-        return await self._pool.perform(lambda: records.settle_plan(commands, self._table))
-
-    async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        """Give each operation back."""
-        return await self._pool.perform(lambda: records.release_plan(commands, self._table))
-
-    async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
-        """Extend each lease."""
-        return await self._pool.perform(lambda: records.renew_plan(commands, self._table))
-
-    async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        """Keep each value under its name."""
-        return await self._pool.perform(lambda: records.checkpoint_plan(commands, self._table))
-
-    async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        """Each record as it stands."""
-        return await self._pool.perform(lambda: records.get_plan(ids, self._table))
-
-    async def scan(
-        self,
-        *,
-        prefix: bytes = b"",
-        state: State | None = None,
-        tenant: bytes | None = None,
-        after: bytes = b"",
-        limit: int = 100,
-    ) -> Sequence[Record]:
-        """A page of records in the order of their ids, without results and checkpoints."""
-        return await self._pool.perform(
-            lambda: records.scan_plan(
-                prefix=prefix, state=state, tenant=tenant, after=after, limit=limit, table=self._table
-            )
-        )
-
-    async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        """Forget each record, unless its lease is live or its row is locked."""
-        return await self._pool.perform(lambda: records.evict_plan(ids, self._table))
+    async def _make(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return await self._pool.perform(lambda: call(*arguments, **options))
 
     async def unmark(self, ids: Sequence[bytes]) -> None:
         """Remove the markers that callers' transactions left, of operations that somebody settled (T1)."""
-        await self._pool.perform(lambda: records.unmark_plan(ids, self._table))
-
-    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        """Remove records whose time is over."""
-        return await self._pool.perform(lambda: records.reap_plan(limit, told, self._table))
+        await self._pool.perform(lambda: self._calls.unmark(ids))
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """Run a plan over other tables than the records'; as it may be run twice, it has to bear that."""
@@ -118,7 +73,7 @@ class AsyncpgStore:
         try:
             from retryproof.stores.sql.psycopg import PsycopgStore
         except ModuleNotFoundError:
-            return PostgresStore(_BlockingPool(parse(self._url), self._timeout), self._table)
+            return PostgresStore(_BlockingPool(parse(self._url), self._timeout), self.table)
         return PsycopgStore(self._url, timeout=self._timeout)
 
 
