@@ -13,7 +13,7 @@ from retryproof.cli.operated import closing, purge_all, tell_of_letters
 from retryproof.cli.output import Output, add_row, duration, table
 from retryproof.core.address import redacted
 from retryproof.inbox.operator import InboxOperator
-from retryproof.inbox.receive import DeadLetter
+from retryproof.inbox.receive import InboxDeadLetter
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def list_dead(url: str, consumer: str | None, limit: int, output: Output) -> Non
     output.answer(document, rows if shown else "No dead letters.", *(["… and more: --limit."] if more else []))
 
 
-def _as_document(letter: DeadLetter) -> dict[str, Any]:
+def _as_document(letter: InboxDeadLetter) -> dict[str, Any]:
     return {
         "id": letter.name,
         "consumer": letter.consumer,

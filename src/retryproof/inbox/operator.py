@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import microseconds
-from retryproof.inbox.receive import START, DeadLetter, letter_of
+from retryproof.inbox.receive import START, InboxDeadLetter, letter_of
 from retryproof.sql.database import Database, open_database
 
 PURGE_BATCH = 1_000
@@ -37,7 +37,7 @@ class InboxOperator:
         """How it stands."""
         return InboxStats(*await self._database.perform(self._database.inbox.stats))
 
-    async def dead(self, *, consumer: str | None = None, limit: int = 100) -> list[DeadLetter]:
+    async def dead(self, *, consumer: str | None = None, limit: int = 100) -> list[InboxDeadLetter]:
         """Dead letters, the oldest first."""
         rows = await self._database.perform(lambda: self._database.inbox.dead(limit, consumer))
         return [letter_of(row) for row in rows]

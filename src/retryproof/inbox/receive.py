@@ -18,23 +18,23 @@ import hashlib
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from inspect import iscoroutinefunction
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal
 from uuid import UUID
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 from retryproof.core.record import microseconds
-from retryproof.sql.callers import BlockingConnection, LoopConnection, adapt, missing_table
+from retryproof.drive import apump, pump
+from retryproof.sql.callers import missing_table
+from retryproof.sql.callers.performing import InTransaction
 from retryproof.sql.dialects import DIALECTS, dialect_of
-from retryproof.sql.inbox import Entry, InboxPlans
-from retryproof.sql.plan import Plan, aperform, perform
-
-T = TypeVar("T")
+from retryproof.sql.inbox import InboxPlans, KnownMessage
+from retryproof.sql.plan import Plan
 
 REUSED = "the message's id was used before, with another payload"
 START = 8
@@ -63,7 +63,7 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetter:
+class InboxDeadLetter:
     """A message that could not be taken."""
 
     id: bytes
@@ -118,29 +118,23 @@ class Inbox:
 
         A message that comes twice in the batch is fresh once.
         """
-        adapted, plans = self._opened(connection)
-        adapted.check_open()
-        return _performed(adapted, self._receiving(plans, source, messages))
+        return _IN_TRANSACTION.perform(connection, partial(self._receiving, source, messages))
 
     async def areceive_many(self, connection: Any, source: str, messages: Sequence[Incoming]) -> list[Received]:
         """`receive_many` on a connection of the event loop."""
-        adapted, plans = self._aopened(connection)
-        await adapted.check_open()
-        return await _aperformed(adapted, self._receiving(plans, source, messages))
+        return await _IN_TRANSACTION.aperform(connection, partial(self._receiving, source, messages))
 
     def keep(
         self, connection: Any, received: Received, *, result: bytes | None = None, outgoing: Sequence[Message] = ()
     ) -> None:
         """Keep what a fresh message came to and sent, for its duplicates."""
-        adapted, plans = self._opened(connection)
-        _check_kept(_performed(adapted, plans.keep(received.id, result, _encoded(outgoing))))
+        _IN_TRANSACTION.perform(connection, partial(self._keeping, received, result, outgoing), check=False)
 
     async def akeep(
         self, connection: Any, received: Received, *, result: bytes | None = None, outgoing: Sequence[Message] = ()
     ) -> None:
         """`keep` on a connection of the event loop."""
-        adapted, plans = self._aopened(connection)
-        _check_kept(await _aperformed(adapted, plans.keep(received.id, result, _encoded(outgoing))))
+        await _IN_TRANSACTION.aperform(connection, partial(self._keeping, received, result, outgoing), check=False)
 
     def process(
         self,
@@ -154,32 +148,16 @@ class Inbox:
         transaction: a context manager that gives a connection and commits at its end. handle: called with it and each
         fresh message. An answer, or what it raised, for each message; acknowledge those without an exception.
         """
-        try:
-            return list(self._process(transaction, source, messages, handle))
-        except Exception:
-            if len(messages) == 1:
-                raise
-        answers: list[Received | Exception] = []
-        for message in messages:
-            try:
-                answers += self._process(transaction, source, [message], handle)
-            except Exception as error:  # noqa: BLE001  # handed back, one message's own
-                answers.append(error)
-        return answers
 
-    def _process(
-        self,
-        transaction: Callable[[], AbstractContextManager[Any]],
-        source: str,
-        messages: Sequence[Incoming],
-        handle: Callable[[Any, Incoming], object],
-    ) -> list[Received]:
-        with transaction() as connection:
-            answers = self.receive_many(connection, source, messages)
-            for message, received in zip(messages, answers, strict=True):
-                if received.fresh:
-                    handle(connection, message)
-            return answers
+        def in_one(batch: Sequence[Incoming]) -> list[Received]:
+            with transaction() as connection:
+                answers = self.receive_many(connection, source, batch)
+                for message, received in zip(batch, answers, strict=True):
+                    if received.fresh:
+                        handle(connection, message)
+                return answers
+
+        return pump(_together_or_singly(messages), in_one)
 
     async def aprocess(
         self,
@@ -189,77 +167,59 @@ class Inbox:
         handle: Callable[[Any, Incoming], Any],
     ) -> list[Received | Exception]:
         """`process` on the event loop; `handle` is awaited."""
-        try:
-            return list(await self._aprocess(transaction, source, messages, handle))
-        except Exception:
-            if len(messages) == 1:
-                raise
-        answers: list[Received | Exception] = []
-        for message in messages:
-            try:
-                answers += await self._aprocess(transaction, source, [message], handle)
-            except Exception as error:  # noqa: BLE001  # handed back, one message's own
-                answers.append(error)
-        return answers
 
-    async def _aprocess(
-        self,
-        transaction: Callable[[], AbstractAsyncContextManager[Any]],
-        source: str,
-        messages: Sequence[Incoming],
-        handle: Callable[[Any, Incoming], Any],
-    ) -> list[Received]:
-        async with transaction() as connection:
-            answers = await self.areceive_many(connection, source, messages)
-            for message, received in zip(messages, answers, strict=True):
-                if received.fresh:
-                    await handle(connection, message)
-            return answers
+        async def in_one(batch: Sequence[Incoming]) -> list[Received]:
+            async with transaction() as connection:
+                answers = await self.areceive_many(connection, source, batch)
+                for message, received in zip(batch, answers, strict=True):
+                    if received.fresh:
+                        await handle(connection, message)
+                return answers
 
-    def dead(self, connection: Any, *, limit: int = 100) -> list[DeadLetter]:
+        return await apump(_together_or_singly(messages), in_one)
+
+    def dead(self, connection: Any, *, limit: int = 100) -> list[InboxDeadLetter]:
         """The oldest dead letters, of all consumers."""
-        adapted, plans = self._opened(connection)
-        return [letter_of(row) for row in _performed(adapted, plans.dead(limit))]
+        return _IN_TRANSACTION.perform(connection, partial(self._dead, limit), check=False)
 
-    async def adead(self, connection: Any, *, limit: int = 100) -> list[DeadLetter]:
+    async def adead(self, connection: Any, *, limit: int = 100) -> list[InboxDeadLetter]:
         """`dead` on a connection of the event loop."""
-        adapted, plans = self._aopened(connection)
-        return [letter_of(row) for row in await _aperformed(adapted, plans.dead(limit))]
+        return await _IN_TRANSACTION.aperform(connection, partial(self._dead, limit), check=False)
 
-    def drop(self, connection: Any, letter: DeadLetter) -> bool:
+    def drop(self, connection: Any, letter: InboxDeadLetter) -> bool:
         """Forget a dead letter; whether it was there."""
-        adapted, plans = self._opened(connection)
-        return _performed(adapted, plans.drop(letter.id, letter.fingerprint))
+        return _IN_TRANSACTION.perform(connection, partial(self._dropping, letter), check=False)
 
-    async def adrop(self, connection: Any, letter: DeadLetter) -> bool:
+    async def adrop(self, connection: Any, letter: InboxDeadLetter) -> bool:
         """`drop` on a connection of the event loop."""
-        adapted, plans = self._aopened(connection)
-        return await _aperformed(adapted, plans.drop(letter.id, letter.fingerprint))
+        return await _IN_TRANSACTION.aperform(connection, partial(self._dropping, letter), check=False)
 
     def purge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """Forget at most `limit` messages that came more than `older_than` seconds ago; how many.
 
         older_than must exceed the time for which the broker may deliver a message again.
         """
-        adapted, plans = self._opened(connection)
-        return _performed(adapted, plans.purge(microseconds(older_than), limit))
+        return _IN_TRANSACTION.perform(connection, partial(self._purging, older_than, limit), check=False)
 
     async def apurge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """`purge` on a connection of the event loop."""
-        adapted, plans = self._aopened(connection)
-        return await _aperformed(adapted, plans.purge(microseconds(older_than), limit))
+        return await _IN_TRANSACTION.aperform(connection, partial(self._purging, older_than, limit), check=False)
 
     def purge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """Forget at most `limit` dead letters, of all consumers, older than so many seconds; how many."""
-        adapted, plans = self._opened(connection)
-        return _performed(adapted, plans.purge_dead(microseconds(older_than), limit))
+        return _IN_TRANSACTION.perform(connection, partial(self._purging_dead, older_than, limit), check=False)
 
     async def apurge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """`purge_dead` on a connection of the event loop."""
-        adapted, plans = self._aopened(connection)
-        return await _aperformed(adapted, plans.purge_dead(microseconds(older_than), limit))
+        return await _IN_TRANSACTION.aperform(connection, partial(self._purging_dead, older_than, limit), check=False)
 
-    def _receiving(self, plans: InboxPlans, source: str, messages: Sequence[Incoming]) -> Plan[list[Received]]:
+    # The plans, for either colour
+
+    def _plans(self, dialect: str) -> InboxPlans:
+        return self._plans_by_dialect[dialect_of(dialect, subject="The inbox is for", found="this connection").name]
+
+    def _receiving(self, source: str, messages: Sequence[Incoming], dialect: str) -> Plan[list[Received]]:
+        plans = self._plans(dialect)
         if not messages:
             return []
         ids = [_identity(self.consumer, source, message_id) for message_id, _ in messages]
@@ -273,58 +233,65 @@ class Inbox:
             entry = found[id]
             if entry is None:
                 answers.append(Received("fresh", id))
-                found[id] = Entry(fingerprint, None, None)
+                found[id] = KnownMessage(fingerprint, None, None)
             elif entry.fingerprint == fingerprint:
                 answers.append(Received("duplicate", id, entry.result, _decoded(entry.outgoing)))
             else:
-                yield from plans.bury(id, fingerprint, (self.consumer, source, message_id, REUSED), payload)
+                yield from plans.refuse(id, fingerprint, (self.consumer, source, message_id, REUSED), payload)
                 answers.append(Received("dead", id))
         return answers
 
-    def _opened(self, connection: Any) -> tuple[BlockingConnection, InboxPlans]:
-        adapted = adapt(connection)
-        if not _blocks(adapted):
-            raise ConfigurationError("This connection is awaited: use the inbox's methods that begin with `a`.")
-        return adapted, self._plans(adapted)  # type: ignore[return-value]  # checked just before
+    def _keeping(
+        self, received: Received, result: bytes | None, outgoing: Sequence[Message], dialect: str
+    ) -> Plan[None]:
+        if not (yield from self._plans(dialect).keep(received.id, result, _encoded(outgoing))):
+            raise ConfigurationError(
+                "The message was not taken in this database; receive it first, in this transaction."
+            )
 
-    def _aopened(self, connection: Any) -> tuple[LoopConnection, InboxPlans]:
-        adapted = adapt(connection)
-        if _blocks(adapted):
-            raise ConfigurationError("This connection blocks: use the inbox's methods without the `a` before them.")
-        return adapted, self._plans(adapted)  # type: ignore[return-value]  # checked just before
+    def _dead(self, limit: int, dialect: str) -> Plan[list[InboxDeadLetter]]:
+        rows = yield from self._plans(dialect).dead(limit)
+        return [letter_of(row) for row in rows]
 
-    def _plans(self, adapted: BlockingConnection | LoopConnection) -> InboxPlans:
-        dialect = dialect_of(adapted.dialect, subject="The inbox is for", found="this connection")
-        return self._plans_by_dialect[dialect.name]
+    def _dropping(self, letter: InboxDeadLetter, dialect: str) -> Plan[bool]:
+        return self._plans(dialect).drop(letter.id, letter.fingerprint)
+
+    def _purging(self, older_than: float, limit: int, dialect: str) -> Plan[int]:
+        return self._plans(dialect).purge(microseconds(older_than), limit)
+
+    def _purging_dead(self, older_than: float, limit: int, dialect: str) -> Plan[int]:
+        return self._plans(dialect).purge_dead(microseconds(older_than), limit)
 
 
-def _blocks(adapted: BlockingConnection | LoopConnection) -> bool:
-    return not iscoroutinefunction(adapted.execute)
-
-
-def _performed(adapted: BlockingConnection, plan: Plan[T]) -> T:
+def _together_or_singly(
+    messages: Sequence[Incoming],
+) -> Generator[Sequence[Incoming], list[Received], list[Received | Exception]]:
+    """Each step is a batch for one transaction: all messages, and where one of them fails, each by itself."""
     try:
-        return perform(plan, adapted.execute)
-    except Exception as error:
-        raise _explained(error) from error
+        return list((yield messages))
+    except Exception:
+        if len(messages) == 1:
+            raise
+    answers: list[Received | Exception] = []
+    for message in messages:
+        try:
+            answers += yield [message]
+        except Exception as error:  # noqa: BLE001  # handed back, one message's own
+            answers.append(error)
+    return answers
 
 
-async def _aperformed(adapted: LoopConnection, plan: Plan[T]) -> T:
-    try:
-        return await aperform(plan, adapted.execute)
-    except Exception as error:
-        raise _explained(error) from error
-
-
-def _explained(error: Exception) -> Exception:
+def _explain(error: Exception) -> ConfigurationError | None:
     if missing_table(error):
         return ConfigurationError("The database has no inbox yet: run `retryproof migrate URL`. Nothing was written.")
-    return error
+    return None
 
 
-def _check_kept(taken: bool) -> None:
-    if not taken:
-        raise ConfigurationError("The message was not taken in this database; receive it first, in this transaction.")
+_IN_TRANSACTION = InTransaction(
+    awaited="This connection is awaited: use the inbox's methods that begin with `a`.",
+    blocking="This connection blocks: use the inbox's methods without the `a` before them.",
+    explain=_explain,
+)
 
 
 def _identity(*parts: str) -> bytes:
@@ -335,9 +302,9 @@ def _identity(*parts: str) -> bytes:
     return digest.digest()
 
 
-def letter_of(row: Sequence[Any]) -> DeadLetter:
+def letter_of(row: Sequence[Any]) -> InboxDeadLetter:
     """A dead letter as the plans give it."""
-    return DeadLetter(
+    return InboxDeadLetter(
         bytes(row[0]),
         bytes(row[1]),
         row[2],

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import PARTITIONS, Message, chain_of, partition_of, uuid7
-from retryproof.sql.callers import (
-    FAILED,
-    BlockingConnection,
-    LoopConnection,
-    OnLoop,
-    adapt,
-    missing_table,
-    refused,
-    sqlstate_of,
-)
+from retryproof.sql.callers import FAILED, missing_table, refused, sqlstate_of
+from retryproof.sql.callers.performing import InTransaction
 from retryproof.sql.dialects import DIALECTS, dialect_of
 from retryproof.sql.outbox import OutboxPlans
-from retryproof.sql.plan import Plan, aperform, perform
+from retryproof.sql.plan import Plan
 
 MAX_PAYLOAD = 1 << 20
 """Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""
 MAX_TOPIC = 255
 FAILED_STATE = "25P02"  # in_failed_sql_transaction
+_BYTES = (bytes, bytearray, memoryview)
 _SCHEMA = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
@@ -122,49 +116,35 @@ class Outbox:
 
     def add_many(self, connection: Any, messages: Sequence[Message]) -> None:
         """Write messages of `message`, in their order, by one statement."""
-        if not messages:
-            return
-        adapted = _blocking(connection)
-        adapted.check_open()
-        try:
-            found = perform(self._plans(adapted).add(messages, self._partitions), adapted.execute)
-        except Exception as error:
-            _explain(error)
-            raise
-        self._check_partitions(found)
+        if messages:
+            _IN_TRANSACTION.perform(connection, partial(self._adding, messages))
 
     async def aadd_many(self, connection: Any, messages: Sequence[Message]) -> None:
         """`add_many` on a connection of the event loop."""
-        if not messages:
-            return
-        adapted = _on_loop(connection)
-        await adapted.check_open()
-        try:
-            found = await aperform(self._plans(adapted).add(messages, self._partitions), adapted.execute)
-        except Exception as error:
-            _explain(error)
-            raise
-        self._check_partitions(found)
+        if messages:
+            await _IN_TRANSACTION.aperform(connection, partial(self._adding, messages))
 
     def notify(self, connection: Any) -> None:
         """Wake relays as soon as this transaction commits, instead of at their next look.
 
         PostgreSQL commits transactions that notify one after the other; busy systems are better off without.
         """
-        adapted = _blocking(connection)
-        perform(self._notify(adapted), adapted.execute)
+        _IN_TRANSACTION.perform(connection, lambda dialect: self._plans(dialect).notify(), check=False)
 
     async def anotify(self, connection: Any) -> None:
         """`notify` on a connection of the event loop."""
-        adapted = _on_loop(connection)
-        await aperform(self._notify(adapted), adapted.execute)
+        await _IN_TRANSACTION.aperform(connection, lambda dialect: self._plans(dialect).notify(), check=False)
 
-    def _notify(self, connection: BlockingConnection | LoopConnection) -> Plan[None]:
-        return self._plans(connection).notify()
+    def _adding(self, messages: Sequence[Message], dialect: str) -> Plan[None]:
+        found = yield from self._plans(dialect).add(messages, self._partitions)
+        if found is not None:
+            raise ConfigurationError(
+                f"This outbox has partitions={self._partitions}, and the database {found}: messages of one key would "
+                f"lose their order. Nothing was written; make it Outbox(partitions={found})."
+            )
 
-    def _plans(self, connection: BlockingConnection | LoopConnection) -> OutboxPlans:
-        dialect = dialect_of(connection.dialect, subject="The outbox is for", found="this connection")
-        return self._plans_by_dialect[dialect.name]
+    def _plans(self, dialect: str) -> OutboxPlans:
+        return self._plans_by_dialect[dialect_of(dialect, subject="The outbox is for", found="this connection").name]
 
     def _check(
         self,
@@ -175,7 +155,7 @@ class Outbox:
         content_type: str | None,
         trace: str | None,
     ) -> None:
-        if not isinstance(payload, bytes | bytearray | memoryview):
+        if not isinstance(payload, _BYTES):
             raise ConfigurationError(f"payload= must be bytes, and is {type(payload).__name__}; encode it first")
         if len(payload) > self._max_payload:
             raise ConfigurationError(
@@ -187,41 +167,23 @@ class Outbox:
         if self._topics is not None and topic not in self._topics:
             known = ", ".join(sorted(self._topics))
             raise ConfigurationError(f"The topic {topic!r} is unknown. Declared are: {known}.")
-        texts: Sequence[object] = (topic, key, content_type, trace)
-        for text in (*texts, *headers, *headers.values()) if headers else texts:
+        for text in (topic, key, content_type, trace, *(headers or ()), *(headers.values() if headers else ())):
             if text is not None and (not isinstance(text, str) or "\0" in text):
                 raise ConfigurationError("topic, key, content type, trace and headers are text without NUL")
 
-    def _check_partitions(self, found: int | None) -> None:
-        if found is not None:
-            raise ConfigurationError(
-                f"This outbox has partitions={self._partitions}, and the database {found}: messages of one key would "
-                f"lose their order. Nothing was written; make it Outbox(partitions={found})."
-            )
 
-
-def _explain(error: Exception) -> None:
-    """Raise the driver's errors that mean a wrong use in our words; nothing was written then."""
+def _explain(error: Exception) -> ConfigurationError | None:
+    """The driver's errors that mean a wrong use; nothing was written then."""
     if missing_table(error):
-        raise ConfigurationError(
+        return ConfigurationError(
             "The database has no outbox; run `retryproof migrate URL`, and give Outbox(schema=…) where its tables "
             "are in a schema of their own."
-        ) from error
-    if sqlstate_of(error) == FAILED_STATE:
-        raise refused(FAILED, "Nothing was written.") from error
-
-
-def _blocking(connection: Any) -> BlockingConnection:
-    adapted = adapt(connection)
-    if isinstance(adapted, OnLoop):
-        raise ConfigurationError(
-            "This connection belongs to an event loop: await outbox.aadd(…), aadd_many or anotify."
         )
-    return adapted  # type: ignore[return-value] # its colour was just checked
+    return refused(FAILED, "Nothing was written.") if sqlstate_of(error) == FAILED_STATE else None
 
 
-def _on_loop(connection: Any) -> LoopConnection:
-    adapted = adapt(connection)
-    if not isinstance(adapted, OnLoop):
-        raise ConfigurationError("This connection blocks: use outbox.add(…), add_many or notify.")
-    return adapted
+_IN_TRANSACTION = InTransaction(
+    awaited="This connection belongs to an event loop: await outbox.aadd(…), aadd_many or anotify.",
+    blocking="This connection blocks: use outbox.add(…), add_many or notify.",
+    explain=_explain,
+)

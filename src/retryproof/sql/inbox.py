@@ -11,7 +11,7 @@ from retryproof.sql.plan import Plan, Row, Statement
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KnownMessage:
     """What the inbox has of a message that came before."""
 
     fingerprint: bytes
@@ -23,14 +23,14 @@ class Entry:
 class InboxStatements:
     """The statements that take no list, in an engine's own words; each change returns a row for each row it changed.
 
-    keep: result, outgoing, id. bury: id, fingerprint, consumer, source, message_id, reason, payload.
+    keep: result, outgoing, id. refuse: id, fingerprint, consumer, source, message_id, reason, payload.
     dead: consumer or None, limit. drop: id, fingerprint. drop_named: id, fingerprint, each by its first eight bytes.
     purge, purge_dead: older_than in µs, limit; they never wait for a lock.
     stats: one row of messages, seconds since the oldest, dead letters, seconds since the oldest of them.
     """
 
     keep: Named
-    bury: Named
+    refuse: Named
     dead: Named
     drop: Named
     drop_named: Named
@@ -57,7 +57,7 @@ class InboxPlans(ABC):
     def _find(self, ids: Sequence[bytes]) -> Statement:
         """Id, fingerprint, result and outgoing messages of each."""
 
-    def take(self, fingerprints: Mapping[bytes, bytes]) -> Plan[dict[bytes, Entry | None]]:
+    def take(self, fingerprints: Mapping[bytes, bytes]) -> Plan[dict[bytes, KnownMessage | None]]:
         """Take each id that is new (None), by one statement in the order of the ids; and what is there of the others.
 
         Waits for a rival that has not committed: only its end says whether the message is done.
@@ -65,21 +65,21 @@ class InboxPlans(ABC):
         yield from self.ready()
         ids = sorted(fingerprints)
         taken = yield self._insert(ids, [fingerprints[id] for id in ids])
-        found: dict[bytes, Entry | None] = {bytes(row[0]): None for row in taken}
+        found: dict[bytes, KnownMessage | None] = {bytes(row[0]): None for row in taken}
         known = [id for id in ids if id not in found]
         if known:
             for id, *rest in (yield self._find(known)):
-                found[bytes(id)] = Entry(*rest)
+                found[bytes(id)] = KnownMessage(*rest)
         return found
 
     def keep(self, id: bytes, result: bytes | None, outgoing: bytes | None) -> Plan[bool]:
         """Keep what the first run came to; whether the message was taken."""
         return bool((yield self._statements.keep(id=id, result=result, outgoing=outgoing)))
 
-    def bury(self, id: bytes, fingerprint: bytes, words: Sequence[str], payload: bytes) -> Plan[None]:
+    def refuse(self, id: bytes, fingerprint: bytes, words: Sequence[str], payload: bytes) -> Plan[None]:
         """Keep a message that cannot be taken. words: consumer, source, message id, reason."""
         consumer, source, message_id, reason = words
-        yield self._statements.bury(
+        yield self._statements.refuse(
             id=id,
             fingerprint=fingerprint,
             consumer=consumer,

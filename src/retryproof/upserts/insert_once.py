@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import iscoroutinefunction
 from typing import Any
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.drive import apump, pump
-from retryproof.sql.callers import adapt
-from retryproof.sql.plan import Row, Statement
+from retryproof.sql.callers.performing import InTransaction
+from retryproof.sql.plan import Plan, Statement
 
 TRIES = 3
 """A row that was in the way may be gone before it is read."""
 DUPLICATE = 1062
 """MySQL's and MariaDB's error for a duplicate key."""
-
-Steps = Generator[Statement, Sequence[Row], "Inserted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,34 +35,34 @@ def insert_once(
     Refused before anything is written, by ConfigurationError: no open transaction, a failed one, autocommit, a
     savepoint, a key without a value. Another unique key in the way is the database's own error.
     """
-    steps = _steps(connection, table, values, key, returning)
-    adapted: Any = adapt(connection)
-    if iscoroutinefunction(adapted.execute):
-        raise ConfigurationError("This connection is awaited: use ainsert_once.")
-    adapted.check_open()
-    return pump(steps, adapted.execute)
+    _check_key(key, values)
+    return _IN_TRANSACTION.perform(connection, lambda dialect: _plan(dialect, table, values, key, returning))
 
 
 async def ainsert_once(
     connection: Any, table: str, values: Mapping[str, Any], *, key: Sequence[str], returning: Sequence[str] = ()
 ) -> Inserted:
     """`insert_once` on a connection of the event loop."""
-    steps = _steps(connection, table, values, key, returning)
-    adapted: Any = adapt(connection)
-    if not iscoroutinefunction(adapted.execute):
-        raise ConfigurationError("This connection blocks: use insert_once.")
-    await adapted.check_open()
-    return await apump(steps, adapted.execute)
+    _check_key(key, values)
+    return await _IN_TRANSACTION.aperform(connection, lambda dialect: _plan(dialect, table, values, key, returning))
 
 
-def _steps(
-    connection: Any, table: str, values: Mapping[str, Any], key: Sequence[str], returning: Sequence[str]
-) -> Steps:
+_IN_TRANSACTION = InTransaction(
+    awaited="This connection is awaited: use ainsert_once.", blocking="This connection blocks: use insert_once."
+)
+
+
+def _check_key(key: Sequence[str], values: Mapping[str, Any]) -> None:
     missing = [name for name in key if values.get(name) is None]  # to a unique key, NULLs are never the same
     if not key or missing or isinstance(key, str):
         raise ConfigurationError(f"key={key!r} must name columns that have a value: a tuple such as ('id',).")
+
+
+def _plan(
+    dialect: str, table: str, values: Mapping[str, Any], key: Sequence[str], returning: Sequence[str]
+) -> Plan[Inserted]:
     names = list(returning) or list(values)
-    match adapt(connection).dialect:
+    match dialect:
         case "mysql":
             return _mysql(table, values, key, names)
         case "postgresql":
@@ -77,7 +73,7 @@ def _steps(
 
 def _standard(
     table: str, values: Mapping[str, Any], key: Sequence[str], names: Sequence[str], *, dollars: bool
-) -> Steps:
+) -> Plan[Inserted]:
     place = [f"${number}" if dollars else "?" for number in range(1, len(values) + 1)]
     insert = (  # names are quoted, values are parameters
         f"INSERT INTO {quoted(table, dots=True)} ({_list(values)}) VALUES ({', '.join(place)}) "  # noqa: S608  # above
@@ -93,7 +89,7 @@ def _standard(
     raise _vanished()
 
 
-def _mysql(table: str, values: Mapping[str, Any], key: Sequence[str], names: Sequence[str]) -> Steps:
+def _mysql(table: str, values: Mapping[str, Any], key: Sequence[str], names: Sequence[str]) -> Plan[Inserted]:
     """A plain INSERT: IGNORE would hide other errors, and ON DUPLICATE KEY would take any unique key for this one."""
     into, places = quoted(table, "`", dots=True), ", ".join("?" * len(values))
     insert = f"INSERT INTO {into} ({_list(values, '`')}) VALUES ({places})"  # noqa: S608  # names are quoted

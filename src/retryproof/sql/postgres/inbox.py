@@ -36,7 +36,7 @@ def _statements(inbox: str, dead: str) -> InboxStatements:
             f"UPDATE {inbox} SET result = :result::bytea, outgoing = :outgoing::bytea WHERE id = :id::bytea "
             "RETURNING id"
         ),
-        bury=dollars(
+        refuse=dollars(
             f"INSERT INTO {dead} (id, fingerprint, consumer, source, message_id, reason, payload, seen_at) "
             "VALUES (:id::bytea, :fingerprint::bytea, :consumer::text, :source::text, :message_id::text, "
             f":reason::text, :payload::bytea, {NOW}) ON CONFLICT (id, fingerprint) DO NOTHING"

@@ -73,7 +73,7 @@ def _purge(table: str) -> Named:
 
 _STATEMENTS = InboxStatements(
     keep=marks("UPDATE retryproof_inbox SET result = :result, outgoing = :outgoing WHERE id = :id RETURNING id"),
-    bury=_timed(
+    refuse=_timed(
         "INSERT INTO retryproof_inbox_dead (id, fingerprint, consumer, source, message_id, reason, payload, seen_at) "
         "VALUES (:id, :fingerprint, :consumer, :source, :message_id, :reason, :payload, :now) "
         "ON CONFLICT (id, fingerprint) DO NOTHING"

@@ -1,0 +1,74 @@
+"""Plans in the transaction that a caller has open, in either colour: adapt, check, perform, explain.
+
+Inbox, outbox and upserts work in this way. Each says in its own words what a wrong connection is told, and which
+errors of a driver mean a wrong use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from retryproof.core.errors import ConfigurationError
+from retryproof.drive import apump, pump
+from retryproof.sql.callers import BlockingConnection, LoopConnection, OnLoop, adapt
+from retryproof.sql.plan import Plan
+
+T = TypeVar("T")
+
+
+def unexplained(error: Exception) -> ConfigurationError | None:
+    """No error means a wrong use."""
+    return None
+
+
+class InTransaction:
+    """Performs plans in the caller's transaction.
+
+    awaited: what an awaited connection is told that was given to a method that blocks; blocking: the reverse.
+    explain: a driver's error as a wrong use in our words, or None where it is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        awaited: str,
+        blocking: str,
+        explain: Callable[[Exception], ConfigurationError | None] = unexplained,
+    ) -> None:
+        self._awaited = awaited
+        self._blocking = blocking
+        self._explain = explain
+
+    def perform(self, connection: object, plan: Callable[[str], Plan[T]], *, check: bool = True) -> T:
+        """Perform a plan on a connection that blocks. plan: makes it, given the name of the connection's dialect.
+
+        check: whether a connection without a usable open transaction is refused, by ConfigurationError.
+        """
+        adapted = adapt(connection)
+        if isinstance(adapted, OnLoop):
+            raise ConfigurationError(self._awaited)
+        blocking: BlockingConnection = adapted  # type: ignore[assignment]  # its colour was just checked
+        if check:
+            blocking.check_open()
+        try:
+            return pump(plan(blocking.dialect), blocking.execute)
+        except Exception as error:
+            if (explained := self._explain(error)) is not None:
+                raise explained from error
+            raise
+
+    async def aperform(self, connection: object, plan: Callable[[str], Plan[T]], *, check: bool = True) -> T:
+        """`perform` on a connection of the event loop."""
+        adapted = adapt(connection)
+        if not isinstance(adapted, OnLoop):
+            raise ConfigurationError(self._blocking)
+        on_loop: LoopConnection = adapted
+        if check:
+            await on_loop.check_open()
+        try:
+            return await apump(plan(on_loop.dialect), on_loop.execute)
+        except Exception as error:
+            if (explained := self._explain(error)) is not None:
+                raise explained from error
+            raise
