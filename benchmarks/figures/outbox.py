@@ -14,7 +14,7 @@ import asyncpg
 from benchmarks.ceilings import outbox as by_hand
 from benchmarks.measure import Figure, Pace, Run, Sample, interleave
 from benchmarks.services import Services
-from retryproof.core.message import PARTITIONS, chain_of, partition_of
+from retryproof.core.message import PARTITIONS, partition_of, queue_of
 from retryproof.publishers import DELIVERED, Batch, Outcome
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Outbox, Relay, RelayPolicy
@@ -52,7 +52,7 @@ def relay(url: str) -> Relay:
 
 async def fill(connection: asyncpg.Connection[Any], count: int, keys: int) -> None:
     """Messages for so many keys in turn, in transactions of a thousand, with the chains that an Outbox gives them."""
-    chains = [chain_of(f"k{number}", uuid4()) for number in range(keys)]
+    chains = [queue_of(f"k{number}", uuid4()) for number in range(keys)]
     records = [(number, f"k{number}", chain, partition_of(chain, PARTITIONS)) for number, chain in enumerate(chains)]
     await connection.execute("CREATE TEMP TABLE IF NOT EXISTS bench_keys (number int, key text, chain bytea, part int)")
     await connection.execute("TRUNCATE bench_keys")

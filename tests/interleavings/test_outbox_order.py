@@ -19,7 +19,7 @@ import pytest
 
 from retryproof.core.message import Message
 from retryproof.outbox.floors import Floors
-from retryproof.sql.outbox import Taken
+from retryproof.sql.outbox import ClaimedBatch
 
 Order = Callable[[Message, int], Any]
 """By what a claim sorts: of a message, and the id of its transaction."""
@@ -187,9 +187,9 @@ class Explorer:
         listed = {xid for xid in range(1, end) if xid not in ended} | {xid for xid in floors.open if xid not in ended}
         found = self._found(world, starts, low, visible)
         unlisted = end < own and not self.relay.lists_all
-        floors.learn(Taken(True, False, found, (), low, sorted(listed), unlisted, own, 0))
+        floors.learn(ClaimedBatch(True, False, found, (), low, sorted(listed), unlisted, own, 0))
         if not self.scenario.strict:
-            floors.follow(found, (), share=self.scenario.batch, batch=self.scenario.batch)
+            floors.follow(found, (), quota=self.scenario.batch, batch=self.scenario.batch)
         elif found:
             floors.follow_all(found[-1].sequence)
         self._publish(world, found)
@@ -258,7 +258,7 @@ def test_t6_no_interleaving_loses_the_order_or_a_message(name: str) -> None:
 class TooEarly(Floors):
     """Floors that are taken as if nobody was open."""
 
-    def learn(self, taken: Taken) -> None:
+    def learn(self, taken: ClaimedBatch) -> None:
         super().learn(replace(taken, low=None, open=(), unlisted=False))
 
 

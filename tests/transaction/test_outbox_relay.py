@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from retryproof.core.errors import ConfigurationError, LeaseLost
-from retryproof.core.message import Conclusion, Message
+from retryproof.core.message import BatchResult, Message
 from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
 from retryproof.transaction import Outbox, Relay
@@ -130,7 +130,7 @@ async def test_c15_what_a_dead_relay_had_is_tried_alone_and_counts_only_then(dat
     assert sorted(m.payload for m in publisher.published) == sorted(m.payload for m in sent)
     assert [m.payload for m in publisher.published if m.key == "a"] == [b"a:0", b"a:1"]
     with pytest.raises(LeaseLost):
-        await member.finish(Conclusion(done=sent), all_done=True)
+        await member.finish(BatchResult(done=sent), all_done=True)
     await dying._opened().aclose()
     assert (await relay.stats()).blocked == 0
     await relay.aclose()
@@ -148,7 +148,7 @@ async def test_c15_a_message_that_kills_its_relay_again_and_again_is_a_dead_lett
             if poison.id in {message.id for message in claimed}:
                 break
             if claimed:
-                await member.finish(Conclusion(done=claimed, chains=[m.line for m in claimed]), all_done=True)
+                await member.finish(BatchResult(done=claimed, freed=[m.queue_id for m in claimed]), all_done=True)
             await sleep(0.01)
         await dying._opened().aclose()
     publisher = Noting()

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.message import Message, chain_of, uuid7
+from retryproof.core.message import Message, queue_of, uuid7
 from retryproof.publishers import DELIVERED, UNTRIED, Batch, Failed, Untried, open_publisher
 from retryproof.publishers.function import FunctionPublisher
 from retryproof.publishers.httpx import HttpPublisher
@@ -26,7 +26,7 @@ from tests.transaction.receivers import certificate, http_receiver, smtp_receive
 
 def message(payload: bytes = b"{}", key: str | None = None, topic: str = "t", **more: object) -> Message:
     id = uuid7()
-    made = Message(id, topic, payload, key=key, chain=chain_of(key, id), created_at=1_700_000_000_000_000)
+    made = Message(id, topic, payload, key=key, queue=queue_of(key, id), created_at=1_700_000_000_000_000)
     return replace(made, **more)  # type: ignore[arg-type] # fields of Message
 
 

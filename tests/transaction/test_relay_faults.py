@@ -17,7 +17,7 @@ from retryproof.core.message import Message
 from retryproof.outbox.in_flight import Pace
 from retryproof.publishers import Batch, Outcome
 from retryproof.publishers.function import FunctionPublisher
-from retryproof.sql.outbox import Taken
+from retryproof.sql.outbox import ClaimedBatch
 from retryproof.sql.plan import Plan, Statement, aperform
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
@@ -196,7 +196,7 @@ async def test_c15_a_claim_without_an_answer_counts_no_attempt(database: Databas
     async def lossy(plan: Callable[[], Plan[Any]]) -> Any:
         nonlocal failures
         result = await perform(plan)
-        if isinstance(result, Taken) and failures:
+        if isinstance(result, ClaimedBatch) and failures:
             failures -= 1
             raise StoreUnavailable("the answer was lost")
         return result
@@ -247,7 +247,7 @@ async def test_t6_what_is_done_of_a_batch_with_a_slow_message_is_let_go(database
         await relay.run_once()
     kept = [message.payload for batch in batches for message in batch.messages if message.payload]
     assert kept == [b"slow:0"]
-    assert [message.payload for message in relay._flights.on_their_way()] == [b"slow:0"]
+    assert [message.payload for message in relay._in_flight.on_their_way()] == [b"slow:0"]
     answer.set()
     await relay.run_until_idle()
     assert database.pending == 0

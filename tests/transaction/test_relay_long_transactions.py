@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.message import Conclusion, Message
+from retryproof.core.message import BatchResult, Message
 from retryproof.outbox.membership import Membership
 from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
@@ -47,7 +47,7 @@ async def passed(member: Membership) -> list[Message]:
     messages: list[Message] = []
     while claimed := await member.claim():
         messages += claimed
-        await member.finish(Conclusion(done=claimed), all_done=True)
+        await member.finish(BatchResult(done=claimed), all_done=True)
     return messages
 
 

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.message import Conclusion, Message
+from retryproof.core.message import BatchResult, Message
 from retryproof.outbox.operator import Operator
 from retryproof.sql.plan import Plan
 from retryproof.sql.postgres.doctor import diagnose
@@ -297,14 +297,14 @@ async def test_o4_a_relay_of_the_release_before_finds_what_this_one_has_on_its_w
     await member.balance()
     database.send("a")
     slow = list(await member.claim())
-    await member.finish(Conclusion(slow=slow), all_done=False)
+    await member.finish(BatchResult(slow=slow), all_done=False)
     database.send("b", "c")
     database.send("d")
     assert len(await member.claim(slow)) == 3
     both = "SELECT unnest(flight_xids) AS xid, unnest(flight) AS sequence FROM retryproof_outbox_relays"
     found = database.rows(f"SELECT o.key FROM ({both}) f JOIN retryproof_outbox o USING (xid, sequence)")
     assert sorted(key for (key,) in found) == ["a", "b", "c", "d"]
-    await member.finish(Conclusion(slow=slow), all_done=None)
+    await member.finish(BatchResult(slow=slow), all_done=None)
     assert database.rows(f"SELECT o.key FROM ({both}) f JOIN retryproof_outbox o USING (xid, sequence)") == [("a",)]
     await relay.aclose()
 
@@ -389,7 +389,7 @@ async def test_t6_a_claim_reads_what_it_takes_however_much_is_pending(database: 
     await connection.execute(f"ANALYZE {unique}.retryproof_outbox")
     await connection.fetch(*_call(plans.join(relay, 10_000_000, strict=False, routes="")))
     claim = plans.claim(
-        relay, dict.fromkeys(range(64), 0), batch=100, share=100, lease=10_000_000, alone=False, strict=False
+        relay, dict.fromkeys(range(64), 0), batch=100, quota=100, lease=10_000_000, alone=False, strict=False
     )
     sql, *parameters = _call(claim)
     ((found,),) = await connection.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", *parameters)

@@ -232,7 +232,7 @@ async def test_t6_publishers_that_do_not_say_how_far_they_are_work_beside_those_
 
     blocking = Blocking("blocking")
     routes = Routes({"quick": blocking, "slow": hang})
-    messages = [Message(uuid4(), topic, b"", chain=topic.encode()) for topic in ("quick", "slow")]
+    messages = [Message(uuid4(), topic, b"", queue=topic.encode()) for topic in ("quick", "slow")]
     progress = Progress()
     task = create_task(routes.publish(Batch(messages, progress=progress)))
     await until(lambda: 0 in progress.ended)
@@ -244,7 +244,7 @@ async def test_t6_publishers_that_do_not_say_how_far_they_are_work_beside_those_
 async def test_t6_what_changes_its_publisher_within_a_chain_is_left_for_the_next_batch() -> None:
     one, two = Named("one"), Named("two")
     routes = Routes({"a": one, "b": two})
-    messages = [Message(uuid4(), topic, b"", chain=b"k") for topic in "aaba"]
+    messages = [Message(uuid4(), topic, b"", queue=b"k") for topic in "aaba"]
     assert await routes.publish(Batch(messages)) == [DELIVERED, DELIVERED, UNTRIED, UNTRIED]
     assert two.tried == []
 

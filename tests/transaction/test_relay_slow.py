@@ -128,7 +128,7 @@ async def test_t7_what_a_dead_relay_was_sending_slowly_is_sent_again_in_order(da
     await dying.run_once()
     assert asked.is_set()
     assert database.pending == 2
-    await dying._flights.abandon()
+    await dying._in_flight.abandon()
     await dying._opened().aclose()
     sent: list[bytes] = []
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from retryproof.outbox.policy import Totals
+from retryproof.outbox.policy import RelayTotals
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay, RelayPolicy
 from servers.table import account
@@ -55,7 +55,7 @@ class Counting(Relay):
 
     looks = 0
 
-    async def run_once(self) -> Totals | None:
+    async def run_once(self) -> RelayTotals | None:
         self.looks += 1
         return await super().run_once()
 

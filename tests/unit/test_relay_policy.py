@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from retryproof.core.message import UNCOUNTED, Message, chain_of
+from retryproof.core.message import UNCOUNTED, Message, queue_of
 from retryproof.outbox.policy import COUNTS, RelayPolicy, conclude
 from retryproof.publishers import DELIVERED, UNTRIED, Failed, Outcome
 from retryproof.publishers.base import Kind
@@ -18,7 +18,7 @@ NOW = 100 * 3_600 * SECOND
 
 def message(key: str = "k", **more: Any) -> Message:
     id = uuid4()
-    return replace(Message(id, "t", b"", key=key, chain=chain_of(key, id)), **more)
+    return replace(Message(id, "t", b"", key=key, queue=queue_of(key, id)), **more)
 
 
 def test_t6_each_kind_of_failure_has_its_row() -> None:

@@ -17,7 +17,7 @@ from retryproof.cli.command import Function, Refused, find_modules_here, json_op
 from retryproof.cli.output import Output, Tell
 from retryproof.core.address import FUNCTION, destination, redacted
 from retryproof.core.message import PARTITIONS
-from retryproof.outbox.policy import RelayPolicy, Totals
+from retryproof.outbox.policy import RelayPolicy, RelayTotals
 from retryproof.outbox.relay import Relay
 from retryproof.outbox.routes import EVERYTHING
 from retryproof.publishers import open_publisher
@@ -168,7 +168,7 @@ def _apart(given: str) -> tuple[str, str]:
 
 async def _run(
     url: str, routes: dict[str, str], policy: RelayPolicy, *, public_only: bool, once: bool, tell: Tell
-) -> Totals:
+) -> RelayTotals:
     find_modules_here()
     options = {"public_only": True} if public_only else {}
     opened = {to: open_publisher(to, **options) for to in routes.values()}

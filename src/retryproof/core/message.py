@@ -1,7 +1,7 @@
 """An outgoing message: what an outbox keeps and a relay hands to a publisher (T5).
 
-Messages of one ordering key are a **chain**: they are published in order, and one that fails holds back the others.
-A message without a key is a chain of its own. A chain belongs to one partition, and a partition to one relay at a time.
+Messages of one ordering key are a **queue**: they are published in order, and one that fails holds the others back.
+A message without a key is a queue of its own. A queue belongs to one partition, and a partition to one relay at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from uuid import UUID
 
 PARTITIONS = 64
 """Partitions of a new outbox; the number is kept in the database."""
-CHAIN_BYTES = 16
+QUEUE_BYTES = 16
 UNCOUNTED = -1
 """In place of a number of answers: the message waits, and keeps its age, its counts and its being tried alone."""
 
@@ -41,28 +41,28 @@ class Message:
     created_at: int = 0
     sequence: int = 0
     partition: int = 0
-    chain: bytes = b""
+    queue: bytes = b""
     failed_at: int | None = None
     answers: int = 0
     deaths: int = 0
     parked: bool = False
 
     @property
-    def line(self) -> tuple[int, bytes]:
-        """Its chain, with the partition that it is in."""
-        return self.partition, self.chain
+    def queue_id(self) -> tuple[int, bytes]:
+        """Its partition and queue: what is held back as one."""
+        return self.partition, self.queue
 
 
-def chain_of(key: str | None, id: UUID) -> bytes:
-    """The chain of a key, or of a message without one."""
+def queue_of(key: str | None, id: UUID) -> bytes:
+    """The queue of a key, or of a message without one."""
     if key is None:
         return id.bytes
-    return hashlib.blake2b(key.encode(), digest_size=CHAIN_BYTES).digest()
+    return hashlib.blake2b(key.encode(), digest_size=QUEUE_BYTES).digest()
 
 
-def partition_of(chain: bytes, partitions: int) -> int:
-    """The partition of a chain; by its last bytes, which are random in a UUIDv7 too."""
-    return int.from_bytes(chain[-4:]) % partitions
+def partition_of(queue: bytes, partitions: int) -> int:
+    """The partition of a queue; by its last bytes, which are random in a UUIDv7 too."""
+    return int.from_bytes(queue[-4:]) % partitions
 
 
 def uuid7() -> UUID:
@@ -87,21 +87,21 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Conclusion:
+class BatchResult:
     """How a batch ended; what is in none of the three was not tried, and stays as it was.
 
-    dead: to dead letters, each with its reason. chains: those that were held back and whose messages of this batch
+    dead: to dead letters, each with its reason. freed: queues that were held back and whose messages of this batch
     ended, so that they may go on. slow: messages that are being sent still, of this batch or of earlier ones: they stay
-    on their way, and their chains are held back until they end.
+    in flight, and their queues are held back until they end.
     """
 
     done: Sequence[Message] = ()
     dead: Sequence[tuple[Message, int, str]] = ()
     failed: Sequence[Failure] = ()
-    chains: Sequence[tuple[int, bytes]] = ()
+    freed: Sequence[tuple[int, bytes]] = ()
     slow: Sequence[Message] = ()
 
     @property
     def plain(self) -> bool:
         """All is done, and nothing was or is held back."""
-        return not (self.dead or self.failed or self.chains or self.slow)
+        return not (self.dead or self.failed or self.freed or self.slow)

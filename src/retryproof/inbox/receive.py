@@ -329,7 +329,7 @@ def _encoded(messages: Sequence[Message]) -> bytes | None:
             "content_type": message.content_type,
             "trace": message.trace,
             "partition": message.partition,
-            "chain": b64encode(message.chain).decode(),
+            "chain": b64encode(message.queue).decode(),
         }
         for message in messages
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.message import PARTITIONS, Message, chain_of, partition_of, uuid7
+from retryproof.core.message import PARTITIONS, Message, partition_of, queue_of, uuid7
 from retryproof.sql.callers import FAILED, missing_table, refused, sqlstate_of
 from retryproof.sql.callers.performing import InTransaction
 from retryproof.sql.dialects import DIALECTS, dialect_of
@@ -63,7 +63,7 @@ class Outbox:
         """A message for `add_many`; raises ConfigurationError for what could not be sent."""
         self._check(topic, payload, key, headers, content_type, trace)
         id = id or uuid7()
-        chain = chain_of(key, id)
+        queue = queue_of(key, id)
         return Message(
             id=id,
             topic=topic,
@@ -72,8 +72,8 @@ class Outbox:
             headers=dict(headers or {}),
             content_type=content_type,
             trace=trace,
-            partition=partition_of(chain, self._partitions),
-            chain=chain,
+            partition=partition_of(queue, self._partitions),
+            queue=queue,
         )
 
     def add(

@@ -42,9 +42,9 @@ class Breaker:
         return max(0.0, self._until - monotonic()) if self.down else 0.0
 
     def admits(self, *, fresh: bool) -> bool:
-        """Whether one more message may be sent to it now; those that never failed have places of their own.
+        """Whether one more message may be sent to it now; those that never failed have room of their own.
 
-        Where some keys are answered and others never, messages that failed before must not take all places.
+        Where some keys are answered and others never, messages that failed before must not take all of it.
         """
         if not self.down:
             return True

@@ -7,7 +7,7 @@ the list and the claim's own. (A snapshot lists ids up to the highest that has e
 
 Each is kept with the highest number that was seen before it had its id: all of its own are higher. The next claim is
 told of them, and begins at the lowest of these numbers where one has ended by then. That is decided in the claim's own
-snapshot: a message, and what was added by whoever saw it, are looked for from the same place. Of those that were not
+snapshot: a message, and what was added by whoever saw it, are looked for from the same number. Of those that were not
 listed, it is known by then which are open; that claim begins low in any case. So a transaction that stays open costs
 nothing, and one that ends costs one walk over what was deleted since it began.
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from retryproof.core.message import Message
-from retryproof.sql.outbox import Taken
+from retryproof.sql.outbox import ClaimedBatch
 
 
 class Floors:
@@ -63,7 +63,7 @@ class Floors:
             self._lower(self._before)
         return self.at
 
-    def learn(self, taken: Taken) -> None:
+    def learn(self, taken: ClaimedBatch) -> None:
         """Take note of what a claim says: from where it began, and who was open."""
         if taken.low is not None:
             self._lower(taken.low)
@@ -80,7 +80,7 @@ class Floors:
         self.at = {partition: min(floor, low) for partition, floor in self.at.items()}
 
     def follow(
-        self, messages: Sequence[Message], waiting: Sequence[int], *, share: int, batch: int
+        self, messages: Sequence[Message], waiting: Sequence[int], *, quota: int, batch: int
     ) -> Mapping[int, int]:
         """Go on behind a batch, in its order, once it is done; how many messages there were, by partition.
 
@@ -98,7 +98,7 @@ class Floors:
                 self._ahead[partition] = message.sequence
         if sum(found.values()) - sum(parked.values()) < batch:  # all were asked
             for partition in self.at:
-                if found.get(partition, 0) - parked.get(partition, 0) < share:  # and had no more
+                if found.get(partition, 0) - parked.get(partition, 0) < quota:  # and had no more
                     self._ahead[partition] = self.highest
         if not messages:
             self.advance()
@@ -121,5 +121,5 @@ class Floors:
     def _rotate(self, found: Collection[int]) -> None:
         """Begin after the last partition that gave something."""
         order = list(self.at)
-        last = max((place for place, partition in enumerate(order) if partition in found), default=-1) + 1
+        last = max((position for position, partition in enumerate(order) if partition in found), default=-1) + 1
         self.at = {partition: self.at[partition] for partition in (*order[last:], *order[:last])}

@@ -1,8 +1,8 @@
 """What a relay is sending: batches given to the publisher, and messages that take longer than a batch may (T6).
 
 A batch has a moment, the relay's patience, or less where others hang already. What is being sent when it is over goes
-on by itself, one message for each of its chains; what was not begun is given back, as untried. The relay holds those
-chains back, ends what is done, and takes its next batch. A message that a dead relay left has its moment by itself:
+on by itself, one message for each of its queues; what was not begun is given back, as untried. The relay holds those
+queues back, ends what is done, and takes its next batch. A message that a dead relay left has its moment by itself:
 what kills a relay does so at once, as a rule, and where it takes longer, all that was on its way is tried by itself
 again. Its last attempt has nothing that is begun beside it, however long it takes, so that no message is given up for
 what another one did (C15).
@@ -62,7 +62,7 @@ class Pace:
         return min(self.until, self._last + max(self._quiet, 2 * self._first)) - now
 
 
-class Flights:
+class InFlight:
     """Sends batches with one publisher. changed: called when something landed."""
 
     def __init__(self, publisher: Publisher, changed: Callable[[], None]) -> None:
@@ -75,10 +75,10 @@ class Flights:
         return bool(self._sendings)
 
     async def begin(
-        self, messages: Sequence[Message], live: Callable[[], bool], timeout: float, *, one_chain: bool = False
+        self, messages: Sequence[Message], live: Callable[[], bool], timeout: float, *, as_one_queue: bool = False
     ) -> bool:
-        """Begin to send a batch; whether that was all. one_chain: one message after another."""
-        sent = [replace(message, chain=b"") for message in messages] if one_chain else list(messages)
+        """Begin to send a batch; whether that was all. as_one_queue: one message after another."""
+        sent = [replace(message, queue=b"") for message in messages] if as_one_queue else list(messages)
         sending = _Sending(messages, sent, self._changed)
         batch = Batch(sent, lambda: live() and not sending.closed, timeout, sending.progress)
         sending.task = asyncio.create_task(handed(self._publisher, batch))
@@ -129,7 +129,7 @@ class Flights:
 
     def on_their_way(self) -> list[Message]:
         """Whatever the database does not know the end of."""
-        return [sending.messages[place] for sending in self._sendings for place in sending.left]
+        return [sending.messages[position] for sending in self._sendings for position in sending.left]
 
     @property
     def any_landed(self) -> bool:
@@ -161,7 +161,7 @@ class Flights:
 
 
 class _Sending:
-    """One call of the publisher. left: places of messages whose end the database does not know.
+    """One call of the publisher. left: positions of messages whose end the database does not know.
 
     closed: no more messages are begun. kept: it goes on beside others, or after its relay. held: the database knows.
     """
@@ -188,8 +188,8 @@ class _Sending:
         self.closed = self.told_how_far
         self.kept = True
         self.held = False
-        for place in self._begun():
-            self.messages[place] = replace(self.messages[place], parked=True)
+        for position in self._begun():
+            self.messages[position] = replace(self.messages[position], parked=True)
 
     def _begun(self) -> Collection[int]:
         """Places of messages that are being sent, or may be."""
@@ -202,8 +202,10 @@ class _Sending:
         if self.task.done():
             return self._all_landed(self.task.result())
         begun, ended = self._begun(), self.progress.ended
-        self._told = [place for place in self.left if place not in begun]
-        return [self.messages[place] for place in self._told], [ended.get(place, UNTRIED) for place in self._told]
+        self._told = [position for position in self.left if position not in begun]
+        return [self.messages[position] for position in self._told], [
+            ended.get(position, UNTRIED) for position in self._told
+        ]
 
     def _all_landed(self, outcomes: Sequence[Outcome]) -> tuple[list[Message], list[Outcome]]:
         """The same at the end of the call; what was noted of a message stands, whatever became of the call."""
@@ -211,27 +213,29 @@ class _Sending:
         if not self.closed:
             return self.messages, list(outcomes)
         ended = self.progress.ended
-        return [self.messages[place] for place in self.left], [ended.get(place, outcomes[place]) for place in self.left]
+        return [self.messages[position] for position in self.left], [
+            ended.get(position, outcomes[position]) for position in self.left
+        ]
 
     def noted(self) -> bool:
         """The database knows what was told last; whether there is more to come."""
         told = set(self._told) if self._told is not self.left else None
-        self.left = [] if told is None else [place for place in self.left if place not in told]
+        self.left = [] if told is None else [position for position in self.left if position not in told]
         if self.left and told:
             self._let_go(told)
         self._told = []
         self.held = True
         return bool(self.left)
 
-    def _let_go(self, places: Collection[int]) -> None:
+    def _let_go(self, positions: Collection[int]) -> None:
         """Forget what was in messages that ended: one that takes long must not keep a batch of them in memory."""
-        for place in places:
-            self.messages[place] = self._sent[place] = replace(self.messages[place], payload=b"", headers={})
+        for position in positions:
+            self.messages[position] = self._sent[position] = replace(self.messages[position], payload=b"", headers={})
 
     def slow(self) -> list[Message]:
         """What is being sent still."""
         begun = self._begun()
-        return [self.messages[place] for place in self.left if place in begun]
+        return [self.messages[position] for position in self.left if position in begun]
 
 
 def _say_late(count: int) -> None:

@@ -13,13 +13,13 @@ from typing import TypeVar
 from uuid import UUID, uuid4
 
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
-from retryproof.core.message import Conclusion, Message
+from retryproof.core.message import BatchResult, Message
 from retryproof.core.record import microseconds
 from retryproof.outbox.floors import Floors
 from retryproof.outbox.policy import RelayPolicy
-from retryproof.outbox.quota import Share
+from retryproof.outbox.quota import Quota
 from retryproof.sql.database import Database
-from retryproof.sql.outbox import Taken
+from retryproof.sql.outbox import ClaimedBatch
 from retryproof.sql.plan import Plan
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class Membership:
         """The store's time, in µs, when this process's monotonic clock was at 0; looked at with each balance."""
         self._floors = Floors()
         self._start_at = 0.0
-        self._share = Share(policy.batch)
+        self._quota = Quota(policy.batch)
         self._suspects = True
         self.alone = False
         """Whether the batch on its way is a message that a dead relay left."""
@@ -148,26 +148,26 @@ class Membership:
         self.set_aside = bool(taken.waiting)
         messages = sorted(taken.messages, key=_NUMBER)
         if slow:
-            held = {message.line for message in slow}
-            messages = [message for message in messages if message.line not in held]
+            held = {message.queue_id for message in slow}
+            messages = [message for message in messages if message.queue_id not in held]
         if self._strict:
             self.alone = bool(messages) and messages[0].parked
             if messages:
                 self._floors.follow_all(messages[-1].sequence)
         elif not self.alone and len(messages) == len(taken.messages):
-            found = self._floors.follow(messages, taken.waiting, share=self._share.size, batch=batch)
-            self._share.learn(found, len(self._floors.at))
+            found = self._floors.follow(messages, taken.waiting, quota=self._quota.size, batch=batch)
+            self._quota.learn(found, len(self._floors.at))
         return messages
 
-    async def _claim(self, slow: Sequence[Message], batch: int, *, alone: bool) -> Taken:
-        floors, share = self._floors, self._share.size
+    async def _claim(self, slow: Sequence[Message], batch: int, *, alone: bool) -> ClaimedBatch:
+        floors, quota = self._floors, self._quota.size
         starts = floors.begin()
         taken = await self._fenced(
             lambda: self._database.plans.claim(
                 self._id,
                 starts,
                 batch=1 if alone else batch,
-                share=1 if alone else share,
+                quota=1 if alone else quota,
                 lease=self._lease,
                 alone=alone,
                 strict=self._strict,
@@ -182,7 +182,7 @@ class Membership:
         floors.learn(taken)
         return taken
 
-    async def finish(self, conclusion: Conclusion, *, all_done: bool | None) -> None:
+    async def finish(self, conclusion: BatchResult, *, all_done: bool | None) -> None:
         """End the batch, or what went on from earlier ones (None); raises LeaseLost where another relay has it."""
         held = await self._fenced(
             lambda: self._database.plans.finish(

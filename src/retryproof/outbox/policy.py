@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retryproof.core.errors import ConfigurationError
-from retryproof.core.message import PARTITIONS, UNCOUNTED, Conclusion, Failure, Message
+from retryproof.core.message import PARTITIONS, UNCOUNTED, BatchResult, Failure, Message
 from retryproof.core.record import microseconds
 from retryproof.publishers.base import DELIVERED, Delivered, Failed, Outcome, Untried
 
@@ -60,8 +60,8 @@ COUNTS: Mapping[str, Counts] = {
 
 
 @dataclass(slots=True)
-class Totals:
-    """What a relay did. untried: claimed and not sent, since its chain failed, or the relay was to stop."""
+class RelayTotals:
+    """What a relay did. untried: claimed and not sent, since its queue failed, or the relay was to stop."""
 
     delivered: int = 0
     failed: int = 0
@@ -78,7 +78,7 @@ class Totals:
         """Whether anything was done at all."""
         return bool(self.delivered or self.failed or self.dead or self.untried)
 
-    def add(self, other: Totals) -> None:
+    def add(self, other: RelayTotals) -> None:
         """Count another's as well."""
         self.delivered += other.delivered
         self.failed += other.failed
@@ -162,13 +162,13 @@ def conclude(
     slow: Sequence[Message] = (),
     *,
     now: int,
-) -> tuple[Conclusion, Totals]:
-    """What becomes of each message; only the first failure of a chain counts. slow: those that are sent still.
+) -> tuple[BatchResult, RelayTotals]:
+    """What becomes of each message; only the first failure of a queue counts. slow: those that are sent still.
 
     now: µs by the store's clock.
     """
     if all(outcome is DELIVERED for outcome in outcomes) and not any(message.parked for message in messages):
-        return Conclusion(messages, slow=slow), Totals(len(messages))
+        return BatchResult(messages, slow=slow), RelayTotals(len(messages))
     done: list[Message] = []
     dead: list[tuple[Message, int, str]] = []
     failed: list[Failure] = []
@@ -177,7 +177,7 @@ def conclude(
         match outcome:
             case Delivered():
                 done.append(message)
-            case Failed() if message.line in closed:
+            case Failed() if message.queue_id in closed:
                 pass
             case Failed():
                 why = policy.given_up(message, outcome, now)
@@ -186,14 +186,14 @@ def conclude(
                     continue
                 failed.append(_failure(message, outcome, policy))
                 if policy.on_failure == "block" or failed[-1].answers == UNCOUNTED:
-                    closed.add(message.line)  # what was not sent did not fail, and is not passed over
+                    closed.add(message.queue_id)  # what was not sent did not fail, and is not passed over
             case Untried():
                 pass
     ended = (*done, *(message for message, _, _ in dead), *(failure.message for failure in failed))
-    lines = {message.line for message in ended if message.parked} - closed - {message.line for message in slow}
+    lines = {message.queue_id for message in ended if message.parked} - closed - {message.queue_id for message in slow}
     counted = sum(failure.answers != UNCOUNTED for failure in failed)
-    totals = Totals(len(done), counted, len(dead), len(messages) - len(done) - len(dead) - counted)
-    return Conclusion(done, dead, failed, sorted(lines), slow), totals
+    totals = RelayTotals(len(done), counted, len(dead), len(messages) - len(done) - len(dead) - counted)
+    return BatchResult(done, dead, failed, sorted(lines), slow), totals
 
 
 def _failure(message: Message, outcome: Failed, policy: RelayPolicy) -> Failure:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 SPREAD = 8
 """Partitions that a full batch comes from at least, where so many have messages: keys are published side by side."""
 RARELY = 32
-"""Full batches between two looks whether a smaller share is enough, where it was not before."""
+"""Full batches between two looks whether a smaller quota is enough, where it was not before."""
 
 
-class Share:
+class Quota:
     """Small, so that a batch comes from many partitions; as large as a batch where only one has messages.
 
-    A share that is too small makes a batch that is not full, so a smaller one is tried less and less often where that
+    A quota that is too small makes a batch that is not full, so a smaller one is tried less and less often where that
     was in vain. size: messages of a partition.
     """
 

@@ -23,9 +23,9 @@ from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailab
 from retryproof.core.message import Message
 from retryproof.core.record import microseconds
 from retryproof.outbox.breaker import FIRST_PAUSE, PROBES, Breaker
-from retryproof.outbox.in_flight import Flights
+from retryproof.outbox.in_flight import InFlight
 from retryproof.outbox.membership import Membership
-from retryproof.outbox.policy import REMEMBERED, RelayPolicy, Totals, conclude
+from retryproof.outbox.policy import REMEMBERED, RelayPolicy, RelayTotals, conclude
 from retryproof.outbox.routes import EVERYTHING, Destination, Routes
 from retryproof.outbox.wakeups import Wakeups
 from retryproof.publishers.base import DELIVERED, UNTRIED, Failed, Outcome, Publisher
@@ -62,13 +62,13 @@ class Relay:
         timeout: float = 5.0,
     ) -> None:
         self.policy = policy or RelayPolicy()
-        self.totals = Totals()
+        self.totals = RelayTotals()
         self._url = store
         self._timeout = timeout
         self._routes = Routes({**({} if publisher is None else {EVERYTHING: publisher}), **(routes or {})})
         self._only = self._routes.one
         self._woken = asyncio.Event()
-        self._flights = Flights(self._routes if self._only is None else self._only, self._woken.set)
+        self._in_flight = InFlight(self._routes if self._only is None else self._only, self._woken.set)
         self._breakers: dict[int, Breaker] = {}
         self._down: dict[int, Breaker] = {}
         self._unrouted: dict[str, float] = {}
@@ -86,7 +86,7 @@ class Relay:
                 self.policy.give_up_after / 3600,
             )
 
-    async def run(self) -> Totals:
+    async def run(self) -> RelayTotals:
         """Work until `stop` is called; what is on its way is finished first.
 
         A database that gives no answer is tried again. Raises ConfigurationError for one that must not be worked on.
@@ -123,12 +123,12 @@ class Relay:
             return 0.0
         return self._longer(pause) if totals is None else 0.0
 
-    async def run_until_idle(self) -> Totals:
+    async def run_until_idle(self) -> RelayTotals:
         """Work until nothing is due or `stop` is called; what waits for its next attempt stays."""
         try:
             while not self._stopping:
                 if await self.run_once() is None:
-                    if not self._flights:
+                    if not self._in_flight:
                         break
                     await self._wait(self.policy.poll)
         finally:
@@ -141,7 +141,7 @@ class Relay:
         self._stopping = True
         self._woken.set()
 
-    async def run_once(self) -> Totals | None:
+    async def run_once(self) -> RelayTotals | None:
         """One batch, or None where there is nothing to be done.
 
         Raises LeaseLost where the lease was lost, StoreUnavailable, ConfigurationError.
@@ -154,15 +154,15 @@ class Relay:
         try:
             return await self._pass(member)
         except LeaseLost:
-            await self._flights.abandon()
+            await self._in_flight.abandon()
             self._member = None
             raise
 
-    async def _pass(self, member: Membership) -> Totals | None:
+    async def _pass(self, member: Membership) -> RelayTotals | None:
         """End what landed, then claim, publish and end a batch."""
         totals = await self._finish(member)
-        await member.balance(self._flights.on_their_way())
-        if self._flights.full:
+        await member.balance(self._in_flight.on_their_way())
+        if self._in_flight.full:
             await self._until_landed(member)
             totals.add(await self._finish(member))
         taken = await self._claimed(member)
@@ -173,7 +173,7 @@ class Relay:
 
     async def _claimed(self, member: Membership) -> Sequence[Message]:
         """A batch; none once the relay is to stop, or while all that it sends to is down, and then a few."""
-        if self._stopping and self._flights:
+        if self._stopping and self._in_flight:
             return []
         most = None
         if self._down and len(self._down) == len(self._routes.publishers):
@@ -181,7 +181,7 @@ class Relay:
                 member.set_aside = False  # nothing is looked at until then
                 return []
             most = PROBES
-        return await member.claim(self._flights.on_their_way(), most=most)
+        return await member.claim(self._in_flight.on_their_way(), most=most)
 
     def _learn(self, messages: Sequence[Message], outcomes: Sequence[Outcome]) -> None:
         """Note which destinations are out of reach, and which are not any more."""
@@ -203,19 +203,19 @@ class Relay:
 
     async def _finish(
         self, member: Membership, refused: Sequence[tuple[Message, Outcome]] = (), *, batch: bool = False
-    ) -> Totals:
+    ) -> RelayTotals:
         """Tell the database what became of messages: of a batch, or of what went on beside others."""
-        messages, outcomes = self._flights.landed()
-        if not (messages or refused or self._flights.unheld):
-            return Totals()
+        messages, outcomes = self._in_flight.landed()
+        if not (messages or refused or self._in_flight.unheld):
+            return RelayTotals()
         self._learn(messages, outcomes)
         if refused:
             pairs = sorted([*refused, *zip(messages, outcomes, strict=True)], key=_number)
             messages, outcomes = [message for message, _ in pairs], [outcome for _, outcome in pairs]
-        conclusion, totals = conclude(messages, outcomes, self.policy, self._flights.slow(), now=member.now())
+        conclusion, totals = conclude(messages, outcomes, self.policy, self._in_flight.slow(), now=member.now())
         all_done = len(conclusion.done) == len(messages)
         await member.finish(conclusion, all_done=all_done if batch else None)
-        self._flights.noted()
+        self._in_flight.noted()
         for message, attempts, reason in conclusion.dead:
             log.warning("dead letter %s (topic %s) after %d attempts: %s", message.id, message.topic, attempts, reason)
         self.totals.add(totals)
@@ -233,7 +233,7 @@ class Relay:
             with contextlib.suppress(StoreUnavailable, LeaseLost, ConfigurationError):
                 await self._drained(member)
                 await member.leave()
-        await self._flights.abandon()
+        await self._in_flight.abandon()
         await self._routes.close()
         database, self._database = self._database, None
         if database is not None:
@@ -299,7 +299,7 @@ class Relay:
                 break
             if left > beat and await self._moved():
                 break
-        if not self._stopping and not self._flights.any_landed:  # however many wake it, it looks once in so long
+        if not self._stopping and not self._in_flight.any_landed:  # however many wake it, it looks once in so long
             await asyncio.sleep(self._looked_at + self.policy.poll - monotonic())
 
     async def _wait(self, seconds: float) -> bool:
@@ -312,14 +312,14 @@ class Relay:
     async def _moved(self) -> bool:
         """Keep the lease of an idle relay, and look after the others'; whether there are new partitions to look at."""
         try:
-            return self._member is not None and await self._member.balance(self._flights.on_their_way())
+            return self._member is not None and await self._member.balance(self._in_flight.on_their_way())
         except (StoreUnavailable, LeaseLost):
             return True  # the next look at the outbox says the same, and is where it is dealt with
 
     async def _until_landed(self, member: Membership, until: float = inf) -> None:
         """Wait until something landed that the database does not know of."""
         async with self._kept(member):
-            while monotonic() < until and not self._flights.any_landed:
+            while monotonic() < until and not self._in_flight.any_landed:
                 self._woken.clear()
                 if self._stopping and until == inf:
                     return
@@ -328,8 +328,8 @@ class Relay:
     async def _drained(self, member: Membership) -> None:
         """Wait for what is being sent, as long as may be, and note what became of it."""
         until = min(self._stop_at, monotonic() + self.policy.drain)
-        self._flights.close()
-        while self._flights:
+        self._in_flight.close()
+        while self._in_flight:
             await self._until_landed(member, until)
             await self._finish(member)
             if monotonic() >= until:
@@ -369,8 +369,8 @@ class Relay:
         return refused
 
     def _line(self, message: Message) -> tuple[int, bytes]:
-        """What waits while an earlier one does: its chain, or everything where the order is strict."""
-        return (0, b"") if self.policy.order == "strict" else message.line
+        """What waits while an earlier one does: its queue, or everything where the order is strict."""
+        return (0, b"") if self.policy.order == "strict" else message.queue_id
 
     def _refusal(self, message: Message, member: Membership) -> Failed | None:
         """Why a message is not sent, or None."""
@@ -424,9 +424,9 @@ class Relay:
         def live() -> bool:
             return member.live() and monotonic() < self._stop_at
 
-        if not await self._flights.begin(messages, live, self.policy.timeout, one_chain=strict):
+        if not await self._in_flight.begin(messages, live, self.policy.timeout, as_one_queue=strict):
             async with self._kept(member):
-                await self._flights.go_on(
+                await self._in_flight.go_on(
                     inf if strict or last else self.policy.patience, lambda: monotonic() >= self._stop_at
                 )
 

@@ -1,7 +1,7 @@
 """A relay's routes: which publisher the messages of a topic go to (T6).
 
 What they are is a digest in the database, so that relays with other routes do not share an outbox. A batch for several
-publishers is sent to all of them side by side. A chain goes to one publisher at a time: where its messages have
+publishers is sent to all of them side by side. A queue goes to one publisher at a time: where its messages have
 several, those behind the first change are left for the next batch.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, cast
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
-from retryproof.publishers.base import UNTRIED, Batch, Outcome, Progress, Publisher, chains, destination_of, handed
+from retryproof.publishers.base import UNTRIED, Batch, Outcome, Progress, Publisher, destination_of, handed, queues
 from retryproof.publishers.function import FunctionPublisher
 from retryproof.publishers.url import open_publisher
 
@@ -40,7 +40,7 @@ class Routes:
 
     @property
     def one(self) -> Publisher | None:
-        """Where everything goes, if that is one place."""
+        """Where everything goes, if that is one publisher."""
         return self._routes[EVERYTHING] if list(self._routes) == [EVERYTHING] else None
 
     def of(self, topic: str) -> Publisher | None:
@@ -48,29 +48,32 @@ class Routes:
         return self._routes.get(topic, self._routes.get(EVERYTHING))
 
     async def publish(self, batch: Batch) -> Sequence[Outcome]:
-        """Send a batch, each publisher's share side by side."""
+        """Send a batch: each publisher its own messages, side by side."""
         outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
 
-        async def send(publisher: Publisher, places: list[int], progress: _Share) -> None:
-            share = replace(batch, messages=[batch.messages[place] for place in places], progress=progress)
-            for place, outcome in zip(places, await handed(publisher, share), strict=True):
-                outcomes[place] = outcome
-            progress.over([outcomes[place] for place in places])
+        async def send(publisher: Publisher, positions: list[int], progress: _Assignment) -> None:
+            part = replace(batch, messages=[batch.messages[position] for position in positions], progress=progress)
+            for position, outcome in zip(positions, await handed(publisher, part), strict=True):
+                outcomes[position] = outcome
+            progress.over([outcomes[position] for position in positions])
 
-        shares = [(*share, _Share(batch.progress, share[1])) for share in self._shares(batch.messages)]
-        await asyncio.gather(*(send(*share) for share in shares))
+        assigned = [
+            (publisher, positions, _Assignment(batch.progress, positions))  # all of them, before one begins
+            for publisher, positions in self._assigned(batch.messages)
+        ]
+        await asyncio.gather(*(send(*assignment) for assignment in assigned))
         return outcomes
 
-    def _shares(self, messages: Sequence[Message]) -> list[tuple[Publisher, list[int]]]:
-        """The places of each publisher's messages, in order."""
-        shares: dict[int, tuple[Publisher, list[int]]] = {}
-        for chain in chains(messages):
-            first = self.of(messages[chain[0]].topic)
-            for place in chain:
-                if first is None or self.of(messages[place].topic) is not first:
+    def _assigned(self, messages: Sequence[Message]) -> list[tuple[Publisher, list[int]]]:
+        """The positions of each publisher's messages, in order."""
+        assigned: dict[int, tuple[Publisher, list[int]]] = {}
+        for queue in queues(messages):
+            first = self.of(messages[queue[0]].topic)
+            for position in queue:
+                if first is None or self.of(messages[position].topic) is not first:
                     break
-                shares.setdefault(id(first), (first, []))[1].append(place)
-        return [(publisher, sorted(places)) for publisher, places in shares.values()]
+                assigned.setdefault(id(first), (first, []))[1].append(position)
+        return [(publisher, sorted(positions)) for publisher, positions in assigned.values()]
 
     async def close(self) -> None:
         """Close all of them."""
@@ -80,33 +83,33 @@ class Routes:
                 await closed
 
 
-class _Share(Progress):
-    """How far one publisher is, told to the whole batch; all of its share is under way until it says more."""
+class _Assignment(Progress):
+    """How far one publisher is with its messages, told to the whole batch; all are under way until it says more."""
 
-    def __init__(self, whole: Progress, places: Sequence[int]) -> None:
+    def __init__(self, whole: Progress, positions: Sequence[int]) -> None:
         super().__init__()
         self._whole = whole
-        self._places = places
+        self._positions = positions
         self._told = False
-        for place in places:
-            whole.begin(place)
+        for position in positions:
+            whole.begin(position)
 
-    def begin(self, place: int) -> None:
+    def begin(self, position: int) -> None:
         if not self._told:
             self._told = True
-            self._whole.under_way.difference_update(self._places)
-        super().begin(place)
-        self._whole.begin(self._places[place])
+            self._whole.under_way.difference_update(self._positions)
+        super().begin(position)
+        self._whole.begin(self._positions[position])
 
-    def end(self, place: int, outcome: Outcome) -> None:
-        super().end(place, outcome)
-        self._whole.end(self._places[place], outcome)
+    def end(self, position: int, outcome: Outcome) -> None:
+        super().end(position, outcome)
+        self._whole.end(self._positions[position], outcome)
 
     def over(self, outcomes: Sequence[Outcome]) -> None:
-        """The publisher is done with its share; what it told already stands."""
+        """The publisher is done; what it told already stands."""
         if not self._told:
-            for place, outcome in zip(self._places, outcomes, strict=True):
-                self._whole.end(place, outcome)
+            for position, outcome in zip(self._positions, outcomes, strict=True):
+                self._whole.end(position, outcome)
 
 
 def _publisher(given: Destination, by_url: Mapping[str, Publisher]) -> Publisher:

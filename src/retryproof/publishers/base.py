@@ -56,7 +56,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Untried:
-    """Not sent: an earlier message of its chain failed, or the relay's lease is over. It counts no attempt."""
+    """Not sent: an earlier message of its queue failed, or the relay's lease is over. It counts no attempt."""
 
 
 Outcome: TypeAlias = Delivered | Failed | Untried
@@ -65,7 +65,7 @@ UNTRIED = Untried()
 
 
 class Progress:
-    """How far a batch is: the places of messages that are being sent, and what came of others.
+    """How far a batch is: the positions of messages that are being sent, and what came of others.
 
     A publisher that keeps it, on the event loop, is given other batches while some messages take long.
     """
@@ -77,20 +77,20 @@ class Progress:
         self.ended: dict[int, Outcome] = {}
         self._changed = changed
 
-    def begin(self, place: int) -> None:
+    def begin(self, position: int) -> None:
         """A message is being sent from now on."""
-        self.under_way.add(place)
+        self.under_way.add(position)
 
-    def end(self, place: int, outcome: Outcome) -> None:
+    def end(self, position: int, outcome: Outcome) -> None:
         """What came of it."""
-        self.under_way.discard(place)
-        self.ended[place] = outcome
+        self.under_way.discard(position)
+        self.ended[position] = outcome
         self._changed()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Messages to publish, those of a chain in their order.
+    """Messages to publish, those of a queue in their order.
 
     live: whether the relay may still publish; to be asked before each message that is sent by itself.
     timeout: seconds for each such message. progress: kept by publishers that send one message at a time.
@@ -105,7 +105,7 @@ class Batch:
 class Publisher(Protocol):
     """Sends messages. `publish` may be a coroutine function; else it is called in a thread.
 
-    It gives one outcome a message, in their order. After a message failed, later ones of its chain are not sent.
+    It gives one outcome a message, in their order. After a message failed, later ones of its queue are not sent.
     A message may come again, with the same id: after a crash, or when it was sent and the answer was lost.
     An exception counts as the failure of everything in the batch. It must end by itself: what sends with `one_by_one`
     does, after the batch's time-out for each message.
@@ -153,33 +153,33 @@ async def handed(publisher: Publisher, batch: Batch) -> Sequence[Outcome]:
     return outcomes
 
 
-def chains(messages: Sequence[Message]) -> list[list[int]]:
-    """The places of the messages by chain, in order."""
+def queues(messages: Sequence[Message]) -> list[list[int]]:
+    """The positions of the messages by queue, in order."""
     found: dict[bytes, list[int]] = {}
-    for place, message in enumerate(messages):
-        found.setdefault(message.chain, []).append(place)
+    for position, message in enumerate(messages):
+        found.setdefault(message.queue, []).append(position)
     return list(found.values())
 
 
 async def one_by_one(
     batch: Batch, send: Callable[[Message], Awaitable[Outcome]], concurrency: int = CONCURRENCY
 ) -> Sequence[Outcome]:
-    """Send messages one at a time within a chain, chains side by side; a failure, or a time-out, ends its chain."""
+    """Send messages one at a time within a queue, queues side by side; a failure, or a time-out, ends its queue."""
     outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
-    places = asyncio.Semaphore(concurrency)
+    room = asyncio.Semaphore(concurrency)
 
-    async def send_chain(chain: list[int]) -> None:
-        async with places:
-            for place in chain:
+    async def send_queue(queue: list[int]) -> None:
+        async with room:
+            for position in queue:
                 if not batch.live():
                     return
-                batch.progress.begin(place)
-                outcomes[place] = await guarded(send, batch.messages[place], batch.timeout)
-                batch.progress.end(place, outcomes[place])
-                if outcomes[place] is not DELIVERED:
+                batch.progress.begin(position)
+                outcomes[position] = await guarded(send, batch.messages[position], batch.timeout)
+                batch.progress.end(position, outcomes[position])
+                if outcomes[position] is not DELIVERED:
                     return
 
-    await asyncio.gather(*(send_chain(chain) for chain in chains(batch.messages)))
+    await asyncio.gather(*(send_queue(queue) for queue in queues(batch.messages)))
     return outcomes
 
 

@@ -16,10 +16,10 @@ from retryproof.publishers.base import (
     Batch,
     Failed,
     Outcome,
-    chains,
     described,
     kind_of,
     one_by_one,
+    queues,
 )
 
 
@@ -29,7 +29,7 @@ class FunctionPublisher:
     Any other end is delivery. An exception that is a ConnectionError or TimeoutError, or came from one, says that the
     other side is out of reach; any other one counts against the message.
 
-    A coroutine function runs on the relay's loop, chains side by side; any other in a thread, one message at a time.
+    A coroutine function runs on the relay's loop, queues side by side; any other in a thread, one message at a time.
     name: stands for it in a relay's routes, instead of its module and qualified name.
     """
 
@@ -53,15 +53,15 @@ class FunctionPublisher:
 
     def _publish_in_thread(self, batch: Batch) -> Sequence[Outcome]:
         outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
-        for chain in chains(batch.messages):
-            for place in chain:
+        for queue in queues(batch.messages):
+            for position in queue:
                 if not batch.live():
                     return outcomes
                 try:
-                    outcomes[place] = _outcome(self._function(batch.messages[place]))
+                    outcomes[position] = _outcome(self._function(batch.messages[position]))
                 except Exception as error:  # noqa: BLE001 - whatever it raises, the message was not delivered
-                    outcomes[place] = Failed(described(error), kind=kind_of(error))
-                if outcomes[place] is not DELIVERED:
+                    outcomes[position] = Failed(described(error), kind=kind_of(error))
+                if outcomes[position] is not DELIVERED:
                     break
         return outcomes
 

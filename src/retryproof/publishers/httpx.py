@@ -106,7 +106,7 @@ class HttpPublisher:
 
     def _opened(self) -> httpx.AsyncClient:
         if self._client is None:
-            # As many as are asked for: those that wait for a slow receiver must not take the others' places.
+            # As many as are asked for: those that wait for a slow receiver must not take the others' connections.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._concurrency)
             # trust_env: no proxy of the environment, which would resolve names by itself.
             self._client = httpx.AsyncClient(timeout=self._timeout, limits=limits, trust_env=False)

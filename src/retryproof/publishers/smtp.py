@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
-from retryproof.publishers.base import DELIVERED, UNTRIED, Batch, Failed, Outcome, chains, described
+from retryproof.publishers.base import DELIVERED, UNTRIED, Batch, Failed, Outcome, described, queues
 
 TIMEOUT = 30.0
 _OUT_OF_REACH = (0, 421, 454)
@@ -66,34 +66,34 @@ class SmtpPublisher:
         Where the connection is lost over a message, that one fails, and later ones are not tried.
         """
         outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
-        order = chains(batch.messages)
+        order = queues(batch.messages)
         try:
             with self._connected() as server:
-                for chain in order:
-                    if not self._send_chain(server, batch, chain, outcomes):
+                for queue in order:
+                    if not self._send_queue(server, batch, queue, outcomes):
                         break
         except OSError as error:  # of connecting; SMTPException is one
-            for chain in order:
-                outcomes[chain[0]] = Failed(described(error), kind="unreachable")
+            for queue in order:
+                outcomes[queue[0]] = Failed(described(error), kind="unreachable")
         return outcomes
 
     def close(self) -> None:
         """Nothing: connections end with their batch."""
 
-    def _send_chain(self, server: smtplib.SMTP, batch: Batch, chain: list[int], outcomes: list[Outcome]) -> bool:
+    def _send_queue(self, server: smtplib.SMTP, batch: Batch, queue: list[int], outcomes: list[Outcome]) -> bool:
         """Send until one fails; whether the connection is there still."""
-        for place in chain:
+        for position in queue:
             if not batch.live():
                 break
             try:
-                outcomes[place] = self._send(server, batch.messages[place])
+                outcomes[position] = self._send(server, batch.messages[position])
             except OSError as error:  # SMTPException is one
-                outcomes[place] = _refused(error)
+                outcomes[position] = _refused(error)
                 with suppress(OSError):
                     server.rset()
             except ValueError as error:
-                outcomes[place] = Failed(described(error), permanent=True)
-            if outcomes[place] is not DELIVERED:
+                outcomes[position] = Failed(described(error), permanent=True)
+            if outcomes[position] is not DELIVERED:
                 break
         return server.sock is not None
 

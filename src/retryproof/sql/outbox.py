@@ -1,7 +1,7 @@
 """What an outbox asks of its database; each dialect says how (T5 to T7). All of it is plans.
 
 A relay is fenced by its own row: what it does, it does in a statement that locks the row, and changes nothing where
-the row is gone. Who finds a lease that is over removes the row, frees its partitions and marks what was on its way,
+the row is gone. Who finds a lease that is over removes the row, frees its partitions and marks what it had in flight,
 all at once. A relay's id is new each time it joins, so a relay that slept cannot come back as itself.
 """
 
@@ -13,19 +13,19 @@ from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 from uuid import UUID
 
-from retryproof.core.message import Conclusion, Message
+from retryproof.core.message import BatchResult, Message
 from retryproof.sql.plan import Plan
 
 HELD = (1 << 63) - 1
-"""When a chain is due whose first message is being sent still: never, until its relay says what came of it, or dies."""
+"""When a queue is due whose first message is still being sent: never, until its relay says what came of it, or dies."""
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ClaimedBatch:
     """What a claim found.
 
     held: whether the relay is still one. suspects: whether there are messages to be tried alone.
-    waiting: the partition of each message that was found, and parked, since its chain is held back.
+    waiting: the partition of each message that was found, and parked, since its queue is held back.
     low: where partitions were begun at the most, below their floors, or None. open: transactions that the claim's
     snapshot lists as open, and those asked after that are. unlisted: whether others may have had their ids by then.
     own: the claim's id; whoever has a higher one got it later. server: tells one start of one server from others.
@@ -43,7 +43,7 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class OutboxSettings:
     """What the database says of its outbox.
 
     foreign: why its transaction ids are not this server's, or "". unsure: why that may have gone unnoticed, or "".
@@ -61,7 +61,7 @@ class Settings:
 class Stats:
     """How an outbox stands. Ages are seconds.
 
-    pending: messages that are visible, parked among them. blocked: chains that are held back.
+    pending: messages that are visible, parked among them. blocked: queues that are held back.
     lag: age of the oldest pending message.
     """
 
@@ -100,7 +100,7 @@ class OutboxPlans(Protocol):
     def notify(self, payload: str = "") -> Plan[None]:
         """Wake relays when the caller's transaction commits; with a payload, only tell them that."""
 
-    def settings(self, partitions: int) -> Plan[Settings]:
+    def settings(self, partitions: int) -> Plan[OutboxSettings]:
         """What the database says; where tables are made on the way, they get so many partitions."""
 
     def join(self, relay: UUID, lease: int, strict: bool, routes: str) -> Plan[Rival | None]:
@@ -114,7 +114,7 @@ class OutboxPlans(Protocol):
         """Extend the lease; the store's time in µs, or None where it was lost."""
 
     def bury(self) -> Plan[int]:
-        """Remove relays whose lease is over; what they had on its way is to be tried alone.
+        """Remove relays whose lease is over; what they had in flight is to be tried alone.
 
         A message that was tried alone has one death more: here and nowhere else, so that only deaths are counted, and
         each once (C15). The age of all of them begins, since they may have been sent.
@@ -123,11 +123,11 @@ class OutboxPlans(Protocol):
     def balance(self, relay: UUID, strict: bool, kept: Sequence[int] = ()) -> Plan[Sequence[int] | None]:
         """Take or give up partitions until all live relays have as many; those it has, or None where it is gone.
 
-        kept: those that are not given up, since messages of them are on their way: a chain has one relay at a time.
+        kept: those that are not given up, since messages of them are in flight: a queue has one relay at a time.
         """
 
     def leave(self, relay: UUID) -> Plan[None]:
-        """Give the partitions back; with something on its way nothing is done, and the lease has to run out."""
+        """Give the partitions back; with something in flight nothing is done, and the lease has to run out."""
 
     def claim(
         self,
@@ -135,17 +135,17 @@ class OutboxPlans(Protocol):
         floors: Mapping[int, int],
         *,
         batch: int,
-        share: int,
+        quota: int,
         lease: int,
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
         open: Mapping[int, int] = MappingProxyType({}),
         server: int = 0,
-    ) -> Plan[Taken]:
-        """Take a batch, the lowest numbers: at most `share` of each partition, in the order of `floors`.
+    ) -> Plan[ClaimedBatch]:
+        """Take a batch, the lowest numbers: at most `quota` of each partition, in the order of `floors`.
 
-        alone: one message that a dead relay left. slow: messages that stay on their way.
+        alone: one message that a dead relay left. slow: messages that stay in flight.
         floors: where to begin in each partition. open: transactions, each with a number that is below all of its own:
         where one of them has ended, partitions are begun there at the most. server: on another one, at the first.
         """
@@ -153,7 +153,7 @@ class OutboxPlans(Protocol):
     def last_number(self) -> Plan[int | None]:
         """The number that was drawn last, 0 where none was; None where it cannot be asked or cannot be set back."""
 
-    def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
+    def finish(self, relay: UUID, result: BatchResult, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch; False, and nothing changed, where the relay is gone."""
 
     def stats(self) -> Plan[Stats]:

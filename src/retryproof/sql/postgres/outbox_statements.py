@@ -1,4 +1,4 @@
-"""The statements of the outbox on PostgreSQL, by name; {…} are its tables.
+"""The statements of the outbox on PostgreSQL, by name; `{…}` are its tables, `:name` are parameters.
 
 Messages are ordered by a number alone, which is drawn when one is added. Who saw another's commit before has a higher
 number, and a claim that sees it sees the other's as well; so what a claim takes in this order is in order, and waits
@@ -19,8 +19,8 @@ from retryproof.sql.outbox import HELD
 from retryproof.sql.postgres.statements import NOW
 
 STARTED = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
-GATE = -1
-"""The partition that stands for all of them where the order is strict, with an empty chain."""
+ALL = -1
+"""In place of a partition where the order is strict: what is held back is everything, and its queue is empty."""
 
 _SENT = "id, topic, payload, key, headers, content_type, trace, attempts, created_at"
 _KEPT = f"{_SENT}, sequence, partition, chain"
@@ -38,33 +38,36 @@ def _xids(numbers: str) -> str:
 
 
 def _fenced(slow: str = "") -> str:
-    """The relay's row, locked and extended; slow: what stays on its way."""
+    """The relay's row, locked and extended; slow: what stays in flight."""
     flight = f"flight_xids = {_xids(slow)}, flight = {slow}" if slow else "flight_xids = '{{}}', flight = '{{}}'"
     return f"""held AS MATERIALIZED (
-    UPDATE {{relays}} SET {flight}, lease_until = {NOW} + $2::bigint
-    WHERE id = $1::uuid RETURNING id
+    UPDATE {{relays}} SET {flight}, lease_until = {NOW} + :lease::bigint
+    WHERE id = :relay::uuid RETURNING id
 )"""
 
 
 _ENDED = """gone AS (
-    DELETE FROM {outbox} o USING held, unnest($3::bigint[]) d(sequence) WHERE o.sequence = d.sequence
+    DELETE FROM {outbox} o USING held, unnest(:done::bigint[]) d(sequence) WHERE o.sequence = d.sequence
 )"""
-_BURIED = f"""dead AS (
-    DELETE FROM {{outbox}} o USING held, unnest($4::bigint[], $5::int[], $6::text[]) d(sequence, tried, why)
+_GIVEN_UP = f"""dead AS (
+    DELETE FROM {{outbox}} o
+    USING held, unnest(:dead::bigint[], :dead_attempts::int[], :dead_reasons::text[]) d(sequence, tried, why)
     WHERE o.sequence = d.sequence RETURNING o.*, d.tried, d.why
-), buried AS (
+), letters AS (
     INSERT INTO {{letters}} ({_KEPT}, reason, died_at)
     SELECT {_KEPT.replace("attempts", "tried")}, why, {NOW} FROM dead
     ON CONFLICT (id) DO UPDATE SET reason = excluded.reason, died_at = excluded.died_at, attempts = excluded.attempts
 ), fails AS MATERIALIZED (
-    SELECT f.* FROM held, unnest($7::bigint[], $8::int[], $9::text[], $10::bigint[], $11::int[])
+    SELECT f.* FROM held, unnest(
+        :failed::bigint[], :failed_attempts::int[], :failed_reasons::text[], :delays::bigint[], :answers::int[])
         f(sequence, tried, why, delay, answers)
-), ended AS MATERIALIZED (SELECT unnest($3::bigint[] || $4::bigint[]) AS sequence)"""
+), ended AS MATERIALIZED (SELECT unnest(:done::bigint[] || :dead::bigint[]) AS sequence)"""
 _FAILED = f"""attempts = f.tried, reason = f.why,
         alone = o.alone AND f.answers = {UNCOUNTED},
         answers = CASE WHEN f.answers = {UNCOUNTED} THEN o.answers ELSE f.answers END,
         failed_at = CASE WHEN f.answers = {UNCOUNTED} THEN o.failed_at ELSE coalesce(o.failed_at, {NOW}) END"""
-_ADD = "id, partition, chain, topic, payload, key, headers, content_type, trace"
+_ADD_BARE = "id, partition, chain, topic, payload, key"
+_ADD = f"{_ADD_BARE}, headers, content_type, trace"
 
 
 def _seen(xids: str, lows: str, server: str) -> str:
@@ -97,13 +100,18 @@ _WAITING = "(SELECT array_agg(partition) FROM found WHERE waits)"
 
 STATEMENTS = {
     "add": f"""INSERT INTO {{outbox}} ({_ADD})
-SELECT $2::uuid, $3::int, $4::bytea, $5::text, $6::bytea, $7::text, $8::text, $9::text, $10::text
-FROM {{settings}} WHERE partitions = $1::int RETURNING 1""",
+SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text, :headers::text,
+    :content_type::text, :trace::text
+FROM {{settings}} WHERE partitions = :partitions::int RETURNING 1""",
+    "add_bare": f"""INSERT INTO {{outbox}} ({_ADD_BARE})
+SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text
+FROM {{settings}} WHERE partitions = :partitions::int RETURNING 1""",
     "add_many": f"""INSERT INTO {{outbox}} ({_ADD})
 SELECT m.id, m.partition, m.chain, m.topic, m.payload, m.key, m.headers, m.content_type, m.trace
-FROM {{settings}}, unnest($2::text[]::uuid[], $3::int[], $4::bytea[], $5::text[], $6::bytea[], $7::text[], $8::text[],
-    $9::text[], $10::text[]) WITH ORDINALITY AS m({_ADD}, place)
-WHERE partitions = $1::int ORDER BY m.place RETURNING 1""",
+FROM {{settings}}, unnest(:ids::text[]::uuid[], :in_partitions::int[], :queues::bytea[], :topics::text[],
+    :payloads::bytea[], :keys::text[], :headers::text[], :content_types::text[], :traces::text[]
+) WITH ORDINALITY AS m({_ADD}, place)
+WHERE partitions = :partitions::int ORDER BY m.place RETURNING 1""",
     "partition_number": "SELECT partitions FROM {settings}",
     "settings": """SELECT partitions, cluster, (
     SELECT max(xid) FROM ((SELECT xid FROM {outbox} ORDER BY sequence LIMIT 1)
@@ -118,16 +126,16 @@ FROM pg_catalog.pg_sequence s WHERE s.seqrelid = pg_get_serial_sequence('{outbox
 THEN coalesce(pg_sequence_last_value(s.id), 0) END
 FROM (SELECT pg_get_serial_sequence('{outbox}', 'sequence')::regclass AS id) s""",
     "server": "SELECT system_identifier::text FROM pg_catalog.pg_control_system()",
-    "own": "UPDATE {settings} SET cluster = $1::text WHERE cluster IS NULL RETURNING 1",
+    "own": "UPDATE {settings} SET cluster = :cluster::text WHERE cluster IS NULL RETURNING 1",
     "join": f"""INSERT INTO {{relays}} (id, lease_until, strict, routes)
-SELECT $1::uuid, {NOW} + $2::bigint, $3::boolean, $4::text
-WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> $3::boolean OR routes IS DISTINCT FROM $4::text)
+SELECT :relay::uuid, {NOW} + :lease::bigint, :strict::boolean, :routes::text
+WHERE NOT EXISTS (SELECT FROM {{relays}} WHERE strict <> :strict::boolean OR routes IS DISTINCT FROM :routes::text)
 ON CONFLICT (id) DO NOTHING""",
-    "rivals": """SELECT EXISTS (SELECT FROM {relays} WHERE id = $1::uuid), (
-    SELECT bool_or(strict <> $2::boolean) FROM {relays}
-    WHERE id <> $1::uuid AND (strict <> $2::boolean OR routes IS DISTINCT FROM $3::text)
+    "rivals": """SELECT EXISTS (SELECT FROM {relays} WHERE id = :relay::uuid), (
+    SELECT bool_or(strict <> :strict::boolean) FROM {relays}
+    WHERE id <> :relay::uuid AND (strict <> :strict::boolean OR routes IS DISTINCT FROM :routes::text)
 )""",
-    "renew": f"UPDATE {{relays}} SET lease_until = {NOW} + $2::bigint WHERE id = $1::uuid RETURNING {NOW}",
+    "renew": f"UPDATE {{relays}} SET lease_until = {NOW} + :lease::bigint WHERE id = :relay::uuid RETURNING {NOW}",
     "bury": f"""WITH over AS MATERIALIZED (
     SELECT id FROM {{relays}} WHERE lease_until < {NOW} FOR UPDATE SKIP LOCKED
 ), buried AS (
@@ -136,7 +144,7 @@ ON CONFLICT (id) DO NOTHING""",
     UPDATE {{outbox}} o SET parked = NOT f.strict, alone = true, attempts = o.attempts + o.alone::int,
         deaths = o.deaths + o.alone::int, failed_at = coalesce(o.failed_at, greatest(f.lease_until, o.created_at))
     FROM (SELECT strict, lease_until, unnest(flight) AS sequence FROM buried) f WHERE o.sequence = f.sequence
-    RETURNING CASE WHEN f.strict THEN {GATE} ELSE o.partition END AS partition,
+    RETURNING CASE WHEN f.strict THEN {ALL} ELSE o.partition END AS partition,
         CASE WHEN f.strict THEN ''::bytea ELSE o.chain END AS chain
 ), marked AS (
     INSERT INTO {{blocked}} (partition, chain, due_at, alone)
@@ -145,36 +153,37 @@ ON CONFLICT (id) DO NOTHING""",
 )
 SELECT count(*) FROM buried""",
     "target": f"""SELECT (SELECT partitions FROM {{settings}}),
-(SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW} OR id = $1::uuid),
-(SELECT count(*) FROM {{partitions}} WHERE relay = $1::uuid)
-FROM {{relays}} WHERE id = $1::uuid""",
+(SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW} OR id = :relay::uuid),
+(SELECT count(*) FROM {{partitions}} WHERE relay = :relay::uuid)
+FROM {{relays}} WHERE id = :relay::uuid""",
     "give_up": """UPDATE {partitions} SET relay = NULL WHERE partition IN (
-    SELECT partition FROM {partitions} WHERE relay = $1::uuid AND partition <> ALL($3::int[])
-    ORDER BY partition OFFSET $2::bigint
-) AND relay = $1::uuid RETURNING 1""",
-    "take": """WITH held AS MATERIALIZED (SELECT id FROM {relays} WHERE id = $1::uuid FOR UPDATE)
+    SELECT partition FROM {partitions} WHERE relay = :relay::uuid AND partition <> ALL(:kept::int[])
+    ORDER BY partition OFFSET :keep::bigint
+) AND relay = :relay::uuid RETURNING 1""",
+    "take": """WITH held AS MATERIALIZED (SELECT id FROM {relays} WHERE id = :relay::uuid FOR UPDATE)
 UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.partition IN (
-    SELECT partition FROM {partitions} WHERE relay IS NULL ORDER BY partition LIMIT $2::bigint FOR UPDATE SKIP LOCKED
+    SELECT partition FROM {partitions} WHERE relay IS NULL ORDER BY partition LIMIT :count::bigint
+    FOR UPDATE SKIP LOCKED
 ) RETURNING 1""",
-    "mine": "SELECT partition FROM {partitions} WHERE relay = $1::uuid ORDER BY partition",
-    "leave": "DELETE FROM {relays} WHERE id = $1::uuid AND flight = '{{}}' RETURNING 1",
-    "claim": f"""WITH {_seen("$9", "$10", "$11")}, held AS MATERIALIZED (
-    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
+    "mine": "SELECT partition FROM {partitions} WHERE relay = :relay::uuid ORDER BY partition",
+    "leave": "DELETE FROM {relays} WHERE id = :relay::uuid AND flight = '{{}}' RETURNING 1",
+    "claim": f"""WITH {_seen(":open", ":lows", ":server")}, held AS MATERIALIZED (
+    SELECT id FROM {{relays}} WHERE id = :relay::uuid FOR UPDATE
 ), owned AS MATERIALIZED (
     SELECT p.partition, least(p.floor, seen.low) AS floor
-    FROM held, seen, unnest($2::int[], $3::bigint[]) AS p(partition, floor)
+    FROM held, seen, unnest(:partitions::int[], :floors::bigint[]) AS p(partition, floor)
 ), due AS MATERIALIZED (
     SELECT b.* FROM owned, LATERAL (
         SELECT partition, chain FROM {{blocked}} b
-        WHERE b.partition = owned.partition AND b.alone = $7::boolean AND b.due_at <= {NOW}
-        ORDER BY b.due_at LIMIT $5::bigint
-    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT $4::bigint
+        WHERE b.partition = owned.partition AND b.alone = :alone::boolean AND b.due_at <= {NOW}
+        ORDER BY b.due_at LIMIT :quota::bigint
+    ) b WHERE EXISTS (SELECT FROM {{blocked}}) LIMIT :batch::bigint
 ), retried AS MATERIALIZED (
     SELECT o.* FROM held, due, LATERAL (
         SELECT {_MESSAGE}, true AS was_parked, xid FROM {{outbox}} o
         WHERE o.parked AND o.partition = due.partition AND o.chain = due.chain
-        ORDER BY o.sequence + 0 LIMIT $5::bigint
-    ) o LIMIT $4::bigint
+        ORDER BY o.sequence + 0 LIMIT :quota::bigint
+    ) o LIMIT :batch::bigint
 ), found AS MATERIALIZED (
     SELECT o.*, (
         SELECT true FROM {{blocked}} b WHERE b.partition = o.partition AND b.chain = o.chain LIMIT 1
@@ -182,15 +191,15 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     FROM owned, LATERAL (
         SELECT {_MESSAGE}, false AS was_parked, xid FROM {{outbox}} o
         WHERE o.partition = owned.partition AND NOT o.parked AND o.sequence + 0 >= owned.floor
-        ORDER BY o.sequence + 0 LIMIT $5::bigint
-    ) o WHERE NOT $7::boolean LIMIT $4::bigint
+        ORDER BY o.sequence + 0 LIMIT :quota::bigint
+    ) o WHERE NOT :alone::boolean LIMIT :batch::bigint
 ), parking AS (
     UPDATE {{outbox}} o SET parked = true FROM found f WHERE f.waits AND o.sequence = f.sequence
 ), taken AS MATERIALIZED (
     SELECT {_TAKEN} FROM retried UNION ALL SELECT {_TAKEN} FROM found WHERE NOT waits
-), flight AS (
-    UPDATE {{relays}} r SET lease_until = {NOW} + $6::bigint,
-        flight_xids = {_xids("$8::bigint[]")} || f.xids, flight = $8::bigint[] || f.sequences
+), in_flight AS (
+    UPDATE {{relays}} r SET lease_until = {NOW} + :lease::bigint,
+        flight_xids = {_xids(":slow::bigint[]")} || f.xids, flight = :slow::bigint[] || f.sequences
     FROM held, (
         SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
         FROM taken
@@ -198,15 +207,15 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     WHERE r.id = held.id
 )
 {_answer(_SUSPECTS, _WAITING)}""",
-    "claim_strict": f"""WITH {_seen("$5", "$6", "$7")}, held AS MATERIALIZED (
-    SELECT id FROM {{relays}} WHERE id = $1::uuid FOR UPDATE
-), gate AS MATERIALIZED (
-    SELECT due_at, alone FROM {{blocked}} WHERE partition = {GATE}
+    "claim_strict": f"""WITH {_seen(":open", ":lows", ":server")}, held AS MATERIALIZED (
+    SELECT id FROM {{relays}} WHERE id = :relay::uuid FOR UPDATE
+), pause AS MATERIALIZED (
+    SELECT due_at, alone FROM {{blocked}} WHERE partition = {ALL}
 ), found AS MATERIALIZED (
     SELECT o.* FROM held, seen, LATERAL (
         SELECT {_MESSAGE}, false AS was_parked, xid, alone FROM {{outbox}}
-        WHERE sequence >= least($2::bigint, seen.low) AND NOT EXISTS (SELECT FROM gate WHERE due_at > {NOW})
-        ORDER BY sequence LIMIT $3::bigint
+        WHERE sequence >= least(:floor::bigint, seen.low) AND NOT EXISTS (SELECT FROM pause WHERE due_at > {NOW})
+        ORDER BY sequence LIMIT :batch::bigint
     ) o
 ), first_alone AS MATERIALIZED (
     SELECT min(sequence) AS sequence FROM found WHERE alone
@@ -216,8 +225,8 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 ), taken AS MATERIALIZED (
     SELECT {_TAKEN} FROM single UNION ALL SELECT {_TAKEN} FROM found f
     WHERE NOT EXISTS (SELECT FROM first_alone a WHERE f.sequence >= a.sequence)
-), flight AS (
-    UPDATE {{relays}} r SET lease_until = {NOW} + $4::bigint, flight_xids = f.xids, flight = f.sequences
+), in_flight AS (
+    UPDATE {{relays}} r SET lease_until = {NOW} + :lease::bigint, flight_xids = f.xids, flight = f.sequences
     FROM held, (
         SELECT coalesce(array_agg(xid), '{{{{}}}}') AS xids, coalesce(array_agg(sequence), '{{{{}}}}') AS sequences
         FROM taken
@@ -226,14 +235,14 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
 )
 {_answer("false", "NULL::int[]")}""",
     "finish_plain": f"WITH {_fenced()}, {_ENDED} SELECT count(*) FROM held",
-    "finish": f"""WITH {_fenced("$12::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
+    "finish": f"""WITH {_fenced(":slow::bigint[]")}, {_ENDED}, {_GIVEN_UP}, failing AS (
     UPDATE {{outbox}} o SET parked = true, {_FAILED},
-        chain = CASE WHEN $17::boolean AND f.answers <> {UNCOUNTED} THEN uuid_send(o.id) ELSE o.chain END
+        chain = CASE WHEN :passing::boolean AND f.answers <> {UNCOUNTED} THEN uuid_send(o.id) ELSE o.chain END
     FROM fails f WHERE o.sequence = f.sequence
     RETURNING o.partition, o.chain, o.sequence, o.alone, f.delay
-), lines AS MATERIALIZED (
+), queues AS MATERIALIZED (
     SELECT t.partition, t.chain, count(o.sequence) AS more, coalesce(bool_or(o.alone), false) AS alone
-    FROM held CROSS JOIN unnest($15::int[], $16::bytea[]) AS t(partition, chain)
+    FROM held CROSS JOIN unnest(:free_partitions::int[], :free_queues::bytea[]) AS t(partition, chain)
     LEFT JOIN LATERAL (
         SELECT o.sequence, EXISTS (
             SELECT FROM {{outbox}} a WHERE a.alone AND a.partition = t.partition AND a.chain = t.chain
@@ -245,9 +254,9 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
         LIMIT 1
     ) o ON true GROUP BY t.partition, t.chain
 ), unblocked AS (
-    DELETE FROM {{blocked}} b USING lines l WHERE b.partition = l.partition AND b.chain = l.chain AND l.more = 0
+    DELETE FROM {{blocked}} b USING queues l WHERE b.partition = l.partition AND b.chain = l.chain AND l.more = 0
 ), again AS (
-    UPDATE {{blocked}} b SET due_at = 0, alone = l.alone FROM lines l
+    UPDATE {{blocked}} b SET due_at = 0, alone = l.alone FROM queues l
     WHERE b.partition = l.partition AND b.chain = l.chain AND l.more > 0
 ), blocking AS (
     INSERT INTO {{blocked}} (partition, chain, due_at, alone)
@@ -258,7 +267,8 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     FROM failing f
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone
 ), slow AS MATERIALIZED (
-    SELECT s.* FROM held, unnest($12::bigint[], $13::int[], $14::bytea[]) s(sequence, partition, chain)
+    SELECT s.* FROM held,
+        unnest(:slow::bigint[], :slow_partitions::int[], :slow_queues::bytea[]) s(sequence, partition, chain)
 ), waiting AS (
     UPDATE {{outbox}} o SET parked = true FROM slow s WHERE o.sequence = s.sequence AND NOT o.parked
 ), holding AS (
@@ -269,14 +279,14 @@ UPDATE {partitions} p SET relay = held.id FROM held WHERE p.relay IS NULL AND p.
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
 )
 SELECT count(*) FROM held""",
-    "finish_strict": f"""WITH {_fenced("$12::bigint[]")}, {_ENDED}, {_BURIED}, failing AS (
+    "finish_strict": f"""WITH {_fenced(":slow::bigint[]")}, {_ENDED}, {_GIVEN_UP}, failing AS (
     UPDATE {{outbox}} o SET {_FAILED}
     FROM fails f WHERE o.sequence = f.sequence RETURNING f.delay
 ), opened AS (
-    DELETE FROM {{blocked}} b USING held WHERE b.partition = {GATE} AND NOT EXISTS (SELECT FROM fails)
+    DELETE FROM {{blocked}} b USING held WHERE b.partition = {ALL} AND NOT EXISTS (SELECT FROM fails)
 ), closed AS (
     INSERT INTO {{blocked}} (partition, chain, due_at, alone)
-    SELECT {GATE}, ''::bytea, {NOW} + min(delay), false FROM failing HAVING count(*) > 0
+    SELECT {ALL}, ''::bytea, {NOW} + min(delay), false FROM failing HAVING count(*) > 0
     ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at
 )
 SELECT count(*) FROM held""",
@@ -285,16 +295,17 @@ SELECT count(*) FROM held""",
 (SELECT count(*) FROM {{relays}} WHERE lease_until > {NOW}), (SELECT partitions FROM {{settings}}),
 greatest(0, coalesce(({NOW} - (SELECT min(created_at) FROM {{outbox}})) / 1e6, 0))::float8""",
     "letters": f"""SELECT {_KEPT}, reason, died_at FROM {{letters}}
-WHERE ($1::text IS NULL OR topic = $1::text) AND (cardinality($3::text[]) = 0 OR id = ANY($3::text[]::uuid[]))
-ORDER BY died_at, id LIMIT $2::bigint""",
+WHERE (:topic::text IS NULL OR topic = :topic::text)
+AND (cardinality(:ids::text[]) = 0 OR id = ANY(:ids::text[]::uuid[]))
+ORDER BY died_at, id LIMIT :limit::bigint""",
     "requeue": f"""WITH back AS (
-    DELETE FROM {{letters}} WHERE id = ANY($1::text[]::uuid[]) RETURNING {_ADD}, created_at, sequence
+    DELETE FROM {{letters}} WHERE id = ANY(:ids::text[]::uuid[]) RETURNING {_ADD}, created_at, sequence
 ), added AS (INSERT INTO {{outbox}} ({_ADD}, created_at) SELECT {_ADD}, created_at FROM back ORDER BY sequence)
-SELECT count(*), count(*) FILTER (WHERE created_at < {NOW} - $2::bigint) FROM back""",
-    "drop": """WITH dropped AS (DELETE FROM {letters} WHERE id = ANY($1::text[]::uuid[]) RETURNING 1)
+SELECT count(*), count(*) FILTER (WHERE created_at < {NOW} - :remembered::bigint) FROM back""",
+    "drop": """WITH dropped AS (DELETE FROM {letters} WHERE id = ANY(:ids::text[]::uuid[]) RETURNING 1)
 SELECT count(*) FROM dropped""",
     "purge": f"""WITH old AS (
-    SELECT id FROM {{letters}} WHERE died_at < {NOW} - $1::bigint ORDER BY died_at, id LIMIT $2::bigint
+    SELECT id FROM {{letters}} WHERE died_at < {NOW} - :older_than::bigint ORDER BY died_at, id LIMIT :limit::bigint
     FOR UPDATE SKIP LOCKED
 ), purged AS (DELETE FROM {{letters}} l USING old WHERE l.id = old.id RETURNING 1)
 SELECT count(*) FROM purged""",

@@ -13,13 +13,13 @@ from typing import Any
 from uuid import UUID
 
 from retryproof.clock import wall_clock
-from retryproof.core.message import UNCOUNTED, Conclusion, Message
-from retryproof.sql.outbox import HELD, DeadLetter, Rival, Settings, Stats, Taken
+from retryproof.core.message import UNCOUNTED, BatchResult, Message
+from retryproof.sql.outbox import HELD, ClaimedBatch, DeadLetter, OutboxSettings, Rival, Stats
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.sqlite.schema import Part, ready
 
-GATE = -1
-"""The partition that stands for all of them where the order is strict, with an empty chain."""
+ALL = -1
+"""In place of a partition where the order is strict: what is held back is everything, and its queue is empty."""
 
 _FIRST = (
     """CREATE TABLE IF NOT EXISTS retryproof_outbox (
@@ -135,10 +135,10 @@ class SqliteOutbox:
 
     # A relay's life
 
-    def settings(self, partitions: int) -> Plan[Settings]:
+    def settings(self, partitions: int) -> Plan[OutboxSettings]:
         """What the database says."""
         found = yield from self._partitions(partitions)
-        return Settings(found)
+        return OutboxSettings(found)
 
     def join(self, relay: UUID, lease: int, strict: bool, routes: str) -> Plan[Rival | None]:
         """Become a relay."""
@@ -169,18 +169,18 @@ class SqliteOutbox:
             "DELETE FROM retryproof_outbox_relays WHERE lease_until < ? RETURNING id, strict, flight, lease_until",
             (self._clock(),),
         )
-        for relay, strict, flight, died_at in over:
+        for relay, strict, in_flight, died_at in over:
             yield Statement("UPDATE retryproof_outbox_partitions SET relay = NULL WHERE relay = ?", (relay,))
             suspects = yield Statement(
                 "UPDATE retryproof_outbox SET parked = NOT ?, alone = 1, "
                 "attempts = attempts + alone, deaths = deaths + alone, "
                 f"failed_at = coalesce(failed_at, max(?, created_at)) WHERE sequence IN {_AMONG} "
                 "RETURNING partition, chain",
-                (strict, died_at, flight),
+                (strict, died_at, in_flight),
             )
-            lines = {(GATE, b"") if strict else (row[0], row[1]) for row in suspects}
-            for partition, chain in lines:  # due at once, although it was held while a message took long
-                yield from _block(partition, chain, 0, alone=True)
+            queues = {(ALL, b"") if strict else (row[0], row[1]) for row in suspects}
+            for partition, queue in queues:  # due at once, although it was held while a message took long
+                yield from _block(partition, queue, 0, alone=True)
         return len(over)
 
     def balance(self, relay: UUID, strict: bool, kept: Sequence[int] = ()) -> Plan[Sequence[int] | None]:
@@ -221,27 +221,27 @@ class SqliteOutbox:
         floors: Mapping[int, int],
         *,
         batch: int,
-        share: int,
+        quota: int,
         lease: int,
         alone: bool,
         strict: bool,
         slow: Sequence[Message] = (),
         open: Mapping[int, int] = MappingProxyType({}),
         server: int = 0,
-    ) -> Plan[Taken]:
+    ) -> Plan[ClaimedBatch]:
         """Take a batch."""
         now = self._clock()
         held = yield Statement("SELECT flight FROM retryproof_outbox_relays WHERE id = ?", (str(relay),))
         waiting: list[int] = []
         if not held:
-            return Taken(False)
+            return ClaimedBatch(False)
         if strict:
             taken = yield from self._strict(batch, now)
         elif alone:
             taken = yield from self._due(floors, 1, 1, now, alone=True)
         else:
-            taken = yield from self._due(floors, batch, share, now, alone=False)
-            ready, waiting = yield from self._ready(floors, batch, share)
+            taken = yield from self._due(floors, batch, quota, now, alone=False)
+            ready, waiting = yield from self._ready(floors, batch, quota)
             taken += ready
         yield Statement(
             "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = ? WHERE id = ?",
@@ -251,28 +251,28 @@ class SqliteOutbox:
             f"SELECT 1 FROM retryproof_outbox_blocked WHERE partition IN {_AMONG} AND alone AND due_at <= ? LIMIT 1",
             (json.dumps(list(floors)), now),
         )
-        return Taken(True, bool(suspects) and not strict, taken, waiting)
+        return ClaimedBatch(True, bool(suspects) and not strict, taken, waiting)
 
-    def _due(self, floors: Mapping[int, int], batch: int, share: int, now: int, *, alone: bool) -> Plan[list[Message]]:
-        lines = yield Statement(
+    def _due(self, floors: Mapping[int, int], batch: int, quota: int, now: int, *, alone: bool) -> Plan[list[Message]]:
+        queues = yield Statement(
             f"SELECT partition, chain FROM retryproof_outbox_blocked WHERE partition IN {_AMONG} AND alone = ? "
             "AND due_at <= ? ORDER BY due_at LIMIT ?",
             (json.dumps(list(floors)), alone, now, batch),
         )
         taken: list[Message] = []
-        for partition, chain in lines:
+        for partition, queue in queues:
             if len(taken) >= batch:
                 break
             rows = yield Statement(
                 f"SELECT {_MESSAGE} FROM retryproof_outbox WHERE parked AND partition = ? AND chain = ? "
                 "ORDER BY sequence LIMIT ?",
-                (partition, chain, min(share, batch - len(taken))),
+                (partition, queue, min(quota, batch - len(taken))),
             )
             taken += [_message(row, parked=True) for row in rows]
         return taken
 
-    def _ready(self, floors: Mapping[int, int], batch: int, share: int) -> Plan[tuple[list[Message], list[int]]]:
-        """Ready messages; those of chains that are held back are parked: the partition of each."""
+    def _ready(self, floors: Mapping[int, int], batch: int, quota: int) -> Plan[tuple[list[Message], list[int]]]:
+        """Ready messages; those of queues that are held back are parked: the partition of each."""
         taken: list[Message] = []
         parked: list[int] = []
         seen = 0
@@ -283,7 +283,7 @@ class SqliteOutbox:
                 f"SELECT {_MESSAGE}, EXISTS (SELECT 1 FROM retryproof_outbox_blocked b "
                 "WHERE b.partition = o.partition AND b.chain = o.chain) FROM retryproof_outbox o "
                 "WHERE NOT parked AND partition = ? ORDER BY sequence LIMIT ?",
-                (partition, min(share, batch - seen)),
+                (partition, min(quota, batch - seen)),
             )
             seen += len(rows)
             taken += [_message(row[:-1]) for row in rows if not row[-1]]
@@ -296,8 +296,8 @@ class SqliteOutbox:
         return taken, parked
 
     def _strict(self, batch: int, now: int) -> Plan[list[Message]]:
-        gate = yield Statement("SELECT due_at FROM retryproof_outbox_blocked WHERE partition = ?", (GATE,))
-        if gate and gate[0][0] > now:
+        pause = yield Statement("SELECT due_at FROM retryproof_outbox_blocked WHERE partition = ?", (ALL,))
+        if pause and pause[0][0] > now:
             return []
         rows = yield Statement(f"SELECT {_MESSAGE}, alone FROM retryproof_outbox ORDER BY sequence LIMIT ?", (batch,))
         if rows and rows[0][-1]:
@@ -310,52 +310,52 @@ class SqliteOutbox:
         yield from ()
         return None
 
-    def finish(self, relay: UUID, conclusion: Conclusion, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
+    def finish(self, relay: UUID, result: BatchResult, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
         now = self._clock()
         held = yield Statement(
             "UPDATE retryproof_outbox_relays SET lease_until = ?, flight = ? WHERE id = ? RETURNING 1",
-            (now + lease, _sequences(conclusion.slow), str(relay)),
+            (now + lease, _sequences(result.slow), str(relay)),
         )
         if not held:
             return False
-        for message, attempts, reason in conclusion.dead:
+        for message, attempts, reason in result.dead:
             yield Statement(
                 f"INSERT OR REPLACE INTO retryproof_outbox_dead ({_ADD}, sequence, attempts, reason, died_at) "
                 f"SELECT {_ADD}, sequence, ?, ?, ? FROM retryproof_outbox WHERE sequence = ?",
                 (attempts, reason[:2_000], now, message.sequence),
             )
-        ended = [message.sequence for message in (*conclusion.done, *(dead[0] for dead in conclusion.dead))]
+        ended = [message.sequence for message in (*result.done, *(dead[0] for dead in result.dead))]
         if ended:
             yield Statement(f"DELETE FROM retryproof_outbox WHERE sequence IN {_AMONG}", (json.dumps(ended),))
         backing_off = set()
-        for failure in conclusion.failed:
+        for failure in result.failed:
             message = failure.message
             counted = failure.answers != UNCOUNTED
-            chain = message.id.bytes if passing and counted and not strict else message.chain
+            queue = message.id.bytes if passing and counted and not strict else message.queue
             yield Statement(
                 "UPDATE retryproof_outbox SET parked = ?, alone = alone AND NOT ?, attempts = ?, reason = ?, "
                 "chain = ?, answers = CASE WHEN ? THEN ? ELSE answers END, "
                 "failed_at = CASE WHEN ? THEN coalesce(failed_at, ?) ELSE failed_at END WHERE sequence = ?",
                 (
-                    *(not strict, counted, failure.attempts, failure.reason[:2_000], chain),
+                    *(not strict, counted, failure.attempts, failure.reason[:2_000], queue),
                     *(counted, failure.answers, counted, now, message.sequence),
                 ),
             )
             if not strict:
-                alone = yield from _has_alone(message.partition, chain)
-                yield from _block(message.partition, chain, now + failure.delay, alone=alone)
-                backing_off.add((message.partition, chain))
+                alone = yield from _has_alone(message.partition, queue)
+                yield from _block(message.partition, queue, now + failure.delay, alone=alone)
+                backing_off.add((message.partition, queue))
         if strict:
-            yield from self._gate(conclusion, now)
-        for partition, chain in () if strict else conclusion.chains:
-            if (partition, chain) not in backing_off:
-                yield from self._go_on(partition, chain)
-        yield from self._hold(conclusion.slow)
+            yield from self._pause(result, now)
+        for partition, queue in () if strict else result.freed:
+            if (partition, queue) not in backing_off:
+                yield from self._go_on(partition, queue)
+        yield from self._hold(result.slow)
         return True
 
     def _hold(self, slow: Sequence[Message]) -> Plan[None]:
-        """Keep the chains back whose messages are being sent still."""
+        """Keep the queues back whose messages are being sent still."""
         if not slow:
             return
         yield Statement(f"UPDATE retryproof_outbox SET parked = 1 WHERE sequence IN {_AMONG}", (_sequences(slow),))
@@ -366,27 +366,27 @@ class SqliteOutbox:
         )
         known = {tuple(row) for row in held}
         for message in slow:
-            if message.line in known:
+            if message.queue_id in known:
                 continue
-            alone = yield from _has_alone(message.partition, message.chain)
-            yield from _block(message.partition, message.chain, HELD, alone=alone)
+            alone = yield from _has_alone(message.partition, message.queue)
+            yield from _block(message.partition, message.queue, HELD, alone=alone)
 
-    def _gate(self, conclusion: Conclusion, now: int) -> Plan[None]:
-        if conclusion.failed:
-            yield from _block(GATE, b"", now + conclusion.failed[0].delay, alone=False)
+    def _pause(self, result: BatchResult, now: int) -> Plan[None]:
+        if result.failed:
+            yield from _block(ALL, b"", now + result.failed[0].delay, alone=False)
         else:
-            yield Statement("DELETE FROM retryproof_outbox_blocked WHERE partition = ?", (GATE,))
+            yield Statement("DELETE FROM retryproof_outbox_blocked WHERE partition = ?", (ALL,))
 
-    def _go_on(self, partition: int, chain: bytes) -> Plan[None]:
+    def _go_on(self, partition: int, queue: bytes) -> Plan[None]:
         more = yield Statement(
-            "SELECT 1 FROM retryproof_outbox WHERE parked AND partition = ? AND chain = ? LIMIT 1", (partition, chain)
+            "SELECT 1 FROM retryproof_outbox WHERE parked AND partition = ? AND chain = ? LIMIT 1", (partition, queue)
         )
         if more:
-            alone = yield from _has_alone(partition, chain)
-            yield from _block(partition, chain, 0, alone=alone)
+            alone = yield from _has_alone(partition, queue)
+            yield from _block(partition, queue, 0, alone=alone)
         else:
             yield Statement(
-                "DELETE FROM retryproof_outbox_blocked WHERE partition = ? AND chain = ?", (partition, chain)
+                "DELETE FROM retryproof_outbox_blocked WHERE partition = ? AND chain = ?", (partition, queue)
             )
 
     # For operators
@@ -446,18 +446,18 @@ class SqliteOutbox:
         return 0
 
 
-def _has_alone(partition: int, chain: bytes) -> Plan[bool]:
+def _has_alone(partition: int, queue: bytes) -> Plan[bool]:
     rows = yield Statement(
-        "SELECT 1 FROM retryproof_outbox WHERE alone AND partition = ? AND chain = ? LIMIT 1", (partition, chain)
+        "SELECT 1 FROM retryproof_outbox WHERE alone AND partition = ? AND chain = ? LIMIT 1", (partition, queue)
     )
     return bool(rows)
 
 
-def _block(partition: int, chain: bytes, due_at: int, *, alone: bool) -> Plan[None]:
+def _block(partition: int, queue: bytes, due_at: int, *, alone: bool) -> Plan[None]:
     yield Statement(
         "INSERT INTO retryproof_outbox_blocked (partition, chain, due_at, alone) VALUES (?, ?, ?, ?) "
         "ON CONFLICT (partition, chain) DO UPDATE SET due_at = excluded.due_at, alone = excluded.alone",
-        (partition, chain, due_at, alone),
+        (partition, queue, due_at, alone),
     )
 
 
@@ -474,7 +474,7 @@ def _columns(message: Message, now: int) -> tuple[Any, ...]:
         now,
         message.partition,
         str(message.id),
-        message.chain,
+        message.queue,
         message.topic,
         message.payload,
         message.key,
@@ -485,7 +485,7 @@ def _columns(message: Message, now: int) -> tuple[Any, ...]:
 
 
 def _message(row: Row, *, parked: bool = False) -> Message:
-    sequence, partition, attempts, created_at, id, chain, topic, payload, key, headers, content_type, trace = row[:12]
+    sequence, partition, attempts, created_at, id, queue, topic, payload, key, headers, content_type, trace = row[:12]
     failed_at, answers, deaths = row[12:]
     return Message(
         id=UUID(id),
@@ -499,7 +499,7 @@ def _message(row: Row, *, parked: bool = False) -> Message:
         created_at=created_at,
         sequence=sequence,
         partition=partition,
-        chain=chain,
+        queue=queue,
         failed_at=failed_at,
         answers=answers,
         deaths=deaths,

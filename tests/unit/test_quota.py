@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from retryproof.outbox.quota import RARELY, SPREAD, Share
+from retryproof.outbox.quota import RARELY, SPREAD, Quota
 
 BATCH = 100
 OWNED = 64
 
 
-def batches(share: Share, pending: dict[int, int], count: int) -> list[dict[int, int]]:
+def batches(quota: Quota, pending: dict[int, int], count: int) -> list[dict[int, int]]:
     """What so many claims find, from the first partitions to the last."""
     taken = []
     for _ in range(count):
         found: dict[int, int] = {}
         for partition, messages in pending.items():
-            most = min(share.size, messages, BATCH - sum(found.values()))
+            most = min(quota.size, messages, BATCH - sum(found.values()))
             if most:
                 found[partition] = most
                 pending[partition] -= most
-        share.learn(found, OWNED)
+        quota.learn(found, OWNED)
         taken.append(found)
     return taken
 
 
 def test_t6_a_full_batch_comes_from_many_partitions() -> None:
-    found = batches(Share(BATCH), dict.fromkeys(range(OWNED), 1_000), 50)
+    found = batches(Quota(BATCH), dict.fromkeys(range(OWNED), 1_000), 50)
     assert all(sum(batch.values()) == BATCH and len(batch) >= SPREAD for batch in found)
 
 
 def test_t6_one_hot_partition_gives_full_batches() -> None:
-    found = batches(Share(BATCH), {0: 1_000_000}, 1_000)
+    found = batches(Quota(BATCH), {0: 1_000_000}, 1_000)
     short = [batch for batch in found if sum(batch.values()) < BATCH]
     assert len(short) < 1_000 / RARELY + 10
 
 
 def test_t6_a_relay_that_was_at_one_hot_partition_spreads_again() -> None:
-    share = Share(BATCH)
-    batches(share, {0: 1_000_000}, 1_000)
-    found = batches(share, dict.fromkeys(range(OWNED), 1_000_000), RARELY + 5)
+    quota = Quota(BATCH)
+    batches(quota, {0: 1_000_000}, 1_000)
+    found = batches(quota, dict.fromkeys(range(OWNED), 1_000_000), RARELY + 5)
     assert len(found[-1]) >= SPREAD
 
 
 def test_t6_a_batch_of_one_has_a_share_of_one() -> None:
-    share = Share(1)
-    share.learn({0: 1}, OWNED)
-    assert share.size == 1
+    quota = Quota(1)
+    quota.learn({0: 1}, OWNED)
+    assert quota.size == 1
