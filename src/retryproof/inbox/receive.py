@@ -341,5 +341,14 @@ def _decoded(data: bytes | None) -> list[Message]:
 
 
 def _message(kept: Mapping[str, Any]) -> Message:
-    given = {**kept, "id": UUID(kept["id"])}
-    return Message(**{**given, "payload": b64decode(kept["payload"]), "chain": b64decode(kept["chain"])})
+    return Message(
+        id=UUID(kept["id"]),
+        topic=kept["topic"],
+        payload=b64decode(kept["payload"]),
+        key=kept["key"],
+        headers=kept["headers"],
+        content_type=kept["content_type"],
+        trace=kept["trace"],
+        partition=kept["partition"],
+        queue=b64decode(kept["chain"]),
+    )

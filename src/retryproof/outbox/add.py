@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -65,13 +65,13 @@ class Outbox:
         id = id or uuid7()
         queue = queue_of(key, id)
         return Message(
-            id=id,
-            topic=topic,
-            payload=bytes(payload),
-            key=key,
-            headers=dict(headers or {}),
-            content_type=content_type,
-            trace=trace,
+            id,
+            topic,
+            bytes(payload),
+            key,
+            dict(headers) if headers else {},
+            content_type,
+            trace,
             partition=partition_of(queue, self._partitions),
             queue=queue,
         )
@@ -144,7 +144,12 @@ class Outbox:
             )
 
     def _plans(self, dialect: str) -> OutboxPlans:
-        return self._plans_by_dialect[dialect_of(dialect, subject="The outbox is for", found="this connection").name]
+        plans = self._plans_by_dialect.get(dialect)
+        if plans is None:
+            plans = self._plans_by_dialect[
+                dialect_of(dialect, subject="The outbox is for", found="this connection").name
+            ]
+        return plans
 
     def _check(
         self,
@@ -167,9 +172,15 @@ class Outbox:
         if self._topics is not None and topic not in self._topics:
             known = ", ".join(sorted(self._topics))
             raise ConfigurationError(f"The topic {topic!r} is unknown. Declared are: {known}.")
-        for text in (topic, key, content_type, trace, *(headers or ()), *(headers.values() if headers else ())):
-            if text is not None and (not isinstance(text, str) or "\0" in text):
-                raise ConfigurationError("topic, key, content type, trace and headers are text without NUL")
+        _check_texts((topic, key, content_type, trace))
+        if headers:
+            _check_texts((*headers, *headers.values()))
+
+
+def _check_texts(texts: Iterable[object]) -> None:
+    for text in texts:
+        if text is not None and (not isinstance(text, str) or "\0" in text):
+            raise ConfigurationError("topic, key, content type, trace and headers are text without NUL")
 
 
 def _explain(error: Exception) -> ConfigurationError | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 from uuid import UUID
 
@@ -68,6 +69,9 @@ class PostgresOutbox:
             )
         }
         self._sql = {name: dollars(sql.format(**names)) for name, sql in STATEMENTS.items()}
+        bare = self._sql["add_bare"]
+        self._add_bare = bare.sql
+        self._bare_row = attrgetter(*bare.names[:-1])  # its parameters are a message's attributes, and `partitions`
 
     # In the caller's transaction
 
@@ -94,18 +98,19 @@ class PostgresOutbox:
                 traces=[message.trace for message in messages],
             )
         (message,) = messages
-        bare = not message.headers and message.content_type is None and message.trace is None
-        return self._sql["add_bare" if bare else "add"](
-            partitions=partitions,
+        if not message.headers and message.content_type is None and message.trace is None:
+            return Statement(self._add_bare, (*self._bare_row(message), partitions))
+        return self._sql["add"](
             id=message.id,
             partition=message.partition,
             queue=message.queue,
             topic=message.topic,
             payload=message.payload,
             key=message.key,
-            headers=None if bare else _headers(message),
+            headers=_headers(message),
             content_type=message.content_type,
             trace=message.trace,
+            partitions=partitions,
         )
 
     def notify(self, payload: str = "") -> Plan[None]:

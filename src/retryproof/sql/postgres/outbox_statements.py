@@ -18,6 +18,8 @@ from retryproof.core.message import UNCOUNTED
 from retryproof.sql.outbox import HELD
 from retryproof.sql.postgres.statements import NOW
 
+_NOW_FAST = "(date_part('epoch', clock_timestamp()) * 1000000)::bigint"
+"""The same by floating point, which is exact to the microsecond until the year 2255, and faster than `numeric`."""
 STARTED = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint"
 ALL = -1
 """In place of a partition where the order is strict: what is held back is everything, and its queue is empty."""
@@ -99,12 +101,12 @@ _SUSPECTS = f"""EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
 _WAITING = "(SELECT array_agg(partition) FROM found WHERE waits)"
 
 STATEMENTS = {
-    "add": f"""INSERT INTO {{outbox}} ({_ADD})
+    "add": f"""INSERT INTO {{outbox}} ({_ADD}, created_at)
 SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text, :headers::text,
-    :content_type::text, :trace::text
+    :content_type::text, :trace::text, {_NOW_FAST}
 FROM {{settings}} WHERE partitions = :partitions::int RETURNING 1""",
-    "add_bare": f"""INSERT INTO {{outbox}} ({_ADD_BARE})
-SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text
+    "add_bare": f"""INSERT INTO {{outbox}} ({_ADD_BARE}, created_at)
+SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text, {_NOW_FAST}
 FROM {{settings}} WHERE partitions = :partitions::int RETURNING 1""",
     "add_many": f"""INSERT INTO {{outbox}} ({_ADD})
 SELECT m.id, m.partition, m.chain, m.topic, m.payload, m.key, m.headers, m.content_type, m.trace
