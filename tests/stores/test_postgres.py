@@ -14,6 +14,7 @@ import asyncpg
 import psycopg
 import pytest
 
+from retryproof.core.batch import ItemError
 from retryproof.core.commands import (
     DONE,
     LOST,
@@ -666,7 +667,7 @@ class TestConnections:
     def test_more_threads_than_connections_take_turns(self, url: str) -> None:
         store = PsycopgStore(f"{url}&pool_size=2", timeout=10.0)
         with ThreadPoolExecutor(8) as pool:
-            replies: list[Sequence[ClaimReply | StoreUnavailable]] = list(
+            replies: list[Sequence[ClaimReply | ItemError]] = list(
                 pool.map(lambda _: store.claim([new_claim()]), range(40))
             )
         store.close()

@@ -12,7 +12,9 @@ from random import Random
 from typing import Any, cast
 
 import pytest
+from redis import Redis
 
+from retryproof.core.batch import ItemError
 from retryproof.core.commands import (
     Abandoned,
     Acquired,
@@ -25,11 +27,11 @@ from retryproof.core.commands import (
     Renew,
     Running,
 )
-from retryproof.core.errors import StoreUnavailable
 from retryproof.core.record import Record
 from retryproof.stores.base import Store
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.redis import RedisStore
+from tests.stores.hashes import HashStore
 
 STEPS = 400
 OPERATIONS = 6
@@ -37,8 +39,13 @@ FAR = 100_000.0
 
 
 @pytest.fixture(params=["redis", "valkey"])
-def store(request: pytest.FixtureRequest, unique: str) -> Iterator[Store]:
-    store = RedisStore(cast("str", request.getfixturevalue(f"{request.param}_url")), prefix=unique)
+def url(request: pytest.FixtureRequest) -> str:
+    return cast("str", request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture
+def store(url: str, unique: str) -> Iterator[RedisStore]:
+    store = RedisStore(url, prefix=unique)
     yield store
     store.close()
 
@@ -46,8 +53,10 @@ def store(request: pytest.FixtureRequest, unique: str) -> Iterator[Store]:
 class Twins:
     """The store under test beside the memory store: the same commands to both, with each one's own tokens."""
 
-    def __init__(self, store: Store, random: Random) -> None:
+    def __init__(self, store: Store, random: Random, before: HashStore | None = None) -> None:
         self.store = store
+        self.before = before
+        """Where given, each record is made a hash before each batch, as the release before left it."""
         self.model = MemoryStore()
         self.random = random
         self.ids = [random.randbytes(32) for _ in range(OPERATIONS)]
@@ -62,6 +71,10 @@ class Twins:
             [self.claim, self.claim, self.claim, self.settle, self.settle, self.renew, self.checkpoint, self.evict]
         )
         self.forget_expired()
+        if self.before is not None:
+            for record in self.store.get(self.ids):
+                if record is not None:
+                    self.before.write(record)
         act(ids)
         assert [view(record) for record in self.model.get(self.ids)] == [
             view(record) for record in self.store.get(self.ids)
@@ -143,7 +156,7 @@ class Twins:
         return claim, model, token
 
 
-def meaning(reply: ClaimReply | StoreUnavailable) -> object:
+def meaning(reply: ClaimReply | ItemError) -> object:
     """A reply without what depends on a store's own clock."""
     match reply:
         case Acquired():
@@ -168,8 +181,17 @@ def view(record: Record | None) -> object:
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_they_decide_so_over_hashes_too(store: RedisStore, url: str, unique: str, seed: int) -> None:
+    with Redis.from_url(url) as client:
+        twins = Twins(store, Random(seed), HashStore(client, unique))
+        for _ in range(STEPS):
+            twins.step()
+    assert twins.seen == {"Acquired", "Running", "Finished", "Mismatch", "refused", "poisoned"}
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_the_scripts_decide_as_the_table_does(store: Store, seed: int) -> None:
+def test_the_scripts_decide_as_the_table_does(store: RedisStore, seed: int) -> None:
     twins = Twins(store, Random(seed))
     for _ in range(STEPS):
         twins.step()

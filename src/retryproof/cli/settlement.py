@@ -17,7 +17,7 @@ from retryproof.cli.find import named
 from retryproof.cli.output import duration
 from retryproof.cli.shown import state_of
 from retryproof.core.commands import Acquired, Checkpoint, Claim, Complete, Done, Release, Running
-from retryproof.core.errors import StoreUnavailable
+from retryproof.core.errors import StoreUnavailable, Unreadable
 from retryproof.core.record import MICROSECONDS, SETTLED_BY_HAND, Record, State
 from retryproof.stores import Store
 
@@ -81,7 +81,7 @@ def _release(store: Store, claim: Claim, held: Acquired, entry: dict[str, Any]) 
 def _take_over(store: Store, record: Record, claim: Claim) -> Acquired:
     (reply,) = store.claim([claim])
     match reply:
-        case StoreUnavailable():
+        case StoreUnavailable() | Unreadable():
             raise reply
         case Acquired() if reply.birth == claim.nonce:
             # It was gone, and the claim made it anew; nobody has run under it.
@@ -105,7 +105,7 @@ def _expected(record: Record) -> tuple[bytes, int, Mapping[str, bytes]]:
 
 def _must(replies: Sequence[object]) -> None:
     (reply,) = replies
-    if isinstance(reply, StoreUnavailable):
+    if isinstance(reply, StoreUnavailable | Unreadable):
         raise reply
     if not isinstance(reply, Done):
         raise Refused(f"The lease of this settlement was lost: {CHANGED}.")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
-from retryproof.core.errors import StoreUnavailable
+from retryproof.core.errors import StoreUnavailable, Unreadable
 from retryproof.core.record import Record
 
 T = TypeVar("T")
-Batch = Sequence[T | StoreUnavailable]
+ItemError: TypeAlias = StoreUnavailable | Unreadable
+"""What one item of a batch may fail with: no answer, or a record that this version cannot read (C21)."""
+
+Batch = Sequence[T | ItemError]
 """One reply or error for each item, in order."""
 
 

@@ -5,7 +5,8 @@ a batch that holds no id twice and answers each item in order, with a reply or w
 an exception that is raised fails the whole batch, and what was asked may have been done. A batch is bounded by
 `capabilities.max_batch`. What a claim finds is decided by the table in `core.record`; fenced commands change nothing
 unless nonce and token are both current and the record is in progress, and say `Lost` then, except that a command
-repeated after a lost reply says `Done` (C3).
+repeated after a lost reply says `Done` (C3). A record that the store cannot read fails its item with
+`errors.Unreadable`; unlike `StoreUnavailable` it never lets a caller run without the store (C21).
 
 Rules for authors: time is the store's own, read at the moment of the statement (C9). Nothing waits for a lock that
 somebody else holds for long: what is locked is answered `Running` (T2). Every call ends within the store's time-out.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from binascii import hexlify
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeAlias, TypeVar
 
+from retryproof.core.batch import Batch, ItemError, Reaped
 from retryproof.core.commands import (
     DONE,
     LOST,
@@ -24,15 +26,15 @@ from retryproof.core.commands import (
     ClaimReply,
     Complete,
     FenceReply,
-    Finished,
     Mismatch,
     Release,
     Renew,
     Running,
 )
-from retryproof.core.errors import StoreUnavailable, Unreadable
+from retryproof.core.errors import Unreadable
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
-from retryproof.stores.base import Batch, Capabilities, Reaped
+from retryproof.stores.base import Capabilities
+from retryproof.stores.redis import packed
 
 CAPABILITIES = Capabilities(name="redis", native_ttl=True, concurrent=True)
 
@@ -92,7 +94,7 @@ class Protocol:
     """
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = f"{prefix}:"
+        self._prefix = f"{prefix}:".encode()
         self._reap_cursor = 0
         self._claim = Script("claim")
         self._settle = Script("fence", "settle")
@@ -101,49 +103,56 @@ class Protocol:
         self._read = Script("read")
         self._remove = Script("remove")
 
-    def key(self, id: bytes) -> str:
-        """The name of a record's hash."""
-        return self._prefix + id.hex()
+    def key(self, id: bytes) -> bytes:
+        """The name of a record."""
+        return self._prefix + hexlify(id)
 
     def claim(self, claims: Sequence[Claim]) -> Plan[Batch[ClaimReply]]:
         """One script call; terms that claims have in common are sent once."""
         if not claims:
             return []
-        numbers: dict[_Terms, int] = {}
-        items: list[Argument] = []
-        for claim in claims:
-            number = numbers.setdefault(_terms(claim), len(numbers) + 1)
-            items += (claim.fingerprint, claim.nonce, claim.tenant, claim.trace, number)
+        places: dict[_Terms, int] = {}
         arguments = self._keys(claims)
-        arguments.append(len(numbers))
-        for terms in numbers:
+        of_keys = bytes([places.setdefault(_terms(claim), len(places)) for claim in claims])
+        arguments.append(len(places))
+        for terms in places:
             arguments += _terms_arguments(terms)
-        replies = yield Request(arguments + items, self._claim)
-        return list(map(_claim_reply, claims, replies))
+        arguments.append(of_keys)
+        arguments += map(packed.new_record, claims)
+        replies = yield Request(arguments, self._claim)
+        return [
+            Acquired(reply, 1, reply, claim.nonce, NOTHING, claim.trace)
+            if type(reply) is int
+            else _claim_reply(claim, reply)
+            for claim, reply in zip(claims, replies, strict=True)
+        ]
 
     def settle(self, commands: Sequence[Complete] | Sequence[Release]) -> Plan[Batch[FenceReply]]:
         """One script call completes or releases, or a few where the results are large."""
-        replies: list[FenceReply | StoreUnavailable] = []
+        replies: list[FenceReply | ItemError] = []
         for portion in _portions(commands):
             arguments = self._keys(portion)
+            arguments.append(bytes(map(_state_to_settle_in, portion)))
             for command in portion:
-                arguments += (command.nonce, command.token, *_outcome(command))
-            replies += yield from _fenced(self._settle, arguments)
+                arguments += (packed.fence(command), _settled_with(command))
+            replies += yield from _fenced(self._settle, portion, arguments)
         return replies
+
+    complete = release = settle
 
     def renew(self, commands: Sequence[Renew]) -> Plan[Batch[FenceReply]]:
         """One script call."""
         arguments = self._keys(commands)
         for command in commands:
-            arguments += (command.nonce, command.token, microseconds(command.lease), int(command.alone))
-        return (yield from _fenced(self._renew, arguments))
+            arguments += (packed.fence(command), microseconds(command.lease), int(command.alone))
+        return (yield from _fenced(self._renew, commands, arguments))
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Plan[Batch[FenceReply]]:
         """One script call."""
         arguments = self._keys(commands)
         for command in commands:
-            arguments += (command.nonce, command.token, command.name, command.value)
-        return (yield from _fenced(self._checkpoint, arguments))
+            arguments += (packed.fence(command), packed.checkpoint(command))
+        return (yield from _fenced(self._checkpoint, commands, arguments))
 
     def get(self, ids: Sequence[bytes]) -> Plan[Sequence[Record | None]]:
         """One script call for each full batch."""
@@ -203,15 +212,14 @@ class Protocol:
         gone: list[bytes] = []
         for batch in _batches(over):
             arguments: list[Argument] = [len(batch), *(self.key(record.id) for record in batch), "over"]
-            for record in batch:
-                arguments += (record.nonce, record.token)
+            arguments += map(packed.fence, batch)
             answer = yield Request(arguments, self._remove, repeatable=False)
             gone += (record.id for record, character in zip(batch, answer, strict=True) if character == ord("1"))
         return gone
 
-    def _keys(self, commands: Sequence[Claim | Complete | Release | Renew | Checkpoint]) -> list[Argument]:
+    def _keys(self, commands: Sequence[Claim] | Sequence[_Fenced]) -> list[Argument]:
         prefix = self._prefix
-        return [len(commands), *[prefix + command.id.hex() for command in commands]]
+        return [len(commands), *[prefix + hexlify(command.id) for command in commands]]
 
     def _records(
         self, ids: Sequence[bytes], what: str, *, skip_unreadable: bool = False
@@ -220,7 +228,7 @@ class Protocol:
         for batch in _batches(ids):
             now, *answers = yield Request([len(batch), *map(self.key, batch), what], self._read)
             for id, answer in zip(batch, answers, strict=True):
-                record = _record(id, answer, int(now), skip_unreadable=skip_unreadable)
+                record = _record(id, answer, int(now), results=what == "all", skip_unreadable=skip_unreadable)
                 absent = record is not None and what != "over" and record.expired(record.read_at)
                 records.append(None if absent else record)
         return records
@@ -236,9 +244,9 @@ class Protocol:
 
     def _look(self, cursor: int, prefix: bytes = b"") -> Plan[tuple[int, Sequence[bytes]]]:
         """One SCAN: where to go on, and ids; keys that are not a record's are passed over."""
-        pattern = re.sub(r"([*?\[\]\\^])", r"\\\1", self._prefix) + prefix.hex() + "*"
+        pattern = re.sub(rb"([*?\[\]\\^])", rb"\\\1", self._prefix) + hexlify(prefix) + b"*"
         next_cursor, keys = yield Request(["SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT])
-        start = len(self._prefix.encode())
+        start = len(self._prefix)
         return int(next_cursor), [bytes.fromhex(key[start:].decode()) for key in keys if _HEX_ID.fullmatch(key, start)]
 
 
@@ -246,6 +254,7 @@ _HEX_ID = re.compile(rb"[0-9a-f]{64}")
 _FENCE_REPLIES: Mapping[int, FenceReply] = {ord("1"): DONE, ord("0"): LOST}
 
 
+_Fenced: TypeAlias = Complete | Release | Renew | Checkpoint
 _Terms: TypeAlias = tuple[float, float, float, str, int, int]
 
 
@@ -267,92 +276,71 @@ def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
     return (*durations, int(on_abandoned == "refuse"), max_attempts, alone)
 
 
-def _outcome(command: Complete | Release) -> tuple[str, bytes]:
-    """The state to settle in and the result, which an empty one does not stand for: the state says whether it is."""
+def _state_to_settle_in(command: Complete | Release) -> State:
     if isinstance(command, Release):
-        return "2", b"1" if command.settles else b""
-    return ("4", b"") if command.result is None else ("3", command.result)
+        return State.RELEASED
+    return State.TOMBSTONE if command.result is None else State.COMPLETED
 
 
-def _fenced(script: Script, arguments: list[Argument]) -> Plan[Batch[FenceReply]]:
-    if arguments[0] == 0:
+def _settled_with(command: Complete | Release) -> bytes:
+    """The result, or whether an operator releases; the state says what an empty one stands for."""
+    if isinstance(command, Release):
+        return b"1" if command.settles else b""
+    return command.result or b""
+
+
+def _fenced(script: Script, commands: Sequence[_Fenced], arguments: list[Argument]) -> Plan[Batch[FenceReply]]:
+    if not commands:
         return []
     answer = yield Request(arguments, script)
-    return [_FENCE_REPLIES.get(character) or _unreadable() for character in answer]
+    return [
+        _FENCE_REPLIES.get(character) or _unreadable(command.id)
+        for command, character in zip(commands, answer, strict=True)
+    ]
 
 
-def _claim_reply(claim: Claim, reply: Reply) -> ClaimReply | StoreUnavailable:
-    if type(reply) is int:
-        return Acquired(reply, 1, reply, claim.nonce, NOTHING, claim.trace)
+def _claim_reply(claim: Claim, reply: Reply) -> ClaimReply | ItemError:
+    """What a claim is told that has not made a new record."""
     match reply:
-        case [b"F", result, attempt, first_seen, trace]:
-            return Finished(result, attempt, first_seen, trace.decode() if trace else "")
+        case bytes():
+            try:
+                return packed.claim_reply(reply)
+            except packed.NotReadable:
+                return _unreadable(claim.id)
         case [b"R", left]:
             return Running(left / MICROSECONDS)
         case [b"M", fingerprint]:
             return Mismatch(fingerprint)
-        case [b"A", token, attempt, first_seen, birth, trace, *steps]:
-            checkpoints = {name.decode(): value for name, value in zip(steps[::2], steps[1::2], strict=True)}
-            return Acquired(token, attempt, first_seen, birth, checkpoints or NOTHING, trace.decode())
         case [b"X", b"refused", attempt]:
             return Abandoned("refused", attempt)
         case [b"X", _, attempt]:
             return Abandoned("poisoned", attempt)
         case _:
-            return _unreadable()
+            return _unreadable(claim.id)
 
 
-def _unreadable() -> StoreUnavailable:
-    return StoreUnavailable("the operation's key in Redis holds something that this version cannot read")
+def _unreadable(id: bytes) -> Unreadable:
+    return Unreadable(
+        "the operation's key in Redis holds something that this version cannot read", digest=id.hex()[:16]
+    )
 
 
-def _record(id: bytes, answer: Reply, now: int, *, skip_unreadable: bool) -> Record | None:
-    if answer == []:
+def _record(id: bytes, answer: bytes | None, now: int, *, results: bool, skip_unreadable: bool) -> Record | None:
+    if answer is None:
         return None
     try:
-        record = _decode(id, answer, now)
-    except (ValueError, KeyError, TypeError) as error:
+        return packed.unpack(id, answer, now, results=results)
+    except packed.NotReadable as error:
         if skip_unreadable:
             return None
-        raise Unreadable(
-            "the operation's key in Redis holds something that this version cannot read", digest=id.hex()[:16]
-        ) from error
-    return record
-
-
-def _decode(id: bytes, answer: Sequence[bytes], now: int) -> Record:
-    fields = dict(zip(answer[::2], answer[1::2], strict=True))
-    state, token, lease_until, expires_at, retention, _, counts, first_seen, attempt, deaths = map(
-        int, fields[b"head"].split(b" ")
-    )
-    nonce = fields[b"nonce"]
-    return Record(
-        id=id,
-        state=State(state),
-        fingerprint=fields[b"fingerprint"],
-        birth=fields.get(b"birth", nonce),
-        nonce=nonce,
-        token=token,
-        attempt=attempt,
-        deaths=deaths,
-        counts=bool(counts),
-        first_seen=first_seen,
-        lease_until=lease_until,
-        expires_at=expires_at,
-        retention=retention / MICROSECONDS,
-        result=fields.get(b"result"),
-        tenant=fields.get(b"tenant", b""),
-        trace=fields.get(b"trace", b"").decode(),
-        checkpoints={name[5:].decode(): value for name, value in fields.items() if name.startswith(b"step:")},
-        read_at=now,
-    )
+        raise _unreadable(id) from error
 
 
 def _portions(commands: Sequence[Complete | Release]) -> Iterator[Sequence[Complete | Release]]:
     """Runs of commands whose results come to no more than LARGEST_CALL, or single ones."""
     start = size = 0
     for index, command in enumerate(commands):
-        weight = len(_outcome(command)[1])
+        weight = len(_settled_with(command))
         if size + weight > LARGEST_CALL and index > start:
             yield commands[start:index]
             start, size = index, 0

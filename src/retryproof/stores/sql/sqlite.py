@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from retryproof.clock import wall_clock
+from retryproof.core.batch import ItemError
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
-from retryproof.core.errors import StoreUnavailable
 from retryproof.core.record import Record, State
 from retryproof.sql.plan import Plan
 from retryproof.sql.sqlite import records
@@ -60,9 +60,7 @@ class SqliteStore:
     def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
         """Take each operation or say why not."""
         with self._file.held():
-            replies: list[ClaimReply | StoreUnavailable | None] = [
-                *self._file.read(records.peek(claims, self._clock()))
-            ]
+            replies: list[ClaimReply | ItemError | None] = [*self._file.read(records.peek(claims, self._clock()))]
             left = [place for place, reply in enumerate(replies) if reply is None]
             if left:
                 asked = [claims[place] for place in left]

@@ -1,9 +1,9 @@
--- Keeps a batch of checkpoints, mirroring `checkpoint` in core/record.py. ARGV: for each key nonce, token, name, value.
-return fenced(function(key, at, state, token, rest)
+-- Keeps a batch of checkpoints, mirroring `checkpoint` in core/record.py. ARGV: for each key the fence and the
+-- checkpoint as it stands in a record.
+return fenced(read_head, 1, 2, function(key, record, state, at)
   if state ~= IN_PROGRESS then
     return false, false
   end
-  local unchanged, tail = match(rest, '^(%d+ %d+ %d+) [01](.+)$')
-  call('HSET', key, 'head', state .. ' ' .. token .. ' ' .. unchanged .. ' 1' .. tail, 'step:' .. ARGV[at], ARGV[at + 1])
+  call('APPEND', key, ARGV[at])
   return true, true
 end)

@@ -1,28 +1,27 @@
--- What the fenced commands share. `change` is given the key, where the item's own arguments begin, state and token,
--- which are current, and the rest of the head; it says whether it is done, and whether it wrote. The reply is one
--- string, a character an item: 1 done, 0 lost, E unreadable.
-local function fenced(change)
+-- What the fenced commands share. ARGV: from `first` on for each key the fence, token and nonce as in the record, and
+-- `width` - 1 arguments of its own. `change` is given the key, the record (as `look` reads it), whose fence is current,
+-- its state, and where the item's own arguments begin; it says whether it is done, and whether it wrote. The reply is
+-- one string, a character an item: 1 done, 0 lost, E unreadable.
+local function fenced(look, first, width, change)
   local replies = {}
   local wrote = false
-  local at = 1
+  local at = first
   for i, key in ipairs(KEYS) do
-    local found = pcall('HMGET', key, 'head', 'nonce')
-    local head = found[1]
+    local record, hash = look(key)
     local reply = '0'
-    if found.err then
+    if record and not readable(record) then
       reply = 'E'
-    elseif head and found[2] == ARGV[at] then
-      local token, rest = match(head, '^[1-4] (%d+) (%d+ %d+ %d+ [01] [01] %d+ %d+ %d+)$')
-      if not token then
-        reply = 'E'
-      elseif token == ARGV[at + 1] then
-        local done, changed = change(key, at + 2, sub(head, 1, 1), token, rest)
-        reply = done and '1' or '0'
-        wrote = wrote or changed
+    elseif record and sub(record, FENCE, LENGTHS - 1) == ARGV[at] then
+      local state = byte(record, 2)
+      if hash and state == IN_PROGRESS then
+        call('SET', key, record) -- so that it can be changed in place
       end
+      local done, changed = change(key, record, state, at + 1, i)
+      reply = done and '1' or '0'
+      wrote = wrote or changed
     end
     replies[i] = reply
-    at = at + 4
+    at = at + width
   end
   return not wrote and refused_by_a_replica() or table.concat(replies)
 end

@@ -1,22 +1,19 @@
 -- Removes a batch of records whose lease is not live. ARGV: "any", or "over" for those alone whose time is over and
--- whose nonce and token are those that follow for each key.
+-- whose fence (token and nonce, as in the record) is the one that follows for each key.
 -- The reply is one string, a character a key: 1 it is gone, 0 it stays.
 local replies = {}
 for i, key in ipairs(KEYS) do
-  local found = pcall('HMGET', key, 'head', 'nonce')
-  local head = found.err or found[1]
-  local state, token, lease_until, expires_at
-  if head and not found.err then
-    state, token, lease_until, expires_at = match(head, HEAD)
-  end
+  local record = read_head(key)
   replies[i] = '0'
-  if not head then
+  if not record then
     replies[i] = ARGV[1] == 'any' and '1' or '0'
-  elseif state and (state ~= IN_PROGRESS or now >= tonumber(lease_until))
-    and (ARGV[1] == 'any'
-      or now >= tonumber(expires_at) and found[2] == ARGV[2 * i] and token == ARGV[2 * i + 1]) then
-    call('DEL', key)
-    replies[i] = '1'
+  elseif readable(record) then
+    local state, expires_at, lease_until = parse('<Bdd', record, 2)
+    local wanted = ARGV[1] == 'any' or now >= expires_at and sub(record, FENCE, LENGTHS - 1) == ARGV[i + 1]
+    if wanted and (state ~= IN_PROGRESS or now >= lease_until) then
+      call('DEL', key)
+      replies[i] = '1'
+    end
   end
 end
 return refused_by_a_replica() or table.concat(replies)

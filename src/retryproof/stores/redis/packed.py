@@ -1,0 +1,123 @@
+"""A record as one string, as scripts/record.lua describes it: what is sent of it, and what is read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from struct import Struct, error
+
+from retryproof.core.commands import NOTHING, Acquired, Checkpoint, Claim, Complete, Finished, Release, Renew
+from retryproof.core.record import MICROSECONDS, Record, State
+
+FORMAT = 1
+"""The first byte of a record. A release that changes the form takes another number, and still reads this one."""
+
+_HEAD = Struct("<BBddBIIddd16sBBBI")
+_LENGTHS = Struct("<BBBI")
+_TOKEN = Struct("<d")
+_CHECKPOINT = Struct("<II")
+_NONCE_BYTES = 16
+
+
+class NotReadable(Exception):
+    """It is not a record, or has a format that this version does not know."""
+
+
+def new_record(claim: Claim) -> bytes:
+    """What a new record is from its nonce on; the script writes what stands before."""
+    nonce, fingerprint, tenant = claim.nonce, claim.fingerprint, claim.tenant
+    if len(nonce) != _NONCE_BYTES:
+        raise ValueError(f"a nonce has {_NONCE_BYTES} bytes, not {len(nonce)}")
+    trace = claim.trace.encode()
+    return nonce + _LENGTHS.pack(len(fingerprint), 0, len(tenant), len(trace)) + fingerprint + tenant + trace
+
+
+def fence(command: Complete | Release | Renew | Checkpoint | Record) -> bytes:
+    """Token and nonce as they stand in a record."""
+    return _TOKEN.pack(command.token) + command.nonce
+
+
+def checkpoint(command: Checkpoint) -> bytes:
+    """A checkpoint as it stands in a record."""
+    name = command.name.encode()
+    return _CHECKPOINT.pack(len(name), len(command.value)) + name + command.value
+
+
+def claim_reply(record: bytes) -> Acquired | Finished:
+    """What a claim is told by the record that it acquired, or found finished; raises NotReadable."""
+    try:
+        head = _HEAD.unpack_from(record)
+    except error:
+        raise NotReadable from None
+    format, state, _, _, _, attempt, _, _, first_seen, token, nonce, fingerprint, birth, tenant, trace = head
+    birth_at = _HEAD.size + fingerprint
+    trace_at = birth_at + birth + tenant
+    tail = trace_at + trace
+    if format != FORMAT or tail > len(record):
+        raise NotReadable
+    traced = record[trace_at:tail].decode() if trace else ""
+    if state == State.COMPLETED:
+        return Finished(record[tail:], attempt, int(first_seen), traced)
+    if state == State.TOMBSTONE:
+        return Finished(None, attempt, int(first_seen), traced)
+    if state != State.IN_PROGRESS:
+        raise NotReadable
+    born = record[birth_at : birth_at + birth] if birth else nonce
+    return Acquired(int(token), attempt, int(first_seen), born, _checkpoints(record, tail), traced)
+
+
+def unpack(id: bytes, record: bytes, now: int, *, results: bool = True) -> Record:
+    """The record; raises NotReadable. results False: a completed one was read without its result."""
+    try:
+        return _unpack(id, record, now, results=results)
+    except (error, ValueError) as cause:
+        raise NotReadable from cause
+
+
+def _unpack(id: bytes, record: bytes, now: int, *, results: bool) -> Record:
+    head = _HEAD.unpack_from(record)
+    format, number, expires_at, lease_until, counts, attempt, deaths, retention, first_seen, token, nonce = head[:11]
+    ends, at = [], _HEAD.size
+    for length in head[11:]:
+        at += length
+        ends.append(at)
+    after_fingerprint, after_birth, after_tenant, tail = ends
+    state = State(number)
+    if format != FORMAT or tail > len(record):
+        raise NotReadable
+    return Record(
+        id=id,
+        state=state,
+        fingerprint=record[_HEAD.size : after_fingerprint],
+        birth=record[after_fingerprint:after_birth] or nonce,
+        nonce=nonce,
+        token=int(token),
+        attempt=attempt,
+        deaths=deaths,
+        counts=bool(counts),
+        first_seen=int(first_seen),
+        lease_until=int(lease_until),
+        expires_at=int(expires_at),
+        retention=retention / MICROSECONDS,
+        result=record[tail:] if results and state is State.COMPLETED else None,
+        tenant=record[after_birth:after_tenant],
+        trace=record[after_tenant:tail].decode(),
+        checkpoints=NOTHING if state >= State.COMPLETED else _checkpoints(record, tail),
+        read_at=now,
+    )
+
+
+def _checkpoints(record: bytes, at: int) -> Mapping[str, bytes]:
+    """Those that begin at `at`; the last one under a name counts."""
+    if at == len(record):
+        return NOTHING
+    found: dict[str, bytes] = {}
+    while at < len(record):
+        name_length, value_length = _CHECKPOINT.unpack_from(record, at)
+        at += _CHECKPOINT.size
+        value_at = at + name_length
+        end = value_at + value_length
+        if end > len(record):
+            raise NotReadable
+        found[record[at:value_at].decode()] = record[value_at:end]
+        at = end
+    return found
