@@ -10,7 +10,8 @@ import psycopg
 from psycopg import RawCursor
 
 from retryproof.core.commands import Claim
-from retryproof.sql.plan import Plan, Row, Statement, perform
+from retryproof.drive import pump as pumped
+from retryproof.sql.plan import Plan, Row, Statement
 
 
 def new_claim(**changes: Any) -> Claim:
@@ -38,7 +39,7 @@ def pump(connection: psycopg.Connection[Any], plan: Plan[Any]) -> Any:
             cursor.execute(statement.sql.encode(), statement.parameters)
             return cursor.fetchall()
 
-    return perform(plan, execute)
+    return pumped(plan, execute)
 
 
 def until_blocked(connection: psycopg.Connection[Any], pid: int) -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from retryproof.core.errors import StoreUnavailable
 from retryproof.core.message import Message
+from retryproof.drive import apump
 from retryproof.outbox.in_flight import Pace
 from retryproof.publishers import Batch, Outcome
 from retryproof.publishers.function import FunctionPublisher
 from retryproof.sql.outbox import ClaimedBatch
-from retryproof.sql.plan import Plan, Statement, aperform
+from retryproof.sql.plan import Plan, Statement
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
 from tests.transaction.outboxes import PATIENT, QUICK, Database, Noting, running, sqlite_url, until, until_empty
@@ -150,7 +151,7 @@ async def test_t7_a_finish_that_commits_after_its_time_out_leaves_no_key_held_ba
 
     async def stalled(plan: Callable[[], Plan[Any]]) -> Any:
         await transaction.start()
-        await aperform(plan(), execute)
+        await apump(plan(), execute)
         raise StoreUnavailable("no answer")
 
     async def first(*args: Any, **options: Any) -> None:

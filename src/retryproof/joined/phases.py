@@ -300,16 +300,25 @@ class PhaseBlock:
 
 async def _together(work: Coroutine[Any, Any, None]) -> None:
     """Do it to its end; a cancellation does not part the work from its recovery point, and goes on afterwards."""
-    task = asyncio.get_running_loop().create_task(work)
-    _going_on.add(task)
-    task.add_done_callback(_going_on.discard)
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    over: asyncio.Future[None] = loop.create_future()  # as asyncio.shield does, with half of its callbacks
+
+    def end(_: object) -> None:
+        if not over.done():
+            over.set_result(None)
+
+    task.add_done_callback(end)
     try:
-        await asyncio.shield(task)
+        await over
     except asyncio.CancelledError:
+        _going_on.add(task)
+        task.add_done_callback(_going_on.discard)
         await asyncio.wait({task})
         if not task.cancelled() and task.exception() is not None:
             logger.warning("A phase that was cancelled while it was committed failed: %s", task.exception())
         raise
+    await task  # which has ended, and raises what it raised
 
 
 _going_on: set[asyncio.Task[None]] = set()

@@ -15,8 +15,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from retryproof.drive import apump, pump
-
 T = TypeVar("T")
 Row = Sequence[Any]
 
@@ -44,9 +42,3 @@ class Joining:
 
 
 Plan = Generator[Statement, Sequence[Row], T]
-
-
-perform = pump
-"""Pump a plan on a connection that blocks."""
-aperform = apump
-"""Pump a plan on a connection of the event loop."""

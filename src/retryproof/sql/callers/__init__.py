@@ -35,11 +35,13 @@ class BlockingConnection(Protocol):
     """A caller's connection that blocks.
 
     on_loop: whether its methods are awaited. IDENTIFIED: the library tells the transaction that is joined from the next
-    one, and refuses to commit it. ADVICE: what to do about one that is refused.
+    one, and refuses to commit it. ASKS: `check_open` may ask the database, and so say more than `unusable`.
+    ADVICE: what to do about one that is refused.
     """
 
     on_loop: ClassVar[bool]
     IDENTIFIED: ClassVar[bool]
+    ASKS: ClassVar[bool]
     ADVICE: ClassVar[str]
 
     @property
@@ -89,6 +91,7 @@ class LoopConnection(Protocol):
 
     on_loop: ClassVar[bool]
     IDENTIFIED: ClassVar[bool]
+    ASKS: ClassVar[bool]
     ADVICE: ClassVar[str]
 
     @property
@@ -186,6 +189,7 @@ class Unguarded:
     """Libraries that tell nothing of blocks, and refuse no commit."""
 
     IDENTIFIED: ClassVar[bool] = False
+    ASKS: ClassVar[bool] = True
 
     def block(self) -> str | None:
         """See BlockingConnection."""

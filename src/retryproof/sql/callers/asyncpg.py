@@ -9,7 +9,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction
 
-from retryproof.sql.callers import BLOCK, CLOSED, NOT_OPEN, OnLoop, innermost
+from retryproof.sql.callers import BLOCK, CLOSED, NOT_OPEN, OnLoop
 from retryproof.sql.plan import Row, Statement
 
 _CONNECTIONS = (asyncpg.Connection, PoolConnectionProxy)
@@ -29,6 +29,7 @@ class Asyncpg(OnLoop):
     """
 
     ADVICE = "Start a transaction on it (`await connection.transaction().start()`), and leave it open."
+    ASKS = False
     dialect: Literal["postgresql"] = "postgresql"
 
     def __init__(self, connection: Any) -> None:
@@ -37,12 +38,13 @@ class Asyncpg(OnLoop):
 
     def unusable(self, *, to_commit: bool = False) -> str | None:
         """See BlockingConnection."""
+        connection = self._underneath()
         try:
-            if self._connection.is_closed():
+            if connection.is_closed():
                 return CLOSED
             if self._begun is not None and self._top() is not self._begun:
                 return NOT_OPEN
-            return None if self._connection.is_in_transaction() else NOT_OPEN
+            return None if connection.is_in_transaction() else NOT_OPEN
         except asyncpg.InterfaceError:  # it is with its pool again
             return CLOSED
 
@@ -53,14 +55,15 @@ class Asyncpg(OnLoop):
     async def driver(self) -> object:
         """See BlockingConnection."""
         self._begun = self._top()
-        return innermost(self._connection)
+        return self._underneath()
 
     async def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""
+        connection = self._underneath()
         if statement.many:
-            await self._connection.executemany(statement.sql, statement.parameters)
+            await connection.executemany(statement.sql, statement.parameters)
             return ()
-        rows: Sequence[Row] = await self._connection.fetch(statement.sql, *statement.parameters)
+        rows: Sequence[Row] = await connection.fetch(statement.sql, *statement.parameters)
         return rows
 
     async def begin(self) -> None:
@@ -84,5 +87,9 @@ class Asyncpg(OnLoop):
         return None if found is None or getattr(found, "_managed", False) else found
 
     def _top(self) -> Transaction | None:
-        found: Transaction | None = getattr(self._connection, "_top_xact", None)
+        found: Transaction | None = getattr(self._underneath(), "_top_xact", None)
         return found
+
+    def _underneath(self) -> Any:
+        """What a pool lent, which is quicker to ask; what stands for it where it is with its pool again."""
+        return getattr(self._connection, "_con", None) or self._connection

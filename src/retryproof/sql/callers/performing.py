@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.drive import apump, pump
-from retryproof.sql.callers import BlockingConnection, LoopConnection, OnLoop, adapt
+from retryproof.sql.callers import BlockingConnection, LoopConnection, adapt
 from retryproof.sql.plan import Plan
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class InTransaction:
         check: whether a connection without a usable open transaction is refused, by ConfigurationError.
         """
         adapted = adapt(connection)
-        if isinstance(adapted, OnLoop):
+        if adapted.on_loop:
             raise ConfigurationError(self._awaited)
         blocking: BlockingConnection = adapted  # type: ignore[assignment]  # its colour was just checked
         if check:
@@ -61,9 +61,9 @@ class InTransaction:
     async def aperform(self, connection: object, plan: Callable[[str], Plan[T]], *, check: bool = True) -> T:
         """`perform` on a connection of the event loop."""
         adapted = adapt(connection)
-        if not isinstance(adapted, OnLoop):
+        if not adapted.on_loop:
             raise ConfigurationError(self._blocking)
-        on_loop: LoopConnection = adapted
+        on_loop: LoopConnection = adapted  # type: ignore[assignment]  # as above
         if check:
             await on_loop.check_open()
         try:

@@ -53,6 +53,7 @@ class Psycopg(Blocking):
     """A psycopg Connection."""
 
     ADVICE = ADVICE
+    ASKS = False
     dialect: Literal["postgresql"] = "postgresql"
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
@@ -91,6 +92,7 @@ class AsyncPsycopg(OnLoop):
     """A psycopg AsyncConnection."""
 
     ADVICE = ADVICE
+    ASKS = False
     dialect: Literal["postgresql"] = "postgresql"
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:

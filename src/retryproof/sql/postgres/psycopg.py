@@ -17,7 +17,8 @@ from psycopg.errors import OperationalError
 from psycopg.pq import Format
 
 from retryproof.core.errors import StoreUnavailable
-from retryproof.sql.plan import Plan, Row, Statement, perform
+from retryproof.drive import pump
+from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.url import (
     CONNECT_TIMEOUT,
     Target,
@@ -241,7 +242,7 @@ class PsycopgPool:
         """Run a plan; the connection goes back to the idle ones only after a clean end."""
         connection.deadline = deadline
         try:
-            result = perform(plan, lambda statement: self._execute(connection, statement))
+            result = pump(plan, lambda statement: self._execute(connection, statement))
         except OperationalError as error:
             dead = connection.closed
             connection.close()
@@ -319,7 +320,7 @@ def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
         connection = _connect_to_primary(target)
         try:
             with connection.transaction():
-                return perform(plan(), lambda statement: _fetch_any(connection, statement))
+                return pump(plan(), lambda statement: _fetch_any(connection, statement))
         finally:
             connection.close()
     except _OutOfTime as error:

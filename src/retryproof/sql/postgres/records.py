@@ -224,9 +224,10 @@ def joined_reply(rows: Sequence[Row]) -> FenceReply | None:
     return LOST if joined else None
 
 
-def checkpoint_values(command: Checkpoint) -> list[Any]:
+def checkpoint_values(command: Checkpoint) -> tuple[Any, ...]:
     """The parameters of one checkpoint."""
-    return [column[0] for column in _checkpoint_columns([command])]
+    name, value = b64encode(_bytes(command.name)).decode(), b64encode(command.value).decode()
+    return command.id, command.nonce, command.token, name, value
 
 
 def settle_plan(commands: Sequence[Complete], table: str = TABLE) -> Plan[Batch[FenceReply]]:

@@ -28,8 +28,9 @@ from typing import TypeVar
 
 from retryproof.core.batch import Batch
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
+from retryproof.drive import pump
 from retryproof.forks import abandon, check_not_inherited
-from retryproof.sql.plan import Plan, Row, Statement, perform
+from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.sqlite import records
 from retryproof.sql.sqlite.url import Target
 
@@ -178,7 +179,7 @@ class SqliteFile:
             self._connection.rollback()
 
     def _perform(self, plan: Plan[T]) -> T:
-        return perform(plan, self._execute)
+        return pump(plan, self._execute)
 
     def _execute(self, statement: Statement) -> Sequence[Row]:
         connection = self._connected()

@@ -15,7 +15,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
-from retryproof.sql.plan import Plan, Statement, perform
+from retryproof.drive import pump
+from retryproof.sql.plan import Plan, Statement
 
 VERSIONS = """CREATE TABLE IF NOT EXISTS retryproof_schema (
     part TEXT PRIMARY KEY,
@@ -95,7 +96,7 @@ def versions(path: str, parts: Sequence[Part], timeout: float) -> dict[str, int]
             execute: Callable[[Statement], Sequence[tuple[object, ...]]] = lambda statement: connection.execute(  # noqa: E731
                 statement.sql, statement.parameters
             ).fetchall()
-            return {part.name: perform(version_of(part), execute) for part in parts}
+            return {part.name: pump(version_of(part), execute) for part in parts}
         finally:
             connection.close()
     except sqlite3.Error as error:
