@@ -51,10 +51,7 @@ class AsyncpgPool:
         await asyncio.sleep(0)  # for the loop to take leave of the sockets
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
-        """Run a plan before the deadline; once more on a new connection when an idle one turns out to be dead.
-
-        That is safe: what may have been done already is answered alike (C3).
-        """
+        """See LoopPool. A plan that is run twice is safe: what may have been done already is answered alike (C3)."""
         deadline = asyncio.get_running_loop().time() + self._timeout
         places = self._connections.places
         if places.locked():
@@ -138,7 +135,7 @@ class _Line:
         self._alarm = None
         if self._deadline is None:
             return
-        if _over(self._deadline):
+        if _over(self._deadline, self._loop):
             self.connection.terminate()
         else:
             self._alarm = self._loop.call_at(self._deadline, self._ring)
@@ -170,9 +167,9 @@ def _fetch(connection: Connection, statement: Statement) -> Awaitable[Sequence[R
     return cast(Awaitable[Sequence[Row]], fetched)  # records can be indexed
 
 
-def _over(deadline: float) -> bool:
+def _over(deadline: float, loop: asyncio.AbstractEventLoop | None = None) -> bool:
     """Whether the deadline has passed; uvloop's timers may be a millisecond early."""
-    return asyncio.get_running_loop().time() >= deadline - 0.005
+    return (loop or asyncio.get_running_loop()).time() >= deadline - 0.005
 
 
 class _Connections:

@@ -207,10 +207,7 @@ class PsycopgPool:
         self._discard_idle()
 
     def perform(self, plan: Callable[[], Plan[T]]) -> T:
-        """Run a plan before the deadline; once more on a new connection when an idle one turns out to be dead.
-
-        That is safe: what may have been done already is answered alike (C3).
-        """
+        """See Pool. A plan that is run twice is safe: what may have been done already is answered alike (C3)."""
         deadline = monotonic() + self._timeout
         with self._place(deadline):
             try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from retryproof.sql.plan import Plan
+from retryproof.sql.pool import Pool
 from retryproof.sql.postgres.records import RecordPlans
 from retryproof.stores.base import Capabilities
 from retryproof.stores.forwarding import ForwardingStore
@@ -13,16 +14,6 @@ from retryproof.stores.forwarding import ForwardingStore
 T = TypeVar("T")
 
 CAPABILITIES = Capabilities(name="postgresql", max_batch=256, transactions=True, concurrent=True)
-
-
-class Pool(Protocol):
-    """Connections that block."""
-
-    def perform(self, plan: Callable[[], Plan[T]]) -> T:
-        """Run a plan before a deadline, twice where a connection was lost."""
-
-    def close(self) -> None:
-        """Close the connections."""
 
 
 class PostgresStore(ForwardingStore):
