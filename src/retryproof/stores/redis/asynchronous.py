@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from typing import Protocol as Interface
 from typing import TypeVar, cast
 
 from redis.asyncio import Redis
-from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import Connection as TcpConnection
+from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -18,20 +17,16 @@ from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, Fe
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.record import Record, State
 from retryproof.stores.base import Batch, Reaped
+from retryproof.stores.lanes.replies import clock
 from retryproof.stores.redis.blocking import RedisStore
+from retryproof.stores.redis.link import Connection, Link, connected
 from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
 from retryproof.stores.redis.settings import Settings
 from retryproof.stores.redis.wire import pack, unavailable
 
 T = TypeVar("T")
 
-_CONNECTIONS = {"tcp": Connection, "tls": SSLConnection, "unix": UnixDomainSocketConnection}
-
-
-class _Connection(Interface):
-    async def send_packed_command(self, command: Sequence[bytes], check_health: bool) -> None: ...
-    async def read_response(self) -> Reply: ...
-    async def disconnect(self, nowait: bool = False) -> None: ...
+_CONNECTIONS = {"tcp": TcpConnection, "tls": SSLConnection, "unix": UnixDomainSocketConnection}
 
 
 class AsyncRedisStore:
@@ -45,7 +40,7 @@ class AsyncRedisStore:
     def __init__(self, url_or_client: str | Redis, *, prefix: str = "retryproof", timeout: float = 2.0) -> None:
         self._settings = Settings.of(url_or_client, Redis, prefix, timeout)
         self._protocol = Protocol(self._settings.prefix)
-        self._idle: list[_Connection] = []
+        self._idle: list[Link] = []
         self._closed = False
         try:
             self._connection()
@@ -97,7 +92,7 @@ class AsyncRedisStore:
     async def aclose(self) -> None:
         self._closed = True
         while self._idle:
-            await self._idle.pop().disconnect()
+            await self._idle.pop().close()
 
     async def perform(self, plan: Plan[T]) -> T:
         """Send a plan's requests, and give its own answer."""
@@ -114,39 +109,38 @@ class AsyncRedisStore:
             return cast("T", end.value)
 
     async def _send(self, request: Request) -> Reply:
+        deadline = clock() + self._settings.timeout
         try:
-            async with asyncio.timeout(self._settings.timeout):
-                if request.repeatable and self._idle:
-                    try:
-                        return await self._exchange(self._idle.pop(), request)
-                    except RedisConnectionError:
-                        pass  # closed while it was idle, by a restart say
-                return await self._exchange(self._connection(), request)
+            if request.repeatable and self._idle:
+                try:
+                    return await self._exchange(self._idle.pop(), request, deadline)
+                except RedisConnectionError:
+                    pass  # closed while it was idle, by a restart say
+            return await self._exchange(await connected(self._connection(), deadline), request, deadline)
         except TimeoutError as error:
             raise StoreUnavailable(f"Redis has given no answer within {self._settings.timeout:g} s") from error
         except RedisError as error:
             raise unavailable(error) from error
 
-    async def _exchange(self, connection: _Connection, request: Request) -> Reply:
+    async def _exchange(self, link: Link, request: Request, deadline: float) -> Reply:
         reply = None
         try:
             for arguments in request.forms():
-                await connection.send_packed_command([pack(arguments)], check_health=False)
-                try:
-                    reply = await connection.read_response()
+                reply = await link.ask(pack(arguments), deadline)
+                if not isinstance(reply, NoScriptError):
                     break
-                except NoScriptError:
-                    continue
+            if isinstance(reply, Exception):
+                raise reply
         except BaseException:
-            await connection.disconnect(nowait=True)
+            await link.close(nowait=True)
             raise
         if self._closed:
-            await connection.disconnect(nowait=True)
+            await link.close(nowait=True)
         else:
-            self._idle.append(connection)
+            self._idle.append(link)
         return reply
 
-    def _connection(self) -> _Connection:
+    def _connection(self) -> Connection:
         # Without a socket_timeout redis-py makes no task to send in; the whole call has one of its own.
         options = self._settings.connection_options(Retry(NoBackoff(), 0), None)
-        return cast("_Connection", _CONNECTIONS[self._settings.transport](**options))
+        return cast("Connection", _CONNECTIONS[self._settings.transport](**options))

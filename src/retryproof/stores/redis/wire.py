@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
 
 from retryproof.core.errors import StoreUnavailable
 from retryproof.stores.redis.protocol import Argument
 
-_pack_tuple: Callable[[tuple[Argument, ...]], bytes] | None = (
-    import_module("hiredis").pack_command if find_spec("hiredis") else None
-)
+_hiredis: Any = import_module("hiredis") if find_spec("hiredis") else None
+_pack_tuple: Callable[[tuple[Argument, ...]], bytes] | None = None if _hiredis is None else _hiredis.pack_command
+Reader: Callable[..., Any] | None = None if _hiredis is None else _hiredis.Reader
+"""Makes a parser of answers; None without hiredis."""
 
 
 def pack(arguments: Sequence[Argument]) -> bytes:
