@@ -136,12 +136,7 @@ class Outbox:
         await _IN_TRANSACTION.aperform(connection, lambda dialect: self._plans(dialect).notify(), check=False)
 
     def _adding(self, messages: Sequence[Message], dialect: str) -> Plan[None]:
-        found = yield from self._plans(dialect).add(messages, self._partitions)
-        if found is not None:
-            raise ConfigurationError(
-                f"This outbox has partitions={self._partitions}, and the database {found}: messages of one key would "
-                f"lose their order. Nothing was written; make it Outbox(partitions={found})."
-            )
+        return self._plans(dialect).add(messages, self._partitions)
 
     def _plans(self, dialect: str) -> OutboxPlans:
         plans = self._plans_by_dialect.get(dialect)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 from uuid import UUID
 
+from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import BatchResult, Message
 from retryproof.sql.plan import Plan
 
@@ -87,6 +88,14 @@ class DeadLetter:
     died_at: int
 
 
+def other_partitions(given: int, found: int) -> ConfigurationError:
+    """The error of an outbox whose number of partitions is not the database's."""
+    return ConfigurationError(
+        f"This outbox has partitions={given}, and the database {found}: messages of one key would lose their order. "
+        f"Nothing was written; make it Outbox(partitions={found})."
+    )
+
+
 Rival: TypeAlias = Literal["order", "routes"]
 """In what relays differ, of which only one kind may be at work."""
 
@@ -94,8 +103,8 @@ Rival: TypeAlias = Literal["order", "routes"]
 class OutboxPlans(Protocol):
     """The plans of one dialect. Each is one transaction; `lease` and `delay` are µs."""
 
-    def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
-        """Insert into the caller's transaction; None, or the database's number of partitions where it is another."""
+    def add(self, messages: Sequence[Message], partitions: int) -> Plan[None]:
+        """Insert into the caller's transaction; ConfigurationError, and nothing inserted, for other `partitions`."""
 
     def notify(self, payload: str = "") -> Plan[None]:
         """Wake relays when the caller's transaction commits; with a payload, only tell them that."""

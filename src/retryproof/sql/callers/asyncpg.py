@@ -12,7 +12,7 @@ from asyncpg.transaction import Transaction
 from retryproof.sql.callers import BLOCK, CLOSED, NOT_OPEN, OnLoop
 from retryproof.sql.plan import Row, Statement
 
-_CONNECTIONS = (asyncpg.Connection, PoolConnectionProxy)
+_CONNECTIONS = (PoolConnectionProxy, asyncpg.Connection)  # asking the second takes a call of Python code
 
 
 def adapt(connection: Any) -> Asyncpg | None:

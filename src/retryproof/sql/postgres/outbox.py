@@ -15,7 +15,7 @@ from uuid import UUID
 
 from retryproof.core.message import BatchResult, Message
 from retryproof.sql.named import dollars
-from retryproof.sql.outbox import ClaimedBatch, DeadLetter, OutboxSettings, Rival, Stats
+from retryproof.sql.outbox import ClaimedBatch, DeadLetter, OutboxSettings, Rival, Stats, other_partitions
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.outbox_statements import STATEMENTS
 
@@ -75,13 +75,12 @@ class PostgresOutbox:
 
     # In the caller's transaction
 
-    def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
+    def add(self, messages: Sequence[Message], partitions: int) -> Plan[None]:
         """Insert, one statement whatever the number."""
         rows = yield self._adding(messages, partitions)
-        if rows:
-            return None
-        ((found,),) = yield self._sql["partition_number"]()
-        return int(found)
+        if not rows:
+            ((found,),) = yield self._sql["partition_number"]()
+            raise other_partitions(partitions, int(found))
 
     def _adding(self, messages: Sequence[Message], partitions: int) -> Statement:
         if len(messages) > 1:

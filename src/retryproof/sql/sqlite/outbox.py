@@ -14,7 +14,7 @@ from uuid import UUID
 
 from retryproof.clock import wall_clock
 from retryproof.core.message import UNCOUNTED, BatchResult, Message
-from retryproof.sql.outbox import HELD, ClaimedBatch, DeadLetter, OutboxSettings, Rival, Stats
+from retryproof.sql.outbox import HELD, ClaimedBatch, DeadLetter, OutboxSettings, Rival, Stats, other_partitions
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.sqlite.schema import Part, ready
 
@@ -106,15 +106,14 @@ class SqliteOutbox:
 
     # In the caller's transaction
 
-    def add(self, messages: Sequence[Message], partitions: int) -> Plan[int | None]:
+    def add(self, messages: Sequence[Message], partitions: int) -> Plan[None]:
         """Insert; the tables are made, in this transaction, where there are none."""
         found = yield from self._partitions(partitions)
         if found != partitions:
-            return found
+            raise other_partitions(partitions, found)
         now = self._clock()
         for message in messages:
             yield Statement(_INSERT, _columns(message, now))
-        return None
 
     def notify(self, payload: str = "") -> Plan[None]:
         """Nothing: who looks at a file needs no message that it changed."""
