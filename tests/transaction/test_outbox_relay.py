@@ -182,7 +182,7 @@ async def test_t6_partitions_are_shared_among_live_relays_and_come_back(database
     for relay in relays:
         while await relay.run_once() is not None:
             pass
-    published = [message.payload for relay in relays for message in relay._only.published]  # type: ignore[union-attr] # Noting
+    published = [message.payload for relay in relays for message in relay._routes.one.published]  # type: ignore[union-attr] # Noting
     assert len(published) == len(set(published)) == 200
     for relay in relays[1:]:
         await relay.aclose()

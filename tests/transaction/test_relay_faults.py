@@ -248,7 +248,7 @@ async def test_t6_what_is_done_of_a_batch_with_a_slow_message_is_let_go(database
         await relay.run_once()
     kept = [message.payload for batch in batches for message in batch.messages if message.payload]
     assert kept == [b"slow:0"]
-    assert [message.payload for message in relay._in_flight.on_their_way()] == [b"slow:0"]
+    assert [message.payload for message in relay._in_flight.messages()] == [b"slow:0"]
     answer.set()
     await relay.run_until_idle()
     assert database.pending == 0

@@ -176,7 +176,7 @@ async def test_t6_a_dead_receiver_is_tried_a_few_times_however_much_is_due(
         await relay.run_once()
     assert len(publisher.tried) == QUICK.batch
     publisher.fails = lambda message: None
-    (down,) = relay._down.values()
+    (down,) = relay._screening.down.values()
     down._until = 0.0
     await until_empty(relay)
     assert len(publisher.published) == 1_000
@@ -235,7 +235,7 @@ async def test_t6_a_relay_whose_receiver_is_down_sleeps(database: Database, monk
     for _ in range(20):
         await relay.run_once()
         await sleep(0.003)
-        if relay._down:
+        if relay._screening.down:
             break
     assert [await relay.run_once() for _ in range(3)] == [None] * 3
     await relay.aclose()

@@ -99,7 +99,7 @@ async def test_t6_relays_of_an_earlier_release_have_routes_that_nobody_knows(dat
 async def test_t6_of_relays_that_join_at_once_only_one_kind_stays(database: Database) -> None:
     for _ in range(10):
         relays = [Relay(database.url, Named(where), policy=QUICK) for where in ("here", "there", "here", "there")]
-        members = await gather(*(relay._member_or_not() for relay in relays))
+        members = await gather(*(relay._membership() for relay in relays))
         kinds = {place % 2 for place, member in enumerate(members) if member is not None}
         assert len(kinds) <= 1
         ((routes,),) = database.rows("SELECT count(DISTINCT routes) FROM retryproof_outbox_relays")

@@ -1,13 +1,18 @@
-"""What a relay is sending: batches given to the publisher, and messages that take longer than a batch may (T6).
+"""What a relay has in flight: the batch that it sends, and messages of earlier batches that take longer (T6).
 
-A batch has a moment, the relay's patience, or less where others hang already. What is being sent when it is over goes
-on by itself, one message for each of its queues; what was not begun is given back, as untried. The relay holds those
-queues back, ends what is done, and takes its next batch. A message that a dead relay left has its moment by itself:
-what kills a relay does so at once, as a rule, and where it takes longer, all that was on its way is tried by itself
-again. Its last attempt has nothing that is begun beside it, however long it takes, so that no message is given up for
-what another one did (C15).
+The relay waits for a batch for as long as its patience, or less while messages of earlier batches are in flight. After
+that:
 
-What landed stays here until the database knows, so that a lost answer costs nothing.
+- A message that is being sent goes on beside the next batches, and its queue is held back until it ends: so each queue
+  has one message in flight at most.
+- A message that was not begun is given back as untried, and a later claim takes it again.
+
+A message that a dead relay left is sent alone at first: what kills a relay does so at once, as a rule. Where it takes
+longer than the patience, other messages are sent beside it; should the relay die then, each of them is tried alone.
+Its last attempt is waited for until it ends, with nothing beside it, so that no message is given up for what another
+one did (C15).
+
+What ended stays here until the database knows of it, so a lost answer of the database costs nothing.
 """
 
 from __future__ import annotations
@@ -23,24 +28,24 @@ from retryproof.core.message import Message
 from retryproof.publishers.base import UNTRIED, Batch, Outcome, Progress, Publisher, handed
 
 SLOW = 256
-"""Messages that may be on their way beside a batch; with more, the relay waits for one to end."""
+"""Messages that may be in flight beside a batch; with more, the relay waits for one to end."""
 
 LATE = 60.0
-"""Seconds after which a publisher is named that has a batch, and does not say how far it is."""
+"""Seconds with a batch after which the log names a publisher that does not say how far it is."""
 SHORTEST = 16
-"""Parts of the patience, of which a batch has one at least after the last of its messages ended."""
+"""A batch is waited for at least this fraction of the patience (1/16) after the last of its messages ended."""
 LOOK = 0.25
-"""Seconds between two looks whether the relay is to stop, while a batch is waited for."""
+"""Seconds between two looks at whether the relay is to stop, while a batch is waited for."""
 LETTING_GO = 1.0
-"""Seconds that what is being sent has to notice that it is cancelled."""
+"""Seconds that a cancelled call of a publisher has to end."""
 
 log = logging.getLogger("retryproof.relay")
 
 
 class Pace:
-    """How long a batch is waited for: its patience, and less once the rest of it has ended and others go on already.
+    """How long a batch is waited for: the patience, and less while messages of earlier batches are in flight.
 
-    Where one message of a hundred hangs, each batch has one; with the whole patience for each, all keys would wait.
+    Where one message in a hundred hangs, each batch has one. With the whole patience for each, all keys would wait.
     """
 
     def __init__(self, patience: float, others: int) -> None:
@@ -63,7 +68,7 @@ class Pace:
 
 
 class InFlight:
-    """Sends batches with one publisher. changed: called when something landed."""
+    """Sends batches with one publisher. changed: called when a message ended."""
 
     def __init__(self, publisher: Publisher, changed: Callable[[], None]) -> None:
         self._publisher = publisher
@@ -71,13 +76,13 @@ class InFlight:
         self._sendings: list[_Sending] = []
 
     def __bool__(self) -> bool:
-        """Whether the database does not know yet what came of something."""
+        """Whether there is a message whose end the database does not know."""
         return bool(self._sendings)
 
     async def begin(
         self, messages: Sequence[Message], live: Callable[[], bool], timeout: float, *, as_one_queue: bool = False
     ) -> bool:
-        """Begin to send a batch; whether that was all. as_one_queue: one message after another."""
+        """Begin to send a batch; whether it ended at once. as_one_queue: one message after another."""
         sent = [replace(message, queue=b"") for message in messages] if as_one_queue else list(messages)
         sending = _Sending(messages, sent, self._changed)
         batch = Batch(sent, lambda: live() and not sending.closed, timeout, sending.progress)
@@ -86,10 +91,10 @@ class InFlight:
         await asyncio.sleep(0)
         return sending.task.done()
 
-    async def go_on(self, patience: float, over: Callable[[], bool]) -> None:
-        """Wait until the batch that was begun last ended, or patience is over; over: whether nothing is waited for.
+    async def wait(self, patience: float, over: Callable[[], bool]) -> None:
+        """Wait for the batch that was begun last: until it ended, the patience is over, or `over` says so.
 
-        A publisher that does not say which messages it has begun has as long as it takes.
+        A publisher that does not say which messages it has begun is waited for until it ends.
         """
         *others, sending = self._sendings
         pace = Pace(patience, sum(len(other.left) for other in others))
@@ -107,51 +112,51 @@ class InFlight:
     def close(self) -> None:
         """Begin no more messages; what may have been begun goes on."""
         for sending in self._sendings:
-            if not (sending.kept or sending.task.done()):
+            if not (sending.continues or sending.task.done()):
                 sending.close()
                 sending.task.add_done_callback(lambda task: self._changed())
 
-    def landed(self) -> tuple[list[Message], list[Outcome]]:
-        """What the database has to be told, in order; the same again until `noted`."""
+    def ended(self) -> tuple[list[Message], list[Outcome]]:
+        """The messages that ended, with what became of them, in order; the same again until `recorded`."""
         if len(self._sendings) == 1:
-            return self._sendings[0].landed()
+            return self._sendings[0].ended()
         messages: list[Message] = []
         outcomes: list[Outcome] = []
         for sending in self._sendings:
-            more, theirs = sending.landed()
+            more, theirs = sending.ended()
             messages += more
             outcomes += theirs
         return messages, outcomes
 
     def slow(self) -> list[Message]:
-        """What goes on beside the next batches, as it stands there: parked."""
+        """The messages that go on beside the next batches."""
         return [message for sending in self._sendings for message in sending.slow()]
 
-    def on_their_way(self) -> list[Message]:
-        """Whatever the database does not know the end of."""
+    def messages(self) -> list[Message]:
+        """All messages whose end the database does not know."""
         return [sending.messages[position] for sending in self._sendings for position in sending.left]
 
     @property
-    def any_landed(self) -> bool:
-        """Whether there is something that the database does not know of."""
-        return bool(self.landed()[0])
+    def any_ended(self) -> bool:
+        """Whether a message ended that the database does not know of."""
+        return bool(self.ended()[0])
 
     @property
-    def unheld(self) -> bool:
+    def unrecorded(self) -> bool:
         """Whether the database does not know yet of a message that goes on."""
-        return any(not sending.held for sending in self._sendings)
+        return any(not sending.known for sending in self._sendings)
 
     @property
     def full(self) -> bool:
         """Whether no other batch is to be begun."""
-        return len(self.on_their_way()) >= SLOW
+        return len(self.messages()) >= SLOW
 
-    def noted(self) -> None:
-        """The database knows what `landed` said last, and what goes on."""
-        self._sendings = [sending for sending in self._sendings if sending.noted()]
+    def recorded(self) -> None:
+        """The database knows what `ended` said last, and what goes on."""
+        self._sendings = [sending for sending in self._sendings if sending.recorded()]
 
     async def abandon(self) -> None:
-        """Let go of everything: it is another relay's by now, or will be."""
+        """Cancel everything: another relay has it by now, or will have it."""
         tasks = [sending.task for sending in self._sendings]
         self._sendings = []
         for task in tasks:
@@ -163,7 +168,8 @@ class InFlight:
 class _Sending:
     """One call of the publisher. left: positions of messages whose end the database does not know.
 
-    closed: no more messages are begun. kept: it goes on beside others, or after its relay. held: the database knows.
+    closed: no more messages are begun. continues: it goes on beside others, or while its relay stops.
+    known: whether the database knows which messages go on.
     """
 
     task: asyncio.Task[Sequence[Outcome]]
@@ -173,10 +179,10 @@ class _Sending:
         self._sent = sent
         self.left = list(range(len(messages)))
         self.closed = False
-        self.kept = False
-        self.held = True
+        self.continues = False
+        self.known = True
         self._told: list[int] = []
-        self.progress = Progress(lambda: changed() if self.kept else None)
+        self.progress = Progress(lambda: changed() if self.continues else None)
 
     @property
     def told_how_far(self) -> bool:
@@ -184,10 +190,10 @@ class _Sending:
         return bool(self.progress.under_way or self.progress.ended)
 
     def close(self) -> None:
-        """Begin no more messages, and go on with those begun: all, where the publisher does not say which."""
+        """Begin no more messages, and go on with those that were begun: all, where the publisher does not say which."""
         self.closed = self.told_how_far
-        self.kept = True
-        self.held = False
+        self.continues = True
+        self.known = False
         for position in self._begun():
             self.messages[position] = replace(self.messages[position], parked=True)
 
@@ -197,18 +203,18 @@ class _Sending:
             return ()
         return self.progress.under_way if self.closed else self.left
 
-    def landed(self) -> tuple[list[Message], list[Outcome]]:
-        """What ended, or was not begun and is not to be."""
+    def ended(self) -> tuple[list[Message], list[Outcome]]:
+        """The messages that ended, and those that will not be begun."""
         if self.task.done():
-            return self._all_landed(self.task.result())
+            return self._all_ended(self.task.result())
         begun, ended = self._begun(), self.progress.ended
         self._told = [position for position in self.left if position not in begun]
         return [self.messages[position] for position in self._told], [
             ended.get(position, UNTRIED) for position in self._told
         ]
 
-    def _all_landed(self, outcomes: Sequence[Outcome]) -> tuple[list[Message], list[Outcome]]:
-        """The same at the end of the call; what was noted of a message stands, whatever became of the call."""
+    def _all_ended(self, outcomes: Sequence[Outcome]) -> tuple[list[Message], list[Outcome]]:
+        """The same at the end of the call. What the publisher said of a message stands, whatever the call gave."""
         self._told = self.left
         if not self.closed:
             return self.messages, list(outcomes)
@@ -217,23 +223,23 @@ class _Sending:
             ended.get(position, outcomes[position]) for position in self.left
         ]
 
-    def noted(self) -> bool:
-        """The database knows what was told last; whether there is more to come."""
+    def recorded(self) -> bool:
+        """The database knows what `ended` said last; whether there is more to come."""
         told = set(self._told) if self._told is not self.left else None
         self.left = [] if told is None else [position for position in self.left if position not in told]
         if self.left and told:
             self._let_go(told)
         self._told = []
-        self.held = True
+        self.known = True
         return bool(self.left)
 
     def _let_go(self, positions: Collection[int]) -> None:
-        """Forget what was in messages that ended: one that takes long must not keep a batch of them in memory."""
+        """Drop the payloads of messages that ended: one slow message must not keep its whole batch in memory."""
         for position in positions:
             self.messages[position] = self._sent[position] = replace(self.messages[position], payload=b"", headers={})
 
     def slow(self) -> list[Message]:
-        """What is being sent still."""
+        """The messages that are still being sent."""
         begun = self._begun()
         return [self.messages[position] for position in self.left if position in begun]
 

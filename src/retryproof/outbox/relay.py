@@ -1,9 +1,9 @@
 """The relay: takes what an outbox holds, publishes it outside of any transaction, and deletes what was delivered (T6).
 
-    joined → balance partitions → claim a batch → publish → finish → …
+    join → balance partitions → claim a batch → send it → finish it → balance → …
 
-A claim and a finish are one transaction each, both fenced by the relay's own row. Where a relay dies, its lease runs
-out, another one buries it, and what was on its way is published again, with the same ids, one message at a time: so a
+A claim and a finish are one transaction each. Both are fenced by the relay's own row. Where a relay dies, its lease
+runs out, another relay buries it, and what was in flight is sent again, with the same ids, one message at a time: so a
 message that kills its relay is found, and only that one (C15). Where a relay sleeps past its lease, it stops between
 two messages, and its finish changes nothing.
 """
@@ -21,24 +21,18 @@ from time import monotonic
 
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.message import Message
-from retryproof.core.record import microseconds
-from retryproof.outbox.breaker import FIRST_PAUSE, PROBES, Breaker
 from retryproof.outbox.in_flight import InFlight
 from retryproof.outbox.membership import Membership
 from retryproof.outbox.policy import REMEMBERED, RelayPolicy, RelayTotals, conclude
 from retryproof.outbox.routes import EVERYTHING, Destination, Routes
+from retryproof.outbox.screening import SAY_AGAIN, Screening
 from retryproof.outbox.wakeups import Wakeups
-from retryproof.publishers.base import DELIVERED, UNTRIED, Failed, Outcome, Publisher
+from retryproof.publishers.base import Outcome
 from retryproof.sql.database import Database, open_database
 from retryproof.sql.outbox import Stats
 
 LONGEST_PAUSE = 5.0
 """Seconds between tries while the database gives no answer."""
-
-UNROUTED = 30.0
-"""Seconds until a message without a route is looked at again."""
-SAY_AGAIN = 60.0
-"""Seconds after which what is wrong still is said again."""
 
 log = logging.getLogger("retryproof.relay")
 
@@ -66,12 +60,10 @@ class Relay:
         self._url = store
         self._timeout = timeout
         self._routes = Routes({**({} if publisher is None else {EVERYTHING: publisher}), **(routes or {})})
-        self._only = self._routes.one
+        self._screening = Screening(self._routes, self.policy)
         self._woken = asyncio.Event()
-        self._in_flight = InFlight(self._routes if self._only is None else self._only, self._woken.set)
-        self._breakers: dict[int, Breaker] = {}
-        self._down: dict[int, Breaker] = {}
-        self._unrouted: dict[str, float] = {}
+        only = self._routes.one
+        self._in_flight = InFlight(self._routes if only is None else only, self._woken.set)
         self._standing_by_since: float | None = None
         self._say_again_at = 0.0
         self._database: Database | None = None
@@ -87,7 +79,7 @@ class Relay:
             )
 
     async def run(self) -> RelayTotals:
-        """Work until `stop` is called; what is on its way is finished first.
+        """Work until `stop` is called; what is in flight is finished first.
 
         A database that gives no answer is tried again. Raises ConfigurationError for one that must not be worked on.
         """
@@ -136,7 +128,7 @@ class Relay:
         return self.totals
 
     def stop(self) -> None:
-        """Take no more messages; a batch that is on its way has `policy.drain` seconds to end. Safe in a handler."""
+        """Take no more messages; a batch that is in flight has `policy.drain` seconds to end. Safe in a handler."""
         self._stop_at = min(self._stop_at, monotonic() + self.policy.drain)
         self._stopping = True
         self._woken.set()
@@ -148,75 +140,77 @@ class Relay:
         """
         self._woken.clear()
         self._looked_at = monotonic()
-        member = await self._member_or_not()
+        member = await self._membership()
         if member is None:
             return None
         try:
-            return await self._pass(member)
+            return await self._claim_send_finish(member)
         except LeaseLost:
             await self._in_flight.abandon()
             self._member = None
             raise
 
-    async def _pass(self, member: Membership) -> RelayTotals | None:
-        """End what landed, then claim, publish and end a batch."""
+    async def _claim_send_finish(self, member: Membership) -> RelayTotals | None:
+        """Record what ended of earlier batches; then claim a batch, send it, and finish it."""
         totals = await self._finish(member)
-        await member.balance(self._in_flight.on_their_way())
+        await member.balance(self._in_flight.messages())
         if self._in_flight.full:
-            await self._until_landed(member)
+            await self._until_any_ended(member)
             totals.add(await self._finish(member))
-        taken = await self._claimed(member)
-        if taken:
-            refused = await self._publish(member, taken)
+        claimed = await self._claim(member)
+        if claimed:
+            refused = await self._send(member, claimed)
             totals.add(await self._finish(member, refused, batch=True))
-        return totals if taken or totals.any or member.set_aside else None
+        return totals if claimed or totals.any or member.set_aside else None
 
-    async def _claimed(self, member: Membership) -> Sequence[Message]:
-        """A batch; none once the relay is to stop, or while all that it sends to is down, and then a few."""
+    async def _claim(self, member: Membership) -> Sequence[Message]:
+        """A batch; none once the relay is to stop, or while all that it sends to is out of reach."""
         if self._stopping and self._in_flight:
             return []
-        most = None
-        if self._down and len(self._down) == len(self._routes.publishers):
-            if all(breaker.closed_for for breaker in self._down.values()):
-                member.set_aside = False  # nothing is looked at until then
-                return []
-            most = PROBES
-        return await member.claim(self._in_flight.on_their_way(), most=most)
+        most = self._screening.most()
+        if most == 0:
+            member.set_aside = False  # nothing is looked at until then
+            return []
+        return await member.claim(self._in_flight.messages(), most=most)
 
-    def _learn(self, messages: Sequence[Message], outcomes: Sequence[Outcome]) -> None:
-        """Note which destinations are out of reach, and which are not any more."""
-        if not self._down and all(outcome is DELIVERED for outcome in outcomes):
-            return
-        by_destination: dict[int, list[Outcome]] = {}
-        for message, outcome in zip(messages, outcomes, strict=True):
-            by_destination.setdefault(id(self._publisher_of(message)), []).append(outcome)
-        for destination, theirs in by_destination.items():
-            breaker = self._breakers.setdefault(destination, Breaker())
-            breaker.note(theirs)
-            if breaker.down:
-                self._down[destination] = breaker
-            else:
-                self._down.pop(destination, None)
+    async def _send(self, member: Membership, claimed: Sequence[Message]) -> list[tuple[Message, Outcome]]:
+        """Send what may be sent, and wait for it for as long as the policy says; the others, with what becomes of them.
 
-    def _publisher_of(self, message: Message) -> Publisher | None:
-        return self._routes.of(message.topic) if self._only is None else self._only
+        Where the order is strict nothing may overtake a batch. A message that is tried alone for the last time must
+        have nothing beside it. Both are waited for until they end.
+        """
+        messages, refused = self._screening.screen(claimed, now=member.now(), alone=member.alone)
+        if not messages:
+            return refused
+        strict = self.policy.order == "strict"
+        last = member.alone and messages[0].deaths + 1 >= self.policy.max_deaths
+
+        def live() -> bool:
+            return member.live() and monotonic() < self._stop_at
+
+        if not await self._in_flight.begin(messages, live, self.policy.timeout, as_one_queue=strict):
+            async with self._renewed(member):
+                await self._in_flight.wait(
+                    inf if strict or last else self.policy.patience, over=lambda: monotonic() >= self._stop_at
+                )
+        return refused
 
     async def _finish(
         self, member: Membership, refused: Sequence[tuple[Message, Outcome]] = (), *, batch: bool = False
     ) -> RelayTotals:
         """Tell the database what became of messages: of a batch, or of what went on beside others."""
-        messages, outcomes = self._in_flight.landed()
-        if not (messages or refused or self._in_flight.unheld):
+        messages, outcomes = self._in_flight.ended()
+        if not (messages or refused or self._in_flight.unrecorded):
             return RelayTotals()
-        self._learn(messages, outcomes)
+        self._screening.learn(messages, outcomes)
         if refused:
             pairs = sorted([*refused, *zip(messages, outcomes, strict=True)], key=_number)
             messages, outcomes = [message for message, _ in pairs], [outcome for _, outcome in pairs]
-        conclusion, totals = conclude(messages, outcomes, self.policy, self._in_flight.slow(), now=member.now())
-        all_done = len(conclusion.done) == len(messages)
-        await member.finish(conclusion, all_done=all_done if batch else None)
-        self._in_flight.noted()
-        for message, attempts, reason in conclusion.dead:
+        result, totals = conclude(messages, outcomes, self.policy, self._in_flight.slow(), now=member.now())
+        all_done = len(result.done) == len(messages)
+        await member.finish(result, all_done=all_done if batch else None)
+        self._in_flight.recorded()
+        for message, attempts, reason in result.dead:
             log.warning("dead letter %s (topic %s) after %d attempts: %s", message.id, message.topic, attempts, reason)
         self.totals.add(totals)
         return totals
@@ -253,12 +247,12 @@ class Relay:
 
     async def _joined(self) -> Membership:
         """This relay's membership; raises ConfigurationError where it has to stand by."""
-        member = await self._member_or_not()
+        member = await self._membership()
         if member is None:
             raise ConfigurationError("Relays with other routes are at work on this outbox.")
         return member
 
-    async def _member_or_not(self) -> Membership | None:
+    async def _membership(self) -> Membership | None:
         """This relay's membership; None while relays with other routes are at work."""
         if self._member is None:
             self._member = await Membership.join(
@@ -297,47 +291,47 @@ class Relay:
             beat = self._member.heartbeat if self._member else left
             if await self._wait(min(left, beat)):
                 break
-            if left > beat and await self._moved():
+            if left > beat and await self._has_new_partitions():
                 break
-        if not self._stopping and not self._in_flight.any_landed:  # however many wake it, it looks once in so long
+        if not self._stopping and not self._in_flight.any_ended:  # however many wake it, it looks once in so long
             await asyncio.sleep(self._looked_at + self.policy.poll - monotonic())
 
     async def _wait(self, seconds: float) -> bool:
-        """Wait until woken: by `stop`, by a notification, by what landed."""
+        """Wait until woken: by `stop`, by a notification, by a message that ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
         return self._woken.is_set()
 
-    async def _moved(self) -> bool:
+    async def _has_new_partitions(self) -> bool:
         """Keep the lease of an idle relay, and look after the others'; whether there are new partitions to look at."""
         try:
-            return self._member is not None and await self._member.balance(self._in_flight.on_their_way())
+            return self._member is not None and await self._member.balance(self._in_flight.messages())
         except (StoreUnavailable, LeaseLost):
             return True  # the next look at the outbox says the same, and is where it is dealt with
 
-    async def _until_landed(self, member: Membership, until: float = inf) -> None:
-        """Wait until something landed that the database does not know of."""
-        async with self._kept(member):
-            while monotonic() < until and not self._in_flight.any_landed:
+    async def _until_any_ended(self, member: Membership, until: float = inf) -> None:
+        """Wait until a message ended that the database does not know of."""
+        async with self._renewed(member):
+            while monotonic() < until and not self._in_flight.any_ended:
                 self._woken.clear()
                 if self._stopping and until == inf:
                     return
                 await self._wait(min(member.heartbeat, max(0.0, until - monotonic())))
 
     async def _drained(self, member: Membership) -> None:
-        """Wait for what is being sent, as long as may be, and note what became of it."""
+        """Wait for what is in flight, for as long as the policy allows, and record what became of it."""
         until = min(self._stop_at, monotonic() + self.policy.drain)
         self._in_flight.close()
         while self._in_flight:
-            await self._until_landed(member, until)
+            await self._until_any_ended(member, until)
             await self._finish(member)
             if monotonic() >= until:
                 return
 
     @asynccontextmanager
-    async def _kept(self, member: Membership) -> AsyncIterator[None]:
-        """The lease is renewed meanwhile."""
+    async def _renewed(self, member: Membership) -> AsyncIterator[None]:
+        """Renew the lease inside the block."""
         renewing = asyncio.create_task(member.keep())
         try:
             yield
@@ -345,90 +339,6 @@ class Relay:
             renewing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await renewing
-
-    async def _publish(self, member: Membership, messages: Sequence[Message]) -> list[tuple[Message, Outcome]]:
-        """Publish; what is not to be sent, and what waits behind that, is given back with the reason."""
-        tried = [message for message in messages if message.failed_at is not None]
-        limited = self._only is None or self._only.max_payload is not None or bool(self._down)
-        if not (tried or limited):
-            await self._send(member, messages)
-            return []
-        refused: list[tuple[Message, Outcome]] = []
-        left: list[Message] = []
-        waiting: set[tuple[int, bytes]] = set()
-        for message in messages:
-            why: Outcome | None = UNTRIED if self._line(message) in waiting else self._refusal(message, member)
-            if why is None:
-                left.append(message)
-                continue
-            refused.append((message, why))
-            if not (isinstance(why, Failed) and why.permanent):
-                waiting.add(self._line(message))
-        if left:
-            await self._send(member, left)
-        return refused
-
-    def _line(self, message: Message) -> tuple[int, bytes]:
-        """What waits while an earlier one does: its queue, or everything where the order is strict."""
-        return (0, b"") if self.policy.order == "strict" else message.queue_id
-
-    def _refusal(self, message: Message, member: Membership) -> Failed | None:
-        """Why a message is not sent, or None."""
-        publisher = self._publisher_of(message)
-        if publisher is None:
-            self._tell_of_unrouted(message.topic)
-            pause = min(UNROUTED, self.policy.max_backoff)
-            return Failed(f"no route for the topic {message.topic!r}", retry_after=pause, kind="unsent")
-        limit = publisher.max_payload
-        if limit is not None and len(message.payload) > limit:
-            return Failed(
-                f"the payload has {len(message.payload)} bytes, and the publisher takes {limit}", permanent=True
-            )
-        if message.deaths >= self.policy.max_deaths:
-            return Failed(f"each of {message.deaths} attempts alone ended with the relay's death", permanent=True)
-        if (too_old := self.policy.too_old(message, member.now())) is not None:
-            return Failed(too_old, permanent=True)
-        breaker = self._down.get(id(publisher))
-        if breaker is not None and not member.alone and not breaker.admits(fresh=message.failed_at is None):
-            pause = breaker.closed_for or FIRST_PAUSE
-            return Failed("its destination is out of reach", retry_after=pause, kind="unsent")
-        self._warn_of_late(message, member.now())
-        return None
-
-    def _warn_of_late(self, message: Message, now: int) -> None:
-        """Say that a message is sent again after receivers forgot that they had it."""
-        if message.failed_at is not None and now - message.failed_at > microseconds(REMEMBERED):
-            log.warning(
-                "sending %s (topic %s) again more than a day after its first failure: where that had arrived after "
-                "all, its receiver may not remember, and it takes effect a second time",
-                message.id,
-                message.topic,
-            )
-
-    def _tell_of_unrouted(self, topic: str) -> None:
-        """Say it at once and each minute."""
-        if (now := monotonic()) >= self._unrouted.get(topic, 0.0):
-            self._unrouted[topic] = now + SAY_AGAIN
-            log.error(
-                "no route for the topic %r: its messages, and later ones of their keys, wait until a relay has one "
-                "(--to %s=URL)",
-                topic,
-                topic,
-            )
-
-    async def _send(self, member: Membership, messages: Sequence[Message]) -> None:
-        """Send a batch; one that others must not overtake, or be suspected with, for as long as it takes."""
-        strict = self.policy.order == "strict"
-        last = member.alone and messages[0].deaths + 1 >= self.policy.max_deaths
-
-        def live() -> bool:
-            return member.live() and monotonic() < self._stop_at
-
-        if not await self._in_flight.begin(messages, live, self.policy.timeout, as_one_queue=strict):
-            async with self._kept(member):
-                await self._in_flight.go_on(
-                    inf if strict or last else self.policy.patience, lambda: monotonic() >= self._stop_at
-                )
 
 
 def _number(pair: tuple[Message, Outcome]) -> int:
