@@ -18,9 +18,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 
 from retryproof.core.message import Message
 from retryproof.sql.outbox import ClaimedBatch
+
+_PARTITION = attrgetter("partition")
 
 
 class Floors:
@@ -84,22 +87,18 @@ class Floors:
     ) -> Mapping[int, int]:
         """Go on behind a batch, in its order, once it is done; how many messages there were, by partition.
 
-        waiting: the partition of each message that was found and parked. share, batch: what the claim was limited to.
+        waiting: the partition of each message that was found and parked. quota, batch: what the claim was limited to.
         """
-        found: dict[int, int] = dict(Counter(waiting)) if waiting else {}
-        parked: dict[int, int] = {}
-        self._ahead = {}
-        for message in messages:
-            partition = message.partition
-            found[partition] = found.get(partition, 0) + 1
-            if message.parked:
-                parked[partition] = parked.get(partition, 0) + 1
-            else:
-                self._ahead[partition] = message.sequence
-        if sum(found.values()) - sum(parked.values()) < batch:  # all were asked
+        ready = [message for message in messages if not message.parked]
+        found = Counter(waiting)
+        found.update(map(_PARTITION, ready))
+        self._ahead = {message.partition: message.sequence for message in ready}  # the last of each
+        if found.total() < batch:  # all partitions were asked
             for partition in self.at:
-                if found.get(partition, 0) - parked.get(partition, 0) < quota:  # and had no more
+                if found[partition] < quota:  # and this one had no more
                     self._ahead[partition] = self.highest
+        if len(ready) < len(messages):
+            found.update(message.partition for message in messages if message.parked)
         if not messages:
             self.advance()
         self._rotate(found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from retryproof.core.errors import ConfigurationError
@@ -19,6 +20,7 @@ from retryproof.core.record import microseconds
 from retryproof.publishers.base import DELIVERED, Delivered, Failed, Outcome, Untried
 
 MAX_BATCH = 1_000
+_PARKED = attrgetter("parked")
 REMEMBERED = 86_400.0
 """Seconds for which receivers are taken to remember a message's id; what comes later is new to them."""
 _POSITIVE = (
@@ -167,7 +169,7 @@ def conclude(
 
     now: µs by the store's clock.
     """
-    if all(outcome is DELIVERED for outcome in outcomes) and not any(message.parked for message in messages):
+    if outcomes.count(DELIVERED) == len(outcomes) and not any(map(_PARKED, messages)):
         return BatchResult(messages, slow=slow), RelayTotals(len(messages))
     done: list[Message] = []
     dead: list[tuple[Message, int, str]] = []

@@ -23,6 +23,7 @@ UNROUTED = 30.0
 SAY_AGAIN = 60.0
 """Seconds after which what is still wrong is said again."""
 
+
 log = logging.getLogger("retryproof.relay")
 
 
@@ -45,7 +46,7 @@ class Screening:
 
     def learn(self, messages: Sequence[Message], outcomes: Sequence[Outcome]) -> None:
         """Note which destinations are out of reach, and which are not any more."""
-        if not self.down and all(outcome is DELIVERED for outcome in outcomes):
+        if not self.down and outcomes.count(DELIVERED) == len(outcomes):
             return
         by_destination: dict[int, list[Outcome]] = {}
         for message, outcome in zip(messages, outcomes, strict=True):
