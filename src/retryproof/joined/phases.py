@@ -198,7 +198,7 @@ class PhaseBlock:
             yield from transaction.roll_back()
             yield from self._raise_why_lost(transaction, broken)
         try:
-            renewed_at = yield from self._renewed(transaction)
+            renewed_at = None if hold.may_begin(clock()) else (yield from self._renewed(transaction))
             command = hold.checkpoint(self.name, data)
             reply = yield from transaction.fence.worklist.checkpoint(command, entry, hold.lease)
         except Exception as error:
@@ -214,7 +214,8 @@ class PhaseBlock:
         if not isinstance(reply, Done):  # None: the transaction is somebody else's, and left alone
             yield from self._raise_why_lost(transaction, ANOTHER)
         try:
-            yield from transaction.commit()
+            transaction.let_go()
+            yield "commit"
         except Exception as error:  # noqa: BLE001  # whatever the driver raises; the record says what it means
             yield from transaction.roll_back()
             yield from self._doubted(transaction, error)

@@ -284,11 +284,6 @@ class Transaction:
         if driver is not None:
             carried.let_go(self, driver)
 
-    def commit(self) -> Steps[None]:
-        """Commit it; the connection carries the operation no more."""
-        self.let_go()
-        yield "commit"
-
     def roll_back(self) -> Steps[None]:
         """Undo the work, whatever the connection makes of it."""
         self.let_go()
@@ -346,7 +341,8 @@ class Transaction:
             yield from self.roll_back()
             return (yield from self._ended("it is not the one that was joined"))
         try:
-            yield from self.commit()
+            self.let_go()
+            yield "commit"
         except Exception as error:  # noqa: BLE001  # as above
             yield from self.roll_back()
             return (yield from self._doubted(outcome, error))

@@ -68,8 +68,9 @@ class Asyncpg(OnLoop):
 
     async def begin(self) -> None:
         """See BlockingConnection."""
-        if not self._connection.is_in_transaction():
-            await self._connection.transaction().start()
+        connection = self._underneath()
+        if not connection.is_in_transaction():
+            await connection.transaction().start()
 
     async def commit(self) -> None:
         """See BlockingConnection."""
