@@ -157,6 +157,23 @@ def test_o2_a_user_without_rights_is_found(run: Run, migrated: str, admin: psyco
         admin.execute(f'DROP ROLE "{unique}"'.encode())
 
 
+def test_o2_a_user_who_cannot_work_in_phases_is_told(
+    run: Run, migrated: str, admin: psycopg.Connection, unique: str
+) -> None:
+    admin.execute(f"CREATE ROLE \"{unique}\" LOGIN PASSWORD 's3cret'".encode())
+    admin.execute(f'GRANT USAGE ON SCHEMA "{unique}" TO "{unique}"'.encode())
+    every = "SELECT, INSERT, UPDATE, DELETE"
+    admin.execute(f'GRANT {every} ON ALL TABLES IN SCHEMA "{unique}" TO "{unique}"'.encode())
+    admin.execute(f'REVOKE DELETE ON "{unique}".retryproof_phased FROM "{unique}"'.encode())
+    try:
+        ran = run("doctor", migrated.replace("postgres@", f"{unique}:s3cret@"), "--json")
+        assert verdicts(ran.document)["privileges"] == "warn"
+        assert "DELETE on retryproof_phased" in ran.out
+    finally:
+        admin.execute(f'DROP OWNED BY "{unique}"'.encode())
+        admin.execute(f'DROP ROLE "{unique}"'.encode())
+
+
 @pytest.mark.crash
 def test_o2_a_postgresql_that_forgets_commits_and_a_replica_fail(run: Run, private_postgres: PrivateServer) -> None:
     server = private_postgres("-c", "synchronous_commit=off", "-c", "full_page_writes=off")

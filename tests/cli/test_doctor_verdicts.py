@@ -94,6 +94,8 @@ def test_o2_a_postgresql_as_it_should_be_is_ok_throughout() -> None:
         ("indexes", WARN, {"indexes": ("retryproof_operations_pkey",)}),
         ("indexes", FAIL, {"indexes": ("retryproof_operations_expires_at",)}),
         ("privileges", FAIL, {"lacking": ("DELETE",)}),
+        ("privileges", FAIL, {"lacking": ("DELETE",), "lacking_phased": ("DELETE",)}),
+        ("privileges", WARN, {"lacking_phased": ("DELETE",)}),
         ("durability", FAIL, {"fsync": "off"}),
         ("durability", FAIL, {"full_page_writes": "off"}),
         ("commit", FAIL, {"synchronous_commit": "off"}),

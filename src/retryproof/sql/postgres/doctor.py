@@ -11,15 +11,15 @@ from retryproof.core.findings import Finding, Verdict, clock_skew
 from retryproof.sql.plan import Plan, Statement
 from retryproof.sql.postgres.migrate import migrations, transaction
 from retryproof.sql.postgres.outbox import Numbering, PostgresOutbox
-from retryproof.sql.postgres.statements import TABLE, markers
+from retryproof.sql.postgres.statements import TABLE, markers, worklist
 from retryproof.sql.postgres.url import SCHEMA_VERSION, ReadReplica, Target, parse
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
 INDEXES = tuple(f"{TABLE}_{name}" for name in ("expires_at", "pkey", "tenant"))
 OLDEST = 130_000
-MARKED = 7
-"""The migration that made the table of markers."""
+LISTED, MARKED = 4, 7
+"""The migrations that made the completer's worklist and the table of markers."""
 MIGRATE = "Run `retryproof migrate` with this URL."
 
 _SERVER = """
@@ -45,6 +45,7 @@ WHERE NOT has_table_privilege($1::text, privilege)
 class Facts:
     """What the server said; seconds since the epoch. version: the newest migration applied, None without any.
 
+    lacking, lacking_phased: privileges on the records and markers, and on the completer's worklist.
     encrypted: whether this connection is, None where a pooler does not say. remote: whether it leaves the machine.
     """
 
@@ -64,6 +65,7 @@ class Facts:
     version: int | None = None
     indexes: Sequence[str] = ()
     lacking: Sequence[str] = ()
+    lacking_phased: Sequence[str] = ()
     numbering: Numbering | None = None
 
 
@@ -91,6 +93,9 @@ def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
         lacking = [*(yield Statement(_PRIVILEGES, (target.table,)))]
         if (facts.version or 0) >= MARKED:
             lacking += yield Statement(_PRIVILEGES, (markers(target.table),))
+        if (facts.version or 0) >= LISTED:
+            phased = yield Statement(_PRIVILEGES, (worklist(target.table),))
+            facts = replace(facts, lacking_phased=[row[0] for row in phased])
         facts = replace(
             facts, indexes=[row[0] for row in indexes], lacking=list(dict.fromkeys(row[0] for row in lacking))
         )
@@ -172,7 +177,15 @@ def _indexes(facts: Facts) -> Finding:
 
 def _privileges(facts: Facts) -> Finding:
     if not facts.lacking:
-        return Finding("privileges", OK, "read, insert, update, delete")
+        if not facts.lacking_phased:
+            return Finding("privileges", OK, "read, insert, update, delete")
+        lacking, on = ", ".join(facts.lacking_phased), worklist(TABLE)
+        return Finding(
+            "privileges",
+            WARN,
+            f"this user lacks {lacking} on {on}, which reaping, evicting and phases need",
+            f"GRANT {lacking} ON {on} TO it, where it does.",
+        )
     lacking = ", ".join(facts.lacking)
     return Finding(
         "privileges", FAIL, f"this user lacks {lacking}", f"GRANT {lacking} ON {TABLE}, {markers(TABLE)} TO it."
