@@ -86,7 +86,7 @@ def _figure_table(figures: Sequence[Figure]) -> Table:
         base = next(iter(subjects))
         for name, summary in subjects.items():
             shown = figure.name if name == base else ""
-            rate, cpu = f"{summary['per_second']:,.0f}", f"{summary['cpu_microseconds']:.0f}"
+            rate, cpu = f"{summary['per_second']:,.0f}", f"{summary['cpu_microseconds']:.3g}"
             ratio, by_cpu = figure.ratio(name, base), figure.cpu_ratio(name, base)
             row = (shown, name, rate, str(ratio or "–"), cpu, f"{by_cpu:.2f}" if by_cpu else "–")
             table.add_row(*row, f"{summary['errors']:,}")

@@ -19,7 +19,7 @@ sys.path[0] = str(ROOT)
 import uvloop  # noqa: E402 - the path above has to come first
 
 from benchmarks import goals, report  # noqa: E402
-from benchmarks.figures import asgi, beside, engine, growth, http, inbox, outbox, phases, roundtrips  # noqa: E402
+from benchmarks.figures import asgi, beside, engine, growth, http, inbox, outbox, phases, records, roundtrips  # noqa: E402
 from benchmarks.figures.http import HttpSubject  # noqa: E402
 from benchmarks.measure import Figure, OutOfTime, Pace  # noqa: E402
 from benchmarks.peers import PEERS, PeerMissing, peer_python  # noqa: E402
@@ -37,6 +37,7 @@ FAMILIES = (
     "beside",
     "growth",
     "held",
+    "records",
     "roundtrips",
 )
 ON_POSTGRES = {
@@ -96,6 +97,8 @@ async def take(options: argparse.Namespace, services: Services) -> tuple[list[Fi
     if "engine" in options.only:
         for store in stores:
             figures += await engine.STORES[store](services, pace, ours=ours)
+    if "records" in options.only and "redis" in stores:
+        figures += await records.figures(services, pace, ours=ours)
     if "threads" in options.only and "sqlite" in stores:
         figures += await engine.thread_figures(services, pace, ours=ours)
     for name, family in ON_POSTGRES.items():
