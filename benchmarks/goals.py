@@ -51,7 +51,7 @@ GOALS = (
     Goal("engine redis new 32", "plain calls", 3.0),
     Goal("engine redis new 256", "plain calls", 5.0),
     Goal("redis server new", "bare script", 0.8),
-    Goal("redis server replay", "bare script", 0.8),
+    Goal("redis server replay", "bare script", 0.75),
     Goal("engine postgres new 64", "one commit a claim", 6.0),
     Goal("engine postgres new 256", "one commit a claim", 8.0),
     Goal("engine sqlite new 32", "one commit a claim", 8.0),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection as TcpConnection
@@ -13,10 +13,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
-from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
-from retryproof.core.record import Record, State
-from retryproof.stores.base import Batch, Reaped
+from retryproof.drive import apump
+from retryproof.stores.forwarding import AsyncForwardingStore
 from retryproof.stores.lanes.replies import clock
 from retryproof.stores.redis.blocking import RedisStore
 from retryproof.stores.redis.link import Connection, Link, connected
@@ -29,7 +28,7 @@ T = TypeVar("T")
 _CONNECTIONS = {"tcp": TcpConnection, "tls": SSLConnection, "unix": UnixDomainSocketConnection}
 
 
-class AsyncRedisStore:
+class AsyncRedisStore(AsyncForwardingStore):
     """Records in Redis or Valkey, for one event loop: each call in flight has a connection.
 
     The options are RedisStore's; `timeout` is for a whole call. Cancelled, a call may have been done.
@@ -39,7 +38,7 @@ class AsyncRedisStore:
 
     def __init__(self, url_or_client: str | Redis, *, prefix: str = "retryproof", timeout: float = 2.0) -> None:
         self._settings = Settings.of(url_or_client, Redis, prefix, timeout)
-        self._protocol = Protocol(self._settings.prefix)
+        self._calls = Protocol(self._settings.prefix)
         self._idle: list[Link] = []
         self._closed = False
         try:
@@ -47,43 +46,8 @@ class AsyncRedisStore:
         except (TypeError, ValueError, RedisError) as error:
             raise ConfigurationError(f"redis-py refuses these options: {error}") from error
 
-    async def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
-        return await self.perform(self._protocol.claim(claims))
-
-    async def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
-        return await self.perform(self._protocol.settle(commands))
-
-    async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        return await self.perform(self._protocol.settle(commands))
-
-    async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
-        return await self.perform(self._protocol.renew(commands))
-
-    async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        return await self.perform(self._protocol.checkpoint(commands))
-
-    async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        return await self.perform(self._protocol.get(ids))
-
-    async def scan(
-        self,
-        *,
-        prefix: bytes = b"",
-        state: State | None = None,
-        tenant: bytes | None = None,
-        after: bytes = b"",
-        limit: int = 100,
-    ) -> Sequence[Record]:
-        """A page, without results and checkpoints; each page looks at all keys of the database."""
-        return await self.perform(
-            self._protocol.scan(prefix=prefix, state=state, tenant=tenant, after=after, limit=limit)
-        )
-
-    async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        return await self.perform(self._protocol.evict(ids))
-
-    async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        return await self.perform(self._protocol.reap(limit, told))
+    async def _make(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return await self.perform(call(*arguments, **options))
 
     def keeper(self) -> RedisStore:
         """A blocking store over the same records."""
@@ -96,17 +60,7 @@ class AsyncRedisStore:
 
     async def perform(self, plan: Plan[T]) -> T:
         """Send a plan's requests, and give its own answer."""
-        try:
-            request = next(plan)
-            while True:
-                try:
-                    reply = await self._send(request)
-                except StoreUnavailable as error:
-                    request = plan.throw(error)
-                else:
-                    request = plan.send(reply)
-        except StopIteration as end:
-            return cast("T", end.value)
+        return await apump(plan, self._send)
 
     async def _send(self, request: Request) -> Reply:
         deadline = clock() + self._settings.timeout

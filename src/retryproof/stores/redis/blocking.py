@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 from typing import Protocol as Interface
-from typing import TypeVar, cast
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -13,10 +13,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.retry import Retry
 
-from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
-from retryproof.core.errors import ConfigurationError, StoreUnavailable
-from retryproof.core.record import Record, State
-from retryproof.stores.base import Batch, Reaped
+from retryproof.core.errors import ConfigurationError
+from retryproof.drive import pump
+from retryproof.stores.forwarding import ForwardingStore
 from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
 from retryproof.stores.redis.settings import Settings
 from retryproof.stores.redis.wire import pack, unavailable
@@ -33,7 +32,7 @@ class _Connection(Interface):
     def disconnect(self) -> None: ...
 
 
-class RedisStore:
+class RedisStore(ForwardingStore):
     """Records in Redis or Valkey, for any number of threads: each call in flight has a connection.
 
     url_or_client: where the server is. A client gives its address, login and TLS options; the store makes connections
@@ -56,7 +55,7 @@ class RedisStore:
 
     def _open(self, settings: Settings) -> None:
         self._settings = settings
-        self._protocol = Protocol(settings.prefix)
+        self._calls = Protocol(settings.prefix)
         self._idle: list[_Connection] = []
         self._closed = False
         try:
@@ -64,41 +63,8 @@ class RedisStore:
         except (TypeError, ValueError, RedisError) as error:
             raise ConfigurationError(f"redis-py refuses these options: {error}") from error
 
-    def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
-        return self.perform(self._protocol.claim(claims))
-
-    def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
-        return self.perform(self._protocol.settle(commands))
-
-    def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        return self.perform(self._protocol.settle(commands))
-
-    def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
-        return self.perform(self._protocol.renew(commands))
-
-    def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        return self.perform(self._protocol.checkpoint(commands))
-
-    def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        return self.perform(self._protocol.get(ids))
-
-    def scan(
-        self,
-        *,
-        prefix: bytes = b"",
-        state: State | None = None,
-        tenant: bytes | None = None,
-        after: bytes = b"",
-        limit: int = 100,
-    ) -> Sequence[Record]:
-        """A page, without results and checkpoints; each page looks at all keys of the database."""
-        return self.perform(self._protocol.scan(prefix=prefix, state=state, tenant=tenant, after=after, limit=limit))
-
-    def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        return self.perform(self._protocol.evict(ids))
-
-    def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        return self.perform(self._protocol.reap(limit, told))
+    def _make(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return self.perform(call(*arguments, **options))
 
     def close(self) -> None:
         self._closed = True
@@ -107,17 +73,7 @@ class RedisStore:
 
     def perform(self, plan: Plan[T]) -> T:
         """Send what a plan asks for, and give it the answers."""
-        try:
-            request = next(plan)
-            while True:
-                try:
-                    reply = self._send(request)
-                except StoreUnavailable as error:
-                    request = plan.throw(error)
-                else:
-                    request = plan.send(reply)
-        except StopIteration as end:
-            return cast("T", end.value)
+        return pump(plan, self._send)
 
     def _send(self, request: Request) -> Reply:
         try:

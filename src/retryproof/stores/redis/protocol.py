@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from binascii import hexlify
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar
 
 from retryproof.core.batch import Batch, ItemError, Reaped
@@ -127,18 +128,25 @@ class Protocol:
             for claim, reply in zip(claims, replies, strict=True)
         ]
 
-    def settle(self, commands: Sequence[Complete] | Sequence[Release]) -> Plan[Batch[FenceReply]]:
-        """One script call completes or releases, or a few where the results are large."""
+    def complete(self, commands: Sequence[Complete]) -> Plan[Batch[FenceReply]]:
+        """One script call, or a few where the results are large."""
         replies: list[FenceReply | ItemError] = []
         for portion in _portions(commands):
             arguments = self._keys(portion)
-            arguments.append(bytes(map(_state_to_settle_in, portion)))
+            states = [State.TOMBSTONE if command.result is None else State.COMPLETED for command in portion]
+            arguments.append(bytes(states))
             for command in portion:
-                arguments += (packed.fence(command), _settled_with(command))
+                arguments += (packed.fence(command), command.result or b"")  # the state says what an empty one is
             replies += yield from _fenced(self._settle, portion, arguments)
         return replies
 
-    complete = release = settle
+    def release(self, commands: Sequence[Release]) -> Plan[Batch[FenceReply]]:
+        """One script call."""
+        arguments = self._keys(commands)
+        arguments.append(bytes([State.RELEASED] * len(commands)))
+        for command in commands:
+            arguments += (packed.fence(command), b"1" if command.settles else b"")
+        return (yield from _fenced(self._settle, commands, arguments))
 
     def renew(self, commands: Sequence[Renew]) -> Plan[Batch[FenceReply]]:
         """One script call."""
@@ -258,16 +266,10 @@ _Fenced: TypeAlias = Complete | Release | Renew | Checkpoint
 _Terms: TypeAlias = tuple[float, float, float, str, int, int]
 
 
-def _terms(claim: Claim) -> _Terms:
-    """What policies give, and so most claims of a batch have in common."""
-    return (
-        claim.lease,
-        claim.retention,
-        claim.unsettled_retention,
-        claim.on_abandoned,
-        claim.max_attempts,
-        claim.alone,
-    )
+_terms: Callable[[Claim], _Terms] = attrgetter(
+    "lease", "retention", "unsettled_retention", "on_abandoned", "max_attempts", "alone"
+)
+"""What policies give, and so most claims of a batch have in common."""
 
 
 def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
@@ -276,23 +278,12 @@ def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
     return (*durations, int(on_abandoned == "refuse"), max_attempts, alone)
 
 
-def _state_to_settle_in(command: Complete | Release) -> State:
-    if isinstance(command, Release):
-        return State.RELEASED
-    return State.TOMBSTONE if command.result is None else State.COMPLETED
-
-
-def _settled_with(command: Complete | Release) -> bytes:
-    """The result, or whether an operator releases; the state says what an empty one stands for."""
-    if isinstance(command, Release):
-        return b"1" if command.settles else b""
-    return command.result or b""
-
-
 def _fenced(script: Script, commands: Sequence[_Fenced], arguments: list[Argument]) -> Plan[Batch[FenceReply]]:
     if not commands:
         return []
     answer = yield Request(arguments, script)
+    if answer.count(b"1") == len(commands):
+        return [DONE] * len(commands)
     return [
         _FENCE_REPLIES.get(character) or _unreadable(command.id)
         for command, character in zip(commands, answer, strict=True)
@@ -336,17 +327,20 @@ def _record(id: bytes, answer: bytes | None, now: int, *, results: bool, skip_un
         raise _unreadable(id) from error
 
 
-def _portions(commands: Sequence[Complete | Release]) -> Iterator[Sequence[Complete | Release]]:
+def _portions(commands: Sequence[Complete]) -> Iterator[Sequence[Complete]]:
     """Runs of commands whose results come to no more than LARGEST_CALL, or single ones."""
+    sizes = [len(command.result or b"") for command in commands]
+    if sum(sizes) <= LARGEST_CALL:
+        if commands:
+            yield commands
+        return
     start = size = 0
-    for index, command in enumerate(commands):
-        weight = len(_settled_with(command))
+    for index, weight in enumerate(sizes):
         if size + weight > LARGEST_CALL and index > start:
             yield commands[start:index]
             start, size = index, 0
         size += weight
-    if start < len(commands):
-        yield commands[start:]
+    yield commands[start:]
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
