@@ -35,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 
 from retryproof.core.commands import (
     Committed,
@@ -58,8 +58,16 @@ from retryproof.drive import apump, clock
 from retryproof.joined import carried
 from retryproof.joined.fence import Fence, fence_of
 from retryproof.recovery import Recovery, lease_lost
-from retryproof.sql.callers import SAVEPOINT, find_adapter, missing_table, refused, unknown
-from retryproof.sql.plan import Statement
+from retryproof.sql.callers import (
+    SAVEPOINT,
+    BlockingConnection,
+    LoopConnection,
+    find_adapter,
+    missing_table,
+    refused,
+    unknown,
+)
+from retryproof.sql.plan import Joining, Statement
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
@@ -198,23 +206,44 @@ class Transaction:
             connection = yield Enter(given)
             self._block = given
         try:
-            adapted = adapted or find_adapter(connection)
-            if adapted is None:
+            if adapted is None and (adapted := find_adapter(connection)) is None:
                 raise unknown(connection)
             self._check(adapted, fence)
             self._adapted, self.connection = adapted, connection
-            yield from self._join()
+            lent = self._block is not None
+            if lent:
+                yield "begin"
+            if adapted.ASKS:
+                yield "check_open"
+            # Any other block than the one that we leave would commit by itself.
+            reason = adapted.unusable(to_commit=True) or (None if lent else adapted.block())
+            if reason is not None:
+                raise refused(reason, adapted.ADVICE)
+            self._identified = adapted.IDENTIFIED
+            self._driver = yield "driver"
+            carried.take(self, self._driver)
+            try:
+                joining = yield from fence.plans.join(self._hold)
+            except Exception as error:
+                if missing_table(error):
+                    raise self._elsewhere() from error
+                raise
+            if joining is None or joining.committed or joining.nested:
+                yield from self._refuse(joining)
+            else:
+                self.held = joining.held
+            adapted.guard()
         except BaseException as error:
+            self.let_go()
             if self._block is not None:
                 yield Leave(self._block, error)
             raise
 
-    def _check(self, adapted: Any, fence: Fence) -> None:
+    def _check(self, adapted: BlockingConnection | LoopConnection, fence: Fence) -> None:
+        """Refuse a connection of the other colour, or to another kind of database."""
         if adapted.on_loop is not self._on_loop:
-            what = (
-                "is awaited: await operation.atransaction" if adapted.on_loop else "blocks: use operation.transaction"
-            )
-            raise ConfigurationError(f"This connection {what} for it.")
+            call = "await operation.atransaction" if adapted.on_loop else "use operation.transaction"
+            raise ConfigurationError(f"This connection {'is awaited' if adapted.on_loop else 'blocks'}: {call} for it.")
         if adapted.dialect != fence.dialect.name:
             raise ConfigurationError(
                 f"The connection is one to {adapted.dialect} and the store is {fence.dialect.name}; they must be the "
@@ -222,34 +251,9 @@ class Transaction:
                 digest=self._recovery.digest,
             )
 
-    def _join(self) -> Steps[None]:
-        adapted, lent = self._adapted, self._block is not None
-        if lent:
-            yield "begin"
-        if adapted.ASKS:
-            yield "check_open"
-        # Any other block than the one that we leave would commit by itself.
-        reason = adapted.unusable(to_commit=True) or (None if lent else adapted.block())
-        if reason is not None:
-            raise refused(reason, adapted.ADVICE)
-        self._identified = adapted.IDENTIFIED
-        self._driver = yield "driver"
-        carried.take(self, self._driver)
-        try:
-            yield from self._mark()
-        except BaseException:
-            self.let_go()
-            raise
-        adapted.guard()
-
-    def _mark(self) -> Steps[None]:
+    def _refuse(self, joining: Joining | None) -> Steps[NoReturn]:
+        """Say why the transaction cannot be this attempt's."""
         hold = self._hold
-        try:
-            joining = yield from self.fence.plans.join(hold)
-        except Exception as error:
-            if missing_table(error):
-                raise self._elsewhere() from error
-            raise
         if joining is None:
             found = yield Ask(Look(hold.id))
             if not isinstance(found, Found) or self.ours(found, State.IN_PROGRESS):
@@ -257,10 +261,8 @@ class Transaction:
             raise lease_lost(hold)
         if joining.committed:
             raise self.committed_alone()
-        if joining.nested:
-            yield from self.fence.plans.unmark([hold.id])
-            raise refused(SAVEPOINT, "Hand the transaction over outside of any savepoint.")
-        self.held = joining.held
+        yield from self.fence.plans.unmark([hold.id])
+        raise refused(SAVEPOINT, "Hand the transaction over outside of any savepoint.")
 
     def _elsewhere(self) -> ConfigurationError:
         return ConfigurationError(

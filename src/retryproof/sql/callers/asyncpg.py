@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Literal
 
 import asyncpg
@@ -57,13 +57,12 @@ class Asyncpg(OnLoop):
         self._begun = self._top()
         return self._underneath()
 
-    async def execute(self, statement: Statement) -> Sequence[Row]:
+    def execute(self, statement: Statement) -> Awaitable[Sequence[Row]]:
         """See BlockingConnection."""
         connection = self._underneath()
         if statement.many:
-            await connection.executemany(statement.sql, statement.parameters)
-            return ()
-        rows: Sequence[Row] = await connection.fetch(statement.sql, *statement.parameters)
+            return _without_rows(connection.executemany(statement.sql, statement.parameters))
+        rows: Awaitable[Sequence[Row]] = connection.fetch(statement.sql, *statement.parameters)
         return rows
 
     async def begin(self) -> None:
@@ -94,3 +93,8 @@ class Asyncpg(OnLoop):
     def _underneath(self) -> Any:
         """What a pool lent, which is quicker to ask; what stands for it where it is with its pool again."""
         return getattr(self._connection, "_con", None) or self._connection
+
+
+async def _without_rows(executing: Awaitable[None]) -> Sequence[Row]:
+    await executing
+    return ()
