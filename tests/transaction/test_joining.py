@@ -562,6 +562,38 @@ async def test_t1_asyncpgs_connection_that_went_back_to_its_pool_is_left_alone(p
     assert postgres.charges() == []
 
 
+@pytest.mark.parametrize("how", ["atransaction", "phase"])
+async def test_a_join_that_is_cancelled_gives_its_connection_back(postgres: Database, how: str) -> None:
+    """It left the block that lent it, and another operation joins the same connection."""
+    pool = await asyncpg.create_pool(postgres.store, min_size=1, max_size=1)
+    blocker = await asyncpg.connect(postgres.store)
+    async with AsyncIdempotency(postgres.store, policy=Policy(release_on_cancel=True)) as engine, pool:
+
+        async def charge() -> str:
+            operation = current_operation()
+            if how == "phase":
+                async with operation.phase("charge", pool.acquire()) as phase:
+                    await phase.connection.execute(insert(1))
+            else:
+                await (await operation.atransaction(pool.acquire())).execute(insert(1))
+            return "charged"
+
+        await blocker.execute("BEGIN")
+        await blocker.execute("LOCK TABLE retryproof_markers IN SHARE MODE")
+        task = asyncio.create_task(engine.run("k", charge, scope="s"))
+        while not await blocker.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  # no event tells
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await blocker.execute("COMMIT")
+        assert pool.get_idle_size() == 1
+        assert postgres.charges() == []
+        assert (await engine.run("k", charge, scope="s")).value == "charged"
+        await blocker.close()
+    assert postgres.charges() == [1]
+
+
 async def test_a_cancellation_after_the_handlers_own_commit_goes_on(postgres: Database) -> None:
     async with AsyncIdempotency(postgres.store, policy=Policy(release_on_cancel=True)) as engine:
         connection = await asyncpg.connect(postgres.store)
