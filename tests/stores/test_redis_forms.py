@@ -115,6 +115,35 @@ def test_a_checkpoint_and_a_renewal_touch_only_what_they_change(
     store.close()
 
 
+@pytest.mark.crash
+@pytest.mark.parametrize("server", ["redis", "valkey"])
+def test_c1_what_was_changed_in_place_outlives_kill_minus_9_with_appendfsync_always(
+    request: pytest.FixtureRequest, server: str, unique: str
+) -> None:
+    private = request.getfixturevalue(f"private_{server}")("--appendonly", "yes", "--appendfsync", "always")
+    store = RedisStore(private.url, prefix=unique)
+    claims = [new_claim(lease=60.0) for _ in range(3)]
+    with Redis.from_url(private.url) as client:
+        was_hash = new_claim(lease=60.0)
+        tokens = [taken(reply).token for reply in store.claim(claims)]
+        tokens.append(taken_before(HashStore(client, unique), was_hash))
+    claims.append(was_hash)
+    for claim, token in zip(claims, tokens, strict=True):
+        for name in ("one", "two"):
+            assert store.checkpoint([Checkpoint(claim.id, claim.nonce, token, name, name.encode())]) == [DONE]
+        assert store.renew([Renew(claim.id, claim.nonce, token, 600.0, alone=False)]) == [DONE]
+    assert store.complete([Complete(claims[0].id, claims[0].nonce, tokens[0], b"done")]) == [DONE]
+    found = [replace(record, read_at=0) for record in store.get([claim.id for claim in claims]) if record is not None]
+    private.kill()
+    private.restart()
+    kept = [replace(record, read_at=0) for record in store.get([claim.id for claim in claims]) if record is not None]
+    assert kept == found
+    assert (len(kept), dict(kept[3].checkpoints), kept[3].counts) == (4, {"one": b"one", "two": b"two"}, False)
+    with Redis.from_url(private.url) as client:
+        assert [client.ttl(HashStore(client, unique).key(claim.id)) > 0 for claim in claims] == [True] + [False] * 3
+    store.close()
+
+
 def test_a_checkpoint_under_a_name_kept_before_replaces_it(store: RedisStore) -> None:
     claim = new_claim(lease=0.0)
     held = take(store, claim)

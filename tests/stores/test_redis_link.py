@@ -186,6 +186,17 @@ async def test_c3_what_comes_unasked_is_nobodys_answer(serve: Serve) -> None:
     assert [await echo(store), server.connections] == [2, 2]
 
 
+@pytest.mark.parametrize("way", ["own protocol"], indirect=True)
+async def test_c3_two_answers_at_once_are_no_answer_and_leave_none_behind(serve: Serve) -> None:
+    async def answer_twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        writer.write(b":1\r\n:1000\r\n" if number == 1 else b":%d\r\n" % number)
+
+    server, store = await serve(answer_twice)
+    with pytest.raises(StoreUnavailable, match="not asked for"):
+        await echo(store)
+    assert [await echo(store), server.connections] == [2, 2]
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_calls_side_by_side_get_their_own_answers(redis_url: str, loop: str) -> None:
     async def main() -> None:

@@ -103,6 +103,7 @@ def show(result: bool, output: Output, **options: Any) -> None:
     with opened(wanted.url) as store:
         record = find(store, wanted)
     document = {**as_document(record), "checkpoints": sorted(record.checkpoints)}
+    document["token"] = record.token
     document["result_bytes"] = None if record.result is None else len(record.result)
     if record.committed:
         document["committed"] = "its work was, in a transaction of the caller's, without its result"

@@ -110,7 +110,7 @@ class _Direct(asyncio.Protocol):
             return
         if reply is False:  # more is to come
             return
-        if self._answer is None:
+        if self._answer is None or self._reader.has_data():  # what is left would answer the next call
             self._break_off(InvalidResponse("something that was not asked for"))
             return
         self._tell(reply)
