@@ -5,7 +5,6 @@ from asyncio import CancelledError, Event, create_task, get_running_loop, sleep,
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -22,16 +21,7 @@ from retryproof.sql.outbox import ClaimedBatch
 from retryproof.sql.plan import Plan, Statement
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
-from tests.transaction.outboxes import PATIENT, QUICK, Database, Noting, running, sqlite_url, until, until_empty
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Database:
-    if request.param == "sqlite":
-        return Database(sqlite_url(tmp_path))
-    url = f"{request.getfixturevalue('postgres_url')}?schema={unique}"
-    migrate(url)
-    return Database(url)
+from tests.transaction.outboxes import PATIENT, QUICK, Database, Noting, running, until, until_empty
 
 
 def beside(message: Message, database: Database) -> str:

@@ -4,7 +4,6 @@ import threading
 from asyncio import Event, create_task, sleep, wait_for
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -17,19 +16,8 @@ from retryproof.publishers import Batch, Outcome
 from retryproof.publishers.base import DELIVERED
 from retryproof.publishers.httpx import HttpPublisher
 from retryproof.transaction import Relay, RelayPolicy
-from tests.transaction.outboxes import PATIENT, Database, running, sqlite_url, until
+from tests.transaction.outboxes import PATIENT, Database, running, until
 from tests.transaction.receivers import Receiver, Request, http_receiver
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Database:
-    if request.param == "sqlite":
-        return Database(sqlite_url(tmp_path))
-    from retryproof.stores.sql.migrate import migrate
-
-    url = f"{request.getfixturevalue('postgres_url')}?schema={unique}"
-    migrate(url)
-    return Database(url)
 
 
 class Slow:

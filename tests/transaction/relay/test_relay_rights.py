@@ -16,7 +16,7 @@ from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Inbox, Outbox, Relay
 from tests.transaction.outboxes import QUICK, Database, Noting, until_empty
 
-PAGE = Path(__file__).parents[2] / "docs" / "howto" / "outbox-and-relay.md"
+PAGE = Path(__file__).parents[3] / "docs" / "howto" / "outbox-and-relay.md"
 FUNCTION = "FUNCTION pg_catalog.pg_control_system()"
 
 

@@ -23,7 +23,6 @@ from retryproof.sql.postgres.doctor import diagnose
 from retryproof.sql.postgres.outbox import PostgresOutbox
 from retryproof.sql.postgres.url import parse
 from retryproof.stores.diagnosis import Verdict
-from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Outbox, Relay
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty, until_published
 
@@ -31,10 +30,8 @@ STRICT = replace(QUICK, order="strict")
 
 
 @pytest.fixture
-def database(postgres_url: str, unique: str) -> Database:
-    url = f"{postgres_url}?schema={unique}"
-    migrate(url)
-    return Database(url)
+def database(postgres_outbox: Database) -> Database:
+    return postgres_outbox
 
 
 async def test_t6_strict_order_skips_nothing_under_sixteen_writers(database: Database) -> None:

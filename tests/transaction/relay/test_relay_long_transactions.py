@@ -16,7 +16,6 @@ from retryproof.core.message import BatchResult, Message
 from retryproof.outbox.membership import Membership
 from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
-from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
 from tests.transaction.outboxes import QUICK, Database, Noting, until_empty, until_published
 
@@ -26,10 +25,8 @@ LAST_NUMBER = "SELECT last_value FROM retryproof_outbox_sequence_seq"
 
 
 @pytest.fixture
-def database(postgres_url: str, unique: str) -> Database:
-    url = f"{postgres_url}?schema={unique}"
-    migrate(url)
-    return Database(url)
+def database(postgres_outbox: Database) -> Database:
+    return postgres_outbox
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import logging
 from asyncio import sleep
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,21 +12,11 @@ from retryproof.outbox import breaker
 from retryproof.outbox.operator import Operator
 from retryproof.publishers import UNTRIED, Batch, Failed, Outcome
 from retryproof.publishers.httpx import HttpPublisher
-from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
-from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
+from tests.transaction.outboxes import QUICK, Database, Noting, until_empty
 from tests.transaction.receivers import Request, http_receiver
 
 DAY = 86_400 * 1_000_000
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Database:
-    if request.param == "sqlite":
-        return Database(sqlite_url(tmp_path))
-    url = f"{request.getfixturevalue('postgres_url')}?schema={unique}"
-    migrate(url)
-    return Database(url)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ import psycopg
 import pytest
 
 from retryproof.outbox.policy import RelayTotals
-from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay, RelayPolicy
 from servers.table import account
 from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url
@@ -27,10 +26,8 @@ SLEEPY = RelayPolicy(poll=0.05, max_poll=600.0, lease=8.0)
 
 
 @pytest.fixture
-def database(postgres_url: str, unique: str) -> Database:
-    url = f"{postgres_url}?schema={unique}"
-    migrate(url)
-    return Database(url)
+def database(postgres_outbox: Database) -> Database:
+    return postgres_outbox
 
 
 def announce(database: Database, *keys: str) -> None:

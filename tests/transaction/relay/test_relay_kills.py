@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from retryproof.core.message import Message
-from retryproof.stores.sql.migrate import migrate
 from tests.transaction.outboxes import Database, sqlite_url
 from tests.transaction.outgoing import mail
 from tests.transaction.receivers import Request, http_receiver, smtp_receiver
@@ -60,15 +59,6 @@ class Relays:
         for process in self.running:
             process.kill()
             process.wait()
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Database:
-    if request.param == "sqlite":
-        return Database(sqlite_url(tmp_path))
-    url = f"{request.getfixturevalue('postgres_url')}?schema={unique}"
-    migrate(url)
-    return Database(url)
 
 
 def until_all_are_gone(database: Database, disturb: Any, disturbances: int, limit: float) -> None:

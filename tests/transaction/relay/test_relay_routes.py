@@ -5,7 +5,6 @@ import logging
 from asyncio import Event, create_task, gather, sleep, wait_for
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -19,18 +18,8 @@ from retryproof.publishers.function import FunctionPublisher
 from retryproof.publishers.httpx import HttpPublisher
 from retryproof.publishers.redis import RedisStreamPublisher
 from retryproof.publishers.smtp import SmtpPublisher
-from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Relay
-from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until, until_empty
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Database:
-    if request.param == "sqlite":
-        return Database(sqlite_url(tmp_path))
-    url = f"{request.getfixturevalue('postgres_url')}?schema={unique}"
-    migrate(url)
-    return Database(url)
+from tests.transaction.outboxes import QUICK, Database, Noting, until, until_empty
 
 
 class Named(Noting):

@@ -2,7 +2,6 @@
 
 from asyncio import Event, create_task, sleep
 from dataclasses import replace
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -12,18 +11,7 @@ from retryproof.core.message import BatchResult, Message
 from retryproof.outbox.operator import Operator
 from retryproof.publishers import Failed
 from retryproof.transaction import Outbox, Relay
-from tests.transaction.outboxes import QUICK, Database, Noting, sqlite_url, until_empty
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> Database:
-    if request.param == "sqlite":
-        return Database(sqlite_url(tmp_path))
-    from retryproof.stores.sql.migrate import migrate
-
-    url = f"{request.getfixturevalue('postgres_url')}?schema={unique}"
-    migrate(url)
-    return Database(url)
+from tests.transaction.outboxes import QUICK, Database, Noting, until_empty
 
 
 async def test_t5_a_message_keeps_what_it_was_given(database: Database) -> None:
