@@ -10,6 +10,7 @@ import pytest
 from django.conf import settings  # type: ignore[import-untyped]  # Django has no types of its own
 
 from retryproof import Idempotency, current_operation, errors
+from retryproof.transaction import Outbox
 from tests.transaction.support import Database, insert
 
 
@@ -127,3 +128,17 @@ def test_autocommit_and_atomic_blocks_are_refused(database: Database, connection
             assert "commits by itself" in refusal()
             with transaction.atomic(using=connection.alias):
                 assert "savepoint" in refusal()
+
+
+def test_t5_messages_are_added_in_djangos_transaction(connection: Any) -> None:
+    from django.db import transaction as of_django
+
+    outbox = Outbox()
+    with of_django.atomic(using=connection.alias):
+        outbox.add(connection, topic="t", payload=b"1")
+        outbox.add_many(connection, [outbox.message("t", b"2"), outbox.message("t", b"3")])
+        with pytest.raises(errors.ConfigurationError, match="the database 64"):
+            Outbox(partitions=8).add(connection, topic="t", payload=b"")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM retryproof_outbox")
+        assert cursor.fetchone() == (3,)

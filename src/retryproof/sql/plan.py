@@ -21,11 +21,16 @@ Row = Sequence[Any]
 
 @dataclass(slots=True)  # not frozen, which makes it four times as slow to make
 class Statement:
-    """One statement with its parameters in the dialect's own style; `many` runs it once for each row of them."""
+    """One statement with its parameters in the dialect's own style.
+
+    many: it runs once for each row of parameters. counted: it gives no rows, and is answered by an empty one for each
+    that it wrote; on callers' connections to PostgreSQL.
+    """
 
     sql: str
     parameters: Sequence[Any] = ()
     many: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

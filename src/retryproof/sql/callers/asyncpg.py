@@ -62,6 +62,8 @@ class Asyncpg(OnLoop):
         connection = self._underneath()
         if statement.many:
             return _without_rows(connection.executemany(statement.sql, statement.parameters))
+        if statement.counted:
+            return _counted(connection.execute(statement.sql, *statement.parameters))
         rows: Awaitable[Sequence[Row]] = connection.fetch(statement.sql, *statement.parameters)
         return rows
 
@@ -93,6 +95,11 @@ class Asyncpg(OnLoop):
     def _underneath(self) -> Any:
         """What a pool lent, which is quicker to ask; what stands for it where it is with its pool again."""
         return getattr(self._connection, "_con", None) or self._connection
+
+
+async def _counted(executing: Awaitable[str]) -> Sequence[Row]:
+    """An empty row for each that was written, by the number in an answer such as `INSERT 0 1`."""
+    return [()] * int((await executing).rpartition(" ")[2])
 
 
 async def _without_rows(executing: Awaitable[None]) -> Sequence[Row]:

@@ -77,6 +77,8 @@ class Django(Blocking):
                     cursor.executemany(sql, parameters)
                 return ()
             cursor.execute(sql, tuple(parameters))
+            if statement.counted:
+                return [()] * cursor.rowcount
             return [tuple(map(_plain, row)) for row in cursor.fetchall()] if cursor.description else ()
 
     def driver(self) -> object:

@@ -72,6 +72,8 @@ class Psycopg(Blocking):
                 cursor.executemany(statement.sql.encode(), statement.parameters)
                 return ()
             cursor.execute(statement.sql.encode(), statement.parameters)
+            if statement.counted:
+                return [()] * cursor.rowcount
             return cursor.fetchall() if cursor.description else ()
 
     def begin(self) -> None:
@@ -111,6 +113,8 @@ class AsyncPsycopg(OnLoop):
                 await cursor.executemany(statement.sql.encode(), statement.parameters)
                 return ()
             await cursor.execute(statement.sql.encode(), statement.parameters)
+            if statement.counted:
+                return [()] * cursor.rowcount
             return await cursor.fetchall() if cursor.description else ()
 
     async def begin(self) -> None:

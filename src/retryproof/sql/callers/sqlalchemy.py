@@ -329,4 +329,6 @@ def _execute(connection: Connection, driver: str, statement: Statement) -> Seque
             connection.exec_driver_sql(sql, [tuple(row) for row in parameters])
         return ()
     result = connection.exec_driver_sql(sql, tuple(parameters))
+    if statement.counted:
+        return [()] * result.rowcount
     return [tuple(row) for row in result] if result.returns_rows else ()

@@ -77,14 +77,14 @@ class PostgresOutbox:
 
     def add(self, messages: Sequence[Message], partitions: int) -> Plan[None]:
         """Insert, one statement whatever the number."""
-        rows = yield self._adding(messages, partitions)
-        if not rows:
+        added = yield self._adding(messages, partitions)
+        if not added:
             ((found,),) = yield self._sql["partition_number"]()
             raise other_partitions(partitions, int(found))
 
     def _adding(self, messages: Sequence[Message], partitions: int) -> Statement:
         if len(messages) > 1:
-            return self._sql["add_many"](
+            return self._sql["add_many"].counted(
                 partitions=partitions,
                 ids=[str(message.id) for message in messages],
                 in_partitions=[message.partition for message in messages],
@@ -98,8 +98,8 @@ class PostgresOutbox:
             )
         (message,) = messages
         if not message.headers and message.content_type is None and message.trace is None:
-            return Statement(self._add_bare, (*self._bare_row(message), partitions))
-        return self._sql["add"](
+            return Statement(self._add_bare, (*self._bare_row(message), partitions), counted=True)
+        return self._sql["add"].counted(
             id=message.id,
             partition=message.partition,
             queue=message.queue,

@@ -104,16 +104,16 @@ STATEMENTS = {
     "add": f"""INSERT INTO {{outbox}} ({_ADD}, created_at)
 SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text, :headers::text,
     :content_type::text, :trace::text, {_NOW_FAST}
-FROM {{settings}} WHERE partitions = :partitions::int RETURNING 1""",
+FROM {{settings}} WHERE partitions = :partitions::int""",
     "add_bare": f"""INSERT INTO {{outbox}} ({_ADD_BARE}, created_at)
 SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text, {_NOW_FAST}
-FROM {{settings}} WHERE partitions = :partitions::int RETURNING 1""",
+FROM {{settings}} WHERE partitions = :partitions::int""",
     "add_many": f"""INSERT INTO {{outbox}} ({_ADD})
 SELECT m.id, m.partition, m.chain, m.topic, m.payload, m.key, m.headers, m.content_type, m.trace
 FROM {{settings}}, unnest(:ids::text[]::uuid[], :in_partitions::int[], :queues::bytea[], :topics::text[],
     :payloads::bytea[], :keys::text[], :headers::text[], :content_types::text[], :traces::text[]
 ) WITH ORDINALITY AS m({_ADD}, place)
-WHERE partitions = :partitions::int ORDER BY m.place RETURNING 1""",
+WHERE partitions = :partitions::int ORDER BY m.place""",
     "partition_number": "SELECT partitions FROM {settings}",
     "settings": """SELECT partitions, cluster, (
     SELECT max(xid) FROM ((SELECT xid FROM {outbox} ORDER BY sequence LIMIT 1)
