@@ -12,6 +12,7 @@ from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.sql.sqlite import inbox
 from retryproof.sql.sqlite import migrate as sqlite_migrate
 from retryproof.sql.sqlite import outbox as outbox_sqlite
+from retryproof.sql.sqlite.outbox_schema import SQLITE_OUTBOX
 from retryproof.sql.sqlite.schema import Part
 from retryproof.transaction import Inbox, Outbox, Relay
 from tests.transaction.outboxes import QUICK, Noting
@@ -59,8 +60,9 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         return replace(part, steps=(*part.steps, (f"ALTER TABLE {part.table} ADD COLUMN extra TEXT",)))
 
     def change() -> None:
-        monkeypatch.setattr(outbox_sqlite, "SQLITE_OUTBOX", longer(outbox_sqlite.SQLITE_OUTBOX))
-        monkeypatch.setattr(sqlite_migrate, "SQLITE_OUTBOX", outbox_sqlite.SQLITE_OUTBOX)
+        outbox = longer(SQLITE_OUTBOX)
+        monkeypatch.setattr(outbox_sqlite, "SQLITE_OUTBOX", outbox)
+        monkeypatch.setattr(sqlite_migrate, "SQLITE_OUTBOX", outbox)
         monkeypatch.setattr(inbox, "SQLITE_INBOX", longer(inbox.SQLITE_INBOX))
         monkeypatch.setattr(sqlite_migrate, "SQLITE_INBOX", inbox.SQLITE_INBOX)
 
@@ -140,7 +142,7 @@ def test_o4_tables_of_a_later_release_say_upgrade(path: Path) -> None:
 
 
 def test_o4_tables_from_before_versions_were_noted_are_the_first(path: Path) -> None:
-    part = outbox_sqlite.SQLITE_OUTBOX
+    part = SQLITE_OUTBOX
     with transaction(path) as connection:
         for statement in part.steps[0]:
             connection.execute(statement)

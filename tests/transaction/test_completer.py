@@ -281,12 +281,12 @@ async def test_no_input_outlives_its_operation_where_no_completer_runs(shop: Sho
 
 async def test_a_record_of_a_later_life_is_not_taken_for_the_one_that_was_listed(shop: Shop) -> None:
     """It was evicted after the completer had seen it, and its key used again."""
-    from retryproof.phased.functions import Gone
+    from retryproof.phased.functions import RecordGone
 
     await shop.abandon()
     (entry,) = await shop.completer.entries()
     shop.database.execute("DELETE FROM retryproof_operations")
-    with pytest.raises(Gone):
+    with pytest.raises(RecordGone):
         await shop.order.complete(entry)
     assert shop.database.charges() == [1]
 

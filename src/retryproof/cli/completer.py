@@ -22,7 +22,7 @@ from retryproof.cli.shown import moment
 from retryproof.core.keys import short_digest
 from retryproof.phased.completer import Completer, Round
 from retryproof.phased.functions import BlockingPhased, Phased
-from retryproof.sql.worklist import Entry
+from retryproof.sql.worklist import WorklistEntry
 
 
 @click.command(epilog=exits.HELP)
@@ -88,7 +88,7 @@ async def _run(
     return dict(totals)
 
 
-async def _entries(target: str) -> list[Entry]:
+async def _entries(target: str) -> list[WorklistEntry]:
     async with _opened(target) as phased:
         return await Completer(phased).entries(1_000)
 
@@ -144,7 +144,7 @@ def _checked(target: str, found: Any) -> Phased | BlockingPhased:
     return found
 
 
-def _document(entry: Entry) -> dict[str, Any]:
+def _document(entry: WorklistEntry) -> dict[str, Any]:
     return {
         "operation": short_digest(entry.id),
         "function": entry.function,
@@ -155,7 +155,7 @@ def _document(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _table(entries: list[Entry]) -> Table:
+def _table(entries: list[WorklistEntry]) -> Table:
     shown = table("operation", "function", "tries", "listed", "reason")
     for entry in entries:
         row = (short_digest(entry.id), entry.function, entry.tries, moment(entry.listed_at), entry.reason or "")

@@ -111,7 +111,7 @@ def relay(
 ) -> None:
     """Send what the outbox in the database at URL holds to another place, until SIGTERM or Ctrl-C.
 
-    What is on its way is finished first. Run as many as you like: messages of one key stay in order, none is lost, and
+    What is in flight is finished first. Run as many as you like: messages of one key stay in order, none is lost, and
     one that is sent twice has the same id. Relays on one outbox need the same destinations: one with others stands by
     until those have left. Webhooks are signed with the secrets in RETRYPROOF_WEBHOOK_SECRET.
     """

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import microseconds
 from retryproof.inbox.receive import START, InboxDeadLetter, letter_of
-from retryproof.sql.database import Database, open_database
+from retryproof.sql.database import OwnDatabase, open_database
 
 PURGE_BATCH = 1_000
 
@@ -31,7 +31,7 @@ class InboxOperator:
     """The inbox of a database, by URL; for one event loop."""
 
     def __init__(self, store: str, *, timeout: float = 5.0) -> None:
-        self._database: Database = open_database(store, timeout=timeout)
+        self._database: OwnDatabase = open_database(store, timeout=timeout)
 
     async def stats(self) -> InboxStats:
         """How it stands."""

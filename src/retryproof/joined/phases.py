@@ -40,7 +40,7 @@ from retryproof.joined import Joined
 from retryproof.joined.transaction import ANOTHER, Ask, Steps, Transaction
 from retryproof.recovery import PLAIN, lease_lost
 from retryproof.sql.callers import missing_table
-from retryproof.sql.worklist import Entry
+from retryproof.sql.worklist import WorklistEntry
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
@@ -53,7 +53,7 @@ class Listing(Protocol):
     def connect(self) -> Callable[[], Any] | None:
         """Makes what a phase without a connection of its own uses."""
 
-    def entry(self, hold: Hold) -> Entry | None:
+    def entry(self, hold: Hold) -> WorklistEntry | None:
         """The row that the next recovery point is to write as well, if any."""
 
     def was_listed(self, hold: Hold) -> None:

@@ -1,15 +1,19 @@
-"""Where a relay's claims begin in each partition: a short cut past what was deleted and is not vacuumed yet (T6). Pure.
+"""Where a relay's claims begin in each partition: a short cut past deleted rows that are not vacuumed yet (T6). Pure.
 
-A claim takes the lowest numbers that it can see. Below the last one of a partition nothing is left, and only those
-transactions can still bring something there that had their id when the claim looked: a transaction has its id before it
-draws a number. Those are the ones that the claim's snapshot lists as open, and any whose ids are between the end of
-the list and the claim's own. (A snapshot lists ids up to the highest that has ended, and not who began after that.)
+A claim takes the lowest numbers that it can see. After it, a partition has nothing left below the last number taken,
+except what transactions may still commit there that were open at the claim. A transaction has its id before it draws
+a number, so those transactions had their ids when the claim looked. There are two kinds:
 
-Each is kept with the highest number that was seen before it had its id: all of its own are higher. The next claim is
-told of them, and begins at the lowest of these numbers where one has ended by then. That is decided in the claim's own
-snapshot: a message, and what was added by whoever saw it, are looked for from the same number. Of those that were not
-listed, it is known by then which are open; that claim begins low in any case. So a transaction that stays open costs
-nothing, and one that ends costs one walk over what was deleted since it began.
+- The claim's snapshot lists a transaction as open.
+- A transaction's id lies between the end of that list and the claim's own id. (A snapshot lists ids up to the highest
+  that has ended, and not those that began after it.) By the next claim it is known which of these are open. That claim
+  begins low in any case.
+
+Each open transaction is kept with the highest number that was seen before it had its id: all of its own numbers are
+higher. The next claim is told of them. Where one of them has ended by then, it begins at the lowest of these numbers.
+The claim decides that in its own snapshot, so it looks for a message, and for what was added by whoever saw that
+message, from the same number. A transaction that stays open costs nothing; one that ends costs one walk over what was
+deleted since it began.
 
 A server that was promoted or restarted may have lost what was seen: the floors hold for one start of one server.
 """
@@ -45,7 +49,7 @@ class Floors:
         self._unlisted = False
         """Whether others may have had their ids at the last claim that its snapshot did not list."""
         self._ahead: dict[int, int] = {}
-        """The floors once all of the batch on its way is done."""
+        """The floors once all of the batch in flight is done."""
 
     def own(self, partitions: Collection[int]) -> bool:
         """Have these partitions; whether they are others than before."""

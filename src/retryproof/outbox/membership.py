@@ -18,7 +18,7 @@ from retryproof.core.record import microseconds
 from retryproof.outbox.floors import Floors
 from retryproof.outbox.policy import RelayPolicy
 from retryproof.outbox.quota import Quota
-from retryproof.sql.database import Database
+from retryproof.sql.database import OwnDatabase
 from retryproof.sql.outbox import ClaimedBatch
 from retryproof.sql.plan import Plan
 
@@ -34,7 +34,7 @@ _NUMBER = attrgetter("sequence")
 class Membership:
     """One relay's time as a member: from joining to leaving, or to the loss of its lease."""
 
-    def __init__(self, database: Database, policy: RelayPolicy, id: UUID, lease_end: float) -> None:
+    def __init__(self, database: OwnDatabase, policy: RelayPolicy, id: UUID, lease_end: float) -> None:
         self._database = database
         self._policy = policy
         self._id = id
@@ -49,15 +49,15 @@ class Membership:
         self._quota = Quota(policy.batch)
         self._suspects = True
         self.alone = False
-        """Whether the batch on its way is a message that a dead relay left."""
+        """Whether the batch in flight is one message that a dead relay left."""
         self.set_aside = False
-        """Whether the last claim came upon messages that have to wait: there may be others behind them."""
+        """Whether the last claim found messages that have to wait: there may be others behind them."""
         self._unanswered = False
-        """Whether the database may still be at work on what it gave no answer to."""
+        """Whether the database may still be working on a statement that it gave no answer to."""
 
     @classmethod
     async def join(
-        cls, database: Database, policy: RelayPolicy, routes: str, *, again: bool = False
+        cls, database: OwnDatabase, policy: RelayPolicy, routes: str, *, again: bool = False
     ) -> Membership | None:
         """Become a relay; None while there are some with other routes than this digest.
 
@@ -132,7 +132,7 @@ class Membership:
         return min(1.0, self._policy.lease / 4)
 
     async def claim(self, slow: Sequence[Message] = (), *, most: int | None = None) -> Sequence[Message]:
-        """A batch; of one, where that is to be tried alone. slow: what is on its way from earlier batches.
+        """A batch; of one, where that is to be tried alone. slow: messages of earlier batches that are in flight.
 
         most: how many at most, if less than the policy's.
         """
@@ -231,7 +231,7 @@ class Membership:
         return LeaseLost("This relay's lease was lost; another one publishes what it had again, with the same ids.")
 
 
-async def _check(database: Database, policy: RelayPolicy, *, warn: bool = True) -> None:
+async def _check(database: OwnDatabase, policy: RelayPolicy, *, warn: bool = True) -> None:
     """Raise ConfigurationError where working on this database would lose the order, or send another one's messages.
 
     warn: whether to say what this role may not see.

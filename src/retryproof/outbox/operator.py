@@ -9,7 +9,7 @@ from uuid import UUID
 from retryproof.core.message import PARTITIONS
 from retryproof.core.record import microseconds
 from retryproof.outbox.policy import REMEMBERED
-from retryproof.sql.database import Database, open_database
+from retryproof.sql.database import OwnDatabase, open_database
 from retryproof.sql.outbox import DeadLetter, Stats
 
 PURGE_BATCH = 1_000
@@ -21,7 +21,7 @@ class Operator:
     """The outbox of a database, by URL; for one event loop."""
 
     def __init__(self, store: str, *, timeout: float = 5.0, partitions: int = PARTITIONS) -> None:
-        self._database: Database = open_database(store, timeout=timeout)
+        self._database: OwnDatabase = open_database(store, timeout=timeout)
         self._partitions = partitions
         self._ready = False
 

@@ -92,7 +92,7 @@ class RelayTotals:
 class RelayPolicy:
     """How a relay works. Times are seconds.
 
-    batch: messages a claim. lease: how long what a dead relay held stays unpublished.
+    batch: messages a claim. lease: how long messages wait that a dead relay had in flight.
     give_up_after: age of a message, since its own first failure, at which it becomes a dead letter; 20 hours, below the
     day that receivers remember. max_attempts: answers about the message itself (4xx, 500, an exception of a function)
     until dead letters. max_deaths: relays that died while they sent it alone, until dead letters.
@@ -102,8 +102,8 @@ class RelayPolicy:
     order: "key", or "strict": all messages, one relay at a time. The one goes first whose transaction had committed
     when the other was added.
     poll, max_poll: the pause after nothing was found, doubled up to the limit.
-    patience: how long a batch may keep other keys waiting; what takes longer goes on beside the next batches, which
-    are waited for less the more goes on.
+    patience: how long a batch may keep other keys waiting. A message that takes longer goes on beside the next batches;
+    the more messages do, the shorter the relay waits for a batch.
     timeout: for one message, where messages are sent one at a time; then it has failed.
     listen: whether to be woken by `Outbox.notify`, over a connection of its own. On PostgreSQL only.
     drain: how long a batch may go on once the relay is to stop. partitions: must be the database's number.

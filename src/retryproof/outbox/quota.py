@@ -7,7 +7,7 @@ from collections.abc import Mapping
 SPREAD = 8
 """Partitions that a full batch comes from at least, where so many have messages: keys are published side by side."""
 RARELY = 32
-"""Full batches between two looks whether a smaller quota is enough, where it was not before."""
+"""Full batches between two tries of a smaller quota, where one was too small before."""
 
 
 class Quota:

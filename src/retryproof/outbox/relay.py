@@ -28,7 +28,7 @@ from retryproof.outbox.routes import EVERYTHING, Destination, Routes
 from retryproof.outbox.screening import SAY_AGAIN, Screening
 from retryproof.outbox.wakeups import Wakeups
 from retryproof.publishers.base import Outcome
-from retryproof.sql.database import Database, open_database
+from retryproof.sql.database import OwnDatabase, open_database
 from retryproof.sql.outbox import Stats
 
 LONGEST_PAUSE = 5.0
@@ -66,7 +66,7 @@ class Relay:
         self._in_flight = InFlight(self._routes if only is None else only, self._woken.set)
         self._standing_by_since: float | None = None
         self._say_again_at = 0.0
-        self._database: Database | None = None
+        self._database: OwnDatabase | None = None
         self._stopping = False
         self._stop_at = inf
         self._member: Membership | None = None
@@ -235,7 +235,7 @@ class Relay:
 
     # Inside
 
-    def _opened(self) -> Database:
+    def _opened(self) -> OwnDatabase:
         if self._database is None:
             self._database = open_database(self._url, timeout=self._timeout)
         return self._database

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
-from retryproof.sql.database import Database
+from retryproof.sql.database import OwnDatabase
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 60.0
@@ -30,7 +30,7 @@ log = logging.getLogger("retryproof.relay")
 class Wakeups:
     """Calls `wake` when messages were announced; listens between entering and leaving `heard`."""
 
-    def __init__(self, database: Database, wake: Callable[[], None]) -> None:
+    def __init__(self, database: OwnDatabase, wake: Callable[[], None]) -> None:
         self._database = database
         self._wake = wake
         self._probe = ""

@@ -1,4 +1,4 @@
-"""The completer: runs phased operations on that were abandoned, without their clients (T3).
+"""The completer resumes phased operations that were abandoned, without their clients (T3).
 
     completer = Completer(phased)
     await completer.run()           # until `completer.stop()`; or `await completer.run_once()`
@@ -38,11 +38,11 @@ from retryproof.core.errors import (
 from retryproof.core.keys import short_digest
 from retryproof.core.record import MICROSECONDS
 from retryproof.engine import Outcome
-from retryproof.phased.functions import BlockingPhased, BlockingPhasedFunction, Gone, Phased, PhasedFunction
+from retryproof.phased.functions import BlockingPhased, BlockingPhasedFunction, Phased, PhasedFunction, RecordGone
 from retryproof.sql.dialects import dialect_of
 from retryproof.sql.plan import Plan
 from retryproof.sql.postgres.statements import TABLE
-from retryproof.sql.worklist import Entry, Taken, WorklistPlans
+from retryproof.sql.worklist import Taken, WorklistEntry, WorklistPlans
 
 T = TypeVar("T")
 Function = PhasedFunction[Any, Any] | BlockingPhasedFunction[Any, Any]
@@ -52,12 +52,12 @@ FIRST_DELAY = 2.0
 """Seconds before an operation that raised is tried again; doubled each time."""
 LAST_DELAY = 3600.0
 NEVER = 10 * 365 * 86400.0
-"""Seconds that an operation is put off by that was given up; longer than any record lives."""
+"""Delay, in seconds, of an operation that we gave up on; longer than any record lives."""
 SETTLED_BY_HAND = 60.0
 """Seconds between looks at what only an operator can settle, or a completer of a later release run."""
 UNWANTED = 60.0
-"""Seconds past its due time after which an operation is taken whose function is not known here, to say so in the list:
-every completer that knows it has had its turn by then. Several applications may share a database."""
+"""Seconds past its due time after which a completer takes an operation whose function it does not know, to say so in
+the list. Every completer that knows the function has had its turn by then. Several applications may share a database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class Completer:
             return "failed", SETTLED_BY_HAND, f"no function {entry.function!r} is registered"
         try:
             outcome = await self._complete(function, entry, beside)
-        except (Gone, ResultOmitted) as error:
+        except (RecordGone, ResultOmitted) as error:
             if error.digest != digest:  # of another operation, inside of the function
                 return self._raised(entry, error)
             return "dropped", 0.0, ""
@@ -181,12 +181,12 @@ class Completer:
             return self._raised(entry, error)
         return ("dropped" if outcome.replayed else "completed"), 0.0, ""
 
-    def _raised(self, entry: Entry, error: BaseException) -> tuple[str, float, str]:
+    def _raised(self, entry: WorklistEntry, error: BaseException) -> tuple[str, float, str]:
         digest = short_digest(entry.id)
         logger.warning("The phased function %r raised, and is run again [%s]", entry.function, digest, exc_info=error)
         return "failed", _delay(entry.tries), f"{type(error).__module__}.{type(error).__qualname__}"
 
-    async def _complete(self, function: Function, entry: Entry, beside: bool) -> Outcome[Any]:
+    async def _complete(self, function: Function, entry: WorklistEntry, beside: bool) -> Outcome[Any]:
         limit = function.policy.max_run
         timeout = asyncio.timeout(limit)
         try:
@@ -207,7 +207,7 @@ class Completer:
             known = ", ".join(sorted(self._phased.functions)) or "none"
             logger.error("No phased function %r is registered here (known: %s).", name, known)
 
-    def _before_giving_up(self, entry: Entry, seconds: float, reason: str) -> float:
+    def _before_giving_up(self, entry: WorklistEntry, seconds: float, reason: str) -> float:
         # due_at was the database's time of this look, and a lease.
         age = (entry.due_at - entry.listed_at) / MICROSECONDS - self._phased.engine.policy.lease
         if age < self._give_up_after:
@@ -220,7 +220,7 @@ class Completer:
         worklist = self._worklist()
         return await self._perform(lambda: worklist.revive(NEVER / 2))
 
-    async def entries(self, limit: int = 100) -> list[Entry]:
+    async def entries(self, limit: int = 100) -> list[WorklistEntry]:
         """What is in the worklist, the longest due first."""
         worklist = self._worklist()
         return await self._perform(lambda: worklist.entries(limit))

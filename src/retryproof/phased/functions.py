@@ -37,7 +37,7 @@ from retryproof.core.keys import check_key, short_digest
 from retryproof.core.policy import Policy
 from retryproof.engine import AsyncIdempotency, Engine, Idempotency, Outcome, Scope, sealed_fingerprint, tenant_of
 from retryproof.operation import current_operation
-from retryproof.sql.worklist import Entry
+from retryproof.sql.worklist import WorklistEntry
 
 I = TypeVar("I")  # noqa: E741  # the input
 R = TypeVar("R")
@@ -56,7 +56,7 @@ class Sealer(Protocol):
         """What was sealed; raises where that cannot be told."""
 
 
-class Gone(IdempotencyError):
+class RecordGone(IdempotencyError):
     """The record is not the one that was listed: it was settled, evicted or reaped since."""
 
 
@@ -186,7 +186,7 @@ class _Function(Generic[I]):
         tenant = tenant_of(where, self._ids)
         return id, PhasedCall(self._registry, self.name, principal, data, sealed_fingerprint(data), tenant)
 
-    def _listed(self, entry: Entry) -> PhasedCall:
+    def _listed(self, entry: WorklistEntry) -> PhasedCall:
         """What the worklist gives."""
         principal, data = _unpack(self._registry.sealer, entry)
         return PhasedCall(
@@ -239,7 +239,7 @@ class PhasedFunction(_Function[I], Generic[I, R]):
         """
         return await self._run(*self._given(key, input, scope))
 
-    async def complete(self, entry: Entry, *, beside: bool = False) -> Outcome[R]:
+    async def complete(self, entry: WorklistEntry, *, beside: bool = False) -> Outcome[R]:
         """Run an operation of the worklist on; for completers. Raises Gone where its record is another one now.
 
         beside: others run side by side with it, so that its death would not count (C15).
@@ -275,7 +275,7 @@ class BlockingPhasedFunction(_Function[I], Generic[I, R]):
         """See `PhasedFunction.run`."""
         return self._run(*self._given(key, input, scope))
 
-    def complete(self, entry: Entry, *, beside: bool = False) -> Outcome[R]:
+    def complete(self, entry: WorklistEntry, *, beside: bool = False) -> Outcome[R]:
         """See `PhasedFunction.complete`."""
         return self._run(entry.id, self._listed(entry), beside)
 
@@ -313,15 +313,15 @@ class PhasedCall:
     def begin(self, hold: Hold) -> None:
         """Take note of the attempt; refuse a record that is not the one that was listed."""
         if self._listed and self._listed != hold.birth:
-            raise Gone("The record was settled, evicted or reaped since.", digest=short_digest(hold.id))
+            raise RecordGone("The record was settled, evicted or reaped since.", digest=short_digest(hold.id))
         hold.listed = bool(self._listed or hold.checkpoints)
 
-    def entry(self, hold: Hold) -> Entry | None:
+    def entry(self, hold: Hold) -> WorklistEntry | None:
         """The row that the next recovery point is to write as well, if any."""
         if self._listed:
             return None
         packed = _pack(self._phased.sealer, hold.id, self.principal, self.data)
-        return Entry(hold.id, hold.birth, self.fingerprint, self.tenant, self._function, packed)
+        return WorklistEntry(hold.id, hold.birth, self.fingerprint, self.tenant, self._function, packed)
 
     def was_listed(self, hold: Hold) -> None:
         """The row is there."""
@@ -340,7 +340,7 @@ def _pack(sealer: Sealer | None, id: bytes, principal: tuple[str, ...], data: by
     return plain if sealer is None else sealer.seal(plain, id)
 
 
-def _unpack(sealer: Sealer | None, entry: Entry) -> tuple[tuple[str, ...], bytes]:
+def _unpack(sealer: Sealer | None, entry: WorklistEntry) -> tuple[tuple[str, ...], bytes]:
     try:
         plain = entry.input if sealer is None else sealer.open(entry.input, entry.id)
         version, length = _HEAD.unpack_from(plain)

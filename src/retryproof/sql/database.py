@@ -35,7 +35,7 @@ class Listener(Protocol):
         """Cut the connection."""
 
 
-class Database(Protocol):
+class OwnDatabase(Protocol):
     """Runs plans, each as one transaction, within a time-out; raises StoreUnavailable."""
 
     plans: OutboxPlans
@@ -119,7 +119,7 @@ class SqliteDatabase:
         self._thread.shutdown(wait=False)
 
 
-def open_database(url: str, *, timeout: float = TIMEOUT) -> Database:
+def open_database(url: str, *, timeout: float = TIMEOUT) -> OwnDatabase:
     """The database of a URL; nothing is connected before the first plan."""
     scheme = url.partition("://")[0].lower()
     if scheme in SCHEMES:

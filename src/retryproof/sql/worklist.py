@@ -19,7 +19,7 @@ ALL_COLUMNS = f"{COLUMNS}, tries, due_at, listed_at, reason"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class WorklistEntry:
     """One row.
 
     function: the name that it is registered by. input: what it is given and for whom, sealed where that is wished.
@@ -46,7 +46,7 @@ class Taken:
     open: its record is there and not settled. suspect: who took it before did not live to say what came of it.
     """
 
-    entry: Entry
+    entry: WorklistEntry
     open: bool
     suspect: bool = False
 
@@ -54,7 +54,7 @@ class Taken:
 class WorklistPlans(Protocol):
     """The plans of one database."""
 
-    def checkpoint(self, command: Checkpoint, entry: Entry | None, lease: float) -> Plan[FenceReply | None]:
+    def checkpoint(self, command: Checkpoint, entry: WorklistEntry | None, lease: float) -> Plan[FenceReply | None]:
         """Keep a recovery point in the caller's transaction, fenced, and list the operation where there is an entry.
 
         None where another transaction is open than the one that was joined.
@@ -68,22 +68,22 @@ class WorklistPlans(Protocol):
         functions: whose operations are meant. unwanted: seconds past its due time after which any other is taken too.
         """
 
-    def postpone(self, entry: Entry, seconds: float, reason: str | None) -> Plan[None]:
+    def postpone(self, entry: WorklistEntry, seconds: float, reason: str | None) -> Plan[None]:
         """Look at it again in so many seconds."""
 
     def revive(self, beyond: float) -> Plan[int]:
         """Make due, as if it had just been listed, what is put off by more than so many seconds; how many."""
 
-    def drop(self, entry: Entry) -> Plan[None]:
+    def drop(self, entry: WorklistEntry) -> Plan[None]:
         """Take it off the list."""
 
-    def entries(self, limit: int) -> Plan[list[Entry]]:
+    def entries(self, limit: int) -> Plan[list[WorklistEntry]]:
         """What is on the list, the longest due first."""
 
 
-def entry_of(row: Row) -> Entry:
+def entry_of(row: Row) -> WorklistEntry:
     """The entry of a row that begins with `ALL_COLUMNS`."""
-    return Entry(*row[:10])
+    return WorklistEntry(*row[:10])
 
 
 def columns_of(prefix: str) -> str:

@@ -11,7 +11,7 @@ from retryproof.sql.named import dollars
 from retryproof.sql.plan import Plan, Statement
 from retryproof.sql.postgres import records, statements
 from retryproof.sql.postgres.statements import NOW, worklist
-from retryproof.sql.worklist import ALL_COLUMNS, COLUMNS, Entry, Taken, columns_of, entry_of
+from retryproof.sql.worklist import ALL_COLUMNS, COLUMNS, Taken, WorklistEntry, columns_of, entry_of
 
 
 class PostgresWorklist:
@@ -30,7 +30,7 @@ class PostgresWorklist:
         self._drop = dollars(f"DELETE FROM {name} WHERE id = :id::bytea AND birth = :birth::bytea")
         self._entries = dollars(f"SELECT {ALL_COLUMNS} FROM {name} ORDER BY due_at LIMIT :limit::bigint")
 
-    def checkpoint(self, command: Checkpoint, entry: Entry | None, lease: float) -> Plan[FenceReply | None]:
+    def checkpoint(self, command: Checkpoint, entry: WorklistEntry | None, lease: float) -> Plan[FenceReply | None]:
         """See WorklistPlans; one statement."""
         if entry is None:
             return (yield from records.checkpoint_joined_plan(command, self._table))
@@ -44,7 +44,7 @@ class PostgresWorklist:
         rows = yield Statement(_take(self._table), values)
         return [Taken(entry_of(row), bool(row[11]), row[10]) for row in rows]
 
-    def postpone(self, entry: Entry, seconds: float, reason: str | None) -> Plan[None]:
+    def postpone(self, entry: WorklistEntry, seconds: float, reason: str | None) -> Plan[None]:
         """See WorklistPlans."""
         yield self._postpone(later=microseconds(seconds), reason=reason, id=entry.id, birth=entry.birth)
 
@@ -52,11 +52,11 @@ class PostgresWorklist:
         """See WorklistPlans."""
         return len((yield self._revive(later=microseconds(beyond))))
 
-    def drop(self, entry: Entry) -> Plan[None]:
+    def drop(self, entry: WorklistEntry) -> Plan[None]:
         """See WorklistPlans."""
         yield self._drop(id=entry.id, birth=entry.birth)
 
-    def entries(self, limit: int) -> Plan[list[Entry]]:
+    def entries(self, limit: int) -> Plan[list[WorklistEntry]]:
         """See WorklistPlans."""
         return [entry_of(row) for row in (yield self._entries(limit=limit))]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from retryproof.sql.plan import Plan
 from retryproof.sql.sqlite.file import SqliteFile
 from retryproof.sql.sqlite.inbox import SQLITE_INBOX
-from retryproof.sql.sqlite.outbox import SQLITE_OUTBOX
+from retryproof.sql.sqlite.outbox_schema import SQLITE_OUTBOX
 from retryproof.sql.sqlite.schema import Part, migrated, missing, versions
 from retryproof.sql.sqlite.url import parse
 

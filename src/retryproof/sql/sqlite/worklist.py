@@ -11,7 +11,7 @@ from retryproof.core.record import State, microseconds
 from retryproof.sql.plan import Plan, Statement
 from retryproof.sql.sqlite import records
 from retryproof.sql.sqlite.records import WORKLIST_SCHEMA
-from retryproof.sql.worklist import ALL_COLUMNS, COLUMNS, Entry, Taken, columns_of, entry_of
+from retryproof.sql.worklist import ALL_COLUMNS, COLUMNS, Taken, WorklistEntry, columns_of, entry_of
 
 WORKLIST = "retryproof_phased"
 
@@ -19,7 +19,7 @@ WORKLIST = "retryproof_phased"
 class SqliteWorklist:
     """The plans. Each but `checkpoint` and `drop` is several statements: one transaction."""
 
-    def checkpoint(self, command: Checkpoint, entry: Entry | None, lease: float) -> Plan[FenceReply | None]:
+    def checkpoint(self, command: Checkpoint, entry: WorklistEntry | None, lease: float) -> Plan[FenceReply | None]:
         """See WorklistPlans."""
         reply = yield from records.checkpoint_joined(command)
         if entry is not None and reply == DONE:
@@ -45,7 +45,7 @@ class SqliteWorklist:
         entries = [replace(entry_of(row), tries=row[6] + 1, due_at=now + later) for row in rows]
         return [Taken(entry, bool(row[11]), bool(row[10])) for entry, row in zip(entries, rows, strict=True)]
 
-    def postpone(self, entry: Entry, seconds: float, reason: str | None) -> Plan[None]:
+    def postpone(self, entry: WorklistEntry, seconds: float, reason: str | None) -> Plan[None]:
         """See WorklistPlans."""
         yield Statement(
             f"UPDATE {WORKLIST} SET due_at = ?, reason = ? WHERE id = ? AND birth = ?",
@@ -59,18 +59,18 @@ class SqliteWorklist:
         sql = f"UPDATE {WORKLIST} SET due_at = ?, listed_at = ? WHERE due_at > ? RETURNING 1"
         return len((yield Statement(sql, (now, now, now + microseconds(beyond)))))
 
-    def drop(self, entry: Entry) -> Plan[None]:
+    def drop(self, entry: WorklistEntry) -> Plan[None]:
         """See WorklistPlans."""
         yield Statement(f"DELETE FROM {WORKLIST} WHERE id = ? AND birth = ?", (entry.id, entry.birth))
 
-    def entries(self, limit: int) -> Plan[list[Entry]]:
+    def entries(self, limit: int) -> Plan[list[WorklistEntry]]:
         """See WorklistPlans."""
         yield Statement(WORKLIST_SCHEMA)
         rows = yield Statement(f"SELECT {ALL_COLUMNS} FROM {WORKLIST} ORDER BY due_at LIMIT ?", (limit,))
         return [entry_of(row) for row in rows]
 
 
-def _list(entry: Entry, now: int, lease: int) -> Plan[None]:
+def _list(entry: WorklistEntry, now: int, lease: int) -> Plan[None]:
     yield Statement(WORKLIST_SCHEMA)
     yield Statement(f"DELETE FROM {WORKLIST} WHERE id = ? AND birth <> ?", (entry.id, entry.birth))
     yield Statement(
