@@ -57,7 +57,7 @@ SETTLED_BY_HAND = 60.0
 """Seconds between looks at what only an operator can settle, or a completer of a later release run."""
 UNWANTED = 60.0
 """Seconds past its due time after which a completer takes an operation whose function it does not know, to say so in
-the list. Every completer that knows the function has had its turn by then. Several applications may share a database."""
+the list. Every completer that knows the function has had its turn by then. Applications may share a database."""
 
 
 @dataclass(frozen=True, slots=True)
