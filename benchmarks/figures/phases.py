@@ -18,7 +18,7 @@ import asyncpg
 from benchmarks.measure import Figure, Pace, Run, Sample, interleave
 from benchmarks.services import Services
 from retryproof import AsyncIdempotency, current_operation
-from retryproof.sql.postgres import statements as postgres_statements
+from retryproof.sql.postgres import joined as joining
 from retryproof.sql.postgres.statements import TABLE
 from retryproof.stores.sql.migrate import migrate
 from retryproof.transaction import Phased
@@ -33,8 +33,8 @@ CREATE TABLE IF NOT EXISTS bench_rides (id uuid PRIMARY KEY, account integer NOT
 CREATE TABLE IF NOT EXISTS bench_entries (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, ride uuid NOT NULL,
                                           account integer NOT NULL, amount bigint NOT NULL);
 """
-JOIN = postgres_statements.join(TABLE)
-FENCE = postgres_statements.checkpoint_joined(TABLE)
+JOIN = joining.join(TABLE)
+FENCE = joining.checkpoint_joined(TABLE)
 _numbers = itertools.count()
 
 

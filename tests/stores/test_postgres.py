@@ -32,6 +32,7 @@ from retryproof.core.commands import (
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.record import MICROSECONDS, Record, State, decide, microseconds
 from retryproof.sql.plan import Plan, Statement
+from retryproof.sql.postgres import joined as joining
 from retryproof.sql.postgres import records as postgres
 from retryproof.sql.postgres import statements as postgres_statements
 from retryproof.sql.postgres.statements import Items
@@ -177,7 +178,7 @@ def _joined(command: Complete) -> Plan[FenceReply | None]:
     yield Statement(
         "INSERT INTO retryproof_markers (id, token) VALUES ($1, $2) RETURNING 1", (command.id, command.token)
     )
-    return (yield from postgres.complete_joined_plan(command))
+    return (yield from joining.complete_joined_plan(command))
 
 
 class TestRaces:
@@ -462,10 +463,10 @@ class TestPlans:
         "claim one": postgres_statements.claim(TABLE, Items.ONE),
         "complete": postgres_statements.complete(TABLE, Items.MANY),
         "complete alike": postgres_statements.complete(TABLE, Items.ALIKE),
-        "join a caller's transaction": postgres_statements.join(TABLE),
-        "complete in a caller's transaction": postgres_statements.complete_joined(TABLE),
-        "complete what is listed in it": postgres_statements.complete_joined(TABLE, listed=True),
-        "checkpoint in it": postgres_statements.checkpoint_joined(TABLE),
+        "join a caller's transaction": joining.join(TABLE),
+        "complete in a caller's transaction": joining.complete_joined(TABLE),
+        "complete what is listed in it": joining.complete_joined(TABLE, listed=True),
+        "checkpoint in it": joining.checkpoint_joined(TABLE),
         "complete one": postgres_statements.complete(TABLE, Items.ONE),
         "release": postgres_statements.release(TABLE),
         "renew": postgres_statements.renew(TABLE),

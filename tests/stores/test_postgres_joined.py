@@ -14,7 +14,7 @@ from retryproof.core.commands import DONE, LOST, Acquired, Checkpoint, Claim, Co
 from retryproof.core.hold import Hold
 from retryproof.core.record import State
 from retryproof.sql.plan import Joining
-from retryproof.sql.postgres import records as postgres
+from retryproof.sql.postgres import joined as joining
 from retryproof.sql.postgres import statements as postgres_statements
 from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.psycopg import PsycopgStore
@@ -55,7 +55,7 @@ def held(store: PsycopgStore, claim: Claim) -> Hold:
 
 
 def complete(connection: psycopg.Connection[Any], command: Complete) -> Any:
-    return pump(connection, postgres.complete_joined_plan(command))
+    return pump(connection, joining.complete_joined_plan(command))
 
 
 def state_of(store: PsycopgStore, hold: Hold) -> State:
@@ -70,7 +70,7 @@ def test_t1_a_completion_in_the_transaction_that_was_joined_is_done_with_its_com
 ) -> None:
     hold = held(store, new_claim())
     with connect(level) as caller:
-        assert pump(caller, postgres.join_plan(hold)) == Joining(held=level in ONE_SNAPSHOT)
+        assert pump(caller, joining.join_plan(hold)) == Joining(held=level in ONE_SNAPSHOT)
         assert complete(caller, hold.complete(b"result")) == DONE
         assert state_of(store, hold) is State.IN_PROGRESS
         caller.commit()
@@ -89,11 +89,11 @@ def test_t1_what_is_not_the_attempts_that_joined_changes_nothing(
         if wrong == "savepoint":
             caller.execute("SAVEPOINT before")
         if wrong != "not joined":
-            pump(caller, postgres.join_plan(hold))
+            pump(caller, joining.join_plan(hold))
         if wrong == "token":  # it is the record that is compared, not only the mark
             caller.execute("SELECT set_config('retryproof.joined', %s, true)", (str(other.token),))
         elif wrong == "mark":
-            pump(caller, postgres.join_plan(other))
+            pump(caller, joining.join_plan(other))
         elif wrong == "savepoint":
             caller.execute("ROLLBACK TO before")
         elif wrong == "next transaction":
@@ -103,7 +103,7 @@ def test_t1_what_is_not_the_attempts_that_joined_changes_nothing(
             assert complete(caller, Complete(**given, result=b"result")) == expected
         else:
             kept = Checkpoint(**given, name="step", value=b"value")
-            assert pump(caller, postgres.checkpoint_joined_plan(kept)) == expected
+            assert pump(caller, joining.checkpoint_joined_plan(kept)) == expected
         caller.commit()
     assert state_of(store, hold) is state_of(store, other) is State.IN_PROGRESS
 
@@ -116,7 +116,7 @@ def test_t1_what_was_settled_outside_of_the_transaction_is_not_settled_in_it(
     """Nonce and token are still the attempt's."""
     hold = held(store, new_claim())
     with connect() as caller:
-        pump(caller, postgres.join_plan(hold))
+        pump(caller, joining.join_plan(hold))
         if settled == "completed":
             assert store.complete([hold.complete(b"first")]) == [DONE]
         else:
@@ -124,7 +124,7 @@ def test_t1_what_was_settled_outside_of_the_transaction_is_not_settled_in_it(
         if kind == "complete":
             assert complete(caller, hold.complete(b"second")) == LOST
         else:
-            assert pump(caller, postgres.checkpoint_joined_plan(hold.checkpoint("step", b"value"))) == LOST
+            assert pump(caller, joining.checkpoint_joined_plan(hold.checkpoint("step", b"value"))) == LOST
         caller.commit()
     [record] = store.get([hold.id])
     assert record is not None
@@ -149,7 +149,7 @@ def test_t1_a_completion_waits_for_who_has_the_row_and_looks_at_what_it_left(
 ) -> None:
     hold = held(store, new_claim())
     with connect() as caller, connect() as rival, ThreadPoolExecutor(1) as pool:
-        pump(caller, postgres.join_plan(hold))
+        pump(caller, joining.join_plan(hold))
         rival.execute(meanwhile.encode())
         waiting = pool.submit(complete, caller, hold.complete(b"result"))
         until_blocked(rival, caller.info.backend_pid)
@@ -165,7 +165,7 @@ def test_t1_a_record_that_one_snapshot_holds_is_neither_renewed_nor_taken_over_b
     claim = new_claim(lease=0.05)
     hold = held(store, claim)
     with connect(level) as caller:
-        assert pump(caller, postgres.join_plan(hold)) == Joining(held=True)
+        assert pump(caller, joining.join_plan(hold)) == Joining(held=True)
         caller.execute("SELECT pg_sleep(0.1)")
         [refused] = store.renew([Renew(hold.id, hold.nonce, hold.token, 10.0)])
         assert isinstance(refused, Exception)
@@ -183,7 +183,7 @@ def test_t1_a_snapshot_from_before_the_claim_joins_nothing(store: PsycopgStore, 
     with connect(level) as caller:
         caller.execute("SELECT 1")
         hold = held(store, new_claim())
-        assert pump(caller, postgres.join_plan(hold)) is None
+        assert pump(caller, joining.join_plan(hold)) is None
 
 
 @pytest.mark.parametrize("level", ONE_SNAPSHOT)
@@ -195,7 +195,7 @@ def test_t1_a_snapshot_from_before_a_renewal_fails_when_it_joins_and_not_when_it
         caller.execute(f"SELECT FROM {TABLE}")
         assert store.renew([hold.renew()]) == [DONE]
         with pytest.raises(errors.SerializationFailure):
-            pump(caller, postgres.join_plan(hold))
+            pump(caller, joining.join_plan(hold))
 
 
 def test_t1_a_trigger_that_drops_the_update_makes_it_lost(store: PsycopgStore, connect: Connect) -> None:
@@ -205,7 +205,7 @@ def test_t1_a_trigger_that_drops_the_update_makes_it_lost(store: PsycopgStore, c
         owner.execute("CREATE FUNCTION drop_it() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
         owner.execute(f"CREATE TRIGGER dropping BEFORE UPDATE ON {TABLE} FOR EACH ROW EXECUTE FUNCTION drop_it()")
     with connect() as caller:
-        pump(caller, postgres.join_plan(hold))
+        pump(caller, joining.join_plan(hold))
         assert complete(caller, hold.complete(b"result")) == LOST
 
 
@@ -220,7 +220,7 @@ def test_t1_a_trigger_that_writes_the_row_first_does_not_hide_it(store: PsycopgS
         )
         owner.execute("CREATE TRIGGER noting AFTER INSERT ON work FOR EACH ROW EXECUTE FUNCTION note()")
     with connect() as caller:
-        pump(caller, postgres.join_plan(hold))
+        pump(caller, joining.join_plan(hold))
         caller.execute("INSERT INTO work VALUES (1)")
         assert complete(caller, hold.complete(b"result")) == DONE
         caller.commit()
@@ -233,7 +233,7 @@ def test_c12_retention_starts_with_the_completion_and_not_with_its_transaction(
 ) -> None:
     hold = held(store, new_claim(retention=100.0))
     with connect() as caller:
-        pump(caller, postgres.join_plan(hold))
+        pump(caller, joining.join_plan(hold))
         caller.execute("SELECT pg_sleep(0.05)")
         before = caller.execute("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").fetchall()[0][0]
         assert complete(caller, Complete(hold.id, hold.nonce, hold.token, None, listed)) == DONE
@@ -251,10 +251,10 @@ def test_t1_an_attempt_that_is_not_current_joins_nothing(store: PsycopgStore, co
     stale.token -= 1
     foreign.nonce = other.nonce
     with connect() as caller:
-        joined = [pump(caller, postgres.join_plan(one)) for one in (stale, foreign, hold)]
+        joined = [pump(caller, joining.join_plan(one)) for one in (stale, foreign, hold)]
         assert joined == [None, None, Joining(held=False)]
         assert store.release([hold.release()]) == [DONE]
-        assert pump(caller, postgres.join_plan(hold)) is None
+        assert pump(caller, joining.join_plan(hold)) is None
 
 
 def _parts(hold: Hold) -> tuple[Claim, Acquired, float]:

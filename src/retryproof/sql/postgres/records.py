@@ -15,8 +15,7 @@ then is told `Running` for a short time. So no batch waits for anybody's lock (T
 
 The fenced commands work alike: one statement that updates what is current and not locked. Only when an item is missing
 from its answer does a second one look why: done before (C3), lost, or locked, which is tried again after a nap.
-The plans that a caller's own transaction is joined with are the exception: each is a plain UPDATE of the one row, which
-waits for its lock and looks at the newest version, and is the last statement before the commit.
+In a caller's own transaction that is otherwise: `joined` has those plans.
 
 Every subquery for one row is a LATERAL one with LIMIT or FOR UPDATE, which the planner cannot turn into a scan of the
 whole table. `clock` is read once a statement (C9). Parameters are in the server's own style ($1), for both drivers; how
@@ -54,9 +53,8 @@ from retryproof.core.commands import (
     Running,
 )
 from retryproof.core.errors import StoreUnavailable
-from retryproof.core.hold import Hold
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
-from retryproof.sql.plan import Joining, Plan, Row, Statement
+from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres import statements
 from retryproof.sql.postgres.statements import TABLE, Case, Items
 
@@ -181,48 +179,9 @@ def _claim_reply(row: Row) -> ClaimReply:
             return Abandoned("poisoned", attempt)
 
 
-def join_plan(hold: Hold, table: str = TABLE) -> Plan[Joining | None]:
-    """Make the transaction that is open the one of this attempt; whether it holds the record's row from now on.
-
-    None where no record says that the attempt is current. Where statements share one snapshot (REPEATABLE READ,
-    SERIALIZABLE) a renewal after it would make the completion fail, so the row is locked at once: then it cannot be
-    renewed, which it need not be, as nobody takes over what is locked.
-    """
-    rows = yield Statement(statements.join(table), (hold.id, hold.nonce, hold.token))
-    if not rows:
-        return None
-    _, held, committed, nested = rows[0]
-    return Joining(bool(held), committed=bool(committed), nested=bool(nested))
-
-
 def unmark_plan(ids: Sequence[bytes], table: str = TABLE) -> Plan[None]:
     """Remove the markers of operations that somebody settled."""
     yield Statement(statements.unmark(table), (list(ids),))
-
-
-def is_joined_plan(hold: Hold, table: str = TABLE) -> Plan[bool]:
-    """Whether the transaction that is open is the one that was joined."""
-    return bool((yield Statement(statements.joined(table), (hold.token,)))[0][0])
-
-
-def complete_joined_plan(command: Complete, table: str = TABLE) -> Plan[FenceReply | None]:
-    """Settle the operation in the transaction that was joined; None in another one, which is left as it is."""
-    sql = statements.complete_joined(table, listed=command.listed)
-    rows = yield Statement(sql, (command.id, command.nonce, command.token, command.result))
-    return joined_reply(rows)
-
-
-def checkpoint_joined_plan(command: Checkpoint, table: str = TABLE) -> Plan[FenceReply | None]:
-    """Keep a value in the transaction that was joined; None in another one, which is left as it is."""
-    return joined_reply((yield Statement(statements.checkpoint_joined(table), checkpoint_values(command))))
-
-
-def joined_reply(rows: Sequence[Row]) -> FenceReply | None:
-    """What a statement in a transaction that was joined came to."""
-    id, joined = rows[0]
-    if id is not None:
-        return DONE
-    return LOST if joined else None
 
 
 def checkpoint_values(command: Checkpoint) -> tuple[Any, ...]:

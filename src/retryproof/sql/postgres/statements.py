@@ -120,9 +120,6 @@ SELECT id, found, CASE found WHEN 6 THEN greatest(seen_lease - now, 0) ELSE seen
 FROM seen WHERE found >= 5
 """
 
-_MARK = "retryproof.joined"
-"""A setting that lasts as long as its transaction."""
-
 _FENCED = """
 WITH clock AS MATERIALIZED ({clock})
 UPDATE {table} AS o SET {changes}
@@ -140,13 +137,6 @@ WHERE o.ctid = s.place
 RETURNING o.id
 """
 
-_JOINED = """
-UPDATE {table} AS o SET {changes}
-WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1
-    AND current_setting('{mark}', true) = ($3::bigint)::text
-    AND NOT EXISTS (SELECT FROM {markers} AS m WHERE m.id = o.id AND m.token <> o.token AND m.token >= o.first_seen)
-RETURNING o.id
-"""
 _CLAIMED = {
     "id": "bytea",
     "fingerprint": "bytea",
@@ -308,11 +298,11 @@ _ALIKE_COMPLETIONS = f"""(
 
 def _settled(row: str, table: str) -> str:
     """Whether the outcome of a row's operation is known; as `core.record.Record.settled`."""
-    known = f"{row}.checkpoints IS NULL AND {row}.attempt = 1 AND NOT {_committed(row, table)}"
+    known = f"{row}.checkpoints IS NULL AND {row}.attempt = 1 AND NOT {committed(row, table)}"
     return f"({row}.state >= 3 OR {row}.state = 2 AND {known})"
 
 
-def _committed(row: str, table: str) -> str:
+def committed(row: str, table: str) -> str:
     """Whether a marker of this life of the record is there. With LIMIT, so that nobody hashes the whole table."""
     return (
         f"(SELECT true FROM {markers(table)} AS m WHERE m.id = {row}.id AND m.token >= {row}.first_seen LIMIT 1) "
@@ -325,7 +315,7 @@ def claim(table: str, items: Items) -> str:
     """Claim a batch, or one item."""
     asked = _ALIKE_CLAIMS if items is Items.ALIKE else _asked(_CLAIMED | _TERMS, one=items is Items.ONE)
     return _CLAIM.format(
-        clock=_CLOCK, table=table, asked=asked, settled=_settled("r", table), committed=_committed("r", table)
+        clock=_CLOCK, table=table, asked=asked, settled=_settled("r", table), committed=committed("r", table)
     )
 
 
@@ -333,29 +323,12 @@ def claim(table: str, items: Items) -> str:
 def complete(table: str, items: Items, *, listed: bool = False) -> str:
     """Settle a batch with results. listed: take them off the completer's worklist as well."""
     asked = _ALIKE_COMPLETIONS if items is Items.ALIKE else _asked(_FENCE | {"result": "bytea"}, one=items is Items.ONE)
-    settling = _update_fenced(table, _completed("s.result", "s.now"), asked, one=items is Items.ONE)
+    settling = _update_fenced(table, completed("s.result", "s.now"), asked, one=items is Items.ONE)
     return _delisting(table, settling, listed)
 
 
-@cache
-def complete_joined(table: str, *, listed: bool = False) -> str:
-    """Settle one operation in the transaction that `join` marked, waiting for the row; `listed` as above."""
-    settling = _JOINED.format(table=table, changes=_completed("$4::bytea", NOW), mark=_MARK, markers=markers(table))
-    return _unmarking(table, settling, f", {_gone(table)}" if listed else "")
-
-
-def _unmarking(table: str, settling: str, more: str = "") -> str:
-    """Settle and remove the marker that `join` left; the id, and whether this is the transaction that was joined."""
-    return f"""
-WITH done AS ({settling}),
-unmarked AS (
-    DELETE FROM {markers(table)} WHERE id = $1::bytea AND token = $3::bigint AND EXISTS (SELECT FROM done) RETURNING id
-){more}
-SELECT (SELECT id FROM unmarked), coalesce(current_setting('{_MARK}', true) = ($3::bigint)::text, false)
-"""
-
-
-def _completed(result: str, now: str) -> str:
+def completed(result: str, now: str) -> str:
+    """The changes that settle a row, whose result and time are expressions."""
     return f"""state = CASE WHEN {result} IS NULL THEN 4 ELSE 3 END, result = {result}, checkpoints = NULL,
         expires_at = {now} + o.retention, lease_until = {now}"""
 
@@ -363,10 +336,11 @@ def _completed(result: str, now: str) -> str:
 def _delisting(table: str, settling: str, listed: bool) -> str:
     if not listed:
         return settling
-    return f"WITH done AS ({settling}), {_gone(table)} SELECT id FROM done"
+    return f"WITH done AS ({settling}), {gone(table)} SELECT id FROM done"
 
 
-def _gone(table: str) -> str:
+def gone(table: str) -> str:
+    """A part of WITH that takes off the completer's worklist what `done` has."""
     return f"gone AS (DELETE FROM {worklist(table)} WHERE id = ANY (ARRAY(SELECT id FROM done)))"
 
 
@@ -401,18 +375,11 @@ def renew(table: str, *, one: bool = False) -> str:
 @cache
 def checkpoint(table: str, *, one: bool = False) -> str:
     """Keep a value for each item of a batch."""
-    return _fenced(table, _checkpointed("s.name", "s.value"), {"name": "text", "value": "text"}, one=one)
+    return _fenced(table, checkpointed("s.name", "s.value"), {"name": "text", "value": "text"}, one=one)
 
 
-@cache
-def checkpoint_joined(table: str, *, listing: str = "") -> str:
-    """Keep one value in the transaction that `join` marked, waiting for the row; listing: a CTE that reads `done`."""
-    changes = _checkpointed("$4::text", "$5::text")
-    settling = _JOINED.format(table=table, changes=changes, mark=_MARK, markers=markers(table))
-    return _unmarking(table, settling, f", {listing}" if listing else "")
-
-
-def _checkpointed(name: str, value: str) -> str:
+def checkpointed(name: str, value: str) -> str:
+    """The changes that keep a value under a name; both are base64."""
     return f"checkpoints = coalesce(o.checkpoints, '{{}}') || jsonb_build_object({name}, {value})"
 
 
@@ -423,41 +390,6 @@ def _fenced(table: str, changes: str, columns: dict[str, str], *, one: bool) -> 
 def _update_fenced(table: str, changes: str, asked: str, *, one: bool) -> str:
     order = "" if one else "ORDER BY id"
     return _FENCED.format(clock=_CLOCK, table=table, changes=changes, asked=asked, order=order)
-
-
-_JOIN = """
-WITH held AS (
-    SELECT o.id, o.token, {committed} AS committed FROM {table} AS o
-    WHERE o.id = $1::bytea AND o.nonce = $2::bytea AND o.token = $3::bigint AND o.state = 1
-),
-marked AS (
-    INSERT INTO {markers} (id, token) SELECT id, token FROM held WHERE NOT committed RETURNING xmin
-)
-SELECT set_config('{mark}', CASE WHEN NOT held.committed THEN held.token::text ELSE '' END, true),
-    EXISTS (
-        SELECT FROM {table} AS l WHERE l.id = held.id
-        AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') FOR NO KEY UPDATE
-    ),
-    held.committed,
-    (SELECT xmin <> pg_current_xact_id()::xid FROM marked)
-FROM held
-"""
-
-
-@cache
-def join(table: str) -> str:
-    """Mark the transaction as the one of a current attempt, until it ends; a row where the attempt is current.
-
-    The marker is a row, and a setting that ends with the transaction. It says whether the record is locked from now on,
-    as it is where all statements share this one's snapshot; whether another marker was committed; and whether this is a
-    savepoint, whose rows have a transaction id of their own.
-    """
-    return _JOIN.format(table=table, markers=markers(table), mark=_MARK, committed=_committed("o", table))
-
-
-def joined(table: str) -> str:
-    """Whether the transaction that is open is the one of this token."""
-    return f"SELECT coalesce(current_setting('{_MARK}', true) = ($1::bigint)::text, false)"
 
 
 def unmark(table: str) -> str:
@@ -475,7 +407,7 @@ def look(table: str) -> str:
 def get(table: str) -> str:
     """Read a batch."""
     return _GET.format(
-        clock=_CLOCK, table=table, record=RECORD, settled=_settled("o", table), committed=_committed("o", table)
+        clock=_CLOCK, table=table, record=RECORD, settled=_settled("o", table), committed=committed("o", table)
     )
 
 
@@ -491,7 +423,7 @@ def scan(table: str, *, tenant: bool, indexed: bool) -> str:
         record=RECORD,
         tenant=condition,
         settled=_settled("o", table),
-        committed=_committed("o", table),
+        committed=committed("o", table),
     )
 
 
@@ -515,7 +447,7 @@ def reap(table: str) -> str:
         markers=markers(table),
         record=RECORD,
         settled=_settled("o", table),
-        committed=_committed("o", table),
+        committed=committed("o", table),
     )
 
 

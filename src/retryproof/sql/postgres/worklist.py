@@ -9,7 +9,7 @@ from retryproof.core.commands import Checkpoint, FenceReply
 from retryproof.core.record import microseconds
 from retryproof.sql.named import dollars
 from retryproof.sql.plan import Plan, Statement
-from retryproof.sql.postgres import records, statements
+from retryproof.sql.postgres import joined, records
 from retryproof.sql.postgres.statements import NOW, worklist
 from retryproof.sql.worklist import ALL_COLUMNS, COLUMNS, Taken, WorklistEntry, columns_of, entry_of
 
@@ -33,10 +33,10 @@ class PostgresWorklist:
     def checkpoint(self, command: Checkpoint, entry: WorklistEntry | None, lease: float) -> Plan[FenceReply | None]:
         """See WorklistPlans; one statement."""
         if entry is None:
-            return (yield from records.checkpoint_joined_plan(command, self._table))
+            return (yield from joined.checkpoint_joined_plan(command, self._table))
         given = (entry.birth, entry.fingerprint, entry.tenant, entry.function, entry.input)
         values = (*records.checkpoint_values(command), microseconds(lease), *given)
-        return records.joined_reply((yield Statement(_checkpoint_and_list(self._table), values)))
+        return joined.joined_reply((yield Statement(_checkpoint_and_list(self._table), values)))
 
     def take(self, limit: int, hold: float, functions: Sequence[str], unwanted: float) -> Plan[list[Taken]]:
         """See WorklistPlans; one statement."""
@@ -71,7 +71,7 @@ def _checkpoint_and_list(table: str) -> str:
         input = excluded.input, tries = 0, reason = NULL
     WHERE w.birth <> excluded.birth
 )"""
-    return statements.checkpoint_joined(table, listing=listing)
+    return joined.checkpoint_joined(table, listing=listing)
 
 
 @cache
