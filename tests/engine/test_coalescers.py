@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ import uvloop
 from retryproof.core.commands import Acquired, Claim, Complete, Done, Finished, Mismatch, Reply, Running, Unreachable
 from retryproof.stores.base import Capabilities
 from retryproof.stores.lanes import Bridge, TaskCoalescer, ThreadCoalescer, tasks, threads
+from retryproof.stores.lanes.bridge import MOST_BOARDING
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
 
 
@@ -174,7 +175,7 @@ class InterruptingMutex:
 @pytest.mark.parametrize("number", range(1, 5))
 def test_an_interruption_anywhere_leaves_the_lead_with_somebody(number: int) -> None:
     queue = Queue(Turnstile())
-    queue._mutex = InterruptingMutex(number)  # type: ignore[assignment]  # as much of a lock as it takes
+    queue.mutex = InterruptingMutex(number)  # type: ignore[assignment]  # as much of a lock as it takes
     for name in ("first", "second"):
         with suppress(Interrupted):
             queue.perform(make_claim(name), 1.0)
@@ -391,6 +392,53 @@ async def test_the_bridge_answers_a_batch_as_soon_as_it_is_done() -> None:
     gate.leave.release(8)
     assert [type(reply) for reply in await asyncio.gather(*rest)] == [Acquired] * 4
     await asyncio.to_thread(bridge.close)
+
+
+async def test_who_was_just_answered_travels_with_who_waited_meanwhile() -> None:
+    """Otherwise those who were sent together stay together, and two crowds take turns at half the commits' worth."""
+    gate = Gate()
+    store = Turnstile(gate)
+    bridge = Bridge(ThreadCoalescer(store, lambda claim, reply: None), lambda claim, reply: None)
+    end = bridge.end()
+
+    async def ask_twice() -> None:
+        await end.perform(make_claim("first"), SECONDS)
+        await end.perform(make_claim("first again"), SECONDS)
+
+    asking = asyncio.create_task(ask_twice())
+    await asyncio.to_thread(gate.entered.acquire)
+    waiting = end.perform(make_claim("second"), SECONDS)
+    await asyncio.sleep(2 * MOST_BOARDING)
+    gate.leave.release(2)
+    await asyncio.gather(asking, waiting)
+    assert store.batches == [1, 2]
+    await asyncio.to_thread(bridge.close)
+
+
+async def test_c10_a_loop_that_does_not_come_to_its_turn_holds_nobody_up() -> None:
+    gate = Gate()
+    bridge = Bridge(ThreadCoalescer(Turnstile(gate), lambda claim, reply: None), lambda claim, reply: None)
+    end = bridge.end()
+
+    async def ask_from_another_loop() -> Reply:
+        return await bridge.end().perform(make_claim("other"), SECONDS)
+
+    first = end.perform(make_claim("first"), SECONDS)
+    await asyncio.to_thread(gate.entered.acquire)
+    other = in_thread(lambda: asyncio.run(ask_from_another_loop()))
+    await asyncio.to_thread(wait_for, lambda: len(bridge.line._pending) == 1)
+    gate.leave.release(2)
+    assert isinstance(other.result(SECONDS), Acquired)  # while this loop is blocked, and hands nothing out
+    assert isinstance(await first, Acquired)
+    await asyncio.to_thread(bridge.close)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(int(SECONDS * 1000)):
+        if condition():
+            return
+        time.sleep(0.001)
+    raise AssertionError("it did not come to that")
 
 
 async def test_c3_a_claim_whose_caller_leaves_on_the_bridge_is_an_orphan_or_never_sent() -> None:

@@ -68,6 +68,11 @@ class SqliteFile:
         with self._lock:
             yield
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether the group that is open has the write lock."""
+        return self._grouped and self._connected().in_transaction
+
     def read(self, plan: Plan[T]) -> T:
         """Run a plan that only reads, beside any writer."""
         with self._lock:

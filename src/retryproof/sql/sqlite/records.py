@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from retryproof.core import record as table
@@ -12,6 +13,7 @@ from retryproof.core.commands import (
     DONE,
     LOST,
     NOTHING,
+    Acquired,
     Checkpoint,
     Claim,
     ClaimReply,
@@ -84,10 +86,19 @@ _COMMITTED = (
 """A marker of this life of the record: looked for where no attempt has completed."""
 _READ = f"{COLUMNS}, state < {State.COMPLETED:d} AND {_COMMITTED}"
 _SELECT = f"SELECT {_READ} FROM retryproof_operations"
-_INSERT = f"INSERT INTO retryproof_operations ({COLUMNS}) VALUES "
+_INSERT_NEW = (
+    "INSERT INTO retryproof_operations (id, state, fingerprint, birth, nonce, token, attempt, deaths, counts, "
+    "first_seen, lease_until, expires_at, retention, tenant, trace) "
+    f"VALUES (?, {State.IN_PROGRESS:d}, ?, ?, ?, ?, 1, 0, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
+)
+_COMPLETE = (
+    "UPDATE retryproof_operations SET state = ?, result = ?, checkpoints = NULL, lease_until = ?, "
+    "expires_at = ? + CAST(round(retention * 1000000) AS INTEGER) "
+    f"WHERE id = ? AND nonce = ? AND token = ? AND state = {State.IN_PROGRESS:d}"
+)
 _REPLACE = f"REPLACE INTO retryproof_operations ({COLUMNS}) VALUES {_PLACES}"
 _MARK = "retryproof_joined"
-_CHANGES = Statement("SELECT changes()")
+_TOTAL_CHANGES = Statement("SELECT total_changes()")
 _UNSETTLED = (
     f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} "
     f"AND (checkpoints IS NOT NULL OR attempt > 1 OR {_COMMITTED})"
@@ -97,29 +108,24 @@ _OVER = f"expires_at <= ? AND (state <> {State.IN_PROGRESS:d} OR lease_until <= 
 
 def peek(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply | None]]:
     """The reply to each claim that has nothing to write; None for the others."""
-    found = yield from _load([claim.id for claim in claims])
-    return [_reply_without_writing(found.get(claim.id), claim, now) for claim in claims]
+    rows = yield Statement(_select_by_ids(len(claims)), [claim.id for claim in claims])
+    found = {row[0]: row for row in rows}
+    return (
+        [_reply_without_writing(found.get(claim.id), claim, now) for claim in claims] if found else [None] * len(claims)
+    )
 
 
-def _reply_without_writing(record: Record | None, claim: Claim, now: int) -> ClaimReply | None:
-    if record is None:
+def _reply_without_writing(row: Row | None, claim: Claim, now: int) -> ClaimReply | None:
+    if row is None:
         return None
-    written, reply = table.decide(record, claim, now)
+    written, reply = table.decide(_to_record(row), claim, now)
     return reply if written is None else None
 
 
 def claim(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply]]:
-    """Decide and write each claim, under the write lock. Most are new: one statement inserts all that are.
-
-    Few statements and few rows: while the event loop is busy, each of either costs this thread a turn at the
-    interpreter's lock.
-    """
-    born = [table.decide(None, command, now) for command in claims]
-    rows = [value for record, _ in born if record is not None for value in _to_row(record)]
-    places = ", ".join([_PLACES] * len(claims))
-    yield Statement(f"{_INSERT}{places} ON CONFLICT (id) DO NOTHING", rows)
-    if (yield _CHANGES)[0][0] == len(claims):
-        return [reply for _, reply in born]
+    """Decide and write each claim, under the write lock. Most are new: one statement inserts all that are."""
+    if (yield from _change_all(_INSERT_NEW, [_new_row(command, now) for command in claims])):
+        return [Acquired(now, 1, now, command.nonce, NOTHING, command.trace) for command in claims]
     found = yield from _load([command.id for command in claims])
     replies: list[ClaimReply] = []
     for command in claims:
@@ -129,6 +135,32 @@ def claim(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply]]:
             yield Statement(_REPLACE, _to_row(written))
         replies.append(reply)
     return replies
+
+
+def _new_row(claim: Claim, now: int) -> Row:
+    """What `core.record.decide` makes of an operation that is new, without the Record: most are new."""
+    return (
+        claim.id,
+        claim.fingerprint,
+        claim.nonce,
+        claim.nonce,
+        now,
+        int(claim.alone == 2),
+        now,
+        now + table.microseconds(claim.lease),
+        now + table.microseconds(claim.unsettled_retention),
+        claim.retention,
+        claim.tenant,
+        claim.trace,
+    )
+
+
+def _change_all(sql: str, rows: Sequence[Row]) -> Plan[bool]:
+    """Run a statement once for each of these rows; whether it changed one row of the table each time."""
+    [[before]] = yield _TOTAL_CHANGES
+    yield Statement(sql, rows, many=True)
+    [[after]] = yield _TOTAL_CHANGES
+    return bool(after - before == len(rows))
 
 
 def complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
@@ -145,20 +177,19 @@ def complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
 
 
 def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
-    rows: list[Any] = []
-    for command in commands:
-        state = State.TOMBSTONE if command.result is None else State.COMPLETED
-        rows += (command.id, command.nonce, command.token, int(state), command.result)
-    places = ", ".join(["(?, ?, ?, ?, ?)"] * len(commands))
-    yield Statement(
-        f"WITH given (id, nonce, token, state, result) AS (VALUES {places}) "
-        "UPDATE retryproof_operations AS kept SET state = given.state, result = given.result, checkpoints = NULL, "
-        "lease_until = ?, expires_at = ? + CAST(round(retention * 1000000) AS INTEGER) FROM given "
-        "WHERE kept.id = given.id AND kept.nonce = given.nonce AND kept.token = given.token "
-        f"AND kept.state = {State.IN_PROGRESS:d}",
-        (*rows, now, now),
-    )
-    if (yield _CHANGES)[0][0] == len(commands):
+    rows = [
+        (
+            State.TOMBSTONE.value if command.result is None else State.COMPLETED.value,
+            command.result,
+            now,
+            now,
+            command.id,
+            command.nonce,
+            command.token,
+        )
+        for command in commands
+    ]
+    if (yield from _change_all(_COMPLETE, rows)):
         return [DONE] * len(commands)
     return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
 
@@ -330,8 +361,14 @@ def _remove(where: str, parameters: Sequence[Row]) -> Plan[list[bytes]]:
 
 
 def _load(ids: Sequence[bytes]) -> Plan[Mapping[bytes, Record]]:
-    rows = yield Statement(f"{_SELECT} WHERE id IN ({', '.join('?' * len(ids))})", tuple(ids))
+    rows = yield Statement(_select_by_ids(len(ids)), ids)
     return {row[0]: _to_record(row) for row in rows}
+
+
+@lru_cache(maxsize=512)
+def _select_by_ids(number: int) -> str:
+    """The text as one and the same object, which the driver finds its compiled statement by at once."""
+    return f"{_SELECT} WHERE id IN ({', '.join('?' * number)})"
 
 
 def _to_row(record: Record) -> Row:

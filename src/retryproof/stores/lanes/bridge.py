@@ -1,4 +1,4 @@
-"""The bridge over which the tasks of any event loop use a blocking store, in one thread."""
+"""The bridge over which the tasks of any event loop use a blocking store: their commands stand in the threads' line."""
 
 from __future__ import annotations
 
@@ -11,149 +11,187 @@ from typing import Any
 
 from retryproof.core.commands import Claim, Reply
 from retryproof.stores.lanes.alarm import NEVER, Alarm
-from retryproof.stores.lanes.replies import MAX_WAITING, Orphaned, as_reply, clock, is_orphan, overdue, overfull
-from retryproof.stores.lanes.threads import ThreadCoalescer
+from retryproof.stores.lanes.replies import Orphaned, as_reply, clock, is_orphan, overdue, overfull
+from retryproof.stores.lanes.threads import Entry, ThreadCoalescer
 
 IDLE_SECONDS = 10.0
 """A thread with nothing to do for so long ends; the next command starts another."""
+MOST_BOARDING = 0.01
+"""Seconds that a batch waits for tasks which were just answered, at most; a commit takes one to ten milliseconds."""
+LAST_LOOK = 0.05
+"""Seconds until a thread that is to end looks again, while another one sends what tasks wait for."""
 
 
-class _Crossing:
-    """A task's command on its way."""
+class _TaskEntry(Entry):
+    """A task's command."""
 
-    __slots__ = ("command", "deadline", "end", "future", "given_up", "taken", "timeout")
+    __slots__ = ("deadline", "end", "future", "timeout")
 
     def __init__(
         self, command: Any, end: BridgeEnd, future: asyncio.Future[Reply], deadline: float, timeout: float
     ) -> None:
         self.command = command
+        self.leader = end.bridge
         self.end = end
         self.future = future
         self.deadline = deadline
         self.timeout = timeout
-        # Each side says first what it does, and then looks at what the other says: so it leaves only where both agree.
-        self.taken = False
-        self.given_up = False
+        self.sent = self.gone = False
+        self.reply = None
+        self.twins = None
+
+    def is_gone(self) -> bool:
+        """See Entry. Whatever is not a claim travels although its caller was cancelled."""
+        return self.gone or (self.future.done() and type(self.command) is Claim)
+
+    def answered(self) -> None:
+        """See Entry."""
+        self.end.collect(self)
 
 
 class Bridge:
-    """The thread that sends what the tasks of all event loops ask, in batches.
+    """The thread that leads for the tasks of all event loops.
 
     It starts with the first command and ends when there has been none for a while.
     """
 
     def __init__(self, threads: ThreadCoalescer, orphaned: Orphaned, *, hang_limit: float = 30.0) -> None:
         self.name = threads.name
-        self._threads = threads
+        self.line = threads
         self._orphaned = orphaned
         self._hang_limit = hang_limit
-        self._waiting: deque[_Crossing] = deque()
-        self._ends: dict[BridgeEnd, None] = {}  # with replies underway, perhaps; the thread's, if there is one
-        self._work = threading.Condition()
-        self._asleep = True  # it looks at what waits once more after it has said so
+        self._ends: dict[BridgeEnd, None] = {}  # with replies that are to be handed out
+        self._ready = threading.Lock()
+        self._ready.acquire()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._took = 0.0  # seconds of the last batch
+        self._lets_board = False
+        self._boarding: dict[BridgeEnd, None] = {}  # whose tasks have replies, and have not had their turn
+        threads.after_batch = self._deliver
 
     def end(self) -> BridgeEnd:
         """The running event loop's end."""
         return BridgeEnd(self, asyncio.get_running_loop())
 
-    @property
-    def is_full(self) -> bool:
-        """Whether too much waits already."""
-        return len(self._waiting) >= MAX_WAITING
-
-    def send(self, crossing: _Crossing) -> None:
+    def send(self, entry: _TaskEntry) -> None:
         """Put a command on its way. Raises RuntimeError where there is no thread and none can be started."""
-        self._waiting.append(crossing)
-        if not self._asleep:
-            return
-        with self._work:
-            if self._thread is None:
-                self._start(crossing)
-            self._work.notify()
+        self.line.put(entry)
+        if self._thread is None:  # looked at behind the line, as the thread does when it ends
+            self._start_for(entry)
 
-    def _start(self, crossing: _Crossing) -> None:
+    def _start_for(self, entry: _TaskEntry) -> None:
+        with self.line.mutex:
+            try:
+                if self._thread is None:
+                    self._start()
+            except RuntimeError:
+                self.line.withdraw(entry)
+                raise
+
+    def _start(self) -> None:
+        """Start a thread. Under the mutex."""
         thread = threading.Thread(target=self._serve, name="retryproof-store", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            self._waiting.remove(crossing)
-            raise
+        thread.start()
         self._thread = thread
+
+    def wake(self) -> None:
+        """See Leader."""
+        if self._ready.locked():
+            self._ready.release()
 
     def close(self) -> None:
         """End the thread, after what is waiting."""
-        with self._work:
+        with self.line.mutex:
             self._closing = True
-            self._work.notify()
+            self.wake()
             thread = self._thread
-            if thread is None:
-                self._undo_undelivered()
+            self._undo_undelivered()
         if thread is not None:
             thread.join(self._hang_limit)
 
     def _serve(self) -> None:
         try:
             while self._wait():
-                # One batch at a time, so that nobody waits for the batches behind theirs.
-                self._carry([self._waiting.popleft() for _ in range(min(len(self._waiting), self._threads.max_batch))])
+                self._let_board()
+                began = clock()
+                self.line.lead()
+                self._took = clock() - began
         except BaseException:  # past every `except Exception`, as drivers in other languages may raise
-            with self._work:
-                self._asleep, self._thread = True, None  # the next command starts another
+            with self.line.mutex:
+                self._thread = None
+                if self.line.waits_for(self):
+                    with suppress(RuntimeError):  # then the next command starts one
+                        self._start()
             raise
 
-    def _carry(self, taken: Sequence[_Crossing]) -> None:
-        for one in taken:
-            one.taken = True
-        wanted = [one for one in taken if not (one.given_up or (one.future.done() and isinstance(one.command, Claim)))]
-        replies = self._threads.perform_many([one.command for one in wanted], self._hang_limit)
-        by_end: dict[BridgeEnd, list[tuple[_Crossing, Reply]]] = {}
-        for one, reply in zip(wanted, replies, strict=True):
-            by_end.setdefault(one.end, []).append((one, reply))
-        for end, answers in by_end.items():
-            end.deliver(answers)
-            self._ends[end] = None
+    def _wait(self) -> bool:
+        """Wait for the lead; False when the thread is to end."""
+        while self.line.leader is not self:
+            if self._ready.acquire(timeout=LAST_LOOK if self._closing else IDLE_SECONDS) and not self._closing:
+                continue
+            with self.line.mutex:
+                self._undo_undelivered()
+                thread, self._thread = self._thread, None
+                if not self.line.waits_for(self):  # looked at without a thread: who comes later sees that
+                    return False
+                self._thread = thread
+        return True
+
+    def _let_board(self) -> None:
+        """Let tasks that were just answered ask what they ask next, so that one commit serves them and who waits.
+
+        It takes one round of their loop, and no longer than the last batch took: a loop may be busy, or blocked.
+        """
+        until = clock() + min(self._took, MOST_BOARDING)
+        self._lets_board = True  # before it looks; the loop looks at it afterwards
+        while self._boarding and not self.line.fills_a_batch and (left := until - clock()) > 0:
+            self._ready.acquire(timeout=left)
+        self._lets_board = False
+        self._boarding.clear()
+
+    def round_over(self, end: BridgeEnd) -> None:
+        """Every task of this end that was answered has had its turn. Called in the end's loop."""
+        self._boarding.pop(end, None)
+        if self._lets_board and not self._boarding:
+            with self.line.mutex:
+                self.wake()
+
+    def ask(self, end: BridgeEnd) -> None:
+        """Have this end's replies delivered. Under the mutex."""
+        self._ends[end] = self._boarding[end] = None
+
+    def _deliver(self) -> None:
+        """After a batch. Under the mutex."""
+        for end in list(self._ends):
+            end.deliver()
         self._undo_undelivered()
 
     def _undo_undelivered(self) -> None:
         """Loops that are closed hand nothing out: their callers have gone."""
         for end in list(self._ends):
             while end.is_closed and end.underway:
-                for one, reply in end.underway.popleft():
-                    self.undo(one.command, reply)
+                for entry in end.underway.popleft():
+                    self.undo(entry)
             if not end.underway:
                 del self._ends[end]
 
-    def _wait(self) -> bool:
-        """Wait for work; False when the thread is to end."""
-        if self._waiting:
-            return True
-        with self._work:
-            self._asleep = True
-            while not self._waiting:
-                if self._closing or (not self._work.wait(IDLE_SECONDS) and not self._waiting):
-                    self._undo_undelivered()
-                    self._thread = None
-                    return False
-            self._asleep = False
-            return True
-
-    def undo(self, command: Any, reply: Reply) -> None:
+    def undo(self, entry: _TaskEntry) -> None:
         """Nobody will read this reply."""
-        if is_orphan(command, reply):
-            self._orphaned(command, reply)
+        if is_orphan(entry.command, entry.reply):
+            self._orphaned(entry.command, entry.reply)
 
 
 class BridgeEnd:
-    """One event loop's end of the bridge. What the thread may use says so; the rest is the loop's."""
+    """One event loop's end of the bridge. What the sending thread may use says so; the rest is the loop's."""
 
     def __init__(self, bridge: Bridge, loop: asyncio.AbstractEventLoop) -> None:
-        self._bridge = bridge
+        self.bridge = bridge
+        self._line = bridge.line
         self._loop = loop
-        self._crossings: dict[_Crossing, None] = {}
-        self.underway: deque[Sequence[tuple[_Crossing, Reply]]] = deque()
-        """Replies that the loop was given and has not handed out."""
+        self._collected: list[_TaskEntry] = []
+        self.underway: deque[Sequence[_TaskEntry]] = deque()
+        """Commands whose replies the loop was given and has not handed out."""
         self._alarm = Alarm(loop, self._expire)
 
     def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
@@ -162,17 +200,15 @@ class BridgeEnd:
         A claim whose caller is cancelled does not leave, or is released when its reply arrives. Other commands travel.
         """
         future: asyncio.Future[Reply] = self._loop.create_future()
-        if self._bridge.is_full:
-            future.set_result(overfull(self._bridge.name))
+        if self._line.is_full:
+            future.set_result(overfull(self.bridge.name))
             return future
         deadline = clock() + timeout
-        crossing = _Crossing(command, self, future, deadline, timeout)
         try:
-            self._bridge.send(crossing)
+            self.bridge.send(_TaskEntry(command, self, future, deadline, timeout))
         except RuntimeError as error:
-            future.set_result(as_reply(self._bridge.name, error))
+            future.set_result(as_reply(self.bridge.name, error))
             return future
-        self._crossings[crossing] = None
         if deadline < self._alarm.due:
             self._alarm.set(deadline)
         return future
@@ -182,32 +218,40 @@ class BridgeEnd:
         """Whether the loop will never run again."""
         return self._loop.is_closed()
 
-    def deliver(self, answers: Sequence[tuple[_Crossing, Reply]]) -> None:
-        """Have replies handed out in the loop. Called in the thread, which sees to those that a closed loop leaves."""
-        self.underway.append(answers)
-        with suppress(RuntimeError):  # it is closed
-            self._loop.call_soon_threadsafe(self._hand_out)
+    def collect(self, entry: _TaskEntry) -> None:
+        """Keep an entry that has its reply for `deliver`. Under the mutex."""
+        if not self._collected:
+            self.bridge.ask(self)
+        self._collected.append(entry)
+
+    def deliver(self) -> None:
+        """Have replies handed out in the loop. Under the mutex; the bridge sees to those that a closed loop leaves."""
+        if self._collected:
+            self.underway.append(self._collected)
+            self._collected = []
+            with suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._hand_out)
 
     def _hand_out(self) -> None:
-        answers = self.underway.popleft()
-        for crossing, reply in answers:
-            self._crossings.pop(crossing, None)
-            if not crossing.future.done():
-                crossing.future.set_result(reply)
-            elif crossing.future.cancelled():
-                self._bridge.undo(crossing.command, reply)
+        for entry in self.underway.popleft():
+            future = entry.future
+            if not future.done():
+                future.set_result(entry.reply)
+            elif future.cancelled():
+                self.bridge.undo(entry)
+        self._loop.call_soon(self.bridge.round_over, self)
 
     def _expire(self) -> float:
         """Tell everybody who has waited for too long; when the next is due."""
         now = clock()
         earliest = NEVER
-        for crossing in list(self._crossings):
-            if crossing.future.done():
-                del self._crossings[crossing]
-            elif crossing.deadline <= now:
-                crossing.given_up = True
-                crossing.future.set_result(overdue(self._bridge.name, crossing.timeout, sent=crossing.taken))
-                del self._crossings[crossing]
-            else:
-                earliest = min(earliest, crossing.deadline)
+        with self._line.mutex:
+            for entry in self._line.unanswered():
+                if not isinstance(entry, _TaskEntry) or entry.end is not self or entry.future.done():
+                    continue
+                if entry.deadline <= now:
+                    entry.gone = True
+                    entry.future.set_result(overdue(self.bridge.name, entry.timeout, sent=entry.sent))
+                else:
+                    earliest = min(earliest, entry.deadline)
         return earliest

@@ -1,12 +1,13 @@
-"""Batches for threads over a blocking store."""
+"""Batches over a blocking store: the line of what waits, whose turn it is to send, and threads that wait in it."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, Release, Renew, Reply
 from retryproof.stores.base import HasCommitGroup, Store
@@ -26,6 +27,38 @@ from retryproof.stores.lanes.replies import (
 )
 
 
+class Leader(Protocol):
+    """Whoever may send the line's batches: a thread that waits in it, or the thread that sends for tasks."""
+
+    def wake(self) -> None:
+        """Let it look whether it has the lead. Called under the mutex."""
+
+
+class Entry(ABC):
+    """A command in line or on its way.
+
+    leader: who leads when this is the first in line. sent: it has left. gone: its caller does not wait any more, and
+    what has not left does not leave.
+    """
+
+    __slots__ = ("command", "gone", "leader", "reply", "sent", "twins")
+
+    command: Any
+    leader: Leader
+    reply: Reply
+    sent: bool
+    gone: bool
+    twins: list[Entry] | None
+
+    @abstractmethod
+    def is_gone(self) -> bool:
+        """Whether nobody waits for it, so that it need not leave. Under the mutex."""
+
+    @abstractmethod
+    def answered(self) -> None:
+        """Its reply is there. Called under the mutex, once."""
+
+
 class _Caller:
     """A thread that waits for its commands; `ready` is released when a reply is there or when it is to lead."""
 
@@ -36,36 +69,51 @@ class _Caller:
         self.ready.acquire()
 
     def wake(self) -> None:
-        """Let the thread look again. Called under the coalescer's mutex."""
+        """See Leader."""
         if self.ready.locked():
             self.ready.release()
 
 
-class _Entry:
-    """A thread's command on its way.
+class _ThreadEntry(Entry):
+    """A thread's command.
 
-    gone: its caller does not wait any more. left: and has not been told anything, since it was interrupted.
+    done: it has its reply. left: its caller was interrupted, and has not been told anything.
     """
 
-    __slots__ = ("caller", "command", "done", "gone", "left", "reply", "sent", "twins")
+    __slots__ = ("_orphaned", "caller", "done", "left")
 
-    def __init__(self, command: Any, caller: _Caller) -> None:
+    def __init__(self, command: Any, caller: _Caller, orphaned: Orphaned) -> None:
         self.command = command
-        self.caller = caller
-        self.reply: Reply = None
-        self.done = False
-        self.gone = False
-        self.left = False
-        self.sent = False
-        self.twins: list[_Entry] | None = None
+        self.leader = self.caller = caller
+        self.reply = None
+        self.twins = None
+        self.done = self.sent = self.gone = self.left = False
+        self._orphaned = orphaned
+
+    def is_gone(self) -> bool:
+        """See Entry."""
+        return self.gone
+
+    def answered(self) -> None:
+        """See Entry."""
+        if self.left and is_orphan(self.command, self.reply):
+            self._orphaned(self.command, self.reply)
+        self.done = True
+        self.caller.wake()
+
+
+_ByKind = dict[type, dict[bytes, Entry]]
+"""A batch by kind of command and id."""
 
 
 class ThreadCoalescer:
-    """Batches for threads over a blocking store.
+    """Batches over a blocking store, for threads and for whoever else leads.
 
-    The thread that finds nobody sending becomes the leader: it sends one batch of what is pending, hands out the
+    The thread that finds nobody sending becomes the leader: it sends one batch of what is in line, hands out the
     replies, and passes the lead to the next in line. So there is no thread of its own, and no hand-over while one
     thread is alone. Different kinds of command go in one commit where the store can do that.
+
+    after_batch: called under the mutex when a batch has its replies.
     """
 
     def __init__(self, store: Store, orphaned: Orphaned, heard: Heard = not_heard) -> None:
@@ -73,7 +121,7 @@ class ThreadCoalescer:
         self.name = store.capabilities.name
         self._orphaned = orphaned
         self._store = store
-        self.max_batch = self._size = store.capabilities.max_batch
+        self._size = store.capabilities.max_batch
         self._group: Callable[[], AbstractContextManager[None]] = (
             store.commit_group if isinstance(store, HasCommitGroup) else nullcontext
         )
@@ -85,10 +133,12 @@ class ThreadCoalescer:
             Claim: store.claim,
             Look: self._look,
         }
-        self._pending: deque[_Entry] = deque()
-        self._mutex = threading.Lock()
-        self._leader: _Caller | None = None
+        self._pending: deque[Entry] = deque()  # whoever appends without the mutex looks at the leader afterwards
+        self._flying: Sequence[Entry] = ()
+        self.mutex = threading.Lock()
+        self.leader: Leader | None = None
         """Whose turn it is to send. One reference, so that an interruption at any point leaves it with somebody."""
+        self.after_batch: Callable[[], None] | None = None
 
     def perform(self, command: Any, timeout: float) -> Reply:
         """One command's reply; Unreachable when there was none in time."""
@@ -101,139 +151,184 @@ class ThreadCoalescer:
         except Exception as error:  # noqa: BLE001 - whatever a store raises, the caller gets a definite answer
             return as_reply(self.name, error)
 
+    # Threads
+
     def perform_many(self, commands: Sequence[Any], timeout: float) -> list[Reply]:
         """Each command's reply, in order."""
         caller = _Caller()
-        entries = [_Entry(command, caller) for command in commands]
+        entries = [_ThreadEntry(command, caller, self._orphaned) for command in commands]
         deadline = clock() + timeout
         try:
-            with self._mutex:
+            with self.mutex:
                 if len(self._pending) >= MAX_WAITING:
                     return [overfull(self.name)] * len(entries)
                 self._pending.extend(entries)
-                if self._leader is None:
-                    self._leader = caller
+                if self.leader is None:
+                    self.leader = caller
             replies = [self._await(entry, caller, deadline, timeout) for entry in entries]
-            if self._leader is caller:  # promoted while its last reply was on the way
-                with self._mutex:
+            if self.leader is caller:  # promoted while its last reply was on the way
+                with self.mutex:
                     self._pass_on()
         except BaseException:  # interrupted
             self._quit(entries, caller)
             raise
         return replies
 
-    def _await(self, entry: _Entry, caller: _Caller, deadline: float, timeout: float) -> Reply:
+    def _await(self, entry: _ThreadEntry, caller: _Caller, deadline: float, timeout: float) -> Reply:
         while not entry.done:
-            if self._leader is caller:
-                self._lead()
+            if self.leader is caller:
+                self.lead()
             elif not caller.ready.acquire(timeout=max(0.0, deadline - clock())) and self._give_up(entry):
                 return overdue(self.name, timeout, sent=entry.sent)
         return entry.reply
 
-    def _give_up(self, entry: _Entry) -> bool:
+    def _give_up(self, entry: _ThreadEntry) -> bool:
         """After a time-out: whether neither the reply nor the lead came in the last moment."""
-        with self._mutex:
-            if entry.done or self._leader is entry.caller:
+        with self.mutex:
+            if entry.done or self.leader is entry.caller:
                 return False
             self._drop(entry)
             return True
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: Entry) -> None:
         entry.gone = True
         if entry in self._pending:
             self._pending.remove(entry)
 
-    def _quit(self, entries: Sequence[_Entry], caller: _Caller) -> None:
+    def _quit(self, entries: Sequence[_ThreadEntry], caller: _Caller) -> None:
         """The caller was interrupted: what is on its way goes on without it, the rest does not leave."""
-        with self._mutex:
+        with self.mutex:
             for entry in entries:
                 if not entry.done:
                     entry.left = True
                     self._drop(entry)
                 elif is_orphan(entry.command, entry.reply):
                     self._orphaned(entry.command, entry.reply)
-            if self._leader is caller:
+            if self.leader is caller:
                 self._pass_on()
-            elif self._leader is not None:
-                self._leader.wake()  # the interruption may have come just before we did that
+            elif self.leader is not None:
+                self.leader.wake()  # the interruption may have come just before we did that
 
-    def _lead(self) -> None:
+    # Others who stand in line
+
+    @property
+    def is_full(self) -> bool:
+        """Whether too much waits already."""
+        return len(self._pending) >= MAX_WAITING
+
+    @property
+    def fills_a_batch(self) -> bool:
+        """Whether what waits is enough for a whole batch."""
+        return len(self._pending) >= self._size
+
+    def put(self, entry: Entry) -> None:
+        """Put a command in line, from any thread, and have it sent by whoever leads."""
+        self._pending.append(entry)
+        if self.leader is None:
+            with self.mutex:
+                if self.leader is None:
+                    self._pass_on()
+
+    def withdraw(self, entry: Entry) -> None:
+        """Take a command out of the line, whose leader cannot lead. Under the mutex."""
+        self._drop(entry)
+        if self.leader is entry.leader:
+            self._pass_on()
+
+    def waits_for(self, leader: Leader) -> bool:
+        """Whether this one has the lead, or may get it from what is in line. Under the mutex."""
+        return self.leader is leader or any(entry.leader is leader for entry in self.unanswered())
+
+    def unanswered(self) -> Iterator[Entry]:
+        """All that is on its way or in line. Under the mutex."""
+        for entry in [*self._flying, *self._pending]:
+            yield entry
+            yield from entry.twins or ()
+
+    # The lead
+
+    def lead(self) -> None:
         """Send one batch, then pass the lead on."""
-        batch: list[_Entry] = []
         try:
-            batch = self._next_batch()
-            self._send(batch)
+            self._send(self._next_batch())
         finally:
-            with self._mutex:
-                self._hand_out(batch)
+            with self.mutex:
+                self._hand_out()
                 self._pass_on()
 
     def _pass_on(self) -> None:
         """Hand the lead to the first in line; without one it lies where the next to come finds it."""
-        self._leader = leader = self._pending[0].caller if self._pending else None
-        if leader is not None:
+        self.leader = None
+        if self._pending:  # looked at once nobody leads: who comes later sees that
+            self.leader = leader = self._pending[0].leader
             leader.wake()
 
-    def _next_batch(self) -> list[_Entry]:
-        """What is pending, bounded, each id once a kind; twins go with their claim, the rest stays in line."""
-        batch: dict[tuple[type, bytes], _Entry] = {}
-        left: list[_Entry] = []
-        with self._mutex:
-            while self._pending and len(batch) < self._size:
-                entry = self._pending.popleft()
-                standing = batch.setdefault((type(entry.command), entry.command.id), entry)
+    def _next_batch(self) -> _ByKind:
+        """What is in line, bounded, each id once a kind; twins go with their claim, the rest stays in line."""
+        batch: _ByKind = {}
+        left: list[Entry] = []
+        flying: list[Entry] = []
+        pending = self._pending
+        with self.mutex:
+            self._flying = flying
+            while pending and len(flying) < self._size:
+                entry = pending.popleft()
+                if entry.is_gone():
+                    continue
+                command = entry.command
+                standing = batch.setdefault(type(command), {}).setdefault(command.id, entry)
                 if standing is entry:
                     entry.sent = True
-                    continue
-                if not are_twins(standing.command, entry.command):
+                    flying.append(entry)
+                elif not are_twins(standing.command, command):
                     left.append(entry)
                 elif standing.twins is None:
                     standing.twins = [entry]
                 else:
                     standing.twins.append(entry)
-            self._pending.extendleft(reversed(left))
-        return list(batch.values())
+            pending.extendleft(reversed(left))
+        return batch
 
-    def _send(self, batch: list[_Entry]) -> None:
-        replies: list[tuple[_Entry, Reply]] = []  # nobody's before the group is committed
+    def _send(self, batch: _ByKind) -> None:
+        replies: list[tuple[Entry, Any]] = []  # nobody's before the group is committed
         try:
-            with self._group() if len(batch) > 1 else nullcontext():
-                for kind, entries in self._by_kind(batch):
-                    answers = self._calls[kind]([entry.command for entry in entries])
-                    for entry, answer in zip(entries, answers, strict=True):
-                        replies.append((entry, as_reply(self.name, answer)))
+            with self._group() if len(self._flying) > 1 else nullcontext():
+                for kind, call in self._calls.items():
+                    if kind in batch:
+                        entries = batch[kind].values()
+                        answers = call([entry.command for entry in entries])
+                        replies += zip(entries, answers, strict=True)
         except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
-            replies = [(entry, as_reply(self.name, error)) for entry in batch]
+            replies = [(entry, error) for entry in self._flying]
         else:
-            self._heard()
-        for entry, reply in replies:
-            entry.reply = reply
+            if replies:
+                self._heard()
+        for entry, answer in replies:
+            entry.reply = as_reply(self.name, answer) if isinstance(answer, Exception) else answer
 
-    def _by_kind(self, batch: list[_Entry]) -> Iterator[tuple[type, list[_Entry]]]:
-        """In the order in which the calls stand."""
-        found: dict[type, list[_Entry]] = {}
-        for entry in batch:
-            found.setdefault(type(entry.command), []).append(entry)
-        return ((kind, found[kind]) for kind in self._calls if kind in found)
-
-    def _hand_out(self, batch: list[_Entry]) -> None:
-        for entry in batch:
+    def _hand_out(self) -> None:
+        flying, self._flying = self._flying, ()
+        for entry in flying:
             if entry.reply is None:  # the leader was interrupted
                 entry.reply = interrupted(self.name)
-            if entry.left and is_orphan(entry.command, entry.reply):
-                self._orphaned(entry.command, entry.reply)
-            entry.done = True
-            entry.caller.wake()
-            twins, entry.twins = entry.twins, None
-            for twin in twins or ():
-                told = None if entry.gone else twin_reply(entry.reply, entry.command.lease)
-                if twin.gone:
-                    continue
-                if told is None:
-                    self._pending.append(twin)
-                else:
-                    twin.reply, twin.done = told, True
-                    twin.caller.wake()
+            if entry.twins is not None:
+                self._tell_twins(entry, entry.twins)
+            entry.answered()
+        if self.after_batch is not None:
+            self.after_batch()
+
+    def _tell_twins(self, entry: Entry, twins: Sequence[Entry]) -> None:
+        """A twin of a claim that nobody waits for asks for itself: that claim is given back."""
+        gone = entry.is_gone()
+        entry.twins = None
+        for twin in twins:
+            if twin.is_gone():
+                continue
+            twin.reply = None if gone else twin_reply(entry.reply, entry.command.lease)
+            if twin.reply is None:
+                self._pending.append(twin)
+            else:
+                twin.answered()
 
     def _look(self, looks: Sequence[Look]) -> Sequence[Found]:
         return [Found(record) for record in self._store.get([look.id for look in looks])]
