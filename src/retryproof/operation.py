@@ -201,7 +201,7 @@ class Operation:
         Raises ConfigurationError for a connection without a transaction that could be used, or to another database,
         LeaseLost when another attempt took over. Nothing was written then.
         """
-        return self._transactions().join(connection, self._asking().ask)
+        return self._transactions().join(connection)
 
     @overload
     async def atransaction(self, connection: AbstractAsyncContextManager[T]) -> T: ...
@@ -211,9 +211,7 @@ class Operation:
 
     async def atransaction(self, connection: Any) -> Any:
         """`transaction` for a connection that is awaited: of psycopg, asyncpg, SQLAlchemy or aiosqlite."""
-        asking = self._asking()
-        asking.check_awaited()
-        return await self._transactions().ajoin(connection, asking.aask)
+        return await self._transactions().ajoin(connection)
 
     def rollback(self) -> None:
         """Undo what was done in the operation's transaction, which is over then: the result is stored without it.
@@ -230,7 +228,7 @@ class Operation:
     async def arollback(self) -> None:
         """`rollback` for what runs on an event loop, whichever kind of connection it has."""
         if self._joined is not None and not self._refuses:
-            _, cancellation = await self._joined.asettle(Raised(), self._asking().aask)
+            _, cancellation = await self._joined.asettle(Raised())
             if cancellation is not None:  # or the error of work that was committed before
                 raise cancellation
 
@@ -265,7 +263,7 @@ class Operation:
         could be used; LeaseLost when another attempt took over; StoreUnavailable when the lease could not be renewed,
         or when the answer to the commit was lost and the record cannot be asked.
         """
-        return PhaseBlock(self._transactions(), name, connection, codec, self._phased, self._asking())
+        return PhaseBlock(self._transactions(), name, connection, codec, self._phased)
 
     @property
     def principal(self) -> tuple[str, ...]:
@@ -277,22 +275,22 @@ class Operation:
 
     def _kept(self) -> Recovery:
         """Made when it is first used: few operations need it."""
-        recovery = self._recovery
-        if recovery is None:
+        if self._recovery is None:
             with _mutex:  # threads of one handler may be the first together
                 if self._recovery is None:
-                    self._recovery = Recovery(self._hold, self._policy, self._store.capabilities.max_result)
-                recovery = self._recovery
-            recovery.refuses = self._refuses  # looked at after it can be told of the end
-        return recovery
+                    recovery = Recovery(self._hold, self._policy, self._store.capabilities.max_result)
+                    recovery.refuses = self._refuses
+                    self._recovery = recovery
+                    recovery.refuses = self._refuses  # the end may have come before it could be told
+        return self._recovery
 
     def _transactions(self) -> Joined:
         """The same."""
-        recovery = self._kept()
         if self._joined is None:
+            recovery = self._kept()
             with _mutex:
                 if self._joined is None:
-                    self._joined = Joined(recovery, self._store)
+                    self._joined = Joined(recovery, self._store, self._asking())
         return self._joined
 
     def _asking(self) -> Asking:
@@ -373,4 +371,4 @@ async def asettle(operation: Operation, outcome: Outcome) -> Settled:
     operation.refuses_transactions = ENDED
     outcome = operation.said(outcome)
     joined = operation._joined
-    return (outcome, None) if joined is None else await joined.asettle(outcome, operation._asking().aask)
+    return (outcome, None) if joined is None else await joined.asettle(outcome)

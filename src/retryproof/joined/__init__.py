@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from retryproof.core.commands import Outcome, Raised, Reply
+from retryproof.core.commands import Outcome, Raised
 from retryproof.core.errors import ConfigurationError
-from retryproof.drive import apump, pump
+from retryproof.drive import Asking, apump, pump
 from retryproof.joined.transaction import Settled, Steps, Transaction
 from retryproof.recovery import Recovery, lease_lost
 
@@ -24,13 +24,15 @@ _ANOTHER = "This operation has a transaction already; all that it does commits i
 class Joined:
     """What one attempt has joined.
 
-    transaction: the one that all of it commits in. phase: the open phase, in words. part: that phase's transaction.
+    asking: how the store is asked from the attempt's code. transaction: the one that all of it commits in.
+    phase: the open phase, in words. part: that phase's transaction.
     """
 
-    __slots__ = ("_joining", "_store", "part", "phase", "recovery", "transaction")
+    __slots__ = ("_joining", "_store", "asking", "part", "phase", "recovery", "transaction")
 
-    def __init__(self, recovery: Recovery, store: Any) -> None:
+    def __init__(self, recovery: Recovery, store: Any, asking: Asking) -> None:
         self.recovery = recovery
+        self.asking = asking
         self.transaction: Transaction | None = None
         self.phase: str | None = None
         self.part: Transaction | None = None
@@ -43,18 +45,20 @@ class Joined:
         open_one = self.part or self.transaction
         return open_one is not None and open_one.held
 
-    def new(self, given: Any, ask: Callable[[Any], Any], *, on_loop: bool) -> Transaction:
-        """A transaction that is still to be entered; ask: gives the store a command, in that colour."""
+    def new(self, given: Any, *, on_loop: bool) -> Transaction:
+        """A transaction that is still to be entered, of that colour."""
+        ask: Callable[[Any], Any] = self.asking.aask if on_loop else self.asking.ask
         return Transaction(self.recovery, self._store, given, ask, on_loop=on_loop)
 
-    def join(self, given: Any, ask: Callable[[Any], Reply]) -> Any:
+    def join(self, given: Any) -> Any:
         """Make the transaction of this connection, or of one that a block gives, the attempt's; the connection."""
-        transaction = self.new(given, ask, on_loop=False)
+        transaction = self.new(given, on_loop=False)
         return pump(self._join(transaction), transaction.perform)
 
-    async def ajoin(self, given: Any, ask: Callable[[Any], Awaitable[Reply]]) -> Any:
+    async def ajoin(self, given: Any) -> Any:
         """`join` for a connection that is awaited."""
-        transaction = self.new(given, ask, on_loop=True)
+        self.asking.check_awaited()
+        transaction = self.new(given, on_loop=True)
         return await apump(self._join(transaction), transaction.perform)
 
     def _join(self, transaction: Transaction) -> Steps[Any]:
@@ -99,8 +103,8 @@ class Joined:
             return outcome, None
         return pump(transaction.settle(outcome), transaction.perform)
 
-    async def asettle(self, outcome: Outcome, ask: Callable[[Any], Awaitable[Reply]]) -> Settled:
-        """`settle` on the event loop, whichever kind of connection it has. ask: gives the store a command.
+    async def asettle(self, outcome: Outcome) -> Settled:
+        """`settle` on the event loop, whichever kind of connection it has.
 
         A cancellation does not part the result from its commit: it is handed back as the error, after the end. A second
         one does not wait.
@@ -108,7 +112,7 @@ class Joined:
         transaction, self.transaction = self.transaction, None
         if transaction is None:
             return outcome, None
-        task = asyncio.get_running_loop().create_task(transaction.asettle(outcome, ask))
+        task = asyncio.get_running_loop().create_task(transaction.asettle(outcome, self.asking.aask))
         _settling.add(task)
         task.add_done_callback(_settling.discard)
         try:

@@ -35,7 +35,7 @@ from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.flow import FIRST_BACKOFF, LAST_BACKOFF
 from retryproof.core.hold import Hold
 from retryproof.core.record import State
-from retryproof.drive import Asking, apump, clock, pump
+from retryproof.drive import apump, clock, pump
 from retryproof.joined import Joined
 from retryproof.joined.transaction import ANOTHER, Ask, Steps, Transaction
 from retryproof.recovery import PLAIN, lease_lost
@@ -70,7 +70,6 @@ class PhaseBlock:
         given: Any,
         codec: Codec | None,
         listing: Listing | None,
-        asking: Asking,
     ) -> None:
         self.name = name
         self.pending = False
@@ -80,7 +79,6 @@ class PhaseBlock:
         self._given = given
         self._codec = codec or PLAIN
         self._listing = listing
-        self._asking = asking
         self._transaction: Transaction | None = None
 
     @property
@@ -111,9 +109,9 @@ class PhaseBlock:
         return result
 
     def __enter__(self) -> Self:
-        self._asking.check_blocking()
+        self._joined.asking.check_blocking()
         if self._begin():
-            transaction = self._joined.new(self._given, self._asking.ask, on_loop=False)
+            transaction = self._joined.new(self._given, on_loop=False)
             pump(self._enter(transaction), transaction.perform)
         return self
 
@@ -125,9 +123,9 @@ class PhaseBlock:
             pump(self._leave(transaction, error), transaction.perform)
 
     async def __aenter__(self) -> Self:
-        self._asking.check_awaited()
+        self._joined.asking.check_awaited()
         if self._begin():
-            transaction = self._joined.new(self._given, self._asking.aask, on_loop=True)
+            transaction = self._joined.new(self._given, on_loop=True)
             await apump(self._enter(transaction), transaction.perform)
         return self
 
