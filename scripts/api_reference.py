@@ -38,6 +38,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Errors": ("retryproof.errors", ()),
     "The HTTP layer": ("retryproof.http.asgi", ("IdempotencyMiddleware",)),
+    "The HTTP layer for WSGI": ("retryproof.http.wsgi", ("IdempotencyMiddleware",)),
     "Scopes": ("retryproof.http", ("by_user", "by_header", "by_host", "single_tenant")),
     "Keys in the body": ("retryproof.http.key_source", ("json_field",)),
     "Fingerprints": ("retryproof.core.fingerprint", ("Raw", "CanonicalJson", "fields", "Request")),
@@ -72,14 +73,15 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "AsyncIdempotency": ("run", "id_of", "aclose"),
     "Outcome": ("first_seen",),
     "Operation": ("key_digest", "token", "attempt", "first_seen", "derive", "step", "astep"),
-    "IdempotencyMiddleware": ("aclose",),
+    "IdempotencyMiddleware": ("aclose", "close"),
     "Store": ("claim", "complete", "release", "renew", "checkpoint", "get", "scan", "evict", "reap", "close"),
     "Codec": ("name", "encode", "decode"),
     "Traces": ("current_trace",),
     "ManualClock": ("seconds", "advance"),
     "InLoop": ("close",),
 }
-"""What of a class is for callers; the rest is for adapters, or said once, at the protocol that it follows."""
+"""What of a class is for callers, where it has that; the rest is for adapters, or said once, at the protocol that it
+follows."""
 
 NOT_MADE = {"Operation", "Store", "AsyncStore", "Codec", "Kind", "Traces", "StoreConformance", "AsyncStoreConformance"}
 """Classes that nobody calls: protocols, suites to inherit from, and what a handler is given."""
@@ -123,7 +125,7 @@ def _entry(name: str, thing: Any) -> str:
     text += f"{_prose(inspect.getdoc(thing) or '')}\n"
     if isinstance(thing, EnumType):
         text += _values(thing)
-    return text + "".join(_member(thing, member) for member in MEMBERS.get(name, ()))
+    return text + "".join(_member(thing, member) for member in MEMBERS.get(name, ()) if hasattr(thing, member))
 
 
 def _values(thing: EnumType) -> str:

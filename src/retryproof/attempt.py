@@ -110,11 +110,14 @@ class Attempts:
         refingerprint: Refingerprint = unknown_algorithm,
         *,
         beside: bool = False,
+        fails_open: bool = False,
     ) -> BlockingAttempt | Conclusion:
         """Claim an operation: an attempt that may run, watched; or the conclusion, which the listeners were told.
 
         id, fingerprint, tenant, trace: as in Claim. where: the endpoint or function, for events.
         beside: others that were taken over run side by side with it, so that its death would not count (C15).
+        fails_open: who asks runs the work without protection where the store is out of reach; the listeners are told
+            so.
         """
         began = clock()
         claim = self._claim(opened.background, policy, id, fingerprint, tenant, trace, beside)
@@ -132,7 +135,7 @@ class Attempts:
         finally:
             if attempt is None:
                 opened.background.leave()
-        self.conclude(step, id, where, began)
+        self.conclude(step, id, where, began, fails_open=fails_open)
         return step
 
     async def abegin(

@@ -37,6 +37,7 @@ async def replayed(covered: App, key: str) -> Answer:
 # H11: the client
 
 
+@pytest.mark.needs("departures at once")
 async def test_h11_receive_gives_the_body_once_then_the_disconnect_once_it_is_settled(layer: MakeLayer) -> None:
     received: list[Message] = []
     left, settled = asyncio.Event(), asyncio.Event()
@@ -138,6 +139,7 @@ def by_head(status: int, headers: Sequence[tuple[bytes, bytes]]) -> str:
 REFUSE = Policy(lease=0.05, on_abandoned="refuse")
 
 
+@pytest.mark.needs("departures at once")
 @pytest.mark.parametrize("on_departure", ["stop", by_route, by_head])
 async def test_h11_a_stream_that_is_to_stop_does_and_its_outcome_is_unknown(
     layer: MakeLayer, on_departure: Any
@@ -180,6 +182,7 @@ async def test_h11_an_endless_stream_without_a_client_yields_and_is_stopped_at_m
     assert await settled_code(covered, key) == "outcome-unknown"
 
 
+@pytest.mark.needs("departures at once")
 async def test_h11_a_handler_that_waits_for_the_disconnect_is_stopped_at_max_run(layer: MakeLayer) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await read_body(receive)
@@ -205,6 +208,7 @@ async def test_c6_a_handler_with_a_client_may_run_past_max_run(layer: MakeLayer)
     assert (await conversation.end()).status == 201
 
 
+@pytest.mark.needs("cancellation")
 async def test_h11_over_the_limit_the_run_that_was_left_first_is_stopped(layer: MakeLayer) -> None:
     app = Script(head(EVENTS), part(b"a"), part(b"b"), part(b"c", more=False), paused=2)
     covered = layer(app, max_departed=1, policy=REFUSE)
@@ -228,6 +232,7 @@ class RollBack(Exception):
     """What a handler raises to roll back."""
 
 
+@pytest.mark.needs("departures at once")
 @pytest.mark.parametrize("on_departure", ["finish", "stop"])
 async def test_h11_a_handler_that_raises_has_raised_whoever_left(layer: MakeLayer, on_departure: str) -> None:
     runs = 0
@@ -276,6 +281,7 @@ async def test_h11_a_wrong_answer_about_a_head_lets_the_handler_finish(layer: Ma
 # H11: the server
 
 
+@pytest.mark.needs("cancellation")
 async def test_h11_a_server_that_cancels_does_not_stop_the_operation(layer: MakeLayer) -> None:
     app = Counting(gate=asyncio.Event())
     covered, key = layer(app), new_key()
@@ -294,6 +300,7 @@ async def test_h11_a_server_that_cancels_does_not_stop_the_operation(layer: Make
     assert (await call(covered, key=key)).replayed
 
 
+@pytest.mark.needs("cancellation")
 async def test_h11_a_second_cancellation_leaves_the_operation_in_the_background(layer: MakeLayer) -> None:
     app = Counting(gate=asyncio.Event())
     covered, key = layer(app), new_key()
@@ -312,6 +319,7 @@ async def test_h11_a_second_cancellation_leaves_the_operation_in_the_background(
     assert (conversation.sent, app.effects) == ([], 1)
 
 
+@pytest.mark.needs("cancellation")
 @pytest.mark.parametrize("cancellations", [1, 2])
 async def test_h11_a_handler_that_fails_after_its_server_left_is_logged(
     layer: MakeLayer, cancellations: int, caplog: pytest.LogCaptureFixture
@@ -353,6 +361,7 @@ async def test_a_loop_that_shuts_down_ends_everything_and_the_record_stays_in_pr
     assert not record.settled
 
 
+@pytest.mark.needs("cancellation")
 async def test_h11_a_cancel_scope_that_cancels_again_and_again_does_not_stop_it(layer: MakeLayer) -> None:
     app = Counting(gate=asyncio.Event())
     covered, key = layer(app), new_key()
@@ -375,6 +384,7 @@ async def test_h11_a_cancel_scope_that_cancels_again_and_again_does_not_stop_it(
     assert app.effects == 1
 
 
+@pytest.mark.needs("cancellation")
 async def test_a_cancellation_while_a_duplicate_waits_ends_it_at_once(layer: MakeLayer) -> None:
     app = Counting(gate=asyncio.Event())
     covered, key = layer(app, policy=Policy(wait=600.0, poll=600.0)), new_key()
@@ -392,6 +402,7 @@ async def test_a_cancellation_while_a_duplicate_waits_ends_it_at_once(layer: Mak
     assert (await first.end()).status == 201
 
 
+@pytest.mark.needs("cancellation")
 async def test_a_timeout_inside_the_app_cannot_lose_a_response_that_is_being_stored(layer: MakeLayer) -> None:
     store = Slow()
 
@@ -476,6 +487,7 @@ class Slow:
 # C10
 
 
+@pytest.mark.needs("loop")
 async def test_h7_a_store_that_is_down_refuses_and_nothing_runs(layer: MakeLayer) -> None:
     app, store, events = Counting(), Slow(), Events()
     store.fails = {"claim"}
@@ -485,6 +497,7 @@ async def test_h7_a_store_that_is_down_refuses_and_nothing_runs(layer: MakeLayer
     assert (app.effects, events.kinds) == (0, ["store_error"])
 
 
+@pytest.mark.needs("loop")
 async def test_c10_fail_open_runs_and_says_so(layer: MakeLayer) -> None:
     app, store, events = Counting(), Slow(), Events()
     store.fails = {"claim"}
@@ -495,6 +508,7 @@ async def test_c10_fail_open_runs_and_says_so(layer: MakeLayer) -> None:
     assert (app.bodies, events.kinds) == ([b"{}"], ["unprotected", "store_error"])
 
 
+@pytest.mark.needs("loop")
 async def test_c10_after_the_effect_the_caller_gets_the_real_result(layer: MakeLayer) -> None:
     app, store, events = Counting(), Slow(), AwaitedEvents()
     store.fails = {"complete"}
@@ -516,6 +530,7 @@ class NotSetUp(Slow):
         raise ConfigurationError("The schema is old; run `retryproof migrate`.")
 
 
+@pytest.mark.needs("loop")
 async def test_a_store_that_is_not_set_up_refuses_even_where_the_route_fails_open(layer: MakeLayer) -> None:
     app, events = Counting(), Events()
     covered = layer(app, store=NotSetUp(), fail_open=True, events=(events,))
@@ -606,6 +621,7 @@ async def test_c8_a_stream_whose_head_was_sent_is_cut(layer: MakeLayer) -> None:
     assert not first.answer.complete
 
 
+@pytest.mark.needs("cancellation")
 async def test_c8_a_handler_that_lost_its_lease_is_cancelled(layer: MakeLayer) -> None:
     app = Overtaken([], [])
     first = await overtake(layer, app, Policy(lease=0.3))
@@ -641,6 +657,7 @@ async def test_c20_layers_of_two_apps_on_one_store_object_keep_their_own_setting
     assert [(await call(app, key=key)).status for app in (one, two, one, two)] == [201, 409, 201, 409]
 
 
+@pytest.mark.needs("loop")
 async def test_a_shutdown_waits_for_operations_that_their_servers_left(layer: MakeLayer) -> None:
     app = Counting(gate=asyncio.Event())
     covered, key = layer(app), new_key()
@@ -656,6 +673,7 @@ async def test_a_shutdown_waits_for_operations_that_their_servers_left(layer: Ma
     assert (await conversation.end()).status == 201
 
 
+@pytest.mark.needs("loop")
 async def test_h11_context_variables_of_a_handler_stay_inside_and_its_state_does_not(layer: MakeLayer) -> None:
     """As docs/howto/fastapi.md says: the app has a task of its own, and the scope is one."""
     variable: ContextVar[str] = ContextVar("variable", default="unset")

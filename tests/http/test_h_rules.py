@@ -64,6 +64,7 @@ async def test_h1_covers_put_and_delete_by_choice(layer: MakeLayer, method: str)
     assert (await call(covered, method, key=key)).replayed
 
 
+@pytest.mark.needs("messages")
 @pytest.mark.parametrize(
     "scope",
     [
@@ -419,6 +420,7 @@ async def test_h7_a_body_over_the_limit_is_refused_before_it_is_read(layer: Make
     assert (answer.status, answer.code, app.effects) == (413, "body-too-large", 0)
 
 
+@pytest.mark.needs("interrupted reading")
 async def test_h7_a_chunked_body_over_the_limit_is_refused_when_it_passes_it(layer: MakeLayer) -> None:
     app = Counting()
     covered, key = layer(app, max_body=10), new_key()
@@ -430,6 +432,7 @@ async def test_h7_a_chunked_body_over_the_limit_is_refused_when_it_passes_it(lay
     assert app.effects == 1
 
 
+@pytest.mark.needs("messages")
 @pytest.mark.parametrize("announced", [b"1", b"3"])
 async def test_h7_a_wrong_content_length_is_refused(layer: MakeLayer, announced: bytes) -> None:
     app = Counting()
@@ -437,6 +440,7 @@ async def test_h7_a_wrong_content_length_is_refused(layer: MakeLayer, announced:
     assert (answer.status, answer.code, app.effects) == (400, "body-length-mismatch", 0)
 
 
+@pytest.mark.needs("interrupted reading")
 async def test_a_body_that_is_cut_half_way_claims_and_runs_nothing(layer: MakeLayer) -> None:
     app, events = Counting(), Events()
     covered, key = layer(app, events=(events,)), new_key()
@@ -587,16 +591,25 @@ async def test_h9_a_204_is_replayed_without_a_length(layer: MakeLayer) -> None:
 # H13
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-async def test_h13_authorize_is_asked_before_each_replay(layer: MakeLayer, asynchronous: bool) -> None:
-    def allowed(scope: Scope) -> bool:
-        return (b"x-allowed", b"yes") in scope["headers"]
+def is_allowed(scope: Scope) -> bool:
+    return (b"x-allowed", b"yes") in scope["headers"]
 
-    async def allowed_later(scope: Scope) -> bool:
-        return allowed(scope)
 
-    covered = layer(Counting(), authorize=allowed_later if asynchronous else allowed)
-    key = new_key()
+async def is_allowed_later(scope: Scope) -> bool:
+    return is_allowed(scope)
+
+
+async def test_h13_authorize_is_asked_before_each_replay(layer: MakeLayer) -> None:
+    await check_authorize(layer, is_allowed)
+
+
+@pytest.mark.needs("loop")
+async def test_h13_authorize_may_be_awaited(layer: MakeLayer) -> None:
+    await check_authorize(layer, is_allowed_later)
+
+
+async def check_authorize(layer: MakeLayer, authorize: Any) -> None:
+    covered, key = layer(Counting(), authorize=authorize), new_key()
     assert (await call(covered, key=key)).status == 201
     denied: Answer = await call(covered, key=key)
     assert (denied.status, denied.code) == (403, "replay-denied")
@@ -620,6 +633,7 @@ async def test_c18_a_duplicate_waits_and_is_given_the_replay(layer: MakeLayer) -
     assert app.effects == 1
 
 
+@pytest.mark.needs("departures at once")
 async def test_c18_a_waiting_duplicate_leaves_with_its_client(layer: MakeLayer) -> None:
     app = Counting(gate=asyncio.Event())
     covered, key = layer(app, policy=Policy(wait=600.0, poll=600.0)), new_key()

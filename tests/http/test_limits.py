@@ -66,6 +66,7 @@ async def test_h14_a_gzip_bomb_is_replayed_as_omitted(layer: MakeLayer) -> None:
     assert peak < 4 * UNDO_LIMIT
 
 
+@pytest.mark.needs("loop")
 async def test_h14_undoing_a_coding_leaves_the_loop_to_others(layer: MakeLayer) -> None:
     covered, key = (
         layer(answering([(b"content-encoding", b"gzip")], gzip.compress(b"\0" * (UNDO_LIMIT - 1)))),
@@ -162,6 +163,7 @@ def test_h6_a_json_body_past_the_limit_is_taken_byte_for_byte(strategy: fingerpr
     assert begun.digest() == plain.digest()
 
 
+@pytest.mark.needs("loop")
 @pytest.mark.quiet
 async def test_h6_a_large_json_body_is_parsed_beside_the_loop(layer: MakeLayer) -> None:
     covered = layer(Counting(), fingerprint=fingerprint.json)
@@ -239,6 +241,7 @@ async def stalled(app: App) -> Conversation:
     return conversation
 
 
+@pytest.mark.needs("interrupted reading")
 async def test_h7_a_stalled_body_is_given_up_and_its_bytes_are_given_back(layer: MakeLayer) -> None:
     app, left = Counting(), BUDGET._left
     answer = await (await stalled(layer(app, body_timeout=0.05))).end()
@@ -268,6 +271,7 @@ async def upload(app: App, name: bytes) -> Answer:
     return await conversation.end()
 
 
+@pytest.mark.needs("interrupted reading")
 @pytest.mark.usefixtures("mallory_holds")
 async def test_h7_one_callers_uploads_leave_room_for_the_others(layer: MakeLayer) -> None:
     covered = layer(Counting(), scope=by_key, max_body=3 * MIB)
@@ -281,6 +285,7 @@ async def test_h7_one_callers_uploads_leave_room_for_the_others(layer: MakeLayer
     assert (await upload(covered, b"mallory")).status == 201
 
 
+@pytest.mark.needs("interrupted reading")
 @pytest.mark.usefixtures("mallory_holds")
 async def test_h7_a_single_tenant_has_the_whole_budget(layer: MakeLayer) -> None:
     covered = layer(Counting(), scope=single_tenant, max_body=3 * MIB)

@@ -15,6 +15,7 @@ from tests.http.harness import call, new_key, start
 from tests.http.scripts import Script, head, part, sent, settled_code
 
 
+@pytest.mark.needs("messages")
 async def test_h10_a_stream_flows_as_it_is_produced(layer: MakeLayer) -> None:
     app = Script(head(), part(b"a"), part(b"b"), part(b"c", more=False), paused=2)
     covered, key = layer(app), new_key()
@@ -132,6 +133,7 @@ async def test_h11_an_app_that_answers_nothing_leaves_its_outcome_unknown(layer:
     assert app.runs == 1
 
 
+@pytest.mark.needs("unfinished responses")
 @pytest.mark.parametrize("messages", [[], [part(b"a")]], ids=["head held", "streaming"])
 async def test_h11_an_app_that_stops_half_way_is_cut_and_its_outcome_unknown(
     layer: MakeLayer, messages: list[Message]
@@ -183,6 +185,7 @@ async def test_an_exception_after_the_response_leaves_it_stored(layer: MakeLayer
 # H14
 
 
+@pytest.mark.needs("messages")
 async def test_h14_trailers_arrive_and_leave_a_tombstone(layer: MakeLayer) -> None:
     trailers: Message = {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")], "more_trailers": False}
     app = Script(head(status=201, trailers=True), part(b"a", more=False), trailers)
@@ -192,6 +195,7 @@ async def test_h14_trailers_arrive_and_leave_a_tombstone(layer: MakeLayer) -> No
     assert (replay.status, replay.values(b"idempotency-replay"), app.runs) == (201, [b"omitted"], 1)
 
 
+@pytest.mark.needs("messages")
 async def test_h14_early_hints_and_pushes_go_out_at_once(layer: MakeLayer) -> None:
     hint: Message = {"type": "http.response.early_hint", "links": [b"</a>"]}
     app = Script(hint, head(), part(b"a", more=False), paused=1)
@@ -205,6 +209,7 @@ async def test_h14_early_hints_and_pushes_go_out_at_once(layer: MakeLayer) -> No
     assert (await call(covered, key=key, body=b"")).body == b"a"
 
 
+@pytest.mark.needs("messages")
 async def test_h14_ways_around_the_layer_are_not_offered(layer: MakeLayer) -> None:
     seen: dict[str, Any] = {}
 
@@ -220,6 +225,7 @@ async def test_h14_ways_around_the_layer_are_not_offered(layer: MakeLayer) -> No
     assert seen == extensions
 
 
+@pytest.mark.needs("messages")
 async def test_h14_a_file_sent_all_the_same_arrives_and_leaves_a_tombstone(layer: MakeLayer) -> None:
     app = Script(head(), {"type": "http.response.pathsend", "path": "/file"})
     covered, key = layer(app), new_key()
@@ -244,6 +250,7 @@ async def test_h14_a_compressed_response_is_undone_for_who_does_not_take_it(laye
     assert other.values(b"content-length") == [b"5"]
 
 
+@pytest.mark.needs("messages")
 async def test_h14_an_interim_response_goes_out_at_once_and_is_not_kept(layer: MakeLayer) -> None:
     hint = head((b"link", b"</a>"), status=103)
     app = Script(hint, head(status=201), part(b"a", more=False), paused=1)

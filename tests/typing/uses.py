@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import assert_type
 from uuid import UUID
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from retryproof import AsyncIdempotency, Idempotency, Outcome, Policy, current_operation, errors, operation_key
-from retryproof.http import by_header, by_host, by_user, single_tenant
+from retryproof.http import by_header, by_host, by_user, single_tenant, wsgi
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.operation import Operation
 from retryproof.stores import AsyncStore, MemoryStore, Store, aopen_store, open_store
@@ -76,6 +77,15 @@ async def async_stores() -> None:
 
 
 async def app(scope: object, receive: object, send: object) -> None: ...
+
+
+def wsgi_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    start_response("200 OK", [])
+    return [b""]
+
+
+def wsgi_layer() -> WSGIApplication:
+    return wsgi.IdempotencyMiddleware(wsgi_app, store="memory://", scope=by_user, on_departure="stop")
 
 
 def layers() -> Sequence[IdempotencyMiddleware]:

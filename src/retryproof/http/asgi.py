@@ -15,7 +15,7 @@ from retryproof.core.fingerprint import CustomFingerprint, Strategy, raw
 from retryproof.core.keys import Strength
 from retryproof.core.policy import Policy
 from retryproof.http.admission import COVERED
-from retryproof.http.asgi_answers import HttpEngine
+from retryproof.http.asgi_answers import AsgiEngine
 from retryproof.http.asgi_exchange import request_of, respond
 from retryproof.http.key_source import FindKey, JsonFieldKey
 from retryproof.http.options import (
@@ -119,7 +119,7 @@ class IdempotencyMiddleware:
         self.app = app
         self._options = options
         self._methods = options.methods
-        self._engine = HttpEngine(
+        self._engine = AsgiEngine(
             app, options, store=store, policy=policy if isinstance(policy, Policy) else None, events=events
         )
 

@@ -18,7 +18,7 @@ from retryproof.http.types import App, Send
 from retryproof.observe.events import Event, Kind
 
 
-class HttpEngine(AsyncIdempotency):
+class AsgiEngine(AsyncIdempotency):
     """The engine of one layer, and the operations that it has running."""
 
     def __init__(self, app: App, options: Options, **engine_options: Any) -> None:
@@ -29,7 +29,7 @@ class HttpEngine(AsyncIdempotency):
         self.departed = Departed(options.max_departed)
 
 
-async def send_conclusion(engine: HttpEngine, admission: Admission, conclusion: Conclusion, send: Send) -> None:
+async def send_conclusion(engine: AsgiEngine, admission: Admission, conclusion: Conclusion, send: Send) -> None:
     """Send what a conclusion means to the caller."""
     if isinstance(conclusion, Replayed):
         await send_answer(await _replay(engine, admission, conclusion), send)
@@ -44,7 +44,7 @@ async def send_answer(answer: Answer, send: Send) -> None:
     await send({"type": "http.response.body", "body": answer.body})
 
 
-async def _replay(engine: HttpEngine, admission: Admission, replayed: Replayed) -> Answer:
+async def _replay(engine: AsgiEngine, admission: Admission, replayed: Replayed) -> Answer:
     options = engine.options
     if options.authorize is not None and not await _is_allowed(options.authorize, admission.request.context):
         return refusal(denied(admission.operation), options)

@@ -17,8 +17,8 @@ from retryproof.core.policy import Policy
 from retryproof.drive import clock
 from retryproof.http.admission import COVERED, Admission, NotCovered, Refused
 from retryproof.http.answers import UNPROTECTED, refusal
-from retryproof.http.asgi_answers import HttpEngine, send_answer, send_conclusion
-from retryproof.http.asgi_run import AppRun
+from retryproof.http.asgi_answers import AsgiEngine, send_answer, send_conclusion
+from retryproof.http.asgi_run import AsgiRun
 from retryproof.http.body import deadline
 from retryproof.http.client_link import DISCONNECT, ClientLink
 from retryproof.http.problem import Problem
@@ -39,12 +39,12 @@ GONE = Gone()
 
 
 async def respond(
-    engine: HttpEngine, scope: Scope, receive: Receive, send: Send, request: HttpRequest, policy: Policy
+    engine: AsgiEngine, scope: Scope, receive: Receive, send: Send, request: HttpRequest, policy: Policy
 ) -> None:
     """Run the operation, replay it, or say why not."""
     admission = Admission(engine.options, request, policy)
     link: ClientLink | None = None
-    run: AppRun | None = None
+    run: AsgiRun | None = None
     try:
         refused = await _admit(engine, admission, receive)
         if refused is not None:
@@ -54,7 +54,7 @@ async def respond(
         link = ClientLink(receive, send, admission.body or b"")
         attempt = await _begin(engine, admission, link)
         if isinstance(attempt, LoopAttempt):
-            run = AppRun(engine, admission, attempt, _app_scope(scope, stops=admission.on_departure == "stop"), link)
+            run = AsgiRun(engine, admission, attempt, _app_scope(scope, stops=admission.on_departure == "stop"), link)
             await run.outlast()
         elif admission.fails_open and isinstance(attempt, Down) and is_outage(attempt):
             await _run_unprotected(engine, scope, link.receive, send)
@@ -70,7 +70,7 @@ async def respond(
 # Admission
 
 
-async def _admit(engine: HttpEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
+async def _admit(engine: AsgiEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
     """Why the request may not claim its operation; None: it may."""
     refused: Refused | Gone | None = admission.begin()
     if refused is None:
@@ -91,7 +91,7 @@ async def _admit(engine: HttpEngine, admission: Admission, receive: Receive) -> 
     return refused
 
 
-async def _read_on(engine: HttpEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
+async def _read_on(engine: AsgiEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
     """Take the rest of a body that comes in several messages."""
     now, patience = asyncio.get_running_loop().time, engine.options.body_timeout
     began = now()
@@ -110,7 +110,7 @@ async def _read_on(engine: HttpEngine, admission: Admission, receive: Receive) -
 
 
 async def _turn_away(
-    engine: HttpEngine, admission: Admission, refused: Refused | Gone, scope: Scope, receive: Receive, send: Send
+    engine: AsgiEngine, admission: Admission, refused: Refused | Gone, scope: Scope, receive: Receive, send: Send
 ) -> None:
     match refused:
         case Problem():
@@ -131,7 +131,7 @@ async def _turn_away(
 # The claim
 
 
-async def _begin(engine: HttpEngine, admission: Admission, link: ClientLink) -> LoopAttempt | Conclusion:
+async def _begin(engine: AsgiEngine, admission: Admission, link: ClientLink) -> LoopAttempt | Conclusion:
     try:
         opened = engine.opened()
     except IdempotencyError as error:  # out of reach, or not set up; the event has it
@@ -152,7 +152,7 @@ async def _begin(engine: HttpEngine, admission: Admission, link: ClientLink) -> 
     )
 
 
-async def _run_unprotected(engine: HttpEngine, scope: Scope, receive: Receive, send: Send) -> None:
+async def _run_unprotected(engine: AsgiEngine, scope: Scope, receive: Receive, send: Send) -> None:
     """The route would rather double an effect than refuse (C10)."""
 
     async def send_marked(message: Message) -> None:

@@ -24,7 +24,7 @@ from retryproof.drive import clock
 from retryproof.http import ending as endings
 from retryproof.http.admission import Admission
 from retryproof.http.answers import refusal
-from retryproof.http.asgi_answers import HttpEngine, send_answer, send_conclusion
+from retryproof.http.asgi_answers import AsgiEngine, send_answer, send_conclusion
 from retryproof.http.client_link import ClientLink
 from retryproof.http.problem import Problem
 from retryproof.http.recorder import WRONG, is_interim
@@ -46,7 +46,7 @@ _settling: set[asyncio.Task[Conclusion]] = set()
 _TOO_LONG = "it ran past max_run, and its client has left"
 
 
-class AppRun:
+class AsgiRun:
     """The app's run for one request. Once made, it is to be waited for by `outlast`."""
 
     __slots__ = (
@@ -71,7 +71,7 @@ class AppRun:
     )
 
     def __init__(
-        self, engine: HttpEngine, admission: Admission, attempt: LoopAttempt, scope: Scope, link: ClientLink
+        self, engine: AsgiEngine, admission: Admission, attempt: LoopAttempt, scope: Scope, link: ClientLink
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._engine = engine

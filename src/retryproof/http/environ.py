@@ -1,0 +1,88 @@
+"""A request in a WSGI environ (PEP 3333): its parts as bytes, its headers, and its body. Pure.
+
+A header that came several times has been joined by the server, with commas, and cannot be told apart any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit
+
+from retryproof.http.body import Body
+from retryproof.http.request import HttpRequest
+
+_RAW = ("RAW_URI", "REQUEST_URI")
+"""Where servers leave the target as it was sent: gunicorn in the first, uWSGI, mod_wsgi and others in the second."""
+
+
+class EnvironContext(Mapping[str, Any]):
+    """An environ under the names of an ASGI scope as well, so that `by_user`, `by_header` and callables serve both.
+
+    `user` is what a layer further out has put into the environ under that name, or else `REMOTE_USER`, if it says one.
+    """
+
+    __slots__ = ("_environ", "_made")
+
+    def __init__(self, environ: Mapping[str, Any], headers: Mapping[bytes, bytes], raw_path: bytes) -> None:
+        self._environ = environ
+        self._made: dict[str, Any] = {
+            "type": "http",
+            "method": environ["REQUEST_METHOD"],
+            "scheme": environ.get("wsgi.url_scheme", "http"),
+            "path": _path(environ).encode("latin-1").decode("utf-8", "surrogateescape"),
+            "raw_path": raw_path,
+            "root_path": environ.get("SCRIPT_NAME", "").encode("latin-1").decode("utf-8", "surrogateescape"),
+            "query_string": environ.get("QUERY_STRING", "").encode("latin-1"),
+            "headers": list(headers.items()),
+        }
+        if environ.get("REMOTE_USER"):
+            self._made["user"] = environ["REMOTE_USER"]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._environ[name] if name in self._environ else self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._environ
+        yield from (name for name in self._made if name not in self._environ)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def request_of(environ: Mapping[str, Any], key_header: bytes | None) -> HttpRequest:
+    """The request in an environ. Callables of the user's are given an EnvironContext."""
+    headers = {
+        name[5:].replace("_", "-").lower().encode("latin-1"): str(value).encode("latin-1")
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    }
+    for name, header in (("CONTENT_TYPE", b"content-type"), ("CONTENT_LENGTH", b"content-length")):
+        if environ.get(name):
+            headers[header] = environ[name].encode("latin-1")
+    raw_path = _raw_path(environ)
+    lines = (headers[key_header],) if key_header is not None and key_header in headers else ()
+    query = environ.get("QUERY_STRING", "").encode("latin-1")
+    context = EnvironContext(environ, headers, raw_path)
+    return HttpRequest(environ["REQUEST_METHOD"], raw_path, query, headers, lines, context)
+
+
+def _path(environ: Mapping[str, Any]) -> str:
+    path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    return path
+
+
+def _raw_path(environ: Mapping[str, Any]) -> bytes:
+    for name in _RAW:
+        raw = environ.get(name)
+        if raw:
+            target: str = raw.partition("?")[0]
+            path = target if target.startswith("/") else urlsplit(target).path or "/"  # proxies send an absolute form
+            return path.encode("latin-1")
+    return quote(_path(environ).encode("latin-1")).encode("ascii")
+
+
+def body_file(body: bytes | Body | None) -> BinaryIO:
+    """A body that was read, to be read again."""
+    return body.file() if isinstance(body, Body) else BytesIO(body or b"")
