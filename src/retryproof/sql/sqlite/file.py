@@ -38,6 +38,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 IN_MEMORY = ":memory:"
+_COMMIT = Statement("COMMIT")
+_DATA_VERSION = Statement("PRAGMA data_version")
 FIRST_NAP, LAST_NAP = 0.0005, 0.008
 """Seconds between two looks at a locked file; a commit takes one to ten milliseconds."""
 FORK_PATIENCE = 5.0
@@ -76,12 +78,24 @@ class SqliteFile:
     def read(self, plan: Plan[T]) -> T:
         """Run a plan that only reads, beside any writer."""
         with self._lock:
-            return self._perform(plan)
+            return pump(plan, self._execute)
 
     def write(self, plan: Callable[[], Plan[T]], patience: float | None = None) -> T:
-        """Run a plan in one transaction that holds the write lock. patience: the time-out, unless given."""
-        with self._writing(patience):
-            return self._perform(plan())
+        """Run a plan in one transaction that holds the write lock; inside a group, in the group's.
+
+        patience: the time-out, unless given.
+        """
+        with self._lock:
+            try:
+                if not self._connected().in_transaction:
+                    self._begin(self._timeout if patience is None else patience)
+                result = pump(plan(), self._execute)
+                if not self._grouped:
+                    self._execute(_COMMIT)
+                return result
+            finally:
+                if not self._grouped:
+                    self._roll_back()
 
     def write_batch(self, commands: Sequence[object], plan: Callable[[], Plan[Sequence[R]]]) -> Batch[R]:
         """The plan's replies. In a group that gets no write lock, errors: what travels with it may only read (T2)."""
@@ -108,7 +122,7 @@ class SqliteFile:
             try:
                 yield
                 if self._connected().in_transaction:
-                    self._execute(Statement("COMMIT"))
+                    self._execute(_COMMIT)
             finally:
                 self._grouped = False
                 self._roll_back()
@@ -146,20 +160,6 @@ class SqliteFile:
 
     # The connection
 
-    @contextlib.contextmanager
-    def _writing(self, patience: float | None = None) -> Iterator[None]:
-        """The write lock until the end; inside a group, until the group's. patience: the time-out, unless given."""
-        with self._lock:
-            try:
-                if not self._connected().in_transaction:
-                    self._begin(self._timeout if patience is None else patience)
-                yield
-                if not self._grouped:
-                    self._execute(Statement("COMMIT"))
-            finally:
-                if not self._grouped:
-                    self._roll_back()
-
     def _begin(self, patience: float) -> None:
         """Take the write lock, however many others want it, unless one of them stays for longer than the patience."""
         began = stays_since = time.monotonic()
@@ -173,7 +173,7 @@ class SqliteFile:
                 now = time.monotonic()
                 if not _is_busy(error) or now - began >= self._timeout or now - stays_since >= patience:
                     raise self._unavailable(error) from error
-            seen = self._execute(Statement("PRAGMA data_version"))[0][0]
+            seen = self._execute(_DATA_VERSION)[0][0]
             if seen != version:  # somebody has committed since the last look
                 version, stays_since = seen, now
                 naps = _naps()
@@ -182,9 +182,6 @@ class SqliteFile:
     def _roll_back(self) -> None:
         if self._connection is not None and self._connection.in_transaction:
             self._connection.rollback()
-
-    def _perform(self, plan: Plan[T]) -> T:
-        return pump(plan, self._execute)
 
     def _execute(self, statement: Statement) -> Sequence[Row]:
         connection = self._connected()

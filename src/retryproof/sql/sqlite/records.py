@@ -157,6 +157,8 @@ def _new_row(claim: Claim, now: int) -> Row:
 
 def _change_all(sql: str, rows: Sequence[Row]) -> Plan[bool]:
     """Run a statement once for each of these rows; whether it changed one row of the table each time."""
+    if len(rows) == 1:
+        return bool((yield Statement(f"{sql} RETURNING 1", rows[0])))
     [[before]] = yield _TOTAL_CHANGES
     yield Statement(sql, rows, many=True)
     [[after]] = yield _TOTAL_CHANGES
