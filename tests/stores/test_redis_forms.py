@@ -115,6 +115,33 @@ def test_a_checkpoint_and_a_renewal_touch_only_what_they_change(
     store.close()
 
 
+@pytest.mark.parametrize("trace", ["", "t" * 10_000], ids=["as usual", "a long trace"])
+@pytest.mark.parametrize("size", [3_900, 4_096, 100_000], ids=str)
+def test_what_is_longer_than_what_is_read_at_first_is_kept_whole(store: RedisStore, size: int, trace: str) -> None:
+    kept = {f"step {number}": secrets.token_bytes(size) for number in range(3)}
+    dead = new_claim(lease=0.0, trace=trace)
+    held = take(store, dead)
+    for name, value in kept.items():
+        store.checkpoint([Checkpoint(dead.id, dead.nonce, held.token, name, value)])
+    second = again(dead, lease=60.0)
+    held = take(store, second)
+    assert (dict(held.checkpoints), held.trace) == (kept, trace)
+    assert take(store, second) == held  # after a lost reply
+    assert isinstance(store.claim([again(dead)])[0], Running)
+    assert isinstance(store.claim([replace(again(dead), fingerprint=b"other")])[0], Mismatch)
+    assert store.release([Release(dead.id, second.nonce, held.token)]) == [DONE]
+    assert (read(store, dead.id).checkpoints, read(store, dead.id).settled) == (kept, False)
+    third = again(dead)
+    held = take(store, third)
+    assert dict(held.checkpoints) == kept
+    result = secrets.token_bytes(size)
+    assert store.complete([Complete(dead.id, third.nonce, held.token, result)]) == [DONE]
+    (reply,) = store.claim([again(dead)])
+    assert isinstance(reply, Finished)
+    assert (reply.result, reply.trace) == (result, trace)
+    assert store.complete([Complete(dead.id, third.nonce, held.token, result)]) == [DONE]
+
+
 @pytest.mark.crash
 @pytest.mark.parametrize("server", ["redis", "valkey"])
 def test_c1_what_was_changed_in_place_outlives_kill_minus_9_with_appendfsync_always(

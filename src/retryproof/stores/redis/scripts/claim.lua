@@ -28,14 +28,20 @@ end
 
 local wrote = false
 
-local function be_born(key, born, term, token)
-  wrote = true
-  if token == now then
-    call('SET', key, term.fresh .. born)
-    return now
+-- Where there is none: NX, since an empty string is none of ours, and was read as if it were none.
+local function be_born(key, born, term)
+  if not call('SET', key, term.fresh .. born, 'NX') then
+    return UNREADABLE
   end
-  local record = head(term, token, term.counts, now, 1, 0) .. born
+  wrote = true
+  return now
+end
+
+-- In the place of one that is over.
+local function be_born_after(key, born, term, token)
+  local record = head(term, math.max(token + 1, now), term.counts, now, 1, 0) .. born
   call('SET', key, record)
+  wrote = true
   return record
 end
 
@@ -51,10 +57,10 @@ local function reborn(record, nonce)
 end
 
 -- A record that is there and is not completed within its retention.
-local function reclaim(key, born, term, record, fingerprint)
+local function reclaim(key, born, term, record, hash, fingerprint)
   local _, state, expires_at, lease_until, counts, attempt, deaths, _, first_seen, token = parse(HEAD, record)
   if state ~= IN_PROGRESS and not unsettled(state, record) and now >= expires_at then
-    return be_born(key, born, term, math.max(token + 1, now))
+    return be_born_after(key, born, term, token)
   end
   if fingerprint then
     return {'M', fingerprint}
@@ -63,7 +69,7 @@ local function reclaim(key, born, term, record, fingerprint)
   local same = sub(record, NONCE, NONCE + 15) == nonce
   if state == IN_PROGRESS then
     if same then
-      return record
+      return whole(key, record, hash)
     end
     if lease_until > now then
       return {'R', lease_until - now}
@@ -84,16 +90,17 @@ local function reclaim(key, born, term, record, fingerprint)
   elseif attempt > 1 and term.refuse then
     return {'X', 'refused', attempt}
   end
-  record = head(term, math.max(token + 1, now), new_counts, first_seen, attempt, deaths) .. reborn(record, nonce)
+  record = head(term, math.max(token + 1, now), new_counts, first_seen, attempt, deaths)
+    .. reborn(whole(key, record, hash), nonce)
   call('SET', key, record) -- and takes the TTL away
   wrote = true
   return record
 end
 
 local function decide(key, born, term)
-  local record = read(key)
+  local record, hash = read_start(key)
   if not record then
-    return be_born(key, born, term, now)
+    return be_born(key, born, term)
   end
   if not readable(record) then
     return UNREADABLE
@@ -102,9 +109,9 @@ local function decide(key, born, term)
   local other = fingerprint ~= sub(born, 24, 23 + byte(born, 17)) and fingerprint
   local state, expires_at = parse('<Bd', record, 2)
   if state >= COMPLETED and now < expires_at and not other then
-    return record
+    return whole(key, record, hash)
   end
-  return reclaim(key, born, term, record, other)
+  return reclaim(key, born, term, record, hash, other)
 end
 
 local replies = {}

@@ -14,7 +14,7 @@ local pack, parse = struct.pack, struct.unpack
 local FORMAT = 1
 local IN_PROGRESS, RELEASED, COMPLETED, TOMBSTONE = 1, 2, 3, 4
 local HEAD = '<BBddBI4I4ddd'
-local FENCE, NONCE, LENGTHS, NAMES = 44, 52, 68, 75
+local FENCE, NONCE, LENGTHS, NAMES, HEAD_END = 44, 52, 68, 75, '73'
 
 local function readable(record)
   local found, state = byte(record, 1, 2)
@@ -80,11 +80,30 @@ end
 
 -- The same, and of a string no more than what stands before the names, whatever else it holds.
 local function read_head(key)
-  local record = pcall('GETRANGE', key, 0, NAMES - 2)
+  local record = pcall('GETRANGE', key, '0', HEAD_END)
   if type(record) == 'table' then
     return or_from_hash(key, record)
   end
   return record ~= '' and record
+end
+
+-- The same, and of a long string its first bytes alone: enough to see whether anything follows the names. Many
+-- checkpoints, or a large result, are read by those alone who need them: `whole` reads the rest.
+local START, START_END = 4096, '4095'
+
+local function read_start(key)
+  local record = pcall('GETRANGE', key, '0', START_END) -- strings: a number costs thousands of instructions
+  if type(record) == 'table' then
+    return or_from_hash(key, record)
+  end
+  if #record == START and readable(record) and tail(record) > START then
+    return call('GET', key)
+  end
+  return record ~= '' and record
+end
+
+local function whole(key, record, hash)
+  return (hash or #record < START) and record or call('GET', key)
 end
 
 local time = call('TIME')
@@ -92,7 +111,7 @@ local now = time[1] * 1000000 + time[2]
 
 -- A replica would answer from what it has; a write that changes nothing is refused there.
 local function refused_by_a_replica()
-  local answer = pcall('SETRANGE', KEYS[1], 0, '')
+  local answer = pcall('SETRANGE', KEYS[1], '0', '')
   if type(answer) == 'table' and string.find(answer.err, 'READONLY', 1, true) then
     return answer
   end

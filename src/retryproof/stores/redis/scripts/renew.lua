@@ -7,6 +7,6 @@ return fenced(read_head, 1, 3, function(key, record, state, at)
   if ARGV[at + 1] == '0' then
     counts = 0
   end
-  call('SETRANGE', key, 10, pack('<dB', math.max(lease_until, now + ARGV[at]), counts))
+  call('SETRANGE', key, '10', pack('<dB', math.max(lease_until, now + ARGV[at]), counts))
   return true, true
 end)

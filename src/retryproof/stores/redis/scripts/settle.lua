@@ -19,7 +19,7 @@ end
 
 local states = ARGV[1]
 
-return fenced(read, 2, 2, function(key, record, state, at, i)
+return fenced(read_start, 2, 2, function(key, record, state, at, i)
   local new_state = byte(states, i)
   if state ~= IN_PROGRESS then
     return (state == RELEASED) == (new_state == RELEASED), false
@@ -30,7 +30,7 @@ return fenced(read, 2, 2, function(key, record, state, at, i)
     end
     if unsettled(RELEASED, record) then
       -- All or part of the effect may be there: as in progress, only a reaper ends it.
-      call('SET', key, char(FORMAT, RELEASED) .. sub(record, 3, 10) .. pack('<d', now) .. sub(record, 19))
+      call('SETRANGE', key, '1', char(RELEASED) .. sub(record, 3, 10) .. pack('<d', now) .. sub(record, 19, 27))
       return true, true
     end
   end
