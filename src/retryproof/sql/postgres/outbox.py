@@ -7,7 +7,7 @@ What is in flight is written in the relay's own row, for whoever has to bury it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.outbox_statements import STATEMENTS
 
 CHANNEL = "retryproof_outbox"
+_NUMBER = attrgetter("sequence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +219,8 @@ class PostgresOutbox:
         else:
             rows = yield self._sql["claim"](
                 relay=relay,
-                partitions=list(floors),
-                floors=list(floors.values()),
+                partitions=_as_text(floors),
+                floors=_as_text(floors.values()),
                 batch=batch,
                 quota=quota,
                 lease=lease,
@@ -233,7 +234,7 @@ class PostgresOutbox:
 
     def finish(self, relay: UUID, result: BatchResult, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:
         """End a batch."""
-        done = _numbers(result.done)
+        done = _as_text(map(_NUMBER, result.done))
         if result.plain and not strict:
             ((held,),) = yield self._sql["finish_plain"](relay=relay, lease=lease, done=done)
             return bool(held)
@@ -298,6 +299,11 @@ def _headers(message: Message) -> str | None:
 
 def _numbers(messages: Sequence[Message]) -> list[int]:
     return [message.sequence for message in messages]
+
+
+def _as_text(numbers: Iterable[int]) -> str:
+    """An array in PostgreSQL's own notation."""
+    return f"{{{','.join(map(str, numbers))}}}"
 
 
 def _clean(reason: str) -> str:
