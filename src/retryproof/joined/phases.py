@@ -17,6 +17,10 @@ lock that the store needs, however long the phase takes: its own lease and every
 A `with` block cannot be skipped, so a phase that is done says so (`pending` is False), has its result, and gives no
 connection to work with.
 
+A phase whose transaction we begin and commit ourselves has its marker all the same, which costs it a round trip. Nobody
+can keep a handler from a COMMIT of its own inside, in SQL or by a driver's method. Without the marker such work would
+be done again: after the error that tells of it, and after a crash in between without a word.
+
 A commit whose answer is lost is settled by the record: a renewal passes over a locked row, so once it is done the
 transaction has ended, and the record either has the recovery point or never will.
 """
