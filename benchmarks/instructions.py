@@ -34,7 +34,7 @@ LIMITS = {
     "engine, new key": 10.8,
     "engine, replay": 8.5,
     "engine in threads, new key": 20.8,
-    "engine and lanes, 32 new keys": 12.9,
+    "engine and lanes, 32 new keys": 11.9,
     "HTTP, new key": 16.8,
     "HTTP, replay": 9.2,
 }

@@ -209,8 +209,7 @@ class BridgeEnd:
         except RuntimeError as error:
             future.set_result(as_reply(self.bridge.name, error))
             return future
-        if deadline < self._alarm.due:
-            self._alarm.set(deadline)
+        self._alarm.wake_by(deadline)
         return future
 
     @property
