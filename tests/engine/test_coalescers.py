@@ -462,6 +462,75 @@ async def test_c3_a_claim_whose_caller_leaves_on_the_bridge_is_an_orphan_or_neve
     assert orphans == [flying]
 
 
+async def test_the_twin_of_a_task_that_has_gone_asks_for_itself_on_the_bridge() -> None:
+    """That claim is given back; to wait for it would be to wait for nobody."""
+    orphans: list[Claim] = []
+
+    def note(claim: Claim, reply: Reply) -> None:
+        orphans.append(claim)
+
+    gate = Gate()
+    store = Turnstile(gate)
+    bridge = Bridge(ThreadCoalescer(store, note), note)
+    end = bridge.end()
+    first = end.perform(make_claim("first"), SECONDS)
+    await asyncio.to_thread(gate.entered.acquire)
+    claim = make_claim()
+    leader, twin = end.perform(claim, SECONDS), end.perform(make_claim(), SECONDS)
+    gate.leave.release()
+    await asyncio.to_thread(gate.entered.acquire)
+    leader.cancel()
+    gate.active = False
+    gate.leave.release()
+    await asyncio.gather(first, twin)
+    assert store.batches == [1, 1, 1]
+    await asyncio.to_thread(bridge.close)
+    assert orphans == [claim]
+
+
+def test_c10_a_task_whose_thread_does_not_start_leaves_the_line_to_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood in line behind a batch of a thread, and would have been the next to lead."""
+    gate = Gate()
+    queue = Queue(Turnstile(gate))
+    bridge = Bridge(queue, lambda claim, reply: None)
+    sending = in_thread(lambda: queue.perform(make_claim("first"), SECONDS))
+    assert gate.entered.acquire(timeout=SECONDS)
+
+    async def ask() -> Reply:
+        return await bridge.end().perform(make_claim("refused"), SECONDS)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert isinstance(asyncio.run(ask()), Unreachable)
+    queue.wait_for_line(0)
+    gate.active = False
+    gate.leave.release()
+    assert isinstance(sending.result(SECONDS), Acquired)
+    assert isinstance(queue.perform(make_claim("later"), SECONDS), Acquired)
+
+
+async def test_threads_and_tasks_share_a_batch() -> None:
+    gate = Gate()
+    store = Turnstile(gate)
+    queue = Queue(store)
+    bridge = Bridge(queue, lambda claim, reply: None)
+    sending = in_thread(lambda: queue.perform(make_claim("first"), SECONDS))
+    await asyncio.to_thread(gate.entered.acquire)
+    task = bridge.end().perform(make_claim("task"), SECONDS)
+    waiting = in_thread(lambda: queue.perform_many([make_claim("thread"), make_claim("another")], SECONDS))
+    await asyncio.to_thread(queue.wait_for_line, 3)
+    gate.active = False
+    gate.leave.release()
+    assert isinstance(await task, Acquired)
+    replies = [await asyncio.to_thread(sending.result), *await asyncio.to_thread(waiting.result)]
+    assert [type(reply) for reply in replies] == [Acquired] * 3
+    assert store.batches == [1, 3]
+    await asyncio.to_thread(bridge.close)
+
+
 async def test_c10_a_command_that_waits_too_long_on_the_bridge_is_told_so() -> None:
     gate = Gate()
     bridge = Bridge(ThreadCoalescer(Turnstile(gate), lambda claim, reply: None), lambda claim, reply: None)
