@@ -463,18 +463,25 @@ def test_h5_scopes_read_an_environ() -> None:
     assert call(covered, key, HTTP_X_API_KEY="alice").status == 201
 
 
-def test_h14_a_way_to_send_files_past_the_layer_is_not_offered() -> None:
-    seen: list[bool] = []
+def test_h14_a_file_goes_through_the_layer_and_is_kept() -> None:
+    """Servers look up the name after the call, and send what is an instance of their own past everybody."""
 
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        seen.append("wsgi.file_wrapper" in environ)
+    class Own:
+        def __init__(self, *_: object) -> None:
+            raise AssertionError("The server's own wrapper was used.")
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         start_response("200 OK", [])
-        return [b""]
+        wrapped: Iterable[bytes] = environ["wsgi.file_wrapper"](io.BytesIO(b"x" * 10_000))
+        return wrapped
 
-    covered, offered = layered(app), dict[str, Any]({"wsgi.file_wrapper": object})
-    call(covered, new_key(), **offered)
-    call(covered, None, **offered)
-    assert seen == [False, True]
+    covered, key, offered = layered(app), new_key(), dict[str, Any]({"wsgi.file_wrapper": Own})
+    first, again = call(covered, key, **offered), call(covered, key, **offered)
+    assert first.body == again.body == b"x" * 10_000
+    assert "wsgi.file_wrapper" in first.environ
+    assert not isinstance(first.given, first.environ["wsgi.file_wrapper"])
+    with pytest.raises(AssertionError, match="own wrapper"):
+        call(covered, None, **offered)
 
 
 def test_an_async_authorize_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from wsgiref.types import StartResponse, WSGIEnvironment
+from wsgiref.util import FileWrapper
 
 from retryproof.attempt import BlockingAttempt
 from retryproof.conclusions import is_outage
@@ -47,6 +48,8 @@ def respond(
         attempt = _begin(engine, admission)
         _give_again(environ, admission)
         if isinstance(attempt, BlockingAttempt):
+            if "wsgi.file_wrapper" in environ:  # a file's bytes come through here; servers look up the name afterwards
+                environ["wsgi.file_wrapper"] = FileWrapper
             given = WsgiRun(engine, admission, attempt, start_response).begin(environ)
             keeps_body = True
             return given
@@ -106,11 +109,10 @@ def _read_body(admission: Admission, environ: WSGIEnvironment, patience: float) 
 
 
 def _give_again(environ: WSGIEnvironment, admission: Admission) -> None:
-    """Give the body that was read to the app, and take away the way to send a file past the layer."""
+    """Give the body that was read to the app."""
     environ["wsgi.input"] = body_file(admission.body)
     environ["wsgi.input_terminated"] = True
     environ["CONTENT_LENGTH"] = str(admission.size)
-    environ.pop("wsgi.file_wrapper", None)
 
 
 class _KeepingBody:
