@@ -19,6 +19,7 @@ from retryproof.core.commands import (
     ClaimReply,
     Complete,
     FenceReply,
+    Finished,
     Release,
     Renew,
 )
@@ -118,6 +119,8 @@ def peek(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply | None]]:
 def _reply_without_writing(row: Row | None, claim: Claim, now: int) -> ClaimReply | None:
     if row is None:
         return None
+    if row[1] >= State.COMPLETED and row[2] == claim.fingerprint and row[11] > now:  # a replay, without the Record
+        return Finished(row[16], row[6], row[9], row[14])
     written, reply = table.decide(_to_record(row), claim, now)
     return reply if written is None else None
 
