@@ -18,11 +18,12 @@ point with the reply in hand, and `drive` pumps it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from retryproof.conclusions import event_of, is_outage, kind_of
 from retryproof.core.commands import NOT_BEGUN, Claim, Complete, Outcome, Pause, Paused, Release, Reply, Run
@@ -47,7 +48,7 @@ from retryproof.drive import (
     see_to,
 )
 from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
-from retryproof.operation import BlockingOperation, LoopOperation, enter, leave
+from retryproof.operation import ENDED, BlockingOperation, LoopOperation, enter, leave
 
 T = TypeVar("T")
 Refingerprint = Callable[[bytes], bytes | None]
@@ -90,13 +91,14 @@ def unknown_algorithm(stored: bytes) -> bytes | None:
 class Attempts:
     """The attempts of one engine, and what they have in common: who hears of them, and how many of them wait."""
 
-    __slots__ = ("_counting", "_traces", "listeners", "waiting")
+    __slots__ = ("_counting", "_traces", "listeners", "overran", "settled", "waiting")
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self.listeners = tuple(listeners)
         self.waiting = 0
         self._traces = tracing(self.listeners)
         self._counting = threading.Lock()
+        self.overran, self.settled = self._overran, self._settled  # bound once, not for each hold
 
     def begin(
         self,
@@ -278,11 +280,11 @@ class Attempts:
         if wanted(self.listeners, kind):
             self.tell(event_of(conclusion, kind, short_digest(id), where, clock() - began))
 
-    def overran(self, hold: Hold) -> None:
+    def _overran(self, hold: Hold) -> None:
         """Its lease is not renewed any more; called from the keeper's thread."""
         self._tell_of(Kind.OVERRUN, hold)
 
-    def settled(self, hold: Hold, stored: bool) -> None:
+    def _settled(self, hold: Hold, stored: bool) -> None:
         """What lingered is stored, or will never be; called from the keeper's thread."""
         self._tell_of(Kind.STORED_LATE if stored else Kind.NEVER_STORED, hold)
 
@@ -373,7 +375,9 @@ class BlockingAttempt:
 
     def leave(self) -> None:
         """The work has ended, whatever came of it; called once."""
-        self._unwatch()
+        if self._watched:
+            self.operation.refuses_transactions = ENDED
+            self._unwatch()
         self._opened.background.leave()
 
 
@@ -383,7 +387,19 @@ class LoopAttempt:
     rest: the task that goes on settling it, once a cancellation has interrupted `finish`.
     """
 
-    __slots__ = ("_attempts", "_began", "_opened", "_policy", "_watched", "hold", "operation", "rest")
+    __slots__ = (
+        "_attempts",
+        "_began",
+        "_cancelled",
+        "_opened",
+        "_others",
+        "_policy",
+        "_task",
+        "_watched",
+        "hold",
+        "operation",
+        "rest",
+    )
 
     def __init__(
         self, attempts: Attempts, opened: LoopStore, policy: Policy, hold: Hold, began: float, where: str
@@ -395,9 +411,46 @@ class LoopAttempt:
         self.hold = hold
         self.operation = LoopOperation(hold, opened, policy, opened.loop)
         self.rest: asyncio.Task[Conclusion] | None = None
+        self._task: asyncio.Task[Any] | None = None  # to cancel when the lease is lost
+        self._others = 0  # cancellations of it that others had asked for
+        self._cancelled = False  # by us
         _listen(attempts, hold, where)
         opened.background.watch(hold)
         self._watched = True
+
+    def cancel_when_lost(self) -> None:
+        """Cancel the running task when the lease is lost (C8), until `work_ended`."""
+        task = self._task = asyncio.current_task(self._opened.loop)
+        if task is None:
+            return
+        self._others = task.cancelling()
+        self.hold.on_lost = self._lost
+        if self.hold.lost:  # told meanwhile, in the keeper's thread
+            self._lost()
+
+    def was_lost(self, error: BaseException) -> bool:
+        """Whether this is the cancellation that we made, and nobody else cancelled the task as well; ends the work."""
+        task = self._task
+        self.work_ended()
+        alone = task is not None and task.cancelling() == self._others
+        return self._cancelled and alone and isinstance(error, asyncio.CancelledError)
+
+    def work_ended(self) -> None:
+        """It is not cancelled any more; once or more."""
+        task, self._task = self._task, None
+        self.hold.on_lost = None
+        if self._cancelled and task is not None:
+            task.uncancel()
+
+    def _lost(self) -> None:
+        """Called from the keeper's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the task has ended with it
+            self._opened.loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel("the lease was lost")
 
     async def renew(self) -> Conclusion | None:
         """`BlockingAttempt.renew`, awaited."""
@@ -461,7 +514,9 @@ class LoopAttempt:
 
     def leave(self) -> None:
         """The work has ended, whatever came of it; called once."""
-        self._unwatch()
+        if self._watched:
+            self.operation.refuses_transactions = ENDED
+            self._unwatch()
         self._opened.background.leave()
 
 

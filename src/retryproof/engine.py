@@ -7,13 +7,13 @@ on `attempts`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
+from types import CoroutineType
 from typing import Any, Generic, Self, TypeVar, overload
 
 from retryproof.attempt import Attempts, BlockingAttempt, LoopAttempt
@@ -24,13 +24,12 @@ from retryproof.core.commands import LeaseLost, Returned
 from retryproof.core.failure import outcome_of
 from retryproof.core.fingerprint import Method, seal
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Replayed
-from retryproof.core.hold import Hold
 from retryproof.core.keys import REMEMBERED, check_key, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import clock
 from retryproof.observe.events import Event, Listener
 from retryproof.observe.logging import log_event
-from retryproof.operation import ENDED, EPOCH, asettle, enter, leave, settle
+from retryproof.operation import EPOCH, asettle, enter, leave, settle
 from retryproof.stores.base import AsyncStore, Store
 from retryproof.stores.opened import AsyncOpened, AsyncView, Opened, Source
 
@@ -95,12 +94,17 @@ class Engine:
 
 
 def _seal(fingerprint: bytes) -> bytes:
+    if not fingerprint:
+        return _NO_INPUT
     return (_sealed if len(fingerprint) <= REMEMBERED else _sealed.__wrapped__)(fingerprint)
 
 
 @lru_cache(maxsize=256)
 def _sealed(fingerprint: bytes) -> bytes:
     return seal(Method.CUSTOM, sha256(fingerprint).digest())
+
+
+_NO_INPUT = _sealed(b"")
 
 
 class Idempotency(Engine):
@@ -273,48 +277,44 @@ class AsyncIdempotency(Engine):
         attempt = await self.attempts.abegin(opened, policy, id, fingerprint, where, tenant, beside=beside)
         if not isinstance(attempt, LoopAttempt):
             return _answer(attempt, codec, id)
-        operation = attempt.operation
         value: Any = None
         error: BaseException | None = None
         try:
             # Asked in the same step that calls the work (C6).
             conclusion = None if attempt.hold.may_begin(clock()) else await attempt.renew()
             if conclusion is None:
-                overtaking = _Overtaking(attempt.hold, opened.loop) if policy.on_lease_lost == "cancel" else None
-                token = enter(operation)
+                if policy.on_lease_lost == "cancel":
+                    attempt.cancel_when_lost()
+                token = enter(attempt.operation)
                 outcome: commands.Outcome
                 try:
                     value = fn()
-                    if inspect.isawaitable(value):
+                    if type(value) is CoroutineType or inspect.isawaitable(value):
                         value = await value
                 except BaseException as raised:  # noqa: BLE001  # raised again once the record says what it means
-                    if overtaking is not None and overtaking.caused(raised):
+                    if attempt.was_lost(raised):
                         outcome = LeaseLost()
                     else:
                         error, outcome = raised, outcome_of(raised, policy.unknown_on)
                 else:
                     outcome, value = _encoded(value, codec, policy, opened)
                 finally:
-                    operation.refuses_transactions = ENDED
-                    if overtaking is not None:
-                        overtaking.end()
-                    with contextlib.suppress(ValueError):  # whoever closes this in another context leaves nothing
+                    attempt.work_ended()
+                    try:
                         leave(token)
-                outcome, undone = await asettle(operation, outcome)
+                    except ValueError:  # closed in another context; this takes a tenth of `suppress`
+                        pass
+                outcome, undone = await asettle(attempt.operation, outcome)
                 error = undone or error
-                conclusion = await self._finish(attempt, outcome)
+                try:
+                    conclusion = await attempt.finish(outcome)
+                except asyncio.CancelledError:  # waits for the result to be stored; a second one does not wait
+                    if attempt.rest is not None:
+                        await asyncio.wait({attempt.rest})
+                    raise
         finally:
             attempt.leave()
         return _answer(conclusion, codec, id, value, error)
-
-    async def _finish(self, attempt: LoopAttempt, outcome: commands.Outcome) -> Conclusion:
-        """Settle what it came to; a cancellation waits for that, and then goes on. A second one does not wait."""
-        try:
-            return await attempt.finish(outcome)
-        except asyncio.CancelledError:
-            if attempt.rest is not None:
-                await asyncio.wait({attempt.rest})
-            raise
 
     def opened(self) -> AsyncOpened | AsyncView:
         """The opened store for the running event loop; opens it at the first call."""
@@ -378,46 +378,6 @@ def _answer(
 def _is_overtaken(conclusion: Conclusion) -> bool:
     """Whether another attempt took over: then its result counts, whatever this one came to (C8)."""
     return isinstance(conclusion, Replayed | Busy | Down) and conclusion.overtaken
-
-
-class _Overtaking:
-    """Cancels the task that runs a function when its lease is lost (C8), and tells that cancellation from others."""
-
-    __slots__ = ("_active", "_hold", "_loop", "_others", "_ours", "_task")
-
-    def __init__(self, hold: Hold, loop: asyncio.AbstractEventLoop) -> None:
-        self._hold = hold
-        self._loop = loop
-        self._task = asyncio.current_task(loop)
-        self._others = 0 if self._task is None else self._task.cancelling()  # cancellations of others, before
-        self._active = True
-        self._ours = False
-        hold.on_lost = self._lost
-        if hold.lost:  # told meanwhile, in the keeper's thread
-            self._lost()
-
-    def end(self) -> None:
-        """The function has ended; once or more."""
-        active, self._active = self._active, False
-        self._hold.on_lost = None
-        if active and self._ours and self._task is not None:
-            self._task.uncancel()
-
-    def caused(self, error: BaseException) -> bool:
-        """End, and say whether that is the cancellation that we made, and nobody else cancelled the task as well."""
-        self.end()
-        alone = self._task is None or self._task.cancelling() == self._others
-        return self._ours and alone and isinstance(error, asyncio.CancelledError)
-
-    def _lost(self) -> None:
-        """Called from the keeper's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and the task has ended with it
-            self._loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        if self._active and not self._ours and self._task is not None:
-            self._ours = True
-            self._task.cancel("the lease was lost")
 
 
 def tenant_of(scope: Scope, engine: Engine) -> bytes:

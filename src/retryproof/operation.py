@@ -89,9 +89,9 @@ class Operation:
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = ("_hold", "_joined", "_phased", "_policy", "_recovery", "_refuses", "_store", "_unknown")
+    __slots__ = ("_hold", "_joined", "_loop", "_phased", "_policy", "_recovery", "_refuses", "_store", "_unknown")
 
-    def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
+    def __init__(self, hold: Hold, store: Any, policy: Policy, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._hold = hold
         self._store = store
         self._policy = policy
@@ -100,6 +100,7 @@ class Operation:
         self._phased: Any = None
         self._unknown = False
         self._refuses = ""
+        self._loop = loop
 
     @property
     def key_digest(self) -> str:
@@ -310,11 +311,8 @@ class BlockingOperation(Operation):
 class LoopOperation(Operation):
     """An operation that an event loop runs, over its opened store."""
 
-    __slots__ = ("_loop",)
-
-    def __init__(self, hold: Hold, store: Any, policy: Policy, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(hold, store, policy)
-        self._loop = loop
+    __slots__ = ()
+    _loop: asyncio.AbstractEventLoop
 
     def _asking(self) -> Asking:
         return LoopAsking(self._store, self._policy.store_timeout, self._loop)

@@ -26,7 +26,6 @@ MAX_LENGTH = 255
 _BARE = re.compile(rb"[!#-+\--:<-\[\]-~]+")
 _QUOTED = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _ESCAPE = re.compile(r'\\(["\\])')
-_PRINTABLE = re.compile(r"[ -~]*")
 
 # RFC 8941 section 3.1.2, and the two value types that RFC 9651 added (dates, display strings).
 _PARAMETERS = re.compile(
@@ -75,7 +74,7 @@ def check_key(key: str, strength: Strength = "any") -> str:
         raise InvalidKey("The key is empty; send 1 to 255 printable ASCII characters, such as a UUIDv4.")
     if len(key) > MAX_LENGTH:
         raise InvalidKey(f"The key has {len(key)} characters; send at most {MAX_LENGTH}.")
-    if _PRINTABLE.fullmatch(key) is None:
+    if not (key.isascii() and key.isprintable()):
         raise InvalidKey("The key contains control or non-ASCII characters; send printable ASCII only.")
     if strength == "strong":
         weakness = _weakness(key)

@@ -18,6 +18,8 @@ logger = logging.getLogger("retryproof")
 class Kind(StrEnum):
     """What happened."""
 
+    __hash__ = str.__hash__  # that of Enum is written in Python, and tables are read by kind for every operation
+
     FRESH = "fresh"
     """An attempt ran and its result is stored."""
     REPLAYED = "replayed"

@@ -106,6 +106,7 @@ class AsyncView:
         self.opened = opened
         self.capabilities = opened.capabilities
         self.background = opened.background
+        self._directly = opened._threads.directly
         self._perform: Callable[[Any, float], Awaitable[Reply]] = (
             opened.bridge.end().perform if opened.capabilities.blocking else self._perform_directly
         )
@@ -117,7 +118,7 @@ class AsyncView:
         return self._perform(command, timeout)
 
     async def _perform_directly(self, command: Any, timeout: float) -> Reply:
-        return self.opened.directly(command)
+        return self._directly(command)
 
 
 class AsyncOpened:

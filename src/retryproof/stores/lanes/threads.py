@@ -147,7 +147,8 @@ class ThreadCoalescer:
     def directly(self, command: Any) -> Reply:
         """One command's reply from a store that never blocks and takes calls from anywhere: nothing to coalesce."""
         try:
-            return as_reply(self.name, self._calls[type(command)]((command,))[0])
+            answer = self._calls[type(command)]((command,))[0]
+            return as_reply(self.name, answer) if isinstance(answer, Exception) else answer
         except Exception as error:  # noqa: BLE001 - whatever a store raises, the caller gets a definite answer
             return as_reply(self.name, error)
 
