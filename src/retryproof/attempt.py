@@ -122,12 +122,31 @@ class Attempts:
             so.
         """
         began = clock()
-        claim = self._claim(opened.background, policy, id, fingerprint, tenant, trace, beside)
-        attempt: BlockingAttempt | None = None
-        step: Hold | Conclusion | None
+        claim = self.claim(opened.background, policy, id, fingerprint, tenant, trace, beside)
+        reply: Reply = None
         try:
             reply = opened.perform(claim, policy.store_timeout)
-            step = after_claim(claim, reply, began, began, policy)
+        finally:
+            if reply is None:  # interrupted
+                opened.background.leave()
+        return self.begun(opened, policy, claim, began, reply, where, refingerprint, fails_open=fails_open)
+
+    def begun(
+        self,
+        opened: BlockingStore,
+        policy: Policy,
+        claim: Claim,
+        began: float,
+        reply: Reply,
+        where: str,
+        refingerprint: Refingerprint,
+        *,
+        fails_open: bool = False,
+    ) -> BlockingAttempt | Conclusion:
+        """`begin` once the claim, which was sent at this time, has its first reply."""
+        attempt: BlockingAttempt | None = None
+        try:
+            step: Hold | Conclusion | None = after_claim(claim, reply, began, began, policy)
             if step is None:
                 flow = machine(claim, policy, began, refingerprint, (reply, clock()))
                 step = _held(begin(flow, opened, policy.store_timeout, lambda pause: self._pause(pause, policy)))
@@ -137,7 +156,7 @@ class Attempts:
         finally:
             if attempt is None:
                 opened.background.leave()
-        self.conclude(step, id, where, began, fails_open=fails_open)
+        self.conclude(step, claim.id, where, began, fails_open=fails_open)
         return step
 
     async def abegin(
@@ -162,7 +181,7 @@ class Attempts:
         """
         began = clock()
         background = opened.background
-        claim = self._claim(background, policy, id, fingerprint, tenant, trace, beside)
+        claim = self.claim(background, policy, id, fingerprint, tenant, trace, beside)
         attempt: LoopAttempt | None = None
         step: Hold | Conclusion | None
         try:
@@ -184,7 +203,7 @@ class Attempts:
         self.conclude(step, id, where, began, fails_open=fails_open)
         return step
 
-    def _claim(
+    def claim(
         self,
         background: Counting,
         policy: Policy,
@@ -194,6 +213,7 @@ class Attempts:
         trace: str,
         beside: bool,
     ) -> Claim:
+        """A claim with a nonce of its own, whose attempt has entered the background, and is to leave it."""
         alone = background.enter()
         return Claim(  # in the order of its fields: by name it takes twice as long
             id,
@@ -303,14 +323,14 @@ class BlockingAttempt:
     The work begins only where `hold.may_begin` says so in the same step, else after `renew` (C6).
     """
 
-    __slots__ = ("_attempts", "_began", "_opened", "_policy", "_watched", "hold", "operation")
+    __slots__ = ("_attempts", "_began", "_opened", "_watched", "hold", "operation", "policy")
 
     def __init__(
         self, attempts: Attempts, opened: BlockingStore, policy: Policy, hold: Hold, began: float, where: str
     ) -> None:
         self._attempts = attempts
         self._opened = opened
-        self._policy = policy
+        self.policy = policy
         self._began = began
         self.hold = hold
         self.operation = BlockingOperation(hold, opened, policy)
@@ -324,8 +344,8 @@ class BlockingAttempt:
         What is interrupted meanwhile was not begun, and is given back.
         """
         hold = self.hold
-        flow = ended(hold, NOT_BEGUN, self._policy, clock())
-        conclusion = renew(flow, hold, self._opened, self._policy.store_timeout)
+        flow = ended(hold, NOT_BEGUN, self.policy, clock())
+        conclusion = renew(flow, hold, self._opened, self.policy.store_timeout)
         if conclusion is not None:
             self._conclude(conclusion)
         return conclusion
@@ -343,13 +363,24 @@ class BlockingAttempt:
 
         An interruption meanwhile does not lose it: the keeper goes on.
         """
-        hold, policy, opened = self.hold, self._policy, self._opened
+        step = to_settle(self.hold, outcome, self.policy)
+        sent, reply = clock(), None
+        if isinstance(step, Complete | Release):
+            try:
+                reply = self._opened.perform(step, self.policy.store_timeout)
+            except BaseException:
+                self.interrupt(outcome)
+                raise
+        return self.finished(outcome, step, sent, reply)
+
+    def finished(
+        self, outcome: Outcome, step: Complete | Release | Conclusion | None, sent: float, reply: Reply
+    ) -> Conclusion:
+        """`finish` once what `to_settle` said, where it is a command, was sent and has its first reply."""
+        hold, policy, opened = self.hold, self.policy, self._opened
+        conclusion: Conclusion | None
         try:
-            conclusion: Conclusion | None
-            step = to_settle(hold, outcome, policy)
             if isinstance(step, Complete | Release):
-                sent = clock()
-                reply = opened.perform(step, policy.store_timeout)
                 conclusion = after_settling(hold, step, reply)
                 if conclusion is None:
                     flow = settle(hold, step, policy, sent, (reply, clock()))
@@ -357,12 +388,22 @@ class BlockingAttempt:
             elif step is not None:
                 conclusion = step
             else:
-                conclusion = finish(ended(hold, outcome, policy, clock()), opened, policy.store_timeout)
+                conclusion = finish(ended(hold, outcome, policy, sent), opened, policy.store_timeout)
         except BaseException:
-            leave_settling_to(opened.background, hold, outcome)
+            self.interrupt(outcome)
             raise
         self._conclude(conclusion)
         return conclusion
+
+    def interrupt(self, outcome: Outcome) -> None:
+        """Leave what the work came to to the keeper, since the caller does not settle it any more."""
+        leave_settling_to(self._opened.background, self.hold, outcome)
+        self._unwatch()
+
+    def give_back(self) -> None:
+        """Release what was not begun, in the background; called in place of all else."""
+        self._opened.background.linger(self.hold, self.hold.release())
+        self.leave()
 
     def _conclude(self, conclusion: Conclusion) -> None:
         self._unwatch()
@@ -393,11 +434,11 @@ class LoopAttempt:
         "_cancelled",
         "_opened",
         "_others",
-        "_policy",
         "_task",
         "_watched",
         "hold",
         "operation",
+        "policy",
         "rest",
     )
 
@@ -406,7 +447,7 @@ class LoopAttempt:
     ) -> None:
         self._attempts = attempts
         self._opened = opened
-        self._policy = policy
+        self.policy = policy
         self._began = began
         self.hold = hold
         self.operation = LoopOperation(hold, opened, policy, opened.loop)
@@ -452,11 +493,16 @@ class LoopAttempt:
             self._cancelled = True
             self._task.cancel("the lease was lost")
 
+    def give_back(self) -> None:
+        """Release what was not begun, in the background; called in place of all else."""
+        self._opened.background.linger(self.hold, self.hold.release())
+        self.leave()
+
     async def renew(self) -> Conclusion | None:
         """`BlockingAttempt.renew`, awaited."""
         hold = self.hold
-        flow = ended(hold, NOT_BEGUN, self._policy, clock())
-        conclusion = await arenew(flow, hold, self._opened, self._policy.store_timeout)
+        flow = ended(hold, NOT_BEGUN, self.policy, clock())
+        conclusion = await arenew(flow, hold, self._opened, self.policy.store_timeout)
         if conclusion is not None:
             self._conclude(conclusion)
         return conclusion
@@ -466,7 +512,7 @@ class LoopAttempt:
 
         A cancellation meanwhile does not lose it: `rest` goes on, and tells the listeners at its end.
         """
-        hold, policy, opened = self.hold, self._policy, self._opened
+        hold, policy, opened = self.hold, self.policy, self._opened
         conclusion: Conclusion | None
         step = to_settle(hold, outcome, policy)
         try:

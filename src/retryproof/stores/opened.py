@@ -82,6 +82,21 @@ class Opened:
                 return instead
         return self._threads.perform(command, timeout) if self.capabilities.blocking else self.directly(command)
 
+    def perform_many(self, commands: Sequence[Any], timeout: float) -> list[Reply]:
+        """Each command's reply, in order, for a thread; what leaves this process travels together."""
+        replies: list[Reply] = [
+            self.background.instead(command, timeout)
+            if type(command) is Claim and (command.id in self.background.holds or self.background.full)
+            else None
+            for command in commands
+        ]
+        left = [command for command, reply in zip(commands, replies, strict=True) if reply is None]
+        if self.capabilities.blocking:
+            answers = iter(self._threads.perform_many(left, timeout) if left else ())
+        else:
+            answers = iter([self.directly(command) for command in left])
+        return [next(answers) if reply is None else reply for reply in replies]
+
     def directly(self, command: Any) -> Reply:
         """One command's reply from a store that never blocks and takes calls from anywhere."""
         return self._threads.directly(command)

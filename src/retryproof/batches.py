@@ -1,0 +1,165 @@
+"""Many attempts at once, as a consumer has them: one round trip to claim a batch, and one to settle it.
+
+Each item has its own answer, as if it were alone: an attempt that may run, or a conclusion. An operation that comes
+twice in one batch runs once; its twin is told Busy where the first one runs, and the same as the first where that is
+done. A batch does not wait for duplicates that run elsewhere, whatever `Policy.wait` says: its other items hold their
+leases meanwhile. The items run beside each other, so that a process that dies with them counts against none (C15): to
+find the one that kills, run by itself what was taken over (`hold.attempt` above 1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from retryproof.attempt import (
+    Attempts,
+    BlockingAttempt,
+    BlockingStore,
+    LoopAttempt,
+    LoopStore,
+    Refingerprint,
+    unknown_algorithm,
+)
+from retryproof.core.commands import Complete, Outcome, Release, Reply
+from retryproof.core.flow import Conclusion, to_settle
+from retryproof.core.policy import Policy
+from retryproof.core.value import value
+from retryproof.drive import clock, may_stand
+
+T = TypeVar("T")
+
+
+@value
+class Item:
+    """One operation of a batch: what `Attempts.begin` is given for it."""
+
+    id: bytes
+    fingerprint: bytes
+    where: str = ""
+    tenant: bytes = b""
+    trace: str = ""
+    refingerprint: Refingerprint = unknown_algorithm
+
+
+class BatchStore(BlockingStore, Protocol):
+    """An opened store that takes many commands of a thread at once."""
+
+    def perform_many(self, commands: Sequence[Any], timeout: float) -> Sequence[Reply]:
+        """Each command's reply, in order; Unreachable where there was none in time."""
+
+
+def begin_many(
+    attempts: Attempts, opened: BatchStore, policy: Policy, items: Sequence[Item]
+) -> list[BlockingAttempt | Conclusion]:
+    """`Attempts.begin` for each item, in order; all claims travel together.
+
+    Interrupted, it gives back what it has claimed.
+    """
+    policy, background = _without_waiting(policy), opened.background
+    began = clock()
+    claims = [
+        attempts.claim(background, policy, one.id, one.fingerprint, one.tenant, one.trace, len(items) > 1)
+        for one in items
+    ]
+    begun: list[BlockingAttempt | Conclusion] = []
+    replies: Sequence[Reply] = ()
+    try:
+        replies = opened.perform_many(claims, policy.store_timeout)
+        for one, claim, reply in zip(items, claims, replies, strict=True):
+            begun.append(attempts.begun(opened, policy, claim, began, reply, one.where, one.refingerprint))
+    except BaseException:
+        # The one at which it was interrupted has left, and what is known of it is with the store or the keeper.
+        for claim, reply in list(zip(claims, replies, strict=False))[len(begun) + 1 :]:
+            if may_stand(reply):
+                background.disown(claim, reply)
+        for _ in claims[len(begun) + (1 if replies else 0) :]:
+            background.leave()
+        _give_back(begun)
+        raise
+    return begun
+
+
+def finish_many(pairs: Sequence[tuple[BlockingAttempt, Outcome]], opened: BatchStore) -> list[Conclusion]:
+    """`BlockingAttempt.finish` for each attempt and what came of it, in order; what is stored travels together.
+
+    Interrupted, it leaves to the keeper what is not settled. Each attempt is to be left afterwards, as after `finish`.
+    """
+    steps = [to_settle(attempt.hold, outcome, attempt.policy) for attempt, outcome in pairs]
+    commands = [step for step in steps if isinstance(step, Complete | Release)]
+    sent, conclusions = clock(), list[Conclusion]()
+    try:
+        timeout = max((attempt.policy.store_timeout for attempt, _ in pairs), default=0.0)
+        replies = iter(opened.perform_many(commands, timeout) if commands else ())
+        for (attempt, outcome), step in zip(pairs, steps, strict=True):
+            reply = next(replies) if isinstance(step, Complete | Release) else None
+            conclusions.append(attempt.finished(outcome, step, sent, reply))
+    except BaseException:
+        for attempt, outcome in pairs[len(conclusions) :]:
+            attempt.interrupt(outcome)
+        raise
+    return conclusions
+
+
+async def abegin_many(
+    attempts: Attempts, opened: LoopStore, policy: Policy, items: Sequence[Item]
+) -> list[LoopAttempt | Conclusion]:
+    """`begin_many`, awaited; a cancellation is an interruption."""
+    policy = _without_waiting(policy)
+
+    async def begin(one: Item) -> LoopAttempt | Conclusion:
+        return await attempts.abegin(
+            opened,
+            policy,
+            one.id,
+            one.fingerprint,
+            one.where,
+            one.tenant,
+            one.trace,
+            one.refingerprint,
+            beside=len(items) > 1,
+        )
+
+    tasks = [asyncio.ensure_future(begin(one)) for one in items]
+    try:
+        return await _all(tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)  # for each to see to its claim, which takes no answer of the store
+        _give_back(task.result() for task in tasks if not task.cancelled() and task.exception() is None)
+        raise
+
+
+async def afinish_many(pairs: Sequence[tuple[LoopAttempt, Outcome]]) -> list[Conclusion]:
+    """`finish_many`, awaited.
+
+    A cancellation loses nothing: where it interrupts an attempt, its `rest` goes on.
+    """
+    return await _all([asyncio.ensure_future(attempt.finish(outcome)) for attempt, outcome in pairs])
+
+
+async def _all(tasks: Sequence[asyncio.Future[T]]) -> list[T]:
+    """What all have come to, in order; cancelled, it cancels them and waits until each has seen to its own."""
+    try:
+        if tasks:
+            await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        raise
+    return [task.result() for task in tasks]
+
+
+def _without_waiting(policy: Policy) -> Policy:
+    return replace(policy, wait=0.0) if policy.wait else policy
+
+
+def _give_back(begun: Iterable[BlockingAttempt | LoopAttempt | Conclusion]) -> None:
+    """Release what was claimed and not begun, in the background."""
+    for one in begun:
+        if isinstance(one, BlockingAttempt | LoopAttempt):
+            one.give_back()

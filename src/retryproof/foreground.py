@@ -1,0 +1,152 @@
+"""An opened store without a background, for a process that is frozen between two calls, as AWS Lambda's is.
+
+    attempt = attempts.begin(Foreground(opened, policy.store_timeout), policy, id, fingerprint)
+
+No lease is renewed: the policy's lease has to cover the work. Nothing is left to a thread that may not run: what the
+keeper would do later is done once, before `begin` and `finish` return (on an event loop, before `settled` returns).
+
+Where the store does not answer in that time, it is given up, and the log says so. A result that could not be stored
+goes to its caller all the same (`Completed`, `stored` False, and the event UNSTORED): its record stays in progress
+until its lease ends, and then `on_abandoned` decides, as after a crash. So `refuse` is the policy for work that must
+not happen twice even then. A claim without an answer may stand: it holds its operation for one lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Generator
+from typing import Any, Protocol
+
+from retryproof.attempt import LoopStore
+from retryproof.batches import BatchStore
+from retryproof.core.commands import Acquired, Claim, Complete, Done, Found, Look, Lost, Release, Reply
+from retryproof.core.hold import Hold
+from retryproof.core.keys import short_digest
+from retryproof.core.record import State
+from retryproof.drive import apump, pump
+
+logger = logging.getLogger("retryproof")
+
+
+class Able(Protocol):
+    """A store that says what it can do."""
+
+    @property
+    def capabilities(self) -> Any: ...
+
+
+class Opened(BatchStore, Able, Protocol):
+    """An opened store for threads."""
+
+
+class OpenedOnLoop(LoopStore, Able, Protocol):
+    """An opened store for the tasks of an event loop."""
+
+
+class Foreground:
+    """An opened store without a background, for threads. timeout: seconds that one call at the end may take."""
+
+    def __init__(self, opened: Opened, timeout: float) -> None:
+        self.background = self
+        self.capabilities = opened.capabilities
+        self.perform = opened.perform
+        self.perform_many = opened.perform_many
+        self.enter = opened.background.enter
+        self.leave = opened.background.leave
+        self._timeout = timeout
+
+    def watch(self, hold: Hold) -> None:
+        """Nobody renews it."""
+
+    def unwatch(self, hold: Hold) -> None:
+        """Nobody renewed it."""
+
+    def disown(self, claim: Claim, reply: Reply = None) -> None:
+        """Release this claim now, if it was applied."""
+        pump(_take_back(claim, reply), self._perform)
+
+    def linger(self, hold: Hold, last: Complete | Release) -> None:
+        """Settle it once more, now."""
+        pump(_settle(hold, last), self._perform)
+
+    def _perform(self, command: Look | Complete | Release) -> Reply:
+        return self.perform(command, self._timeout)
+
+
+class LoopForeground:
+    """An opened store without a background, for an event loop; `settled` is awaited before the process may freeze.
+
+    timeout: seconds that one call at the end may take.
+    """
+
+    def __init__(self, opened: OpenedOnLoop, timeout: float) -> None:
+        self.background = self
+        self.loop = opened.loop
+        self.capabilities = opened.capabilities
+        self.perform = opened.perform
+        self.enter = opened.background.enter
+        self.leave = opened.background.leave
+        self._timeout = timeout
+        self._held: set[Hold] = set()
+        self._left: set[asyncio.Task[None]] = set()
+        self._news = asyncio.Event()
+
+    def watch(self, hold: Hold) -> None:
+        """Nobody renews it; `settled` waits for its end."""
+        self._held.add(hold)
+
+    def unwatch(self, hold: Hold) -> None:
+        """It has ended."""
+        self._held.discard(hold)
+        self._news.set()
+
+    def disown(self, claim: Claim, reply: Reply = None) -> None:
+        """Release this claim, if it was applied; `settled` waits for it."""
+        self._begin(_take_back(claim, reply))
+
+    def linger(self, hold: Hold, last: Complete | Release) -> None:
+        """Settle it once more; `settled` waits for it."""
+        self._begin(_settle(hold, last))
+
+    async def settled(self) -> None:
+        """Wait until nothing runs or is left to do, what goes on after a cancellation included."""
+        while self._held or self._left:
+            self._news.clear()
+            await self._news.wait()
+
+    def _begin(self, steps: Generator[Look | Complete | Release, Any, None]) -> None:
+        task = self.loop.create_task(apump(steps, self._perform))
+        self._left.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._left.discard(task)
+        self._news.set()
+
+    def _perform(self, command: Look | Complete | Release) -> Awaitable[Reply]:
+        return self.perform(command, self._timeout)
+
+
+def _take_back(claim: Claim, reply: Reply) -> Generator[Look | Complete | Release, Any, None]:
+    """Release a claim, if it was applied."""
+    token = reply.token if isinstance(reply, Acquired) else None
+    answer: Reply = Lost()
+    if token is None:
+        answer = yield Look(claim.id)
+        record = answer.record if isinstance(answer, Found) else None
+        if record is not None and record.nonce == claim.nonce and record.state is State.IN_PROGRESS:
+            token = record.token
+    if token is not None:
+        answer = yield Release(claim.id, claim.nonce, token)
+    if not isinstance(answer, Done | Lost | Found):
+        logger.error("A claim on operation %s may stand until its lease ends: %s", short_digest(claim.id), answer)
+
+
+def _settle(hold: Hold, last: Complete | Release) -> Generator[Look | Complete | Release, Any, None]:
+    """Settle an attempt once more; its listener hears whether that was stored."""
+    answer = yield last
+    if not isinstance(answer, Done | Lost):
+        logger.error("Operation %s is not settled, and is given up: %s", short_digest(hold.id), answer)
+    elif hold.on_settled is not None:
+        hold.on_settled(hold, isinstance(answer, Done))
