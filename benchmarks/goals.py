@@ -14,13 +14,17 @@ LAYERED = "ours, Redis"
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`subject` over `base` in `figure` is to be at least `least`; `no_errors` forbids any error of ours besides."""
+    """`subject` over `base` in `figure` is to be at least `least`; `no_errors` forbids any error of ours besides.
+
+    by_cpu: the ratio of processor time counts, not that of operations a second.
+    """
 
     figure: str
     base: str
     least: float
     subject: str = "ours"
     no_errors: bool = False
+    by_cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,34 +40,34 @@ class Verdict:
 
 
 GOALS = (
-    Goal("http new 32", "ceiling", 0.85, LAYERED, no_errors=True),
-    Goal("http replay 32", "ceiling", 0.85, LAYERED, no_errors=True),
-    Goal("http new 256", "ceiling", 0.8, LAYERED, no_errors=True),
-    Goal("http replay 256", "ceiling", 0.8, LAYERED, no_errors=True),
-    Goal("http new 32", "ceiling, same endings", 0.85, LAYERED, no_errors=True),
-    Goal("http new 256", "ceiling, same endings", 0.8, LAYERED, no_errors=True),
-    Goal("http collector 32", "ceiling, tuned", 0.85, f"{LAYERED}, tuned"),
-    Goal("http collector 32", "ceiling, same endings, tuned", 0.85, f"{LAYERED}, tuned"),
+    Goal("http new 32", "ceiling", 0.95, LAYERED, no_errors=True),
+    Goal("http new 32", "ceiling", 0.95, LAYERED, by_cpu=True),
+    Goal("http replay 32", "ceiling", 0.9, LAYERED, no_errors=True),
+    Goal("http new 256", "ceiling", 0.9, LAYERED, no_errors=True),
+    Goal("http replay 256", "ceiling", 0.9, LAYERED, no_errors=True),
+    Goal("http new 32", "ceiling, same endings", 0.95, LAYERED, by_cpu=True),
+    Goal("http new 256", "ceiling, same endings", 0.95, LAYERED, by_cpu=True),
+    Goal("http collector 32", "ceiling, tuned", 0.95, f"{LAYERED}, tuned"),
+    Goal("http collector 32", "ceiling, same endings, tuned", 0.95, f"{LAYERED}, tuned"),
     Goal("http new 32", "idemkit", 2.0, LAYERED),
     Goal("http replay 32", "idemkit", 3.0, LAYERED),
-    Goal("engine redis new 32", "bare coalesced script", 0.75),
-    Goal("engine redis new 256", "bare coalesced script", 0.75),
-    Goal("engine redis new 32", "plain calls", 3.0),
-    Goal("engine redis new 256", "plain calls", 5.0),
+    Goal("engine redis new 32", "bare coalesced script", 0.9),
+    Goal("engine redis new 256", "bare coalesced script", 0.9),
+    Goal("engine redis new 32", "plain calls", 4.0),
+    Goal("engine redis new 256", "plain calls", 6.0),
     Goal("redis server new", "bare script", 0.8),
     Goal("redis server replay", "bare script", 0.75),
     Goal("engine postgres new 64", "one commit a claim", 6.0),
-    Goal("engine postgres new 256", "one commit a claim", 8.0),
-    Goal("engine sqlite new 32", "one commit a claim", 8.0),
+    Goal("engine postgres new 256", "one commit a claim", 9.0),
+    Goal("engine sqlite new 32", "one commit a claim", 7.0),
     Goal("engine sqlite new 256", "one commit a claim", 10.0),
-    Goal("engine redis new 1", "plain calls", 0.8),
-    Goal("engine postgres new 1", "one commit a claim", 0.8),
-    Goal("engine sqlite new 1", "one commit a claim", 0.8),
-    Goal("inbox", "one a transaction, by hand", 20.0, no_errors=True),
-    Goal("outbox relay", "lease loop", 0.8),
-    Goal("outbox relay", "ours", 0.9, "ours, one key"),
-    Goal("outbox enqueue", "hand-written", 0.85),
-    Goal("phases", "bare transactions", 0.75),
+    Goal("engine redis new 1", "plain calls", 0.9),
+    Goal("engine postgres new 1", "one commit a claim", 0.9),
+    Goal("engine sqlite new 1", "one commit a claim", 0.9),
+    Goal("inbox", "one a transaction, by hand", 25.0, no_errors=True),
+    Goal("outbox relay", "lease loop", 0.9),
+    Goal("outbox relay", "ours", 1.0, "ours, one key"),
+    Goal("outbox enqueue", "hand-written", 0.9),
     Goal("phases", "fenced by hand", 0.9),
     Goal("outbox growth", "500 keys", 0.8, "100,000 keys"),
     Goal("outbox growth", "500 keys", 0.8, "100,000 keys, 1 million pending"),
@@ -88,7 +92,7 @@ def judge(figures: Sequence[Figure], round_trips: Sequence[RoundTrips]) -> list[
 
 
 def _ratio_verdict(goal: Goal, figures: Mapping[str, Figure]) -> Verdict:
-    what = f"{goal.figure}: {goal.subject} / {goal.base}"
+    what = f"{goal.figure}: {goal.subject} / {goal.base}{', by CPU' if goal.by_cpu else ''}"
     wanted = f"≥ {goal.least:g}" + (", no error" if goal.no_errors else "")
     figure = figures.get(goal.figure)
     ratio: Ratio | None = figure.ratio(goal.subject, goal.base) if figure else None
@@ -97,7 +101,10 @@ def _ratio_verdict(goal: Goal, figures: Mapping[str, Figure]) -> Verdict:
     errors = figure.errors(goal.subject)
     cpu = figure.cpu_ratio(goal.subject, goal.base)
     measured = str(ratio) + (f", by CPU {cpu:.2f}" if cpu else "") + (f", {errors} errors" if errors else "")
-    return Verdict(what, wanted, measured, ratio.middle >= goal.least and not errors)
+    reached = cpu if goal.by_cpu else ratio.middle
+    if reached is None:
+        return Verdict(what, wanted, "not measured", None)
+    return Verdict(what, wanted, measured, reached >= goal.least and not errors)
 
 
 def _trip_verdict(name: str, wanted: float, counted: RoundTrips | None) -> Verdict:

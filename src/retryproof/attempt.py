@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from retryproof.conclusions import event_of, is_outage, kind_of
-from retryproof.core.commands import NOT_BEGUN, Claim, Complete, Outcome, Pause, Paused, Release, Reply, Run
+from retryproof.core.commands import NOT_BEGUN, Claim, Complete, Pause, Paused, Release, Reply, Run, WorkOutcome
 from retryproof.core.flow import Conclusion, Down, after_claim, after_settling, ended, settle, to_settle
 from retryproof.core.flow import attempt as machine
 from retryproof.core.hold import Hold
@@ -56,7 +56,7 @@ Stays = Callable[[float], Awaitable[bool]]
 """Waits for some seconds; False says that the caller has left meanwhile."""
 
 
-class Counting(Background, Protocol):
+class CountingBackground(Background, Protocol):
     """A background that counts the attempts of its process (C15)."""
 
     def enter(self) -> int:
@@ -70,14 +70,14 @@ class BlockingStore(Performer, Protocol):
     """An opened store, for threads."""
 
     @property
-    def background(self) -> Counting: ...
+    def background(self) -> CountingBackground: ...
 
 
 class LoopStore(AsyncPerformer, Protocol):
     """An opened store, for the tasks of its event loop."""
 
     @property
-    def background(self) -> Counting: ...
+    def background(self) -> CountingBackground: ...
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop: ...
@@ -205,7 +205,7 @@ class Attempts:
 
     def claim(
         self,
-        background: Counting,
+        background: CountingBackground,
         policy: Policy,
         id: bytes,
         fingerprint: bytes,
@@ -358,7 +358,7 @@ class BlockingAttempt:
         finally:
             leave(token)
 
-    def finish(self, outcome: Outcome) -> Conclusion:
+    def finish(self, outcome: WorkOutcome) -> Conclusion:
         """Store what came of the work, or give the operation back; the listeners are told.
 
         An interruption meanwhile does not lose it: the keeper goes on.
@@ -374,7 +374,7 @@ class BlockingAttempt:
         return self.finished(outcome, step, sent, reply)
 
     def finished(
-        self, outcome: Outcome, step: Complete | Release | Conclusion | None, sent: float, reply: Reply
+        self, outcome: WorkOutcome, step: Complete | Release | Conclusion | None, sent: float, reply: Reply
     ) -> Conclusion:
         """`finish` once what `to_settle` said, where it is a command, was sent and has its first reply."""
         hold, policy, opened = self.hold, self.policy, self._opened
@@ -395,7 +395,7 @@ class BlockingAttempt:
         self._conclude(conclusion)
         return conclusion
 
-    def interrupt(self, outcome: Outcome) -> None:
+    def interrupt(self, outcome: WorkOutcome) -> None:
         """Leave what the work came to to the keeper, since the caller does not settle it any more."""
         leave_settling_to(self._opened.background, self.hold, outcome)
         self._unwatch()
@@ -507,7 +507,7 @@ class LoopAttempt:
             self._conclude(conclusion)
         return conclusion
 
-    async def finish(self, outcome: Outcome) -> Conclusion:
+    async def finish(self, outcome: WorkOutcome) -> Conclusion:
         """Store what came of the work, or give the operation back; the listeners are told.
 
         A cancellation meanwhile does not lose it: `rest` goes on, and tells the listeners at its end.

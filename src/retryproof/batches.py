@@ -23,7 +23,7 @@ from retryproof.attempt import (
     Refingerprint,
     unknown_algorithm,
 )
-from retryproof.core.commands import Complete, Outcome, Release, Reply
+from retryproof.core.commands import Complete, Release, Reply, WorkOutcome
 from retryproof.core.flow import Conclusion, to_settle
 from retryproof.core.policy import Policy
 from retryproof.core.value import value
@@ -82,7 +82,7 @@ def begin_many(
     return begun
 
 
-def finish_many(pairs: Sequence[tuple[BlockingAttempt, Outcome]], opened: BatchStore) -> list[Conclusion]:
+def finish_many(pairs: Sequence[tuple[BlockingAttempt, WorkOutcome]], opened: BatchStore) -> list[Conclusion]:
     """`BlockingAttempt.finish` for each attempt and what came of it, in order; what is stored travels together.
 
     Interrupted, it leaves to the keeper what is not settled. Each attempt is to be left afterwards, as after `finish`.
@@ -133,7 +133,7 @@ async def abegin_many(
         raise
 
 
-async def afinish_many(pairs: Sequence[tuple[LoopAttempt, Outcome]]) -> list[Conclusion]:
+async def afinish_many(pairs: Sequence[tuple[LoopAttempt, WorkOutcome]]) -> list[Conclusion]:
     """`finish_many`, awaited.
 
     A cancellation loses nothing: where it interrupts an attempt, its `rest` goes on.

@@ -179,7 +179,7 @@ class Idempotency(Engine):
                     error = raised
                 finally:
                     leave(token)
-                outcome: commands.Outcome
+                outcome: commands.WorkOutcome
                 if error is None:
                     outcome, value = _encoded(value, codec, policy, opened)
                 else:
@@ -286,7 +286,7 @@ class AsyncIdempotency(Engine):
                 if policy.on_lease_lost == "cancel":
                     attempt.cancel_when_lost()
                 token = enter(attempt.operation)
-                outcome: commands.Outcome
+                outcome: commands.WorkOutcome
                 try:
                     value = fn()
                     if type(value) is CoroutineType or inspect.isawaitable(value):

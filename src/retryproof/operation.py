@@ -18,7 +18,7 @@ from uuid import UUID
 
 from retryproof.core import commands
 from retryproof.core.codec import Codec
-from retryproof.core.commands import Outcome, Raised
+from retryproof.core.commands import Raised, WorkOutcome
 from retryproof.core.errors import NoOperation
 from retryproof.core.failure import outcome_of
 from retryproof.core.hold import Hold
@@ -28,7 +28,7 @@ from retryproof.drive import Asking, LoopAsking, apump, pump
 from retryproof.joined import Joined
 from retryproof.joined.phases import PhaseBlock
 from retryproof.joined.transaction import Settled
-from retryproof.recovery import ENDED, PLAIN, Call, Recovery, Stepping, lease_lost, stepping
+from retryproof.recovery import ENDED, PLAIN, Recovery, StepCall, Stepping, lease_lost, stepping
 
 __all__ = [
     "ENDED",
@@ -146,7 +146,7 @@ class Operation:
         asking.check_blocking()
 
         def perform(what: Any) -> Any:
-            return fn(what.key) if type(what) is Call else asking.ask(what)
+            return fn(what.key) if type(what) is StepCall else asking.ask(what)
 
         result: T = pump(self._stepping(name, codec), perform)
         return result
@@ -157,7 +157,7 @@ class Operation:
         asking.check_awaited()
 
         def perform(what: Any) -> Awaitable[Any]:
-            return fn(what.key) if type(what) is Call else asking.aask(what)
+            return fn(what.key) if type(what) is StepCall else asking.aask(what)
 
         result: T = await apump(self._stepping(name, codec), perform)
         return result
@@ -180,7 +180,7 @@ class Operation:
         if outcome_of(error, self._policy.unknown_on) == Raised(unknown=True):
             self.outcome_unknown()
 
-    def said(self, outcome: Outcome) -> Outcome:
+    def said(self, outcome: WorkOutcome) -> WorkOutcome:
         """What came of the work, unless the handler said that nobody knows."""
         return Raised(unknown=True) if self._unknown and not isinstance(outcome, commands.LeaseLost) else outcome
 
@@ -354,7 +354,7 @@ def leave(token: Token[Operation]) -> None:
     _current.reset(token)
 
 
-def settle(operation: Operation, outcome: Outcome) -> Settled:
+def settle(operation: Operation, outcome: WorkOutcome) -> Settled:
     """What came of the work, and of the transaction that it joined, which is over then. In the handler's thread."""
     operation.refuses_transactions = ENDED
     outcome = operation.said(outcome)
@@ -362,7 +362,7 @@ def settle(operation: Operation, outcome: Outcome) -> Settled:
     return (outcome, None) if joined is None else joined.settle(outcome)
 
 
-async def asettle(operation: Operation, outcome: Outcome) -> Settled:
+async def asettle(operation: Operation, outcome: WorkOutcome) -> Settled:
     """`settle` on the event loop. A cancellation does not part the result from its commit: it is handed back as the
     error, after the end. A second one does not wait.
     """

@@ -36,13 +36,13 @@ _STEP_BESIDE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class StepCall:
     """Call the step's function. key: what it passes on as an idempotency key."""
 
     key: UUID
 
 
-Stepping: TypeAlias = Generator[Renew | Checkpoint | Look | Call, Any, Any]
+Stepping: TypeAlias = Generator[Renew | Checkpoint | Look | StepCall, Any, Any]
 
 
 class Recovery:
@@ -146,7 +146,7 @@ def stepping(recovery: Recovery, name: str, codec: Codec, key: UUID, *, held: bo
         recovery.check_revivable(name)
         sent = clock()
         _renewed(recovery, name, (yield hold.renew()), sent)
-    value = yield Call(key)
+    value = yield StepCall(key)
     try:
         data, value = recovery.encoded(codec, value)
     except Unencodable as error:

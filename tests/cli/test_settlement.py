@@ -7,7 +7,7 @@ import time
 import pytest
 
 from retryproof.cli.command import Refused
-from retryproof.cli.settlement import LEASE, UNSETTLED_RETENTION, Settlement, check_settleable, settle
+from retryproof.cli.settlement import LEASE, UNSETTLED_RETENTION, Decision, check_settleable, settle
 from retryproof.cli.shown import state_of
 from retryproof.core.commands import LOST, Abandoned, Acquired, Checkpoint, Claim, Complete, Done, Release, Running
 from retryproof.core.record import SETTLED_BY_HAND, Record, State
@@ -16,8 +16,8 @@ from retryproof.stores import MemoryStore
 from retryproof.stores.keeper import Keeper
 from tests.cli.conftest import FINGERPRINT, claim, found
 
-DONE_WITH = Settlement(True, b"result")
-NEVER = Settlement(False)
+DONE_WITH = Decision(True, b"result")
+NEVER = Decision(False)
 ENTRY = {"by": "ada"}
 
 
@@ -60,9 +60,7 @@ def again(record: Record, **more: object) -> Claim:
 
 
 @pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
-def test_i1_a_retry_that_was_faster_keeps_the_operation(
-    store: MemoryStore, clock: Clock, settlement: Settlement
-) -> None:
+def test_i1_a_retry_that_was_faster_keeps_the_operation(store: MemoryStore, clock: Clock, settlement: Decision) -> None:
     record = died(store, clock)
     retry = again(record)
     (held,) = store.claim([retry])
@@ -76,7 +74,7 @@ def test_i1_a_retry_that_was_faster_keeps_the_operation(
 
 @pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
 def test_i3_a_retry_that_finished_meanwhile_stays_as_it_is(
-    store: MemoryStore, clock: Clock, settlement: Settlement
+    store: MemoryStore, clock: Clock, settlement: Decision
 ) -> None:
     record = died(store, clock)
     retry = again(record)
@@ -92,7 +90,7 @@ def test_i3_a_retry_that_finished_meanwhile_stays_as_it_is(
 
 @pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
 def test_an_attempt_that_began_and_died_after_the_look_is_not_settled(
-    store: MemoryStore, clock: Clock, settlement: Settlement
+    store: MemoryStore, clock: Clock, settlement: Decision
 ) -> None:
     record = died(store, clock)
     store.claim([again(record)])
@@ -108,7 +106,7 @@ def test_an_attempt_that_began_and_died_after_the_look_is_not_settled(
 
 
 @pytest.mark.parametrize("settlement", [DONE_WITH, NEVER])
-def test_a_record_that_is_gone_is_not_made_anew(store: MemoryStore, clock: Clock, settlement: Settlement) -> None:
+def test_a_record_that_is_gone_is_not_made_anew(store: MemoryStore, clock: Clock, settlement: Decision) -> None:
     record = died(store, clock)
     store.evict([record.id])
 

@@ -14,11 +14,11 @@ from retryproof.client.flow import (
     Answered,
     AttemptEnd,
     Broken,
-    Call,
-    Pause,
+    ClientCall,
     Resumed,
     Send,
     Stop,
+    Wait,
     asks_for_retry,
     pause_before,
     problem_code,
@@ -29,8 +29,8 @@ from retryproof.core.errors import ConfigurationError, InvalidKey
 from retryproof.core.operation_key import current_operation_key, operation_key
 
 POLICY = RetryPolicy(backoff=1.0, max_backoff=8.0, deadline=100.0)
-KEYED = Call("POST", "k", started=0.0)
-BARE = Call("POST", None, started=0.0)
+KEYED = ClientCall("POST", "k", started=0.0)
+BARE = ClientCall("POST", None, started=0.0)
 
 
 def answered(status: int, headers: dict[str, str] | None = None, code: str | None = None, now: float = 0.0) -> Answered:
@@ -38,7 +38,7 @@ def answered(status: int, headers: dict[str, str] | None = None, code: str | Non
 
 
 def outcome(
-    call: Call, replies: Iterable[AttemptEnd], policy: RetryPolicy = POLICY, budget: RetryBudget | None = None
+    call: ClientCall, replies: Iterable[AttemptEnd], policy: RetryPolicy = POLICY, budget: RetryBudget | None = None
 ) -> Stop:
     """Run one call over these replies; pauses take no time."""
     flow = retrying(call, policy, budget or RetryBudget(burst=math.inf), lambda: 0.0)
@@ -47,7 +47,7 @@ def outcome(
     for reply in replies:
         now = reply.now
         command = flow.send(reply)
-        if isinstance(command, Pause):
+        if isinstance(command, Wait):
             command = flow.send(Resumed(now + command.seconds))
     assert isinstance(command, Stop)
     return command
@@ -70,7 +70,7 @@ def test_k2_takes_any_other_status_as_final(status: int) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE", "put"])
 def test_k2_retries_an_idempotent_method_without_a_key(method: str) -> None:
-    assert outcome(Call(method, None, 0.0), [Broken(True, 0.0), answered(200)]) == Stop(2, "final")
+    assert outcome(ClientCall(method, None, 0.0), [Broken(True, 0.0), answered(200)]) == Stop(2, "final")
 
 
 def test_k2_retries_a_connection_error_always() -> None:
@@ -123,7 +123,7 @@ def test_k3_starts_no_retry_past_the_deadline() -> None:
 def test_k3_starts_no_retry_after_a_pause_that_took_too_long() -> None:
     flow = retrying(KEYED, POLICY, RetryBudget(), lambda: 0.0)
     next(flow)
-    assert isinstance(flow.send(answered(503)), Pause)
+    assert isinstance(flow.send(answered(503)), Wait)
     assert flow.send(Resumed(101.0)) == Stop(1, "deadline")
 
 

@@ -14,7 +14,7 @@ from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation,
 from retryproof.core.commands import FenceReply, Release
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
-from retryproof.http.types import Receive, Scope, Send
+from retryproof.http.types import AsgiScope, Receive, Send
 from retryproof.observe import Event
 from retryproof.stores.memory import MemoryStore
 from tests.engine.conftest import MakeCaller
@@ -77,7 +77,7 @@ async def test_c10_a_step_whose_record_goes_meanwhile_tells_nobody_to_ask_again(
 async def test_c10_a_response_is_sent_although_the_record_is_gone() -> None:
     store, events = MemoryStore(), list[Event]()
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         forget(store)
         await send({"type": "http.response.start", "status": 201, "headers": []})
         await send({"type": "http.response.body", "body": b"paid"})
@@ -100,7 +100,7 @@ async def test_c8_work_that_was_stopped_since_its_record_is_gone_has_an_unknown_
     with pytest.raises(errors.OutcomeUnknown):
         await asyncio.wait_for(engine.run("k", charge, scope="s"), 10)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await charge()
 
     layer = IdempotencyMiddleware(app, store=store, scope=single_tenant, policy=policy)

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.observe import Event
 
 SECONDS = 10.0
@@ -24,11 +24,11 @@ class Conversation:
     sent: what the app sent so far.
     """
 
-    def __init__(self, app: App, scope: Scope) -> None:
+    def __init__(self, app: App, scope: AsgiScope) -> None:
         self.scope = scope
-        self.sent: list[Message] = []
+        self.sent: list[AsgiMessage] = []
         self.fail_sends_with: Exception | None = None
-        self._incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self._incoming: asyncio.Queue[AsgiMessage] = asyncio.Queue()
         self._news = asyncio.Event()
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
         self.task.add_done_callback(lambda _: self._news.set())
@@ -37,7 +37,7 @@ class Conversation:
         """Send the app a part of the body."""
         self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": more})
 
-    def put(self, message: Message) -> None:
+    def put(self, message: AsgiMessage) -> None:
         """Send the app any message."""
         self._incoming.put_nowait(message)
 
@@ -65,13 +65,13 @@ class Conversation:
         """What was sent so far, as a response."""
         return Answer(self.sent)
 
-    async def _receive(self) -> Message:
+    async def _receive(self) -> AsgiMessage:
         message = await self._incoming.get()
         if message["type"] == "http.disconnect":
             self._incoming.put_nowait(message)
         return message
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: AsgiMessage) -> None:
         if self.fail_sends_with is not None:
             raise self.fail_sends_with
         self.sent.append(message)
@@ -84,7 +84,7 @@ class Conversation:
 class Answer:
     """A response, complete or not."""
 
-    def __init__(self, messages: Sequence[Message]) -> None:
+    def __init__(self, messages: Sequence[AsgiMessage]) -> None:
         self.messages = list(messages)
         heads = [message for message in messages if message["type"] == "http.response.start"]
         bodies = [message for message in messages if message["type"] == "http.response.body"]
@@ -124,7 +124,7 @@ def request_scope(
     headers: Iterable[Header] = (),
     query: bytes = b"",
     **more: Any,
-) -> Scope:
+) -> AsgiScope:
     """The scope of a request as a server makes it."""
     key_lines = [] if key is None else [(b"idempotency-key", key.encode() if isinstance(key, str) else key)]
     return {
@@ -175,7 +175,7 @@ class Counting:
         self.gate = gate
         self.began = asyncio.Event()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return

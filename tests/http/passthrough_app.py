@@ -15,7 +15,7 @@ from litestar.response import ServerSentEvent, Stream
 
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
-from retryproof.http.types import App, Receive, Scope, Send
+from retryproof.http.types import App, AsgiScope, Receive, Send
 
 lifespan: list[str] = []
 effects: dict[str, int] = {}
@@ -87,7 +87,7 @@ def litestar_app() -> App:
     return Litestar(handlers, on_startup=[start], on_shutdown=[stop])  # type: ignore[return-value]  # Litestar's own types of scope and messages
 
 
-async def plain_app(scope: Scope, receive: Receive, send: Send) -> None:
+async def plain_app(scope: AsgiScope, receive: Receive, send: Send) -> None:
     """The same in plain ASGI, as far as the servers' suite needs it."""
     if scope["type"] == "lifespan":
         while True:

@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from tests.http.harness import Conversation, Header, call, read_body
 
 
-def head(*headers: Header, status: int = 200, **more: Any) -> Message:
+def head(*headers: Header, status: int = 200, **more: Any) -> AsgiMessage:
     """The start of a response."""
     return {"type": "http.response.start", "status": status, "headers": list(headers), **more}
 
 
-def part(body: bytes, *, more: bool = True) -> Message:
+def part(body: bytes, *, more: bool = True) -> AsgiMessage:
     """A part of a response's body."""
     return {"type": "http.response.body", "body": body, "more_body": more}
 
@@ -26,14 +26,14 @@ class Script:
     runs: how often it was called.
     """
 
-    def __init__(self, *messages: Message | Exception, paused: int | None = None) -> None:
+    def __init__(self, *messages: AsgiMessage | Exception, paused: int | None = None) -> None:
         self.messages = messages
         self.paused = paused
         self.go_on = asyncio.Event()
         self.runs = 0
         self.after = asyncio.Event()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         self.runs += 1
         await read_body(receive)
         for index, message in enumerate(self.messages):

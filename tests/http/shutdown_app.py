@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from retryproof import Policy
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
-from retryproof.http.types import Receive, Scope, Send
+from retryproof.http.types import AsgiScope, Receive, Send
 
 logging.basicConfig(level=logging.WARNING)
 
 
-async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+async def serve(scope: AsgiScope, receive: Receive, send: Send) -> None:
     """Charge slowly."""
     if scope["type"] == "lifespan":
         while True:

@@ -14,7 +14,7 @@ from retryproof.core.commands import Claim, Complete
 from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
 from retryproof.core.policy import Policy
 from retryproof.core.record import Record
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.operation import current_operation
 from retryproof.stores.memory import MemoryStore
 from retryproof.testing.clock import ManualClock
@@ -39,10 +39,10 @@ async def replayed(covered: App, key: str) -> Answer:
 
 @pytest.mark.needs("departures at once")
 async def test_h11_receive_gives_the_body_once_then_the_disconnect_once_it_is_settled(layer: MakeLayer) -> None:
-    received: list[Message] = []
+    received: list[AsgiMessage] = []
     left, settled = asyncio.Event(), asyncio.Event()
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         received.append(await receive())
         listening = asyncio.ensure_future(receive())
         left.set()
@@ -114,11 +114,11 @@ async def test_h11_a_stream_whose_client_left_is_stored_whole(layer: MakeLayer) 
 EVENTS = (b"content-type", b"text/event-stream")
 
 
-def never_ending(*steps: Message) -> tuple[App, list[int]]:
+def never_ending(*steps: AsgiMessage) -> tuple[App, list[int]]:
     """An app that never ends, and never waits either; and the number of its parts so far."""
     parts = [0]
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await send(head(EVENTS, status=201))
         while True:
@@ -128,7 +128,7 @@ def never_ending(*steps: Message) -> tuple[App, list[int]]:
     return app, parts
 
 
-def by_route(scope: Scope) -> str:
+def by_route(scope: AsgiScope) -> str:
     return "stop" if scope["path"] == "/charges" else "finish"
 
 
@@ -184,7 +184,7 @@ async def test_h11_an_endless_stream_without_a_client_yields_and_is_stopped_at_m
 
 @pytest.mark.needs("departures at once")
 async def test_h11_a_handler_that_waits_for_the_disconnect_is_stopped_at_max_run(layer: MakeLayer) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await receive()
 
@@ -237,7 +237,7 @@ class RollBack(Exception):
 async def test_h11_a_handler_that_raises_has_raised_whoever_left(layer: MakeLayer, on_departure: str) -> None:
     runs = 0
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         nonlocal runs
         runs += 1
         await read_body(receive)
@@ -326,7 +326,7 @@ async def test_h11_a_handler_that_fails_after_its_server_left_is_logged(
 ) -> None:
     began, go_on = asyncio.Event(), asyncio.Event()
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         began.set()
         await go_on.wait()
         raise ZeroDivisionError
@@ -366,7 +366,7 @@ async def test_h11_a_cancel_scope_that_cancels_again_and_again_does_not_stop_it(
     app = Counting(gate=asyncio.Event())
     covered, key = layer(app), new_key()
 
-    async def with_timeout(scope: Scope, receive: Receive, send: Send) -> None:
+    async def with_timeout(scope: AsgiScope, receive: Receive, send: Send) -> None:
         with anyio.CancelScope() as cancelling:
             app_began.append(cancelling)
             await covered(scope, receive, send)
@@ -406,7 +406,7 @@ async def test_a_cancellation_while_a_duplicate_waits_ends_it_at_once(layer: Mak
 async def test_a_timeout_inside_the_app_cannot_lose_a_response_that_is_being_stored(layer: MakeLayer) -> None:
     store = Slow()
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await send(head(status=201))
         with anyio.CancelScope() as cancelling:
@@ -548,14 +548,14 @@ class Overtaken:
     paused: the first run is there. cancelled: whether it was stopped there.
     """
 
-    def __init__(self, before: Sequence[Message], after: Sequence[Message | Exception]) -> None:
+    def __init__(self, before: Sequence[AsgiMessage], after: Sequence[AsgiMessage | Exception]) -> None:
         self.before, self.after = before, after
         self.runs = 0
         self.paused = asyncio.Event()
         self.go_on = asyncio.Event()
         self.cancelled = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         self.runs += 1
         if self.runs > 1:
             await send(head(status=202))
@@ -635,7 +635,7 @@ async def test_c8_a_handler_that_lost_its_lease_is_cancelled(layer: MakeLayer) -
 async def test_c13_the_handler_sees_its_operation_and_a_retry_the_same_ids(layer: MakeLayer) -> None:
     seen: list[Any] = []
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         operation = current_operation()
         seen.append((operation.derive("charge"), operation.first_seen, operation.attempt))
         await send(head(status=503 if len(seen) == 1 else 201))
@@ -679,7 +679,7 @@ async def test_h11_context_variables_of_a_handler_stay_inside_and_its_state_does
     variable: ContextVar[str] = ContextVar("variable", default="unset")
     seen: list[tuple[str, str | None]] = []
 
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+    async def handler(scope: AsgiScope, receive: Receive, send: Send) -> None:
         seen.append((variable.get(), None))
         variable.set("inside")
         scope.setdefault("state", {})["who"] = "inside"
@@ -688,7 +688,7 @@ async def test_h11_context_variables_of_a_handler_stay_inside_and_its_state_does
 
     covered = layer(handler)
 
-    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+    async def outside(scope: AsgiScope, receive: Receive, send: Send) -> None:
         variable.set("outside")
         await covered(scope, receive, send)
         seen.append((variable.get(), scope.get("state", {}).get("who")))

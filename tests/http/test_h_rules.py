@@ -18,7 +18,7 @@ from retryproof.http import by_header, by_host, by_user, single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.body import BUDGET, LIMIT
 from retryproof.http.key_source import json_field
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.stores.memory import MemoryStore
 from tests.http.conftest import MakeLayer
 from tests.http.harness import (
@@ -74,16 +74,16 @@ async def test_h1_covers_put_and_delete_by_choice(layer: MakeLayer, method: str)
         pytest.param({"type": "something.new"}, id="unknown type"),
     ],
 )
-async def test_h1_hands_what_is_not_covered_on_as_it_is(layer: MakeLayer, scope: Scope) -> None:
+async def test_h1_hands_what_is_not_covered_on_as_it_is(layer: MakeLayer, scope: AsgiScope) -> None:
     seen: list[Any] = []
 
     async def app(*received: Any) -> None:
         seen.extend(received)
 
-    async def receive() -> Message:
+    async def receive() -> AsgiMessage:
         raise AssertionError("the layer read from a request that it does not cover")
 
-    async def send(message: Message) -> None:
+    async def send(message: AsgiMessage) -> None:
         raise AssertionError("the layer sent something")
 
     before = dict(scope)
@@ -304,7 +304,7 @@ def at_host(covered: App) -> Callable[[bytes], App]:
     """The app, asked under a host's name."""
 
     def of(host: bytes) -> App:
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
             others = [header for header in scope["headers"] if header[0] != b"host"]
             await covered({**scope, "headers": [(b"host", host), *others]}, receive, send)
 
@@ -398,7 +398,7 @@ async def test_h7_a_running_twin_is_told_to_ask_again(layer: MakeLayer) -> None:
 async def test_h7_an_abandoned_operation_is_unknown_and_has_no_retry_after(layer: MakeLayer) -> None:
     effects = 0
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         nonlocal effects
         effects += 1
         raise OutcomeUnknown("The bank did not answer.")
@@ -471,7 +471,7 @@ async def test_h8_releases_what_may_succeed_later(layer: MakeLayer, status: int)
     assert app.effects == 2
 
 
-async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+async def failing(scope: AsgiScope, receive: Receive, send: Send) -> None:
     await read_body(receive)
     raise ZeroDivisionError("the handler failed")
 
@@ -578,7 +578,7 @@ async def test_h9_the_mark_of_a_replay_can_be_named(layer: MakeLayer) -> None:
 
 
 async def test_h9_a_204_is_replayed_without_a_length(layer: MakeLayer) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
@@ -591,11 +591,11 @@ async def test_h9_a_204_is_replayed_without_a_length(layer: MakeLayer) -> None:
 # H13
 
 
-def is_allowed(scope: Scope) -> bool:
+def is_allowed(scope: AsgiScope) -> bool:
     return (b"x-allowed", b"yes") in scope["headers"]
 
 
-async def is_allowed_later(scope: Scope) -> bool:
+async def is_allowed_later(scope: AsgiScope) -> bool:
     return is_allowed(scope)
 
 

@@ -18,7 +18,7 @@ from retryproof.core.multipart import MAX_PARTS
 from retryproof.http import single_tenant
 from retryproof.http.body import BUDGET, SHARE, SLOWEST, Body, Budget, OverBudget, deadline
 from retryproof.http.semantics import UNDO_LIMIT, undone
-from retryproof.http.types import App, Receive, Scope, Send
+from retryproof.http.types import App, AsgiScope, Receive, Send
 from tests.http.conftest import MakeLayer
 from tests.http.harness import Answer, Conversation, Counting, call, new_key, start
 
@@ -29,7 +29,7 @@ JSON = (b"content-type", b"application/json")
 def answering(headers: list[tuple[bytes, bytes]], body: bytes) -> App:
     """An app that gives this answer to everybody."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -249,7 +249,7 @@ async def test_h7_a_stalled_body_is_given_up_and_its_bytes_are_given_back(layer:
     assert BUDGET._left == left
 
 
-def by_key(scope: Scope) -> str | None:
+def by_key(scope: AsgiScope) -> str | None:
     """The caller's name, in a header."""
     return dict(scope["headers"]).get(b"x-api-key", b"").decode() or None
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from retryproof.core.errors import OutcomeUnknown
 from retryproof.core.policy import Policy
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from tests.http.conftest import MakeLayer
 from tests.http.harness import call, new_key, read_body, start
 from tests.http.scripts import head, part, settled_code
@@ -27,7 +27,7 @@ def answering(*parts: bytes) -> App:
     """An app that answers in these parts, from one message that it uses again."""
     first = head((b"content-type", b"text/plain"), (b"x-own", b"1"), status=201)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await send(first)
         for body in parts[:-1]:
@@ -40,8 +40,8 @@ def answering(*parts: bytes) -> App:
 def turned_into_503(app: ASGIApp) -> App:
     """An outer layer that makes a failure of every response, in the message that it is given."""
 
-    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
+    async def outer(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        async def sending(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 message["status"] = 503
                 message["headers"].clear()
@@ -55,8 +55,8 @@ def turned_into_503(app: ASGIApp) -> App:
 def with_a_session(app: ASGIApp) -> App:
     """An outer layer that sets a cookie, in the way of Starlette's SessionMiddleware."""
 
-    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
+    async def outer(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        async def sending(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).append("set-cookie", "session=the first caller's")
             await send(message)
@@ -98,7 +98,7 @@ async def test_h14_a_retry_through_an_outer_gzip_can_be_read(layer: MakeLayer) -
 
 
 async def test_h9_an_app_that_changes_its_head_after_sending_it_changes_nothing(layer: MakeLayer) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         start_of_it = head((b"x-own", b"1"))
         await send(start_of_it)
@@ -115,7 +115,7 @@ async def test_h9_an_app_that_changes_its_head_after_sending_it_changes_nothing(
 # H10: lengths
 
 LENGTH_3 = (b"content-length", b"3")
-WRONG: dict[str, list[Message]] = {
+WRONG: dict[str, list[AsgiMessage]] = {
     "short": [part(b"ab", more=False)],
     "long": [part(b"abcd", more=False)],
     "a short stream": [part(b"a"), part(b"b", more=False)],
@@ -128,7 +128,7 @@ WRONG: dict[str, list[Message]] = {
 async def test_h10_a_response_of_another_length_is_cut_and_its_outcome_unknown(layer: MakeLayer, how: str) -> None:
     ended = []
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await send(head(LENGTH_3))
         for message in WRONG[how]:
@@ -147,7 +147,7 @@ async def test_h10_a_response_of_another_length_is_cut_and_its_outcome_unknown(l
 
 
 async def test_h8_an_app_that_raises_after_a_wrong_length_has_raised(layer: MakeLayer) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await send(head(LENGTH_3))
         await send(part(b"abcd"))
@@ -161,7 +161,7 @@ async def test_h8_an_app_that_raises_after_a_wrong_length_has_raised(layer: Make
 
 @pytest.mark.parametrize("status", [204, 304])
 async def test_h10_a_length_without_a_body_is_no_mismatch_where_there_is_none(layer: MakeLayer, status: int) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await send(head(LENGTH_3, status=status))
         await send(part(b"", more=False))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from retryproof.http.types import App, Message, Scope
+from retryproof.http.types import App, AsgiMessage, AsgiScope
 from tests.http import passthrough_app
 from tests.http.harness import Conversation, new_key, request_scope, start
 from tests.http.passthrough_app import layered_app, litestar_app
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 # Litestar, message by message
 
 
-async def messages_of(app: App, scope: Scope, *given: Message) -> list[Message]:
+async def messages_of(app: App, scope: AsgiScope, *given: AsgiMessage) -> list[AsgiMessage]:
     """What an app sends when it is given these messages."""
     conversation = Conversation(app, scope)
     for message in given:
@@ -35,7 +35,7 @@ async def messages_of(app: App, scope: Scope, *given: Message) -> list[Message]:
     return conversation.sent
 
 
-REQUESTS: dict[str, tuple[Scope, list[Message]]] = {
+REQUESTS: dict[str, tuple[AsgiScope, list[AsgiMessage]]] = {
     "get": (request_scope("GET", "/plain", key="k"), [{"type": "http.request"}]),
     "streaming": (request_scope("GET", "/stream", key="k"), [{"type": "http.request"}]),
     "server-sent events": (request_scope("GET", "/events", key="k"), [{"type": "http.request"}]),
@@ -58,7 +58,7 @@ REQUESTS: dict[str, tuple[Scope, list[Message]]] = {
 
 @pytest.mark.parametrize("name", list(REQUESTS))
 async def test_h1_litestar_sends_the_same_messages_as_without_the_layer(name: str) -> None:
-    def asked() -> tuple[Scope, list[Message]]:
+    def asked() -> tuple[AsgiScope, list[AsgiMessage]]:
         scope, given = REQUESTS[name]
         return dict(scope), [dict(message) for message in given]
 
@@ -68,7 +68,7 @@ async def test_h1_litestar_sends_the_same_messages_as_without_the_layer(name: st
     assert within
 
 
-async def _in(app: App, scope: Scope, given: list[Message]) -> list[Message]:
+async def _in(app: App, scope: AsgiScope, given: list[AsgiMessage]) -> list[AsgiMessage]:
     return await messages_of(app, scope, *given)
 
 

@@ -15,7 +15,7 @@ from retryproof.http import body as bodies
 from retryproof.http import by_user
 from retryproof.http.body import Body, Budget, OverBudget
 from retryproof.http.key_source import json_field
-from retryproof.http.types import Receive, Scope, Send
+from retryproof.http.types import AsgiScope, Receive, Send
 from retryproof.stores.memory import MemoryStore
 from tests.http.conftest import MakeLayer
 from tests.http.harness import Counting, Events, call, new_key, read_body, start
@@ -26,7 +26,7 @@ JSON = (b"content-type", b"application/json")
 def responding(*messages: dict[str, Any]) -> Any:
     """An app that reads the body and sends these messages."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         for message in messages:
             await send(message)
@@ -53,7 +53,7 @@ def test_a_coroutine_function_is_refused_where_a_plain_callable_is_wanted(layer:
 
 
 class AsyncCall:
-    async def __call__(self, scope: Scope) -> bool:
+    async def __call__(self, scope: AsgiScope) -> bool:
         return False
 
 
@@ -106,7 +106,7 @@ async def test_h8_a_store_when_that_raises_leaves_no_lease_that_is_renewed_for_g
 
 
 async def test_h8_a_store_when_that_raises_lets_a_failure_be_tried_again(layer: MakeLayer) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         raise LookupError
 
     covered, key = layer(app, store_when=raises), new_key()
@@ -122,7 +122,7 @@ class Exits(BaseException):
 async def test_c5_what_is_no_exception_ends_the_renewal(layer: MakeLayer) -> None:
     """A handler that calls `sys.exit` in a server that survives it: the record waits for the end of its lease."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         raise Exits
 
     covered, key, events = layer(app, events=(events := Events(),)), new_key(), events
@@ -155,7 +155,7 @@ async def test_h9_headers_may_be_any_iterable(layer: MakeLayer) -> None:
     def headers() -> Iterator[tuple[bytes, bytes]]:
         yield b"x-one", b"1"
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await read_body(receive)
         await send({"type": "http.response.start", "status": 200, "headers": headers()})
         await send({"type": "http.response.body", "body": b"a"})
@@ -167,7 +167,7 @@ async def test_h9_headers_may_be_any_iterable(layer: MakeLayer) -> None:
 
 
 async def test_h9_a_buffer_that_the_app_uses_again_does_not_change_what_was_kept(layer: MakeLayer) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         buffer = bytearray(2)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for part in (b"ab", b"cd"):
@@ -281,7 +281,7 @@ async def test_h7_a_body_of_exactly_the_limit_is_taken(layer: MakeLayer) -> None
 async def test_nothing_is_left_of_requests_that_are_over(layer: MakeLayer) -> None:
     """New keys, replays, refusals and failures, with records that stay bounded."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         if b"fail" in await read_body(receive):
             raise LookupError
         await send({"type": "http.response.start", "status": 201, "headers": [(b"x-one", b"1")]})

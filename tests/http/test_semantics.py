@@ -28,11 +28,11 @@ from retryproof.http.semantics import (
     settles_always,
     settles_success,
 )
-from retryproof.http.types import Receive, Scope, Send
+from retryproof.http.types import AsgiScope, Receive, Send
 from retryproof.stores.memory import MemoryStore
 
 
-async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
+async def nothing(scope: AsgiScope, receive: Receive, send: Send) -> None:
     """An app that is never called."""
 
 

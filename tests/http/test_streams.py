@@ -9,7 +9,7 @@ import pytest
 
 from retryproof.core.errors import OutcomeUnknown
 from retryproof.core.policy import Policy
-from retryproof.http.types import Message, Receive, Scope, Send
+from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
 from tests.http.conftest import MakeLayer
 from tests.http.harness import call, new_key, start
 from tests.http.scripts import Script, head, part, sent, settled_code
@@ -35,8 +35,8 @@ async def test_h10_the_last_message_of_a_stream_is_held_until_it_is_stored(layer
     covered, key = layer(app), new_key()
     replayed_at_end = []
 
-    async def spying(scope: Scope, receive: Receive, send: Send) -> None:
-        async def spy(message: Message) -> None:
+    async def spying(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        async def spy(message: AsgiMessage) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 replayed_at_end.append((await call(covered, key=key, body=b"")).replayed)
             await send(message)
@@ -52,8 +52,8 @@ async def test_c4_a_single_message_is_held_until_it_is_stored(layer: MakeLayer) 
     covered, key = layer(app), new_key()
     replayed_at_head = []
 
-    async def spying(scope: Scope, receive: Receive, send: Send) -> None:
-        async def spy(message: Message) -> None:
+    async def spying(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        async def spy(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 replayed_at_head.append((await call(covered, key=key, body=b"")).replayed)
             await send(message)
@@ -70,7 +70,9 @@ BODY_HEADERS = [(b"content-type", b"text/plain"), (b"content-length", b"2048"), 
 @pytest.mark.parametrize(
     "parts", [[part(b"a" * 2048, more=False)], [part(b"a" * 1024), part(b"a" * 1024, more=False)]], ids=["one", "two"]
 )
-async def test_h10_over_the_limit_the_replay_says_that_it_was_omitted(layer: MakeLayer, parts: list[Message]) -> None:
+async def test_h10_over_the_limit_the_replay_says_that_it_was_omitted(
+    layer: MakeLayer, parts: list[AsgiMessage]
+) -> None:
     app = Script(head(*BODY_HEADERS, (b"location", b"/1"), status=201), *parts)
     covered, key = layer(app, policy=Policy(max_result=1024)), new_key()
     first = await call(covered, key=key, body=b"")
@@ -136,7 +138,7 @@ async def test_h11_an_app_that_answers_nothing_leaves_its_outcome_unknown(layer:
 @pytest.mark.needs("unfinished responses")
 @pytest.mark.parametrize("messages", [[], [part(b"a")]], ids=["head held", "streaming"])
 async def test_h11_an_app_that_stops_half_way_is_cut_and_its_outcome_unknown(
-    layer: MakeLayer, messages: list[Message]
+    layer: MakeLayer, messages: list[AsgiMessage]
 ) -> None:
     app = Script(head(status=201), *messages)
     covered, key = layer(app, policy=Policy(lease=0.05, on_abandoned="refuse")), new_key()
@@ -152,13 +154,13 @@ async def test_h11_an_app_that_stops_half_way_is_cut_and_its_outcome_unknown(
 async def test_work_after_the_response_goes_on_after_it_was_stored(layer: MakeLayer) -> None:
     events: list[str] = []
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         await send(head())
         await send(part(b"", more=False))
         events.append("background")
 
-    async def watching(scope: Scope, receive: Receive, send: Send) -> None:
-        async def watch(message: Message) -> None:
+    async def watching(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        async def watch(message: AsgiMessage) -> None:
             events.append(message["type"])
             await send(message)
 
@@ -187,7 +189,7 @@ async def test_an_exception_after_the_response_leaves_it_stored(layer: MakeLayer
 
 @pytest.mark.needs("messages")
 async def test_h14_trailers_arrive_and_leave_a_tombstone(layer: MakeLayer) -> None:
-    trailers: Message = {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")], "more_trailers": False}
+    trailers: AsgiMessage = {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")], "more_trailers": False}
     app = Script(head(status=201, trailers=True), part(b"a", more=False), trailers)
     covered, key = layer(app), new_key()
     assert (await call(covered, key=key, body=b"")).messages == list(app.messages)
@@ -197,7 +199,7 @@ async def test_h14_trailers_arrive_and_leave_a_tombstone(layer: MakeLayer) -> No
 
 @pytest.mark.needs("messages")
 async def test_h14_early_hints_and_pushes_go_out_at_once(layer: MakeLayer) -> None:
-    hint: Message = {"type": "http.response.early_hint", "links": [b"</a>"]}
+    hint: AsgiMessage = {"type": "http.response.early_hint", "links": [b"</a>"]}
     app = Script(hint, head(), part(b"a", more=False), paused=1)
     covered, key = layer(app), new_key()
     conversation = start(covered, key=key)
@@ -213,7 +215,7 @@ async def test_h14_early_hints_and_pushes_go_out_at_once(layer: MakeLayer) -> No
 async def test_h14_ways_around_the_layer_are_not_offered(layer: MakeLayer) -> None:
     seen: dict[str, Any] = {}
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         seen.update(scope["extensions"])
         await send(head())
         await send(part(b"", more=False))

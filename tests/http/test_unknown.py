@@ -24,7 +24,7 @@ from retryproof import Policy, current_operation, errors
 from retryproof.core.record import State
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
-from retryproof.http.types import App, Receive, Scope, Send
+from retryproof.http.types import App, AsgiScope, Receive, Send
 from retryproof.stores.memory import MemoryStore
 from tests.http.harness import Answer, new_key, start
 
@@ -53,7 +53,7 @@ async def charge_once(app: App, **options: Any) -> tuple[Answer, list[State]]:
 
 @pytest.mark.parametrize("error", RAISED, ids=IDS)
 async def test_c5_what_reaches_the_layer_keeps_the_record(error: Exception) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         raise error
 
     answer, states = await charge_once(app, store_when="stripe")
@@ -145,7 +145,7 @@ def _django(view: Callable[[HttpRequest], Any]) -> App:
 
     app: Any = get_asgi_application()
 
-    async def with_urls(scope: Scope, receive: Receive, send: Send) -> None:
+    async def with_urls(scope: AsgiScope, receive: Receive, send: Send) -> None:
         with override_settings(ROOT_URLCONF=Urls, ALLOWED_HOSTS=["*"], MIDDLEWARE=[]):
             await app(scope, receive, send)
 
@@ -177,7 +177,7 @@ async def test_c5_django_gives_back_what_any_other_exception_ends() -> None:
 async def test_c5_a_response_after_the_handler_said_so_is_neither_stored_nor_released(status: int, told: int) -> None:
     """Nor does anybody see a success that is not stored (I5)."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
         current_operation().outcome_unknown()
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b"done"})

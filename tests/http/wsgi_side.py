@@ -17,7 +17,7 @@ from urllib.parse import quote
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from retryproof.http import single_tenant
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.http.wsgi import IdempotencyMiddleware
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class WsgiLayer:
         self.middleware = IdempotencyMiddleware(as_wsgi(app), **options)
         self._engine = self.middleware._engine
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(SERVERS, _serve, self.middleware, scope, receive, send, loop)
 
@@ -59,7 +59,9 @@ def layered_by_wsgi(app: App, **options: Any) -> WsgiLayer:
     return WsgiLayer(app, **{"store": "memory://", "scope": single_tenant, **options})
 
 
-def _serve(app: WSGIApplication, scope: Scope, receive: Receive, send: Send, loop: asyncio.AbstractEventLoop) -> None:
+def _serve(
+    app: WSGIApplication, scope: AsgiScope, receive: Receive, send: Send, loop: asyncio.AbstractEventLoop
+) -> None:
     """One request, as a server with a thread a request serves it."""
 
     def on_loop(work: Awaitable[T]) -> T:
@@ -67,10 +69,10 @@ def _serve(app: WSGIApplication, scope: Scope, receive: Receive, send: Send, loo
 
     source = _Input(lambda: on_loop(receive()))
     environ = environ_of(scope, source, loop)
-    head: list[Message] = []
-    left: list[Future[Message]] = []
+    head: list[AsgiMessage] = []
+    left: list[Future[AsgiMessage]] = []
 
-    def tell(message: Message) -> None:
+    def tell(message: AsgiMessage) -> None:
         if left and left[0].done():
             raise BrokenPipeError("The client has left.")
         on_loop(send(message))
@@ -119,7 +121,7 @@ async def _awaited(work: Awaitable[T]) -> T:
 class _Input:
     """`wsgi.input` over ASGI's `receive`."""
 
-    def __init__(self, receive: Callable[[], Message]) -> None:
+    def __init__(self, receive: Callable[[], AsgiMessage]) -> None:
         self._receive = receive
         self._there = b""
         self.is_read = False
@@ -133,7 +135,7 @@ class _Input:
         return given
 
 
-def environ_of(scope: Scope, source: Any, loop: asyncio.AbstractEventLoop) -> WSGIEnvironment:
+def environ_of(scope: AsgiScope, source: Any, loop: asyncio.AbstractEventLoop) -> WSGIEnvironment:
     """The environ that a server makes of such a request."""
     environ: WSGIEnvironment = {
         "REQUEST_METHOD": scope["method"],
@@ -182,7 +184,7 @@ def as_wsgi(app: App) -> WSGIApplication:
     return wsgi_app
 
 
-def _start(message: Message, start_response: StartResponse) -> None:
+def _start(message: AsgiMessage, start_response: StartResponse) -> None:
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message.get("headers", ())]
     start_response(f"{message['status']} As Sent", headers)
 
@@ -193,16 +195,16 @@ class _Running:
     def __init__(self, app: App, environ: WSGIEnvironment) -> None:
         self._loop: asyncio.AbstractEventLoop = environ["test.loop"]
         body = environ["wsgi.input"].read()
-        requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        requests: list[AsgiMessage] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._messages: asyncio.Queue[AsgiMessage | None] = asyncio.Queue()
         self._taken = asyncio.Semaphore(0)
 
-        async def receive() -> Message:
+        async def receive() -> AsgiMessage:
             if not requests:
                 await asyncio.Event().wait()
             return requests.pop()
 
-        async def send(message: Message) -> None:
+        async def send(message: AsgiMessage) -> None:
             self._messages.put_nowait(message)
             await self._taken.acquire()
 
@@ -216,7 +218,7 @@ class _Running:
         self._first = True
         self.over = asyncio.run_coroutine_threadsafe(run(), self._loop)
 
-    def next(self) -> Message | None:
+    def next(self) -> AsgiMessage | None:
         """What the app sends next; None: it has returned. Raises what it raised."""
         if not self._first:
             self._loop.call_soon_threadsafe(self._taken.release)
@@ -230,7 +232,7 @@ class _Running:
         """A whole response, after which the app runs on until it returns."""
         return _Whole(parts, self)
 
-    def parts(self, message: Message) -> Iterable[bytes]:
+    def parts(self, message: AsgiMessage) -> Iterable[bytes]:
         """A stream, of which this is the first part."""
         return _Parts(message, self)
 
@@ -260,8 +262,8 @@ class _Whole(list[bytes]):
 class _Parts:
     """The parts of a stream, and work that goes on at `close`; closed early, it is stopped."""
 
-    def __init__(self, message: Message, running: _Running) -> None:
-        self._message: Message | None = message
+    def __init__(self, message: AsgiMessage, running: _Running) -> None:
+        self._message: AsgiMessage | None = message
         self._running = running
         self._ended = False
 

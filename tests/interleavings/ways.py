@@ -138,7 +138,7 @@ class Named(straight.Attempts):
         assert isinstance(paused, Paused)
         return paused
 
-    def claim(self, background: straight.Counting, *rest: Any) -> Claim:
+    def claim(self, background: straight.CountingBackground, *rest: Any) -> Claim:
         background.enter()
         return self.caller.claim()
 

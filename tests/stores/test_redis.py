@@ -38,7 +38,7 @@ from retryproof.core.errors import ConfigurationError, StoreUnavailable, Unreada
 from retryproof.core.record import State
 from retryproof.stores.base import AsyncStore, Store
 from retryproof.stores.redis import AsyncRedisStore, RedisStore
-from retryproof.stores.redis.protocol import Protocol, Request
+from retryproof.stores.redis.protocol import Protocol, RedisRequest
 from servers import Instance
 from servers.instance import free_port
 
@@ -626,7 +626,7 @@ def test_i7_a_pass_removes_nothing_that_nobody_has_been_told_of() -> None:
     assert [record.id for record in found] == [id]
     remove = next(Protocol("p").reap(0, found))
     fence = pack("<d", 5) + bytes(16)
-    assert remove == Request([1, b"p:" + id.hex().encode(), "over", fence], remove.script, repeatable=False)
+    assert remove == RedisRequest([1, b"p:" + id.hex().encode(), "over", fence], remove.script, repeatable=False)
 
 
 def wait_until(true: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ import uvloop
 from retryproof.core.errors import StoreUnavailable
 from retryproof.stores.redis import link
 from retryproof.stores.redis.asynchronous import AsyncRedisStore
-from retryproof.stores.redis.protocol import Plan, Reply, Request
+from retryproof.stores.redis.protocol import Plan, RedisReply, RedisRequest
 
 SECONDS = 10.0
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
@@ -73,9 +73,9 @@ async def serve() -> AsyncIterator[Serve]:
         listening.close()
 
 
-def echo(store: AsyncRedisStore, *, repeatable: bool = True) -> Awaitable[Reply]:
-    def plan() -> Plan[Reply]:
-        return (yield Request(["ECHO", "x"], repeatable=repeatable))
+def echo(store: AsyncRedisStore, *, repeatable: bool = True) -> Awaitable[RedisReply]:
+    def plan() -> Plan[RedisReply]:
+        return (yield RedisRequest(["ECHO", "x"], repeatable=repeatable))
 
     return store.perform(plan())
 
@@ -161,7 +161,7 @@ async def test_c3_a_connection_that_is_cut_in_an_answer_is_no_answer(serve: Serv
 
 async def test_an_error_of_the_server_is_one_and_so_is_what_is_no_redis(serve: Serve) -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
-        writer.write(b"-OOM no memory\r\n" if number == 1 else b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.write(b"-OOM no memory\r\n" if number == 1 else b"HTTP/1.1 400 Bad RedisRequest\r\n\r\n")
 
     _, store = await serve(refuse)
     with pytest.raises(StoreUnavailable, match="refused: no memory"):
@@ -202,8 +202,8 @@ def test_calls_side_by_side_get_their_own_answers(redis_url: str, loop: str) -> 
     async def main() -> None:
         store = AsyncRedisStore(redis_url)
 
-        def plan(text: str) -> Plan[Reply]:
-            return (yield Request(["ECHO", text]))
+        def plan(text: str) -> Plan[RedisReply]:
+            return (yield RedisRequest(["ECHO", text]))
 
         for _ in range(5):
             texts = [f"{number} " + "x" * number * 1_000 for number in range(40)]

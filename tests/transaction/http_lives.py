@@ -35,7 +35,7 @@ from retryproof import Policy, current_operation
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.fastapi import transaction
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.sql.callers.aiosqlite import Aiosqlite
 from retryproof.sql.callers.asyncpg import Asyncpg
 from retryproof.sql.callers.psycopg import AsyncPsycopg, Psycopg
@@ -107,8 +107,8 @@ class Answering:
         self._app = app
         self._crash = crash
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        async def sending(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 self._crash.reach("before answer")
             await send(message)

@@ -13,7 +13,7 @@ from retryproof.core.codec import JsonCodec, encode_value
 from retryproof.core.commands import DONE, LOST, Acquired, Checkpoint, Claim, Found, Look, Renew, Unreachable
 from retryproof.core.hold import Hold
 from retryproof.drive import clock
-from retryproof.recovery import ENDED, Call, Recovery, stepping
+from retryproof.recovery import ENDED, Recovery, StepCall, stepping
 
 KEY = UUID(int=7)
 NO_ANSWER = Unreachable(TimeoutError("no answer"))
@@ -38,7 +38,7 @@ def end(steps: Generator[Any, Any, Any], reply: Any) -> Any:
 def test_a_step_calls_its_function_and_keeps_the_result_fenced() -> None:
     found = recovery()
     steps = taken(found)
-    assert next(steps) == Call(KEY)
+    assert next(steps) == StepCall(KEY)
     command = steps.send({"paid": 5})
     assert isinstance(command, Checkpoint)
     assert (command.name, command.token) == ("charge", 3)
@@ -71,7 +71,7 @@ def test_c6_past_its_lease_a_step_renews_before_it_calls() -> None:
     found.hold.deadline = 0.0
     steps = taken(found)
     assert isinstance(next(steps), Renew)
-    assert steps.send(DONE) == Call(KEY)
+    assert steps.send(DONE) == StepCall(KEY)
     assert found.hold.deadline > 0.0
 
 

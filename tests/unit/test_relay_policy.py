@@ -9,7 +9,7 @@ import pytest
 from retryproof.core.message import UNCOUNTED, Message, queue_of
 from retryproof.outbox.policy import COUNTS, RelayPolicy, conclude
 from retryproof.publishers import DELIVERED, UNTRIED, Failed, Outcome
-from retryproof.publishers.base import Kind
+from retryproof.publishers.base import FailureKind
 
 POLICY = RelayPolicy()
 SECOND = 1_000_000
@@ -22,7 +22,7 @@ def message(key: str = "k", **more: Any) -> Message:
 
 
 def test_t6_each_kind_of_failure_has_its_row() -> None:
-    assert set(COUNTS) == {*get_args(Kind), "refusal", "death"}
+    assert set(COUNTS) == {*get_args(FailureKind), "refusal", "death"}
 
 
 @pytest.mark.parametrize(

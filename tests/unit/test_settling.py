@@ -14,7 +14,6 @@ from retryproof.core.commands import (
     Found,
     Linger,
     Look,
-    Outcome,
     Pause,
     Raised,
     Release,
@@ -22,6 +21,7 @@ from retryproof.core.commands import (
     Returned,
     Run,
     Unreachable,
+    WorkOutcome,
 )
 from retryproof.core.flow import Busy, Completed, Conclusion, Failed, Flow, attempt
 from retryproof.core.policy import Policy
@@ -34,7 +34,7 @@ CLAIM = Claim(
 DOWN = Unreachable(OSError("gone"))
 
 
-def settle(outcome: Outcome, policy: Policy, now: float = 1.0) -> tuple[Flow, object]:
+def settle(outcome: WorkOutcome, policy: Policy, now: float = 1.0) -> tuple[Flow, object]:
     """A flow whose work came to this, and its first command after that."""
     flow = attempt(CLAIM, policy, 0.0)
     assert next(flow) is CLAIM
@@ -56,7 +56,7 @@ def conclude(flow: Flow, reply: Reply, now: float) -> Conclusion:
     ids=str,
 )
 def test_c10_what_the_store_does_not_take_in_time_is_left_to_the_background(
-    outcome: Outcome, kind: type[Complete | Release]
+    outcome: WorkOutcome, kind: type[Complete | Release]
 ) -> None:
     """The caller of a result gets it, marked; a failure is not said to be given back."""
     flow, command = settle(outcome, Policy(complete_timeout=1.0, release_on_cancel=True))
@@ -78,7 +78,7 @@ def test_c10_what_the_store_does_not_take_in_time_is_left_to_the_background(
 
 @pytest.mark.parametrize("late", [LEASE, LEASE + 1.0])
 @pytest.mark.parametrize("outcome", [Returned(b"result"), Raised()], ids=str)
-def test_c6_past_its_own_count_of_the_lease_it_settles_as_before(outcome: Outcome, late: float) -> None:
+def test_c6_past_its_own_count_of_the_lease_it_settles_as_before(outcome: WorkOutcome, late: float) -> None:
     early, command = settle(outcome, Policy(), now=LEASE - 0.1)
     assert isinstance(command, Complete | Release)
     flow, same = settle(outcome, Policy(), now=late)
@@ -87,7 +87,7 @@ def test_c6_past_its_own_count_of_the_lease_it_settles_as_before(outcome: Outcom
 
 
 @pytest.mark.parametrize("outcome", [Returned(b"result"), Raised()], ids=str)
-def test_c8_who_lost_the_lease_looks_for_the_winner(outcome: Outcome) -> None:
+def test_c8_who_lost_the_lease_looks_for_the_winner(outcome: WorkOutcome) -> None:
     flow, _ = settle(outcome, Policy())
     assert flow.send((LOST, 1.0)) == Look(CLAIM.id)
     winner, _ = decide(None, replace(CLAIM, nonce=b"w" * 16), 1)
@@ -109,7 +109,7 @@ def test_c10_who_finds_the_record_gone_gets_its_own_error_all_the_same() -> None
 
 
 @pytest.mark.parametrize("outcome", [Raised(unknown=True), Cancelled()], ids=str)
-def test_c5_what_may_have_had_its_effect_is_not_given_back(outcome: Outcome) -> None:
+def test_c5_what_may_have_had_its_effect_is_not_given_back(outcome: WorkOutcome) -> None:
     flow = attempt(CLAIM, Policy(), 0.0)
     next(flow)
     run = flow.send((Acquired(7, 1, 0, CLAIM.nonce), 0.0))

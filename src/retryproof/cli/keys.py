@@ -13,7 +13,7 @@ from retryproof.cli.audit import audit_of, audit_options
 from retryproof.cli.command import Refused, json_option, opened, url_argument
 from retryproof.cli.find import PEPPER_VARIABLE, find, lookup_of, lookup_options, named, pages
 from retryproof.cli.output import Output, add_row, duration, table
-from retryproof.cli.settlement import Settlement, check_settleable
+from retryproof.cli.settlement import Decision, check_settleable
 from retryproof.cli.settlement import settle as settle_record
 from retryproof.cli.shown import abandoned, as_document, moment, pretty, result_of, state_of
 from retryproof.core.address import redacted
@@ -177,25 +177,25 @@ def settle(output: Output, **options: Any) -> None:
     output.answer({"settled": short_digest(record.id), "how": how}, f"{named(record)} is settled: {how}.")
 
 
-def _settlement(options: dict[str, Any]) -> Settlement:
+def _settlement(options: dict[str, Any]) -> Decision:
     outcome, response, status, value = (options.pop(name) for name in ("outcome", "response", "status", "value"))
     given = [name for name in (outcome, response, status, value) if name is not None]
     if len(given) != 1:
         raise click.UsageError("Say how: --as done, --as never-happened, --response, --status or --value.")
     if outcome is not None:
-        return Settlement(outcome == "done")
+        return Decision(outcome == "done")
     if response is not None:
-        return Settlement(True, given_result.response(response.read()))
-    return Settlement(True, given_result.status_only(status) if status is not None else given_result.value(value))
+        return Decision(True, given_result.response(response.read()))
+    return Decision(True, given_result.status_only(status) if status is not None else given_result.value(value))
 
 
-def _check_size(store: Store, settlement: Settlement) -> None:
+def _check_size(store: Store, settlement: Decision) -> None:
     most = store.capabilities.max_result
     if most is not None and settlement.result is not None and len(settlement.result) > most:
         raise click.UsageError(f"The result has {len(settlement.result)} bytes; this store keeps at most {most}.")
 
 
-def _how(settlement: Settlement) -> str:
+def _how(settlement: Decision) -> str:
     if not settlement.happened:
         return "never happened"
     return (

@@ -30,7 +30,7 @@ CHANGED = "it changed while you decided: look at it again (`keys show`), and dec
 
 
 @dataclass(frozen=True, slots=True)
-class Settlement:
+class Decision:
     """How: released as never happened, or done with a result; a result of None leaves a tombstone."""
 
     happened: bool
@@ -49,7 +49,7 @@ def check_settleable(record: Record) -> None:
         )
 
 
-def settle(store: Store, record: Record, settlement: Settlement, entry: dict[str, Any]) -> None:
+def settle(store: Store, record: Record, settlement: Decision, entry: dict[str, Any]) -> None:
     """Take the record over and settle it; raises Refused where somebody was faster, StoreUnavailable."""
     claim = Claim(
         id=record.id,

@@ -4,7 +4,7 @@
 
     command         reply
     Send            Answered (an HTTP response) or Broken (no whole response)
-    Pause           Resumed
+    Wait           Resumed
     Stop            none: the last reply is the result
 
 What may be sent again is decided by how far the failed attempt came. An attempt that never reached the server
@@ -34,7 +34,7 @@ StopReason = Literal["final", "unsafe", "attempts", "deadline", "budget"]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ClientCall:
     """One logical operation: its method, its key if it has one, and the monotonic time at which it began."""
 
     method: str
@@ -56,7 +56,7 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class Wait:
     """Wait, holding nothing: the failed attempt's response and connection are given back first."""
 
     seconds: float
@@ -96,12 +96,12 @@ class Resumed:
     now: float
 
 
-ClientCommand = Send | Pause | Stop
+ClientCommand = Send | Wait | Stop
 AttemptEnd = Answered | Broken | Resumed
 CallFlow = Generator[ClientCommand, AttemptEnd, None]
 
 
-def retrying(call: Call, policy: RetryPolicy, budget: RetryBudget, random: Callable[[], float]) -> CallFlow:
+def retrying(call: ClientCall, policy: RetryPolicy, budget: RetryBudget, random: Callable[[], float]) -> CallFlow:
     """Drive one call to its end; `random` gives numbers in [0, 1)."""
     ends_at = call.started + policy.deadline
     budget.deposit()
@@ -123,7 +123,7 @@ def retrying(call: Call, policy: RetryPolicy, budget: RetryBudget, random: Calla
         if reason is not None:
             yield Stop(attempt, reason)
             return
-        resumed = yield Pause(pause)
+        resumed = yield Wait(pause)
         # A pause can take longer than asked (a busy loop, a suspended machine).
         if resumed.now >= ends_at:
             yield Stop(attempt, "deadline")
@@ -132,7 +132,7 @@ def retrying(call: Call, policy: RetryPolicy, budget: RetryBudget, random: Calla
         attempt += 1
 
 
-def _refusal(call: Call, policy: RetryPolicy, reply: Answered | Broken) -> StopReason | None:
+def _refusal(call: ClientCall, policy: RetryPolicy, reply: Answered | Broken) -> StopReason | None:
     match reply:
         case Broken(sent=False):
             return None

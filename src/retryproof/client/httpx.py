@@ -33,12 +33,12 @@ from retryproof.client.budget import RetryBudget
 from retryproof.client.flow import (
     Answered,
     Broken,
-    Call,
+    ClientCall,
     ClientCommand,
-    Pause,
     Resumed,
     Send,
     Stop,
+    Wait,
     problem_code,
     retrying,
 )
@@ -64,7 +64,7 @@ class _Exchange:
     def __init__(self, request: httpx.Request, transport: _Retrying) -> None:
         policy = _policy_of(request, transport.policy)
         key = _key_of(request, policy)
-        self.call = Call(request.method, key, transport.monotonic())
+        self.call = ClientCall(request.method, key, transport.monotonic())
         if not isinstance(request.stream, httpx.ByteStream):
             policy = self._once(policy)
         self._request = request
@@ -202,7 +202,7 @@ class RetryTransport(httpx.BaseTransport):
                 match command:
                     case Send():
                         command = exchange.tell(self._send(exchange, command))
-                    case Pause(seconds):
+                    case Wait(seconds):
                         self._sleep(seconds)
                         command = exchange.resume()
                     case Stop():
@@ -273,7 +273,7 @@ class AsyncRetryTransport(httpx.AsyncBaseTransport):
                 match command:
                     case Send():
                         command = exchange.tell(await self._send(exchange, command))
-                    case Pause(seconds):
+                    case Wait(seconds):
                         await self._sleep(seconds)
                         command = exchange.resume()
                     case Stop():

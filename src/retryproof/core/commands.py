@@ -103,7 +103,7 @@ class Checkpoint:
 
 @value
 class Run:
-    """Run the caller's work under this hold; answered with an Outcome, or with NotBegun."""
+    """Run the caller's work under this hold; answered with a WorkOutcome, or with NotBegun."""
 
     hold: Hold
 
@@ -283,9 +283,9 @@ class Paused:
     on: bool = True
 
 
-Outcome = Returned | Committed | Raised | Cancelled | Stopped | LeaseLost
+WorkOutcome = Returned | Committed | Raised | Cancelled | Stopped | LeaseLost
 """What came of the work."""
 
 NOT_BEGUN = NotBegun()
 
-Reply = ClaimReply | FenceReply | Unreachable | Found | Outcome | NotBegun | Paused | None
+Reply = ClaimReply | FenceReply | Unreachable | Found | WorkOutcome | NotBegun | Paused | None

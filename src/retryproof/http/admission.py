@@ -44,7 +44,7 @@ class NotCovered:
     read: bool
 
 
-Refused = Problem | NotCovered
+NotAdmitted = Problem | NotCovered
 """Why a request claims nothing."""
 
 
@@ -94,7 +94,7 @@ class Admission:
         self.body: bytes | Body | None = None
         self.weak_key = ""
 
-    def begin(self) -> Refused | None:
+    def begin(self) -> NotAdmitted | None:
         """Look at everything but the body."""
         options, request = self._options, self.request
         identity = self._identity = self._identified()
@@ -115,7 +115,7 @@ class Admission:
         )
         return None
 
-    def take(self, chunk: bytes, *, more: bool) -> Refused | None:
+    def take(self, chunk: bytes, *, more: bool) -> NotAdmitted | None:
         """Take the next part of the body; `more` says that others follow."""
         body = self.body
         if body is None and not more:
@@ -149,7 +149,7 @@ class Admission:
             f"The body stalled after {self.size} bytes. Nothing was done; send it again with the same key.",
         )
 
-    def end(self) -> Refused | None:
+    def end(self) -> NotAdmitted | None:
         """The body is whole: find out which operation it is."""
         options, request, identity = self._options, self.request, self._identity
         if isinstance(options.key, JsonFieldKey):
@@ -242,7 +242,7 @@ class Admission:
             return source.find(request.key_lines, strength) if request.key_lines else None
         return source.find(request.context, strength) if isinstance(source, CallableKey) else None
 
-    def _no_key(self) -> Refused:
+    def _no_key(self) -> NotAdmitted:
         if not self._options.required.of(self.request.context):
             return NotCovered(self.body is not None)
         where = self._options.key.place

@@ -16,7 +16,7 @@ from retryproof.core.flow import Busy, Completed, Conclusion, Down, Failed, Fore
 from retryproof.core.policy import Policy
 from retryproof.http import problem as problems
 from retryproof.http.options import Options
-from retryproof.http.problem import Kind, Problem, render
+from retryproof.http.problem import Problem, ProblemType, render
 from retryproof.http.request import HttpRequest
 from retryproof.http.semantics import (
     Header,
@@ -102,7 +102,7 @@ def problem_of(conclusion: Conclusion, policy: Policy, operation: str) -> Proble
     return Problem(*_explained(conclusion, policy), operation)
 
 
-def _explained(conclusion: Conclusion, policy: Policy) -> tuple[Kind, str, int | None]:
+def _explained(conclusion: Conclusion, policy: Policy) -> tuple[ProblemType, str, int | None]:
     match conclusion:
         case Busy(left):
             seconds = retry_after(left, policy.lease)

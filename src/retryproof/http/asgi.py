@@ -30,7 +30,7 @@ from retryproof.http.options import (
 from retryproof.http.problem import DOCS_URL
 from retryproof.http.scope import Identify
 from retryproof.http.semantics import Preset, StoreWhen
-from retryproof.http.types import App, Message, Receive, Scope, Send
+from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.observe.events import Listener
 from retryproof.observe.logging import log_event
 from retryproof.stores.base import AsyncStore, Store
@@ -123,7 +123,7 @@ class IdempotencyMiddleware:
             app, options, store=store, policy=policy if isinstance(policy, Policy) else None, events=events
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http" or scope["method"] not in self._methods:
             if scope["type"] == "lifespan":
@@ -142,7 +142,7 @@ class IdempotencyMiddleware:
     def _closing(self, send: Send) -> Send:
         """A `send` that closes the store when the app has shut down."""
 
-        async def send_and_close(message: Message) -> None:
+        async def send_and_close(message: AsgiMessage) -> None:
             if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
                 await self.aclose()
             await send(message)

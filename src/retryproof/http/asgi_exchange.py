@@ -15,7 +15,7 @@ from retryproof.core.errors import IdempotencyError
 from retryproof.core.flow import Conclusion, Down
 from retryproof.core.policy import Policy
 from retryproof.drive import clock
-from retryproof.http.admission import COVERED, Admission, NotCovered, Refused
+from retryproof.http.admission import COVERED, Admission, NotAdmitted, NotCovered
 from retryproof.http.answers import UNPROTECTED, refusal
 from retryproof.http.asgi_answers import AsgiEngine, send_answer, send_conclusion
 from retryproof.http.asgi_run import AsgiRun
@@ -24,7 +24,7 @@ from retryproof.http.client_link import DISCONNECT, ClientLink
 from retryproof.http.problem import Problem
 from retryproof.http.request import HttpRequest, key_lines_in
 from retryproof.http.semantics import traceparent
-from retryproof.http.types import Message, Receive, Scope, Send
+from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
 from retryproof.observe.events import Event, Kind
 
 _HIDDEN_EXTENSIONS = ("http.response.pathsend", "http.response.zerocopysend")
@@ -39,7 +39,7 @@ GONE = Gone()
 
 
 async def respond(
-    engine: AsgiEngine, scope: Scope, receive: Receive, send: Send, request: HttpRequest, policy: Policy
+    engine: AsgiEngine, scope: AsgiScope, receive: Receive, send: Send, request: HttpRequest, policy: Policy
 ) -> None:
     """Run the operation, replay it, or say why not."""
     admission = Admission(engine.options, request, policy)
@@ -70,9 +70,9 @@ async def respond(
 # Admission
 
 
-async def _admit(engine: AsgiEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
+async def _admit(engine: AsgiEngine, admission: Admission, receive: Receive) -> NotAdmitted | Gone | None:
     """Why the request may not claim its operation; None: it may."""
-    refused: Refused | Gone | None = admission.begin()
+    refused: NotAdmitted | Gone | None = admission.begin()
     if refused is None:
         message = await receive()
         if message["type"] == DISCONNECT:
@@ -91,7 +91,7 @@ async def _admit(engine: AsgiEngine, admission: Admission, receive: Receive) -> 
     return refused
 
 
-async def _read_on(engine: AsgiEngine, admission: Admission, receive: Receive) -> Refused | Gone | None:
+async def _read_on(engine: AsgiEngine, admission: Admission, receive: Receive) -> NotAdmitted | Gone | None:
     """Take the rest of a body that comes in several messages."""
     now, patience = asyncio.get_running_loop().time, engine.options.body_timeout
     began = now()
@@ -110,7 +110,12 @@ async def _read_on(engine: AsgiEngine, admission: Admission, receive: Receive) -
 
 
 async def _turn_away(
-    engine: AsgiEngine, admission: Admission, refused: Refused | Gone, scope: Scope, receive: Receive, send: Send
+    engine: AsgiEngine,
+    admission: Admission,
+    refused: NotAdmitted | Gone,
+    scope: AsgiScope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     match refused:
         case Problem():
@@ -152,10 +157,10 @@ async def _begin(engine: AsgiEngine, admission: Admission, link: ClientLink) -> 
     )
 
 
-async def _run_unprotected(engine: AsgiEngine, scope: Scope, receive: Receive, send: Send) -> None:
+async def _run_unprotected(engine: AsgiEngine, scope: AsgiScope, receive: Receive, send: Send) -> None:
     """The route would rather double an effect than refuse (C10)."""
 
-    async def send_marked(message: Message) -> None:
+    async def send_marked(message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
             message = {**message, "headers": [*message.get("headers", ()), UNPROTECTED]}
         await send(message)
@@ -166,7 +171,7 @@ async def _run_unprotected(engine: AsgiEngine, scope: Scope, receive: Receive, s
 # What is asked for
 
 
-def request_of(scope: Scope, key_header: bytes | None) -> HttpRequest:
+def request_of(scope: AsgiScope, key_header: bytes | None) -> HttpRequest:
     """The request in an ASGI scope. Callables of the user's are given the scope itself."""
     every = scope["headers"]
     headers: dict[bytes, bytes] = dict(every)
@@ -174,7 +179,7 @@ def request_of(scope: Scope, key_header: bytes | None) -> HttpRequest:
     return HttpRequest(scope["method"], _raw_path(scope), scope.get("query_string", b""), headers, lines, scope)
 
 
-def _raw_path(scope: Scope) -> bytes:
+def _raw_path(scope: AsgiScope) -> bytes:
     raw = scope.get("raw_path")
     if raw is None:
         path, root = scope["path"], scope.get("root_path", "")
@@ -183,7 +188,7 @@ def _raw_path(scope: Scope) -> bytes:
     return bytes(raw).partition(b"?")[0]
 
 
-def _app_scope(scope: Scope, *, stops: bool) -> Scope:
+def _app_scope(scope: AsgiScope, *, stops: bool) -> AsgiScope:
     """The scope for the app: the same object, since what lies outside reads from it what routing put there.
 
     Ways to send a file past the layer are not offered. The app is told that sending to a client that has left is an

@@ -16,7 +16,7 @@ import logging
 
 from retryproof import operation
 from retryproof.attempt import LoopAttempt
-from retryproof.core.commands import Outcome, Raised
+from retryproof.core.commands import Raised, WorkOutcome
 from retryproof.core.errors import IdempotencyError
 from retryproof.core.flow import Completed, Conclusion, Failed
 from retryproof.core.hold import Hold
@@ -29,7 +29,7 @@ from retryproof.http.client_link import ClientLink
 from retryproof.http.problem import Problem
 from retryproof.http.recorder import WRONG, is_interim
 from retryproof.http.settlement import FAIL_OPEN, Settlement
-from retryproof.http.types import Message, Scope
+from retryproof.http.types import AsgiMessage, AsgiScope
 
 logger = logging.getLogger("retryproof.http")
 
@@ -71,7 +71,7 @@ class AsgiRun:
     )
 
     def __init__(
-        self, engine: AsgiEngine, admission: Admission, attempt: LoopAttempt, scope: Scope, link: ClientLink
+        self, engine: AsgiEngine, admission: Admission, attempt: LoopAttempt, scope: AsgiScope, link: ClientLink
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._engine = engine
@@ -89,8 +89,8 @@ class AsgiRun:
         self._state = RUNNING
         self._stopped = ""  # what happened, when we cancelled the app
         self._deserted = False  # by its server: nobody waits for what the app raises
-        self._head: Message | None = None  # these two are held
-        self._last: Message | None = None
+        self._head: AsgiMessage | None = None  # these two are held
+        self._last: AsgiMessage | None = None
         self._streamed = 0  # parts
         self._rest: asyncio.Task[Conclusion] | None = None  # of a joined transaction
         self._conclusion: Conclusion | None = None
@@ -252,7 +252,7 @@ class AsgiRun:
 
     # The app's response
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: AsgiMessage) -> None:
         kind = message["type"]
         if self._state is SETTLING or self._state is SETTLED:
             if self._conclusion is None or isinstance(self._conclusion, Completed | Failed):
@@ -272,7 +272,7 @@ class AsgiRun:
         else:
             await self._stream(message)
 
-    def _take_head(self, message: Message) -> None:
+    def _take_head(self, message: AsgiMessage) -> None:
         headers = message.get("headers", ())
         if not isinstance(headers, list | tuple):  # ASGI says an iterable, which may be good for one look
             headers = list(headers)
@@ -283,7 +283,7 @@ class AsgiRun:
             if self._on_departure == "stop":
                 self._link.stop_without_client()
 
-    def _take(self, kind: str, message: Message) -> bool:
+    def _take(self, kind: str, message: AsgiMessage) -> bool:
         """Take a part of the response; whether it is the last."""
         recorder = self._settlement.recorder
         if kind == "http.response.body":
@@ -292,7 +292,7 @@ class AsgiRun:
             return recorder.trailers(more=message.get("more_trailers", False))
         return recorder.unseen(more=message.get("more_body", False))
 
-    async def _stream(self, message: Message) -> None:
+    async def _stream(self, message: AsgiMessage) -> None:
         """Let go of a part that is not the last."""
         link = self._link
         if self._settlement.recorder.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
@@ -332,7 +332,7 @@ class AsgiRun:
         link.tell()
         await self._conclude(conclusion)
 
-    async def _end_transaction(self, outcome: Outcome) -> Conclusion:
+    async def _end_transaction(self, outcome: WorkOutcome) -> Conclusion:
         """Commit the handler's transaction with its response, or roll it back and call that no success (T1)."""
         attempt, settlement = self._attempt, self._settlement
         settled, error = await operation.asettle(attempt.operation, Raised() if settlement.rolls_back else outcome)

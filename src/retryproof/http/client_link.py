@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from retryproof.http.body import Body
 from retryproof.http.departed import ClientLeft
-from retryproof.http.types import Message, Receive, Send
+from retryproof.http.types import AsgiMessage, Receive, Send
 
 DISCONNECT = "http.disconnect"
 
@@ -49,7 +49,7 @@ class ClientLink:
         self._chunks: Iterator[bytes] | None = None
         self._given = 0
         self._unread = True
-        self._watch: asyncio.Future[Message] | None = None
+        self._watch: asyncio.Future[AsgiMessage] | None = None
         self._telling: asyncio.Future[None] | None = None
         self.body = body
         self.left = False
@@ -58,7 +58,7 @@ class ClientLink:
         self.tells = True
         self.stops = False
 
-    async def receive(self) -> Message:
+    async def receive(self) -> AsgiMessage:
         """The body, then what the server has to say."""
         if self._unread:
             return self._next_chunk()
@@ -74,7 +74,7 @@ class ClientLink:
             await asyncio.shield(self._telling)
         return message
 
-    def _next_chunk(self) -> Message:
+    def _next_chunk(self) -> AsgiMessage:
         body = self.body
         if isinstance(body, bytes):
             self._unread = False
@@ -88,14 +88,14 @@ class ClientLink:
             body.close()
         return {"type": "http.request", "body": chunk, "more_body": self._unread}
 
-    def watch(self) -> asyncio.Future[Message]:
+    def watch(self) -> asyncio.Future[AsgiMessage]:
         """What the server has to say next, the departure of the client above all; asked for once, whoever waits."""
         if self._watch is None:
             self._watch = asyncio.ensure_future(self._receive())
             self._watch.add_done_callback(self._note)
         return self._watch
 
-    def _note(self, watch: asyncio.Future[Message]) -> None:
+    def _note(self, watch: asyncio.Future[AsgiMessage]) -> None:
         if not watch.cancelled() and (watch.exception() is not None or watch.result()["type"] == DISCONNECT):
             self._leave()
 
@@ -104,7 +104,7 @@ class ClientLink:
         if first and self.on_left is not None:
             self.on_left()
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: AsgiMessage) -> None:
         """Send to the client, if it is still there."""
         if self.detached:
             return

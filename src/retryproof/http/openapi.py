@@ -8,10 +8,10 @@ from typing import Any
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.policy import Policy
 from retryproof.http import problem as problems
-from retryproof.http.problem import Kind
+from retryproof.http.problem import ProblemType
 from retryproof.http.semantics import covered_methods
 
-_ANSWERS: Mapping[str, tuple[Kind, ...]] = {
+_ANSWERS: Mapping[str, tuple[ProblemType, ...]] = {
     "400": (problems.KEY_MISSING, problems.KEY_INVALID),
     "409": (problems.IN_PROGRESS, problems.OUTCOME_UNKNOWN),
     "413": (problems.BODY_TOO_LARGE,),
@@ -87,7 +87,7 @@ def _replay_mark() -> dict[str, Any]:
     }
 
 
-def _add_answer(responses: dict[str, Any], status: str, kinds: tuple[Kind, ...]) -> None:
+def _add_answer(responses: dict[str, Any], status: str, kinds: tuple[ProblemType, ...]) -> None:
     text = "; ".join(f"{kind.title} (`{kind.code}`)" for kind in kinds) + "."
     answer = responses.setdefault(status, {"description": text})
     if text not in answer.get("description", ""):

@@ -14,7 +14,7 @@ DOCS_URL = "https://retryproof.readthedocs.io/en/stable/reference/problems.html"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ProblemType:
     """One kind of refusal: its code, status and title stay; details differ."""
 
     code: str
@@ -22,22 +22,22 @@ class Kind:
     title: str
 
 
-KEY_MISSING = Kind("key-missing", 400, "This request needs an idempotency key")
-KEY_INVALID = Kind("key-invalid", 400, "The idempotency key is not valid")
-BODY_MISMATCH = Kind("body-length-mismatch", 400, "The body does not have the length that was announced")
-REPLAY_DENIED = Kind("replay-denied", 403, "The stored response is not for this caller")
-BODY_TIMEOUT = Kind("body-timeout", 408, "The body did not come in time")
-IN_PROGRESS = Kind("in-progress", 409, "The same request is being processed")
-OUTCOME_UNKNOWN = Kind("outcome-unknown", 409, "Whether an earlier attempt took effect is not known")
-BODY_TOO_LARGE = Kind("body-too-large", 413, "The body is too large")
-KEY_REUSED = Kind("key-reused", 422, "The idempotency key was used with another request")
-HANDLER_FAILED = Kind("handler-failed", 500, "The request failed")
-TRANSACTION_FAILED = Kind("transaction-failed", 500, "The transaction was not committed")
-RECORD_UNREADABLE = Kind("record-unreadable", 503, "The stored response cannot be read")
-STORE_UNAVAILABLE = Kind("store-unavailable", 503, "The idempotency store gave no answer")
-BUSY = Kind("too-busy", 503, "Too many large requests are being received")
+KEY_MISSING = ProblemType("key-missing", 400, "This request needs an idempotency key")
+KEY_INVALID = ProblemType("key-invalid", 400, "The idempotency key is not valid")
+BODY_MISMATCH = ProblemType("body-length-mismatch", 400, "The body does not have the length that was announced")
+REPLAY_DENIED = ProblemType("replay-denied", 403, "The stored response is not for this caller")
+BODY_TIMEOUT = ProblemType("body-timeout", 408, "The body did not come in time")
+IN_PROGRESS = ProblemType("in-progress", 409, "The same request is being processed")
+OUTCOME_UNKNOWN = ProblemType("outcome-unknown", 409, "Whether an earlier attempt took effect is not known")
+BODY_TOO_LARGE = ProblemType("body-too-large", 413, "The body is too large")
+KEY_REUSED = ProblemType("key-reused", 422, "The idempotency key was used with another request")
+HANDLER_FAILED = ProblemType("handler-failed", 500, "The request failed")
+TRANSACTION_FAILED = ProblemType("transaction-failed", 500, "The transaction was not committed")
+RECORD_UNREADABLE = ProblemType("record-unreadable", 503, "The stored response cannot be read")
+STORE_UNAVAILABLE = ProblemType("store-unavailable", 503, "The idempotency store gave no answer")
+BUSY = ProblemType("too-busy", 503, "Too many large requests are being received")
 
-KINDS: Mapping[str, Kind] = MappingProxyType(
+KINDS: Mapping[str, ProblemType] = MappingProxyType(
     {
         kind.code: kind
         for kind in (
@@ -64,7 +64,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 class Problem:
     """A refusal to send: kind, what happened and what to do, and the seconds to wait where a retry helps."""
 
-    kind: Kind
+    kind: ProblemType
     detail: str
     retry_after: int | None = None
     operation: str | None = None

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, assert_never
 
-from retryproof.core.commands import Cancelled, LeaseLost, Outcome, Raised, Returned
+from retryproof.core.commands import Cancelled, LeaseLost, Raised, Returned, WorkOutcome
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.failure import causes, outcome_of, unknown_in
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Failed, Foreign, Mismatched, Refused, Replayed
@@ -197,7 +197,7 @@ class Settlement:
             return endings.STOPPED
         return endings.RAISED_KEPT if self._is_final(HANDLER_FAILED.status, ()) else endings.RAISED
 
-    def _outcome_of(self, error: BaseException) -> Outcome:
+    def _outcome_of(self, error: BaseException) -> WorkOutcome:
         """What the app's exception says of the effect (C5).
 
         Once the head has gone a framework cannot answer what is raised, and raises one of its own from it, which says
@@ -235,7 +235,7 @@ class Settlement:
         )
         return Problem(OUTCOME_UNKNOWN, _UNKNOWN if said is None else said.message, operation=digest)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> WorkOutcome:
         """What the record is to get."""
         record = "" if self.ending is None else self.ending.record
         match record:
@@ -259,7 +259,7 @@ class Settlement:
         """Whether the response is kept without the joined work, as for a failure: nobody takes a 500 for done (T1)."""
         return self.ending is not None and self.ending.record in (endings.COMPLETED_ALONE, endings.FAILURE)
 
-    def transaction_failed(self, outcome: Outcome, error: BaseException) -> None:
+    def transaction_failed(self, outcome: WorkOutcome, error: BaseException) -> None:
         """The joined transaction has ended like this, instead of being committed."""
         digest = short_digest(self._hold.id)
         logger.error("The transaction of operation %s failed.", digest, exc_info=error)
@@ -317,7 +317,7 @@ class Settlement:
         return OutcomeUnknown(message, digest=short_digest(self._hold.id))
 
 
-def _refusal(outcome: Outcome, error: BaseException) -> Problem:
+def _refusal(outcome: WorkOutcome, error: BaseException) -> Problem:
     """What a caller is told whose handler succeeded and whose transaction did not."""
     if not isinstance(outcome, Raised) or not outcome.unknown:
         return Problem(TRANSACTION_FAILED, "Nothing was done. Try again with the same key.")

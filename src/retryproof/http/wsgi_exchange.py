@@ -17,7 +17,7 @@ from retryproof.core.errors import IdempotencyError
 from retryproof.core.flow import Conclusion, Down
 from retryproof.core.policy import Policy
 from retryproof.drive import clock
-from retryproof.http.admission import COVERED, Admission, NotCovered, Refused
+from retryproof.http.admission import COVERED, Admission, NotAdmitted, NotCovered
 from retryproof.http.answers import UNPROTECTED, refusal
 from retryproof.http.body import CHUNK, Body, deadline
 from retryproof.http.environ import body_file
@@ -66,7 +66,7 @@ def respond(
 # Admission
 
 
-def _admit(engine: WsgiEngine, admission: Admission, environ: WSGIEnvironment) -> Refused | None:
+def _admit(engine: WsgiEngine, admission: Admission, environ: WSGIEnvironment) -> NotAdmitted | None:
     """Why the request may not claim its operation; None: it may."""
     refused = admission.begin()
     if refused is None:
@@ -81,7 +81,7 @@ def _admit(engine: WsgiEngine, admission: Admission, environ: WSGIEnvironment) -
     return refused
 
 
-def _read_body(admission: Admission, environ: WSGIEnvironment, patience: float) -> Refused | None:
+def _read_body(admission: Admission, environ: WSGIEnvironment, patience: float) -> NotAdmitted | None:
     """Take the body. A server that waits for a client that stalls is not to be interrupted; it has a time-out."""
     source: Any = environ["wsgi.input"]
     left = admission.request.announced

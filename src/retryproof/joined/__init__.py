@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from retryproof.core.commands import Outcome, Raised
+from retryproof.core.commands import Raised, WorkOutcome
 from retryproof.core.errors import ConfigurationError
 from retryproof.drive import Asking, apump, pump
 from retryproof.joined.transaction import Settled, Steps, Transaction
@@ -96,14 +96,14 @@ class Joined:
         finally:
             self._joining = False
 
-    def settle(self, outcome: Outcome) -> Settled:
+    def settle(self, outcome: WorkOutcome) -> Settled:
         """Commit the transaction with this outcome, or roll it back; what came of the work, which has none then."""
         transaction, self.transaction = self.transaction, None
         if transaction is None:
             return outcome, None
         return pump(transaction.settle(outcome), transaction.perform)
 
-    async def asettle(self, outcome: Outcome) -> Settled:
+    async def asettle(self, outcome: WorkOutcome) -> Settled:
         """`settle` on the event loop, whichever kind of connection it has.
 
         A cancellation does not part the result from its commit: it is handed back as the error, after the end. A second

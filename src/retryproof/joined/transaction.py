@@ -44,12 +44,12 @@ from retryproof.core.commands import (
     LeaseLost,
     Look,
     Lost,
-    Outcome,
     Pause,
     Raised,
     Release,
     Renew,
     Returned,
+    WorkOutcome,
 )
 from retryproof.core.errors import ConfigurationError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.flow import FIRST_BACKOFF, LAST_BACKOFF
@@ -72,7 +72,7 @@ from retryproof.sql.plan import Joining, Statement
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
 
-Settled: TypeAlias = tuple[Outcome, BaseException | None]
+Settled: TypeAlias = tuple[WorkOutcome, BaseException | None]
 """What came of the work once its transaction is over, and what its caller is raised."""
 ANOTHER = "another transaction is open on it than the one that was joined"
 
@@ -173,7 +173,7 @@ class Transaction:
                 how = (None, None, None) if error is None else (type(error), error, error.__traceback__)
                 return block.__aexit__(*how) if self._on_loop else block.__exit__(*how)
 
-    async def asettle(self, outcome: Outcome, ask: Callable[[Any], Any]) -> Settled:
+    async def asettle(self, outcome: WorkOutcome, ask: Callable[[Any], Any]) -> Settled:
         """Pump `settle` on an event loop, whichever kind of connection it is.
 
         What blocks is done in a thread, or here when the handler blocked here too. ask: gives the store a command.
@@ -309,7 +309,7 @@ class Transaction:
             yield Leave(self._block, None)
         return result
 
-    def settle(self, outcome: Outcome) -> Steps[Settled]:
+    def settle(self, outcome: WorkOutcome) -> Steps[Settled]:
         """Commit the work with its result, or roll it back; what came of it, and the error that says why not."""
         try:
             return (yield from self._settled(outcome, self.broken()))
@@ -322,7 +322,7 @@ class Transaction:
                     digest = self._recovery.digest
                     logger.warning("The connection of operation %s could not be closed.", digest, exc_info=error)
 
-    def _settled(self, outcome: Outcome, broken: str | None) -> Steps[Settled]:
+    def _settled(self, outcome: WorkOutcome, broken: str | None) -> Steps[Settled]:
         """broken: why the transaction that was joined is of no use any more."""
         if not isinstance(outcome, Returned):
             return (yield from self._undone(outcome, broken))
@@ -350,7 +350,7 @@ class Transaction:
             return (yield from self._doubted(outcome, error))
         return Committed(outcome.result), None
 
-    def _undone(self, outcome: Outcome, broken: str | None) -> Steps[Settled]:
+    def _undone(self, outcome: WorkOutcome, broken: str | None) -> Steps[Settled]:
         """Roll the work back; OutcomeUnknown where it had been committed before.
 
         Unless the library knows, the connection is asked first whether its transaction is still ours, in place of the

@@ -30,7 +30,7 @@ class Delivered:
     """The other side has it."""
 
 
-Kind: TypeAlias = Literal["answer", "unreachable", "unsent"]
+FailureKind: TypeAlias = Literal["answer", "unreachable", "unsent"]
 """Kinds of failure that may be tried again: an answer about the message itself (4xx, 500); nobody who could have said
 anything about it (no connection, no answer in time, 429, 502 to 504); not sent, for the relay's own reasons."""
 
@@ -46,10 +46,10 @@ class Failed:
     reason: str
     permanent: bool = False
     retry_after: float | None = None
-    kind: Kind = "answer"
+    kind: FailureKind = "answer"
 
     @property
-    def counts_as(self) -> Kind | Literal["refusal"]:
+    def counts_as(self) -> FailureKind | Literal["refusal"]:
         """Its row in the relay's table of what a failure counts towards."""
         return "refusal" if self.permanent else self.kind
 
@@ -204,7 +204,7 @@ def being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def kind_of(error: BaseException) -> Kind:
+def kind_of(error: BaseException) -> FailureKind:
     """Whether an exception, or one that it came from, says that the other side was out of reach."""
     seen: BaseException | None = error
     for _ in range(_DEEPEST):

@@ -32,7 +32,7 @@ from retryproof.core.record import Record
 from retryproof.stores.base import AsyncStore, Capabilities, Reaped, Store
 
 T = TypeVar("T")
-Call = Callable[["Bench"], Awaitable[T]]
+BenchCall = Callable[["Bench"], Awaitable[T]]
 
 LONG = 3_600.0
 """Seconds that no test lives to see the end of."""
@@ -65,7 +65,7 @@ class Bench(ABC):
         """Let time pass."""
 
     @abstractmethod
-    async def together(self, calls: Sequence[Call[T]]) -> list[T]:
+    async def together(self, calls: Sequence[BenchCall[T]]) -> list[T]:
         """All calls at once, from threads or tasks, shared out over the store and its rival."""
 
     # Commands
@@ -205,7 +205,7 @@ class BlockingBench(Bench):
     async def pause(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251 - there is no event loop here
 
-    async def together(self, calls: Sequence[Call[T]]) -> list[T]:
+    async def together(self, calls: Sequence[BenchCall[T]]) -> list[T]:
         stores = [self, self if self._rival is None else BlockingBench(self._rival, None, self._advance)]
         start = threading.Barrier(len(calls), timeout=PATIENCE)
 
@@ -235,7 +235,7 @@ class AsyncBench(Bench):
     async def pause(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    async def together(self, calls: Sequence[Call[T]]) -> list[T]:
+    async def together(self, calls: Sequence[BenchCall[T]]) -> list[T]:
         stores = [self, self if self._rival is None else AsyncBench(self._rival, None, self._advance)]
         return list(await asyncio.gather(*(call(stores[number % 2]) for number, call in enumerate(calls))))
 

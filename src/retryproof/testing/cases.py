@@ -30,7 +30,7 @@ from retryproof.testing.bench import (
     LONG,
     SHORT,
     Bench,
-    Call,
+    BenchCall,
     again,
     checkpoint,
     complete,
@@ -950,7 +950,7 @@ async def c19_a_pass_of_reaping_is_bounded(bench: Bench) -> None:
 # Races
 
 
-def _claims(claim: Claim) -> Call[ClaimReply]:
+def _claims(claim: Claim) -> BenchCall[ClaimReply]:
     return lambda bench: bench.claim(claim)
 
 
@@ -1016,7 +1016,7 @@ async def a_crowd_at_operations_of_its_own_is_acquired(bench: Bench) -> None:
     assert all(reply == DONE for replies in done for reply in replies)
 
 
-def _batch(commands: Sequence[StoreCommand]) -> Call[list[Any]]:
+def _batch(commands: Sequence[StoreCommand]) -> BenchCall[list[Any]]:
     return lambda bench: bench.batch(commands)
 
 
@@ -1066,7 +1066,7 @@ async def of_a_late_complete_and_a_take_over_one_wins(bench: Bench) -> None:
                 raise AssertionError(f"{settled} and {claimed} cannot both be")
 
 
-def _one(command: StoreCommand) -> Call[Any]:
+def _one(command: StoreCommand) -> BenchCall[Any]:
     return lambda bench: bench.one(command)
 
 

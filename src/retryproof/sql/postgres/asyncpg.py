@@ -14,7 +14,7 @@ from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.url import (
     CONNECT_TIMEOUT,
     POOL_SIZE,
-    Target,
+    PostgresTarget,
     check_primary,
     check_server,
     explain,
@@ -39,10 +39,10 @@ class AsyncpgPool:
     timeout: seconds for each call, connecting included. check: the statement whose row `check_server` judges.
     """
 
-    def __init__(self, source: Target | Pool, timeout: float, check: str) -> None:
+    def __init__(self, source: PostgresTarget | Pool, timeout: float, check: str) -> None:
         self._timeout = timeout
         self._connections = (
-            _Connections(source, timeout) if isinstance(source, Target) else _Borrowed(source, timeout, check)
+            _Connections(source, timeout) if isinstance(source, PostgresTarget) else _Borrowed(source, timeout, check)
         )
 
     async def aclose(self) -> None:
@@ -175,7 +175,7 @@ def _over(deadline: float, loop: asyncio.AbstractEventLoop | None = None) -> boo
 class _Connections:
     """A few connections of our own."""
 
-    def __init__(self, target: Target, timeout: float) -> None:
+    def __init__(self, target: PostgresTarget, timeout: float) -> None:
         self._target = target
         self._timeout = timeout
         self._idle: list[_Line] = []
@@ -289,7 +289,7 @@ async def _check(connection: Connection, statement: str) -> None:
     check_server(*row)
 
 
-async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
+async def transaction(target: PostgresTarget, plan: Callable[[], Plan[T]]) -> T:
     """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
     try:
         connection = await connect_to_primary(target)
@@ -302,7 +302,7 @@ async def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
         raise explain(error, getattr(error, "sqlstate", None)) from error
 
 
-async def connect_to_primary(target: Target) -> asyncpg.Connection[asyncpg.Record]:
+async def connect_to_primary(target: PostgresTarget) -> asyncpg.Connection[asyncpg.Record]:
     """A connection with the session's own settings; raises a driver's error or StoreUnavailable."""
     loop = asyncio.get_running_loop()
     failure: Exception = TimeoutError()

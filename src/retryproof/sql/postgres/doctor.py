@@ -12,7 +12,7 @@ from retryproof.sql.plan import Plan, Statement
 from retryproof.sql.postgres.migrate import migrations, transaction
 from retryproof.sql.postgres.outbox import Numbering, PostgresOutbox
 from retryproof.sql.postgres.statements import TABLE, markers, worklist
-from retryproof.sql.postgres.url import SCHEMA_VERSION, ReadReplica, Target, parse
+from retryproof.sql.postgres.url import SCHEMA_VERSION, PostgresTarget, ReadReplica, parse
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
@@ -79,7 +79,7 @@ def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
     return [*verdicts(facts), encryption(facts, url)]
 
 
-def gather(target: Target, host_clock: Callable[[], float]) -> Plan[Facts]:
+def gather(target: PostgresTarget, host_clock: Callable[[], float]) -> Plan[Facts]:
     """A few statements that read the catalogue."""
     before = host_clock()
     outbox = f"{target.prefix}retryproof_outbox"

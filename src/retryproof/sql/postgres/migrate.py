@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.sql.plan import Plan, Statement
-from retryproof.sql.postgres.url import Target, parse
+from retryproof.sql.postgres.url import PostgresTarget, parse
 
 T = TypeVar("T")
 LOCK = 0x72_65_74_72_79_70_66  # "retrypf": held while migrating
@@ -54,7 +54,7 @@ def pending(url: str) -> list[str]:
     return transaction(target, lambda: pending_plan(target))
 
 
-def migrate_plan(target: Target, progress: Callable[[str], None]) -> Plan[list[str]]:
+def migrate_plan(target: PostgresTarget, progress: Callable[[str], None]) -> Plan[list[str]]:
     """Apply what is missing, inside a transaction."""
     progress("waiting for other migrations")
     yield Statement("SELECT pg_advisory_xact_lock($1::bigint)", (LOCK,))
@@ -76,14 +76,14 @@ def migrate_plan(target: Target, progress: Callable[[str], None]) -> Plan[list[s
     return [migration.name for migration in missing]
 
 
-def pending_plan(target: Target) -> Plan[list[str]]:
+def pending_plan(target: PostgresTarget) -> Plan[list[str]]:
     """What is missing."""
     ((exists,),) = yield Statement("SELECT to_regclass($1::text) IS NOT NULL", (target.versions,))
     missing = (yield from _missing(target)) if exists else migrations()
     return [migration.name for migration in missing]
 
 
-def _missing(target: Target) -> Plan[Sequence[Migration]]:
+def _missing(target: PostgresTarget) -> Plan[Sequence[Migration]]:
     rows = yield Statement(f"SELECT version FROM {target.versions}")
     applied = {row[0] for row in rows}
     return [migration for migration in migrations() if migration.version not in applied]
@@ -95,7 +95,7 @@ def statements_of(sql: str) -> Sequence[str]:
     return [statement.strip() for statement in ("\n".join(lines) + "\n").split(";\n") if statement.strip()]
 
 
-def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
+def transaction(target: PostgresTarget, plan: Callable[[], Plan[T]]) -> T:
     """Run a plan in one transaction, on whichever driver is installed."""
     try:
         from retryproof.sql.postgres import psycopg
@@ -104,7 +104,7 @@ def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
     return psycopg.transaction(target, plan)
 
 
-def _transaction_on_loop(target: Target, plan: Callable[[], Plan[T]]) -> T:
+def _transaction_on_loop(target: PostgresTarget, plan: Callable[[], Plan[T]]) -> T:
     try:
         from retryproof.sql.postgres import asyncpg
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ from retryproof.drive import pump
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.url import (
     CONNECT_TIMEOUT,
-    Target,
+    PostgresTarget,
     check_primary,
     check_server,
     explain,
@@ -194,7 +194,7 @@ class PsycopgPool:
     timeout: seconds for each call, connecting included.
     """
 
-    def __init__(self, target: Target, timeout: float) -> None:
+    def __init__(self, target: PostgresTarget, timeout: float) -> None:
         self._target = target
         self._timeout = timeout
         self._idle: list[DeadlineConnection] = []
@@ -311,7 +311,7 @@ class _Dead(Exception):
         self.cause = cause
 
 
-def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
+def transaction(target: PostgresTarget, plan: Callable[[], Plan[T]]) -> T:
     """Run a plan in one transaction on a connection of its own, without a limit on its time but for connecting."""
     try:
         connection = _connect_to_primary(target)
@@ -326,7 +326,7 @@ def transaction(target: Target, plan: Callable[[], Plan[T]]) -> T:
         raise explain(error, error.sqlstate) from error
 
 
-def _connect_to_primary(target: Target) -> DeadlineConnection:
+def _connect_to_primary(target: PostgresTarget) -> DeadlineConnection:
     failure: Exception = _OutOfTime()
     for dsn, until in shares(target, monotonic(), monotonic() + CONNECT_TIMEOUT):
         try:

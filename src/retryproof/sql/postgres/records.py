@@ -56,7 +56,7 @@ from retryproof.core.errors import StoreUnavailable
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres import statements
-from retryproof.sql.postgres.statements import TABLE, Case, Items
+from retryproof.sql.postgres.statements import TABLE, ClaimCase, Items
 
 LOCKED_LEASE = 1.0
 """Seconds that the holder of a locked row is said to run; who waits asks again long before."""
@@ -67,7 +67,7 @@ psycopg those of other kinds as well, so they are short: who sent the item asks 
 REAP_BATCH = 500
 """Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
 
-_ABSENT = Case.ABSENT.value
+_ABSENT = ClaimCase.ABSENT.value
 ABANDONED = {"rerun": 0, "refuse": 1, "settle": 2}
 
 Fenced = Complete | Release | Renew | Checkpoint
@@ -163,17 +163,17 @@ def _batch(sql: Callable[[bool], str], columns: Sequence[list[Any]]) -> Statemen
 def _claim_reply(row: Row) -> ClaimReply:
     _, case, token, attempt, first_seen, birth, trace, checkpoints, payload = row
     match case:
-        case Case.EXPIRED | Case.RELEASED | Case.TAKEN_OVER | Case.REPEATED:
+        case ClaimCase.EXPIRED | ClaimCase.RELEASED | ClaimCase.TAKEN_OVER | ClaimCase.REPEATED:
             return Acquired(token, attempt, first_seen, birth, _checkpoints(checkpoints), _text(trace))
-        case Case.RUNNING:
+        case ClaimCase.RUNNING:
             return Running(token / MICROSECONDS)
-        case Case.FINISHED:
+        case ClaimCase.FINISHED:
             return Finished(payload, attempt, first_seen, _text(trace))
-        case Case.MISMATCH:
+        case ClaimCase.MISMATCH:
             return Mismatch(payload)
-        case Case.REFUSED:
+        case ClaimCase.REFUSED:
             return Abandoned("refused", attempt)
-        case Case.COMMITTED:
+        case ClaimCase.COMMITTED:
             return Abandoned("committed", attempt)
         case _:
             return Abandoned("poisoned", attempt)

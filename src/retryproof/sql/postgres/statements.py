@@ -10,7 +10,7 @@ WORKLIST = "retryproof_phased"
 MARKERS = "retryproof_markers"
 
 
-class Case(IntEnum):
+class ClaimCase(IntEnum):
     """What a claim found. The first four are written; an answer that is missing lost a race."""
 
     ABSENT = 1

@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PostgresTarget:
     """Where the records are.
 
     dsns: what the driver is given, one for each host of the URL, tried in turn until one is a primary.
@@ -90,12 +90,12 @@ def check_statement(versions: str = VERSIONS) -> str:
     return f"SELECT pg_is_in_recovery(), (SELECT max(version) FROM {versions})"
 
 
-def parse(url: str) -> Target:
+def parse(url: str) -> PostgresTarget:
     """Take the store's own options (`schema`, `statement_cache_size`, `pool_size`) out of a URL."""
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
         raise ConfigurationError(f"{parts.scheme}:// is not PostgreSQL; use postgresql://user@host/database")
-    target = Target(())
+    target = PostgresTarget(())
     kept = []
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         match name:
@@ -126,7 +126,7 @@ def _number(name: str, value: str, least: int) -> int:
     return int(value)
 
 
-def shares(target: Target, now: float, deadline: float) -> Iterator[tuple[str, float]]:
+def shares(target: PostgresTarget, now: float, deadline: float) -> Iterator[tuple[str, float]]:
     """Each host's DSN with its own deadline, so that one that swallows packets leaves time for the others."""
     count = len(target.dsns)
     for place, dsn in enumerate(target.dsns, 1):

@@ -32,7 +32,7 @@ from retryproof.drive import pump
 from retryproof.forks import abandon, check_not_inherited
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.sqlite import records
-from retryproof.sql.sqlite.url import Target
+from retryproof.sql.sqlite.url import SqliteTarget
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,7 +52,7 @@ class SqliteFile:
     Safe for threads, and over a fork of the process between two calls; ":memory:" is empty in the child.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: SqliteTarget) -> None:
         self.target = target
         self.path = target.path
         self._timeout = target.timeout

@@ -15,7 +15,7 @@ PATIENCE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class SqliteTarget:
     """A file and how it is written: see `SqliteStore`."""
 
     path: str
@@ -28,7 +28,7 @@ class Target:
             raise ConfigurationError(f"synchronous={self.synchronous!r} must be one of {', '.join(SYNCHRONOUS)}.")
 
 
-def parse(url: str, timeout: float = TIMEOUT) -> Target:
+def parse(url: str, timeout: float = TIMEOUT) -> SqliteTarget:
     """Read `sqlite:///relative.db`, `sqlite:////absolute.db`, with `?synchronous=NORMAL&timeout=5&…`."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
@@ -44,7 +44,7 @@ def parse(url: str, timeout: float = TIMEOUT) -> Target:
         raise ConfigurationError(
             f"Unknown options in the SQLite URL: {', '.join(options)}; known: synchronous, timeout, patience."
         )
-    return Target(path, timeout, patience, synchronous)
+    return SqliteTarget(path, timeout, patience, synchronous)
 
 
 def _seconds(options: dict[str, str], name: str, default: float) -> float:

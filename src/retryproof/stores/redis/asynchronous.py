@@ -19,7 +19,7 @@ from retryproof.stores.forwarding import AsyncForwardingStore
 from retryproof.stores.lanes.replies import clock
 from retryproof.stores.redis.blocking import RedisStore
 from retryproof.stores.redis.link import Connection, Link, connected
-from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
+from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, RedisReply, RedisRequest
 from retryproof.stores.redis.settings import Settings
 from retryproof.stores.redis.wire import pack, unavailable
 
@@ -62,7 +62,7 @@ class AsyncRedisStore(AsyncForwardingStore):
         """Send a plan's requests, and give its own answer."""
         return await apump(plan, self._send)
 
-    async def _send(self, request: Request) -> Reply:
+    async def _send(self, request: RedisRequest) -> RedisReply:
         deadline = clock() + self._settings.timeout
         try:
             if request.repeatable and self._idle:
@@ -76,7 +76,7 @@ class AsyncRedisStore(AsyncForwardingStore):
         except RedisError as error:
             raise unavailable(error) from error
 
-    async def _exchange(self, link: Link, request: Request, deadline: float) -> Reply:
+    async def _exchange(self, link: Link, request: RedisRequest, deadline: float) -> RedisReply:
         reply = None
         try:
             for arguments in request.forms():

@@ -16,7 +16,7 @@ from redis.retry import Retry
 from retryproof.core.errors import ConfigurationError
 from retryproof.drive import pump
 from retryproof.stores.forwarding import ForwardingStore
-from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, Reply, Request
+from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, RedisReply, RedisRequest
 from retryproof.stores.redis.settings import Settings
 from retryproof.stores.redis.wire import pack, unavailable
 
@@ -28,7 +28,7 @@ _CONNECTIONS = {"tcp": Connection, "tls": SSLConnection, "unix": UnixDomainSocke
 class _Connection(Interface):
     def connect(self) -> None: ...
     def send_packed_command(self, command: Sequence[bytes], check_health: bool) -> None: ...
-    def read_response(self) -> Reply: ...
+    def read_response(self) -> RedisReply: ...
     def disconnect(self) -> None: ...
 
 
@@ -75,7 +75,7 @@ class RedisStore(ForwardingStore):
         """Send what a plan asks for, and give it the answers."""
         return pump(plan, self._send)
 
-    def _send(self, request: Request) -> Reply:
+    def _send(self, request: RedisRequest) -> RedisReply:
         try:
             kept = self._kept() if request.repeatable else None
             if kept is not None:
@@ -87,7 +87,7 @@ class RedisStore(ForwardingStore):
         except RedisError as error:
             raise unavailable(error) from error
 
-    def _exchange(self, connection: _Connection, request: Request) -> Reply:
+    def _exchange(self, connection: _Connection, request: RedisRequest) -> RedisReply:
         reply = None
         try:
             for arguments in request.forms():

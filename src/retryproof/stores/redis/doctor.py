@@ -10,7 +10,7 @@ from typing import Any
 from retryproof.core.errors import StoreUnavailable
 from retryproof.stores.diagnosis import Finding, Verdict, clock_skew
 from retryproof.stores.redis.blocking import RedisStore
-from retryproof.stores.redis.protocol import Plan, Request
+from retryproof.stores.redis.protocol import Plan, RedisRequest
 
 OK, WARN, FAIL = Verdict.OK, Verdict.WARN, Verdict.FAIL
 
@@ -46,7 +46,7 @@ def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
 def gather(host_clock: Callable[[], float]) -> Plan[Facts]:
     """A few small commands; the first is one that every user of the store may send."""
     before = host_clock()
-    seconds, micros = yield Request(["TIME"])
+    seconds, micros = yield RedisRequest(["TIME"])
     after = host_clock()
     info = yield from _allowed("INFO", "everything")
     config: dict[str, str] = {}
@@ -57,10 +57,10 @@ def gather(host_clock: Callable[[], float]) -> Plan[Facts]:
     return Facts(parse_info(info or b""), config, int(seconds) + int(micros) / 1e6, before, after)
 
 
-def _allowed(*command: str) -> Generator[Request, Any, Any]:
+def _allowed(*command: str) -> Generator[RedisRequest, Any, Any]:
     """The answer to a command, or None where this user may not send it, or the server has none such."""
     try:
-        return (yield Request(command))
+        return (yield RedisRequest(command))
     except StoreUnavailable:
         return None
 

@@ -17,7 +17,7 @@ from redis.exceptions import InvalidResponse, NoScriptError, RedisError
 
 from retryproof.stores.lanes.alarm import NEVER, Alarm
 from retryproof.stores.lanes.replies import clock
-from retryproof.stores.redis.protocol import Reply
+from retryproof.stores.redis.protocol import RedisReply
 from retryproof.stores.redis.wire import Reader
 
 
@@ -26,14 +26,14 @@ class Connection(Protocol):
 
     async def connect(self) -> None: ...
     async def send_packed_command(self, command: Sequence[bytes], check_health: bool) -> None: ...
-    async def read_response(self) -> Reply: ...
+    async def read_response(self) -> RedisReply: ...
     async def disconnect(self, nowait: bool = False) -> None: ...
 
 
 class Link(Protocol):
     """A connection that is made."""
 
-    def ask(self, command: bytes, deadline: float) -> Awaitable[Reply]:
+    def ask(self, command: bytes, deadline: float) -> Awaitable[RedisReply]:
         """The answer to a packed command; an error of the server's may be an answer, or raised.
 
         deadline: by `time.monotonic`; past it TimeoutError. Whoever does not hear an answer closes the connection.
@@ -65,7 +65,7 @@ class _Streams:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def ask(self, command: bytes, deadline: float) -> Reply:
+    async def ask(self, command: bytes, deadline: float) -> RedisReply:
         async with asyncio.timeout(deadline - clock()):
             await self._connection.send_packed_command([command], check_health=False)
             try:
@@ -85,17 +85,17 @@ class _Direct(asyncio.Protocol):
         self._connection = connection
         self._transport = transport
         self._reader: Any = cast("Any", Reader)(protocolError=InvalidResponse, replyError=DefaultParser.parse_error)
-        self._answer: asyncio.Future[Reply] | None = None  # awaited
+        self._answer: asyncio.Future[RedisReply] | None = None  # awaited
         self._deadline = NEVER
         self._alarm = Alarm(self._loop, self._expire)
         self._lost = False
         self._streams = transport.get_protocol()
         transport.set_protocol(self)
 
-    def ask(self, command: bytes, deadline: float) -> asyncio.Future[Reply]:
+    def ask(self, command: bytes, deadline: float) -> asyncio.Future[RedisReply]:
         if self._lost:
             raise RedisConnectionError(_CLOSED)
-        answer: asyncio.Future[Reply] = self._loop.create_future()
+        answer: asyncio.Future[RedisReply] = self._loop.create_future()
         self._answer, self._deadline = answer, deadline
         self._alarm.wake_by(deadline)
         self._transport.write(command)
@@ -133,7 +133,7 @@ class _Direct(asyncio.Protocol):
         self._tell(error)
         self._transport.abort()
 
-    def _tell(self, reply: Reply) -> None:
+    def _tell(self, reply: RedisReply) -> None:
         answer, self._answer = self._answer, None
         if answer is not None and not answer.done():  # an error too: as an exception it would have to be fetched
             answer.set_result(reply)

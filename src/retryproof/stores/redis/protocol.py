@@ -50,7 +50,7 @@ LARGEST_CALL = 8 * 2**20
 
 T = TypeVar("T")
 Argument: TypeAlias = bytes | str | int
-Reply: TypeAlias = Any
+RedisReply: TypeAlias = Any
 """What the server answered, as the driver gives it: bytes, int, None or a list of these."""
 
 
@@ -66,7 +66,7 @@ class Script:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RedisRequest:
     """A command to send: by digest first, then by source where the server does not know the script.
 
     repeatable: done twice it has the effect and the answer of once.
@@ -85,7 +85,7 @@ class Request:
             yield ("EVAL", self.script.source, *self.arguments)
 
 
-Plan: TypeAlias = Generator[Request, Reply, T]
+Plan: TypeAlias = Generator[RedisRequest, RedisReply, T]
 
 
 class Protocol:
@@ -120,7 +120,7 @@ class Protocol:
             arguments += _terms_arguments(terms)
         arguments.append(of_keys)
         arguments += map(packed.new_record, claims)
-        replies = yield Request(arguments, self._claim)
+        replies = yield RedisRequest(arguments, self._claim)
         return [
             Acquired(reply, 1, reply, claim.nonce, NOTHING, claim.trace)
             if type(reply) is int
@@ -187,7 +187,7 @@ class Protocol:
         """One script call for each full batch."""
         gone: list[bool] = []
         for batch in _batches(ids):
-            answer = yield Request([len(batch), *map(self.key, batch), "any"], self._remove)
+            answer = yield RedisRequest([len(batch), *map(self.key, batch), "any"], self._remove)
             gone += (character == ord("1") for character in answer)
         return gone
 
@@ -221,7 +221,7 @@ class Protocol:
         for batch in _batches(over):
             arguments: list[Argument] = [len(batch), *(self.key(record.id) for record in batch), "over"]
             arguments += map(packed.fence, batch)
-            answer = yield Request(arguments, self._remove, repeatable=False)
+            answer = yield RedisRequest(arguments, self._remove, repeatable=False)
             gone += (record.id for record, character in zip(batch, answer, strict=True) if character == ord("1"))
         return gone
 
@@ -234,7 +234,7 @@ class Protocol:
     ) -> Plan[Sequence[Record | None]]:
         records: list[Record | None] = []
         for batch in _batches(ids):
-            now, *answers = yield Request([len(batch), *map(self.key, batch), what], self._read)
+            now, *answers = yield RedisRequest([len(batch), *map(self.key, batch), what], self._read)
             for id, answer in zip(batch, answers, strict=True):
                 record = _record(id, answer, int(now), results=what == "all", skip_unreadable=skip_unreadable)
                 absent = record is not None and what != "over" and record.expired(record.read_at)
@@ -253,7 +253,7 @@ class Protocol:
     def _look(self, cursor: int, prefix: bytes = b"") -> Plan[tuple[int, Sequence[bytes]]]:
         """One SCAN: where to go on, and ids; keys that are not a record's are passed over."""
         pattern = re.sub(rb"([*?\[\]\\^])", rb"\\\1", self._prefix) + hexlify(prefix) + b"*"
-        next_cursor, keys = yield Request(["SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT])
+        next_cursor, keys = yield RedisRequest(["SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT])
         start = len(self._prefix)
         return int(next_cursor), [bytes.fromhex(key[start:].decode()) for key in keys if _HEX_ID.fullmatch(key, start)]
 
@@ -281,7 +281,7 @@ def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
 def _fenced(script: Script, commands: Sequence[_Fenced], arguments: list[Argument]) -> Plan[Batch[FenceReply]]:
     if not commands:
         return []
-    answer = yield Request(arguments, script)
+    answer = yield RedisRequest(arguments, script)
     if answer.count(b"1") == len(commands):
         return [DONE] * len(commands)
     return [
@@ -290,7 +290,7 @@ def _fenced(script: Script, commands: Sequence[_Fenced], arguments: list[Argumen
     ]
 
 
-def _claim_reply(claim: Claim, reply: Reply) -> ClaimReply | ItemError:
+def _claim_reply(claim: Claim, reply: RedisReply) -> ClaimReply | ItemError:
     """What a claim is told that has not made a new record."""
     match reply:
         case bytes():

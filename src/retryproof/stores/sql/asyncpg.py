@@ -11,7 +11,7 @@ from retryproof.sql.plan import Plan
 from retryproof.sql.postgres.asyncpg import AsyncpgPool
 from retryproof.sql.postgres.records import RecordPlans
 from retryproof.sql.postgres.statements import TABLE
-from retryproof.sql.postgres.url import TIMEOUT, Target, check_statement, parse
+from retryproof.sql.postgres.url import TIMEOUT, PostgresTarget, check_statement, parse
 from retryproof.stores.base import Store
 from retryproof.stores.forwarding import AsyncForwardingStore
 from retryproof.stores.sql.postgres import CAPABILITIES, PostgresStore
@@ -77,14 +77,14 @@ class AsyncpgStore(AsyncForwardingStore):
         return PsycopgStore(self._url, timeout=self._timeout)
 
 
-def _own_pool(target: Target, timeout: float) -> AsyncpgPool:
+def _own_pool(target: PostgresTarget, timeout: float) -> AsyncpgPool:
     return AsyncpgPool(target, timeout, target.check)
 
 
 class _BlockingPool:
     """A pool for a thread that blocks, on an event loop of its own: for renewing where psycopg is not installed."""
 
-    def __init__(self, target: Target, timeout: float) -> None:
+    def __init__(self, target: PostgresTarget, timeout: float) -> None:
         self._loop = asyncio.new_event_loop()
         self._pool = _own_pool(target, timeout)
 

@@ -20,7 +20,7 @@ from retryproof.core.record import Record, State
 from retryproof.sql.plan import Plan
 from retryproof.sql.sqlite import records
 from retryproof.sql.sqlite.file import SqliteFile
-from retryproof.sql.sqlite.url import PATIENCE, TIMEOUT, Target, parse
+from retryproof.sql.sqlite.url import PATIENCE, TIMEOUT, SqliteTarget, parse
 from retryproof.stores.base import Batch, Capabilities, Reaped
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class SqliteStore:
         synchronous: str = "FULL",
         clock: Callable[[], int] = wall_clock,
     ) -> None:
-        self._file = SqliteFile(Target(path, timeout, patience, synchronous.upper()))
+        self._file = SqliteFile(SqliteTarget(path, timeout, patience, synchronous.upper()))
         self.path = path
         self._clock = clock
 
