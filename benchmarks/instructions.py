@@ -31,10 +31,10 @@ from retryproof.stores.forwarding import AsyncForwardingStore
 from retryproof.stores.memory import MemoryStore
 
 LIMITS = {
-    "engine, new key": 10.8,
-    "engine, replay": 8.5,
-    "engine in threads, new key": 20.8,
-    "engine and lanes, 32 new keys": 11.9,
+    "engine, new key": 10.1,
+    "engine, replay": 7.2,
+    "engine in threads, new key": 20.3,
+    "engine and lanes, 32 new keys": 11.5,
     "HTTP, new key": 16.8,
     "HTTP, replay": 9.2,
 }

@@ -20,17 +20,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import threading
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from retryproof.conclusions import event_of, is_outage, kind_of
-from retryproof.core.commands import NOT_BEGUN, Claim, Complete, Pause, Paused, Release, Reply, Run, WorkOutcome
-from retryproof.core.flow import Conclusion, Down, after_claim, after_settling, ended, settle, to_settle
+from retryproof.core.commands import NOT_BEGUN, Claim, Complete, Release, Reply, Run, WorkOutcome
+from retryproof.core.flow import Conclusion, after_claim, after_settling, ended, settle, to_settle
 from retryproof.core.flow import attempt as machine
 from retryproof.core.hold import Hold
-from retryproof.core.keys import short_digest
 from retryproof.core.policy import Policy
 from retryproof.drive import (
     AsyncPerformer,
@@ -47,13 +43,13 @@ from retryproof.drive import (
     renew,
     see_to,
 )
-from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
+from retryproof.listening import Listening
+from retryproof.observe.events import Listener
 from retryproof.operation import ENDED, BlockingOperation, LoopOperation, enter, leave
+from retryproof.waiters import Stays, Waiters
 
 T = TypeVar("T")
 Refingerprint = Callable[[bytes], bytes | None]
-Stays = Callable[[float], Awaitable[bool]]
-"""Waits for some seconds; False says that the caller has left meanwhile."""
 
 
 class CountingBackground(Background, Protocol):
@@ -88,17 +84,14 @@ def unknown_algorithm(stored: bytes) -> bytes | None:
     return None
 
 
-class Attempts:
+class Attempts(Listening):
     """The attempts of one engine, and what they have in common: who hears of them, and how many of them wait."""
 
-    __slots__ = ("_counting", "_traces", "listeners", "overran", "settled", "waiting")
+    __slots__ = ("waiters",)
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
-        self.listeners = tuple(listeners)
-        self.waiting = 0
-        self._traces = tracing(self.listeners)
-        self._counting = threading.Lock()
-        self.overran, self.settled = self._overran, self._settled  # bound once, not for each hold
+        super().__init__(listeners)
+        self.waiters = Waiters()
 
     def begin(
         self,
@@ -149,7 +142,11 @@ class Attempts:
             step: Hold | Conclusion | None = after_claim(claim, reply, began, began, policy)
             if step is None:
                 flow = machine(claim, policy, began, refingerprint, (reply, clock()))
-                step = _held(begin(flow, opened, policy.store_timeout, lambda pause: self._pause(pause, policy)))
+                step = _held(
+                    begin(
+                        flow, opened, policy.store_timeout, lambda pause: self.waiters.pause(pause, policy.max_waiters)
+                    )
+                )
             if isinstance(step, Hold):
                 attempt = BlockingAttempt(self, opened, policy, step, began, where)
                 return attempt
@@ -225,7 +222,7 @@ class Attempts:
             policy.on_abandoned,
             policy.max_attempts,
             tenant,
-            trace if self._traces is None else recorded_trace(self._traces, trace),
+            self.trace_of(trace),
             0 if beside else alone,
         )
 
@@ -243,74 +240,13 @@ class Attempts:
         flow = machine(claim, policy, began, refingerprint, (reply, clock()))
         return _held(
             await abegin(
-                flow, opened, policy.store_timeout, lambda pause: self._apause(pause, policy, stays), before=reply
+                flow,
+                opened,
+                policy.store_timeout,
+                lambda pause: self.waiters.apause(pause, policy.max_waiters, stays),
+                before=reply,
             )
         )
-
-    # A duplicate waits
-
-    def _pause(self, pause: Pause, policy: Policy) -> Paused:
-        if pause.waiting and not self._admit(policy):
-            return Paused(on=False)
-        try:
-            time.sleep(pause.seconds)
-        finally:
-            if pause.waiting:
-                self._dismiss()
-        return Paused()
-
-    async def _apause(self, pause: Pause, policy: Policy, stays: Stays | None) -> Paused:
-        if pause.waiting and not self._admit(policy):
-            return Paused(on=False)
-        try:
-            if pause.waiting and stays is not None:
-                return Paused(on=await stays(pause.seconds))
-            await asyncio.sleep(pause.seconds)
-            return Paused()
-        finally:
-            if pause.waiting:
-                self._dismiss()
-
-    def _admit(self, policy: Policy) -> bool:
-        """Whether there is room for another one that waits."""
-        with self._counting:
-            if self.waiting >= policy.max_waiters:
-                return False
-            self.waiting += 1
-            return True
-
-    def _dismiss(self) -> None:
-        with self._counting:
-            self.waiting -= 1
-
-    # Listeners
-
-    def tell(self, event: Event) -> None:
-        """Tell the listeners."""
-        tell(self.listeners, event)
-
-    def conclude(
-        self, conclusion: Conclusion, id: bytes, where: str, began: float, *, fails_open: bool = False
-    ) -> None:
-        """Tell the listeners how an attempt ended that began at this time of `drive.clock`."""
-        if fails_open and isinstance(conclusion, Down) and is_outage(conclusion):
-            self.tell(Event(kind=Kind.UNPROTECTED, digest=short_digest(id), where=where, error=conclusion.error))
-            return
-        kind = kind_of(conclusion)
-        if wanted(self.listeners, kind):
-            self.tell(event_of(conclusion, kind, short_digest(id), where, clock() - began))
-
-    def _overran(self, hold: Hold) -> None:
-        """Its lease is not renewed any more; called from the keeper's thread."""
-        self._tell_of(Kind.OVERRUN, hold)
-
-    def _settled(self, hold: Hold, stored: bool) -> None:
-        """What lingered is stored, or will never be; called from the keeper's thread."""
-        self._tell_of(Kind.STORED_LATE if stored else Kind.NEVER_STORED, hold)
-
-    def _tell_of(self, kind: Kind, hold: Hold) -> None:
-        digest = short_digest(hold.id)
-        self.tell(Event(kind=kind, digest=digest, where=hold.where, attempt=hold.attempt, trace=hold.trace))
 
 
 def _held(step: Run | Conclusion) -> Hold | Conclusion:

@@ -331,7 +331,7 @@ def test_c18_waiters_in_threads_are_counted_right() -> None:
     leave.set()
     first.result(SECONDS)
     assert [thread.result(SECONDS) for thread in waiting].count(True) >= 15
-    assert engine.attempts.waiting == 0
+    assert engine.attempts.waiters.count == 0
 
 
 async def charged() -> str:
