@@ -8,6 +8,7 @@ fill neither memory nor disk, and one caller's uploads leave room for the others
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
@@ -33,9 +34,11 @@ class Budget:
         self._left = limit
         self._held: dict[object, int] = {}
         self._lock = Lock()
+        self._dropped: deque[tuple[int, object]] = deque()
 
     def take(self, size: int, owner: object = None, share: int = 0) -> None:
         """Reserve bytes, of which this owner may hold `share`; without an owner, any. Raises OverBudget."""
+        self._give_dropped()
         with self._lock:
             held = 0 if owner is None else self._held.get(owner, 0) + size
             if size > self._left or held > share:
@@ -52,6 +55,15 @@ class Budget:
                 self._held[owner] -= size
                 if not self._held[owner]:
                     del self._held[owner]
+
+    def give_later(self, size: int, owner: object) -> None:
+        """Return bytes from a collection of garbage, which may come while this thread holds the lock."""
+        self._dropped.append((size, owner))
+
+    def _give_dropped(self) -> None:
+        while self._dropped:
+            with suppress(IndexError):  # another thread was first
+                self.give(*self._dropped.popleft())
 
 
 BUDGET = Budget(LIMIT)
@@ -129,6 +141,11 @@ class Body:
             with suppress(OSError):  # what a full disk has not taken
                 file.close()
         self._chunks = []
+
+    def __del__(self) -> None:
+        """Whoever should have closed it has not: its bytes must not count for good."""
+        if self._taken:
+            self._budget.give_later(self._taken, self._owner)
 
 
 def _open_file() -> BinaryIO:

@@ -17,6 +17,10 @@ _RAW = ("RAW_URI", "REQUEST_URI")
 """Where servers leave the target as it was sent: gunicorn in the first, uWSGI, mod_wsgi and others in the second."""
 
 
+_APART = ("HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH")
+"""What a client's `Content_Length` becomes, say: CGI has other names for the real ones."""
+
+
 class EnvironContext(Mapping[str, Any]):
     """An environ under the names of an ASGI scope as well, so that `by_user`, `by_header` and callables serve both.
 
@@ -31,10 +35,10 @@ class EnvironContext(Mapping[str, Any]):
             "type": "http",
             "method": environ["REQUEST_METHOD"],
             "scheme": environ.get("wsgi.url_scheme", "http"),
-            "path": _path(environ).encode("latin-1").decode("utf-8", "surrogateescape"),
+            "path": _bytes(_path(environ)).decode("utf-8", "surrogateescape"),
             "raw_path": raw_path,
-            "root_path": environ.get("SCRIPT_NAME", "").encode("latin-1").decode("utf-8", "surrogateescape"),
-            "query_string": environ.get("QUERY_STRING", "").encode("latin-1"),
+            "root_path": _bytes(environ.get("SCRIPT_NAME", "")).decode("utf-8", "surrogateescape"),
+            "query_string": _bytes(environ.get("QUERY_STRING", "")),
             "headers": list(headers.items()),
         }
         if environ.get("REMOTE_USER"):
@@ -54,16 +58,17 @@ class EnvironContext(Mapping[str, Any]):
 def request_of(environ: Mapping[str, Any], key_header: bytes | None) -> HttpRequest:
     """The request in an environ. Callables of the user's are given an EnvironContext."""
     headers = {
-        name[5:].replace("_", "-").lower().encode("latin-1"): str(value).encode("latin-1")
+        _bytes(name[5:].replace("_", "-").lower()): _bytes(str(value))
         for name, value in environ.items()
-        if name.startswith("HTTP_")
+        if name.startswith("HTTP_") and name not in _APART
     }
     for name, header in (("CONTENT_TYPE", b"content-type"), ("CONTENT_LENGTH", b"content-length")):
         if environ.get(name):
-            headers[header] = environ[name].encode("latin-1")
+            headers[header] = _bytes(environ[name])
     raw_path = _raw_path(environ)
-    lines = (headers[key_header],) if key_header is not None and key_header in headers else ()
-    query = environ.get("QUERY_STRING", "").encode("latin-1")
+    key_name = b"" if key_header is None else key_header.replace(b"_", b"-")  # an environ cannot tell them apart
+    lines = (headers[key_name],) if key_name in headers else ()
+    query = _bytes(environ.get("QUERY_STRING", ""))
     context = EnvironContext(environ, headers, raw_path)
     return HttpRequest(environ["REQUEST_METHOD"], raw_path, query, headers, lines, context)
 
@@ -78,9 +83,21 @@ def _raw_path(environ: Mapping[str, Any]) -> bytes:
         raw = environ.get(name)
         if raw:
             target: str = raw.partition("?")[0]
-            path = target if target.startswith("/") else urlsplit(target).path or "/"  # proxies send an absolute form
-            return path.encode("latin-1")
-    return quote(_path(environ).encode("latin-1")).encode("ascii")
+            if target.startswith("/"):
+                return _bytes(target)
+            try:
+                return _bytes(urlsplit(target).path or "/")  # proxies send an absolute form
+            except ValueError:  # or something that is no address
+                break
+    return quote(_bytes(_path(environ))).encode("ascii")
+
+
+def _bytes(text: str) -> bytes:
+    """As the server decoded it; a layer further out may have put any text there."""
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape")
 
 
 def body_file(body: bytes | Body | None) -> BinaryIO:

@@ -142,10 +142,12 @@ def by_header(name: str) -> Identify:
     if not isinstance(given, str) or not _FIELD_NAME.fullmatch(name):
         raise ConfigurationError(f"by_header({name!r}): not a header's name.")
     wanted = name.lower().encode("ascii")
+    dashed = wanted.replace(b"_", b"-")  # as an environ has it, which cannot tell the two apart
 
     def identify(scope: AsgiScope) -> Identity:
+        name_here = dashed if dashed != wanted and "wsgi.version" in scope else wanted
         # Several lines stay one identity of their own: a server may read either of them. Values hold no line breaks.
-        return b"\n".join([value for found, value in scope["headers"] if found == wanted]) or None
+        return b"\n".join([value for found, value in scope["headers"] if found == name_here]) or None
 
     return identify
 

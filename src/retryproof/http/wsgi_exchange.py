@@ -113,6 +113,7 @@ def _give_again(environ: WSGIEnvironment, admission: Admission) -> None:
     environ["wsgi.input"] = body_file(admission.body)
     environ["wsgi.input_terminated"] = True
     environ["CONTENT_LENGTH"] = str(admission.size)
+    environ.pop("HTTP_TRANSFER_ENCODING", None)  # it has been undone
 
 
 class _KeepingBody:

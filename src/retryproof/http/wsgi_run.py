@@ -73,6 +73,7 @@ class WsgiRun:
         "_held",
         "_iterable",
         "_iterator",
+        "_left_by",
         "_on_departure",
         "_out",
         "_server_start",
@@ -108,6 +109,7 @@ class WsgiRun:
         self._iterator: Iterator[bytes] = iter(())
         self._whole = False  # the app has returned all of it at once
         self._gone = False  # the client
+        self._left_by: Exception | None = None  # what the server raised then
         self._stop = ""  # why it is to be stopped
         self._ended = False
         if admission.fails_open:
@@ -123,11 +125,14 @@ class WsgiRun:
             conclusion = None if attempt.hold.may_begin(clock()) else attempt.renew()
             if conclusion is None:
                 self._call(environ)
+                if self._gone and self._state is RUNNING:
+                    self._go_on_alone()
             else:
                 self._state = SETTLING
                 attempt.operation.refuses_transactions = operation.ENDED
                 self._settlement.end(endings.TOO_LATE, None)
                 self._conclude(conclusion)
+            self._raise_where_left()
             if self._error is not None and not self._out:
                 raise self._error
         except BaseException:
@@ -141,14 +146,30 @@ class WsgiRun:
     def _call(self, environ: WSGIEnvironment) -> None:
         """Call the app, and take what it returns as far as that is there already."""
         try:
-            self._iterable = self._attempt.within(partial(self._engine.app, environ, self._start_response))
-            self._iterator = iter(self._iterable)
+            returned: Any = self._attempt.within(partial(self._engine.app, environ, self._start_response))
+            if hasattr(returned, "__iter__") or hasattr(returned, "__getitem__"):
+                self._iterable = returned
+                self._iterator = self._attempt.within(partial(iter, returned))
+            else:
+                self._returned_nothing(returned)
         except BaseException as error:  # noqa: BLE001  # raised again, as the table says
             self._raised(error)
             return
         self._whole = isinstance(self._iterable, list | tuple)
         while self._whole and self._state is RUNNING:
             self._step()
+
+    def _returned_nothing(self, returned: object) -> None:
+        """The app has done its work and forgot its response: nobody knows what it would have said (H11)."""
+        self._settle(self._settlement.answered(), None)
+        if self._error is None and not self._out:
+            self._error = TypeError(f"The app returned {type(returned).__name__}, which is no iterable of bytes.")
+
+    def __del__(self) -> None:
+        """Nobody closes it, and nobody will: some layers do not pass `close` on."""
+        if not self._ended:
+            self._iterable = ()  # which is collected as well
+            self._end()
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -161,6 +182,9 @@ class WsgiRun:
             if self._state is not RUNNING:
                 raise StopIteration
             self._step()
+            if self._gone and self._state is RUNNING:
+                self._go_on_alone()
+            self._raise_where_left()
             if not self._out and self._state is RUNNING and self._settlement.recorder.streamed:
                 return b""  # a layer may not wait for several parts before it gives one
         return self._out.popleft()
@@ -180,6 +204,20 @@ class WsgiRun:
         if self._gone and self._error is not None:
             raise self._error
 
+    def _leave(self, error: Exception) -> None:
+        """The server could not send: that is no failure of the app's, which goes on or is stopped (H11)."""
+        self._gone, self._left_by = True, error
+        self._out.clear()
+        if self._on_departure == "stop":
+            self._stop = _LEFT
+        else:
+            self._engine.departed.add(self)
+
+    def _raise_where_left(self) -> None:
+        """What the server raised goes back to it, once the operation is settled."""
+        if self._left_by is not None and self._state is not RUNNING:
+            raise self._left_by
+
     def stop(self, why: str) -> None:
         """Stop it at its next part: nobody waits for it. Called from any thread."""
         self._stop = why
@@ -189,13 +227,16 @@ class WsgiRun:
         if self._on_departure == "stop":
             self._stop = _LEFT
         while self._state is RUNNING:
-            if not self._stop and clock() >= self._attempt.hold.stops:
-                self._stop = _TOO_LONG
+            self._check_alone()
             if self._stop:
                 self._stopped()
             else:
                 self._step()
                 self._out.clear()
+
+    def _check_alone(self) -> None:
+        if not self._stop and clock() >= self._attempt.hold.stops:
+            self._stop = _TOO_LONG
 
     def _stopped(self) -> None:
         """End it in the middle: its outcome is unknown."""
@@ -247,15 +288,24 @@ class WsgiRun:
         finally:
             exc_info = answered = None  # a cycle, by its traceback
         self._head = (status, list(headers))
-        if callable(self._on_departure):
-            self._on_departure = settlement.departure(self._on_departure)
+        decides = self._admission.on_departure
+        if callable(decides):
+            self._on_departure = settlement.departure(decides)
         return self._write
 
     def _write(self, data: bytes) -> None:
         """The older way to send: what may go goes at once."""
         self._take(data)
         while self._out and self._server_write is not None:
-            self._server_write(self._out.popleft())
+            part = self._out.popleft()
+            try:
+                self._server_write(part)
+            except Exception as error:  # noqa: BLE001  # servers have exceptions of their own for a client that left
+                self._leave(error)
+        if self._gone:
+            self._check_alone()
+            if self._stop:
+                raise ClientLeft("The client has left.")
 
     def _step(self) -> None:
         """Take the next part, or the end."""
@@ -282,11 +332,15 @@ class WsgiRun:
         if recorder.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
             return
         if self._whole or recorder.came == recorder.announced:
-            self._held.append(part)
+            self._held.append(bytes(part))
             return
         if self._settlement.stream():
-            self._send_head()
-        self._out.append(part)
+            try:
+                self._send_head()
+            except Exception as error:  # noqa: BLE001  # the server refuses the head, or its client has left
+                self._leave(error)
+        if not self._gone:
+            self._out.append(part)
 
     def _send_head(self) -> None:
         if self._head is not None and not self._gone:
@@ -296,7 +350,8 @@ class WsgiRun:
 
     def _raised(self, error: BaseException) -> None:
         """The app, or what it returned, has raised."""
-        self._settle(self._settlement.happened(error), error)
+        told_to_stop = self._gone and bool(self._stop)
+        self._settle(self._settlement.happened(error, told_to_stop=told_to_stop), error)
         if self._settlement.raises:
             self._error = error
 
