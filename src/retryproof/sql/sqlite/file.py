@@ -187,8 +187,7 @@ class SqliteFile:
         connection = self._connected()
         try:
             if statement.many:
-                connection.executemany(statement.sql, statement.parameters)
-                return ()
+                return [(connection.executemany(statement.sql, statement.parameters).rowcount,)]
             return connection.execute(statement.sql, statement.parameters).fetchall()
         except sqlite3.Error as error:
             if not _is_busy(error) or statement.many:

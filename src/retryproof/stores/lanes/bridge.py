@@ -91,9 +91,13 @@ class Bridge:
 
     def _start(self) -> None:
         """Start a thread. Under the mutex."""
-        thread = threading.Thread(target=self._serve, name="retryproof-store", daemon=True)
-        thread.start()
-        self._thread = thread
+        thread = self._thread = threading.Thread(target=self._serve, name="retryproof-store", daemon=True)
+        try:
+            thread.start()
+        except BaseException:  # an interruption may come once it runs: then it stays, and another one ends by itself
+            if thread.ident is None:
+                self._thread = None
+            raise
 
     def wake(self) -> None:
         """See Leader."""
@@ -112,15 +116,16 @@ class Bridge:
 
     def _serve(self) -> None:
         try:
-            while self._wait():
+            while self._thread is threading.current_thread() and self._wait():
                 self._let_board()
                 began = clock()
                 self.line.lead()
                 self._took = clock() - began
         except BaseException:  # past every `except Exception`, as drivers in other languages may raise
             with self.line.mutex:
-                self._thread = None
-                if self.line.waits_for(self):
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                if self._thread is None and self.line.waits_for(self):
                     with suppress(RuntimeError):  # then the next command starts one
                         self._start()
             raise
@@ -189,6 +194,7 @@ class BridgeEnd:
         self.bridge = bridge
         self._line = bridge.line
         self._loop = loop
+        self._waiting: dict[_TaskEntry, None] = {}  # whose reply was not collected: whatever becomes of the line
         self._collected: list[_TaskEntry] = []
         self.underway: deque[Sequence[_TaskEntry]] = deque()
         """Commands whose replies the loop was given and has not handed out."""
@@ -204,11 +210,17 @@ class BridgeEnd:
             future.set_result(overfull(self.bridge.name))
             return future
         deadline = clock() + timeout
+        entry = _TaskEntry(command, self, future, deadline, timeout)
+        self._waiting[entry] = None
         try:
-            self.bridge.send(_TaskEntry(command, self, future, deadline, timeout))
+            self.bridge.send(entry)
         except RuntimeError as error:
+            self._waiting.pop(entry, None)
             future.set_result(as_reply(self.bridge.name, error))
             return future
+        except BaseException:  # an interruption; what was sent is undone when its reply comes
+            future.cancel()
+            raise
         self._alarm.wake_by(deadline)
         return future
 
@@ -219,6 +231,7 @@ class BridgeEnd:
 
     def collect(self, entry: _TaskEntry) -> None:
         """Keep an entry that has its reply for `deliver`. Under the mutex."""
+        self._waiting.pop(entry, None)
         if not self._collected:
             self.bridge.ask(self)
         self._collected.append(entry)
@@ -245,10 +258,11 @@ class BridgeEnd:
         now = clock()
         earliest = NEVER
         with self._line.mutex:
-            for entry in self._line.unanswered():
-                if not isinstance(entry, _TaskEntry) or entry.end is not self or entry.future.done():
-                    continue
-                if entry.deadline <= now:
+            for entry in list(self._waiting):
+                if entry.future.done():
+                    del self._waiting[entry]
+                elif entry.deadline <= now:
+                    del self._waiting[entry]
                     entry.gone = True
                     entry.future.set_result(overdue(self.bridge.name, entry.timeout, sent=entry.sent))
                 else:
