@@ -40,6 +40,7 @@ from retryproof.drive import (
     finish,
     go_on,
     leave_settling_to,
+    may_stand,
     renew,
     see_to,
 )
@@ -138,8 +139,9 @@ class Attempts(Listening):
     ) -> BlockingAttempt | Conclusion:
         """`begin` once the claim, which was sent at this time, has its first reply."""
         attempt: BlockingAttempt | None = None
+        step: Hold | Conclusion | None = None
         try:
-            step: Hold | Conclusion | None = after_claim(claim, reply, began, began, policy)
+            step = after_claim(claim, reply, began, began, policy)
             if step is None:
                 flow = machine(claim, policy, began, refingerprint, (reply, clock()))
                 step = _held(
@@ -150,6 +152,12 @@ class Attempts(Listening):
             if isinstance(step, Hold):
                 attempt = BlockingAttempt(self, opened, policy, step, began, where)
                 return attempt
+        except BaseException:  # an interruption: nothing has begun, and nobody may hold it
+            if isinstance(step, Hold):
+                opened.background.unwatch(step)
+            if may_stand(reply):
+                opened.background.disown(claim, reply)
+            raise
         finally:
             if attempt is None:
                 opened.background.leave()
@@ -299,42 +307,43 @@ class BlockingAttempt:
 
         An interruption meanwhile does not lose it: the keeper goes on.
         """
-        step = to_settle(self.hold, outcome, self.policy)
-        sent, reply = clock(), None
-        if isinstance(step, Complete | Release):
-            try:
+        self.operation.refuses_transactions = ENDED
+        try:
+            step = to_settle(self.hold, outcome, self.policy)
+            sent, reply = clock(), None
+            if isinstance(step, Complete | Release):
                 reply = self._opened.perform(step, self.policy.store_timeout)
-            except BaseException:
-                self.interrupt(outcome)
-                raise
-        return self.finished(outcome, step, sent, reply)
+            return self.finished(outcome, step, sent, reply)
+        except BaseException:
+            self.interrupt(outcome)
+            raise
 
     def finished(
         self, outcome: WorkOutcome, step: Complete | Release | Conclusion | None, sent: float, reply: Reply
     ) -> Conclusion:
-        """`finish` once what `to_settle` said, where it is a command, was sent and has its first reply."""
+        """`finish` once what `to_settle` said, where it is a command, was sent and has its first reply.
+
+        Interrupted, it leaves the rest to whoever calls `interrupt`.
+        """
         hold, policy, opened = self.hold, self.policy, self._opened
         conclusion: Conclusion | None
-        try:
-            if isinstance(step, Complete | Release):
-                conclusion = after_settling(hold, step, reply)
-                if conclusion is None:
-                    flow = settle(hold, step, policy, sent, (reply, clock()))
-                    conclusion = finish(flow, opened, policy.store_timeout)
-            elif step is not None:
-                conclusion = step
-            else:
-                conclusion = finish(ended(hold, outcome, policy, sent), opened, policy.store_timeout)
-        except BaseException:
-            self.interrupt(outcome)
-            raise
+        if isinstance(step, Complete | Release):
+            conclusion = after_settling(hold, step, reply)
+            if conclusion is None:
+                flow = settle(hold, step, policy, sent, (reply, clock()))
+                conclusion = finish(flow, opened, policy.store_timeout)
+        elif step is not None:
+            conclusion = step
+        else:
+            conclusion = finish(ended(hold, outcome, policy, sent), opened, policy.store_timeout)
         self._conclude(conclusion)
         return conclusion
 
     def interrupt(self, outcome: WorkOutcome) -> None:
-        """Leave what the work came to to the keeper, since the caller does not settle it any more."""
-        leave_settling_to(self._opened.background, self.hold, outcome)
-        self._unwatch()
+        """Leave what the work came to to the keeper, unless it is settled: the caller does not settle it any more."""
+        if self._watched:
+            leave_settling_to(self._opened.background, self.hold, outcome)
+            self._unwatch()
 
     def give_back(self) -> None:
         """Release what was not begun, in the background; called in place of all else."""
@@ -448,6 +457,7 @@ class LoopAttempt:
 
         A cancellation meanwhile does not lose it: `rest` goes on, and tells the listeners at its end.
         """
+        self.operation.refuses_transactions = ENDED
         hold, policy, opened = self.hold, self.policy, self._opened
         conclusion: Conclusion | None
         step = to_settle(hold, outcome, policy)

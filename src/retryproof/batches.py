@@ -23,11 +23,12 @@ from retryproof.attempt import (
     Refingerprint,
     unknown_algorithm,
 )
-from retryproof.core.commands import Complete, Release, Reply, WorkOutcome
+from retryproof.core.commands import Claim, Complete, Release, Reply, WorkOutcome
 from retryproof.core.flow import Conclusion, to_settle
 from retryproof.core.policy import Policy
 from retryproof.core.value import value
 from retryproof.drive import clock, may_stand
+from retryproof.operation import ENDED
 
 T = TypeVar("T")
 
@@ -60,22 +61,22 @@ def begin_many(
     """
     policy, background = _without_waiting(policy), opened.background
     began = clock()
-    claims = [
-        attempts.claim(background, policy, one.id, one.fingerprint, one.tenant, one.trace, len(items) > 1)
-        for one in items
-    ]
+    claims: list[Claim] = []
     begun: list[BlockingAttempt | Conclusion] = []
     replies: Sequence[Reply] = ()
     try:
+        for one in items:
+            claims.append(
+                attempts.claim(background, policy, one.id, one.fingerprint, one.tenant, one.trace, len(items) > 1)
+            )
         replies = opened.perform_many(claims, policy.store_timeout)
         for one, claim, reply in zip(items, claims, replies, strict=True):
             begun.append(attempts.begun(opened, policy, claim, began, reply, one.where, one.refingerprint))
     except BaseException:
-        # The one at which it was interrupted has left, and what is known of it is with the store or the keeper.
-        for claim, reply in list(zip(claims, replies, strict=False))[len(begun) + 1 :]:
+        for claim, reply in list(zip(claims, replies, strict=False))[len(begun) :]:
             if may_stand(reply):
                 background.disown(claim, reply)
-        for _ in claims[len(begun) + (1 if replies else 0) :]:
+        for _ in claims[len(begun) + (1 if replies else 0) :]:  # the one at which it was interrupted has left
             background.leave()
         _give_back(begun)
         raise
@@ -87,14 +88,16 @@ def finish_many(pairs: Sequence[tuple[BlockingAttempt, WorkOutcome]], opened: Ba
 
     Interrupted, it leaves to the keeper what is not settled. Each attempt is to be left afterwards, as after `finish`.
     """
-    steps = [to_settle(attempt.hold, outcome, attempt.policy) for attempt, outcome in pairs]
-    commands = [step for step in steps if isinstance(step, Complete | Release)]
-    sent, conclusions = clock(), list[Conclusion]()
+    conclusions = list[Conclusion]()
     try:
+        steps = [to_settle(attempt.hold, outcome, attempt.policy) for attempt, outcome in pairs]
+        commands = [step for step in steps if isinstance(step, Complete | Release)]
+        sent = clock()
         timeout = max((attempt.policy.store_timeout for attempt, _ in pairs), default=0.0)
         replies = iter(opened.perform_many(commands, timeout) if commands else ())
         for (attempt, outcome), step in zip(pairs, steps, strict=True):
             reply = next(replies) if isinstance(step, Complete | Release) else None
+            attempt.operation.refuses_transactions = ENDED
             conclusions.append(attempt.finished(outcome, step, sent, reply))
     except BaseException:
         for attempt, outcome in pairs[len(conclusions) :]:

@@ -160,17 +160,20 @@ class Idempotency(Engine):
         """`run` for a record whose id is known, and its fingerprint as stored. beside: as for `Attempts.begin`."""
         policy, codec = policy or self.policy, codec or self._codec
         opened = self._source.opened()
-        attempt = self.attempts.begin(opened, policy, id, fingerprint, where, tenant, beside=beside)
-        if not isinstance(attempt, BlockingAttempt):
-            return _answer(attempt, codec, id)
         value: Any = None
         error: BaseException | None = None
+        final: commands.WorkOutcome | None = None
+        attempt: BlockingAttempt | Conclusion | None = None
         try:
+            attempt = self.attempts.begin(opened, policy, id, fingerprint, where, tenant, beside=beside)
+            if not isinstance(attempt, BlockingAttempt):
+                return _answer(attempt, codec, id)
             # Asked in the same step that calls the work (C6).
             conclusion = None if attempt.hold.may_begin(clock()) else attempt.renew()
             if conclusion is None:
-                token = enter(attempt.operation)
+                token = None
                 try:
+                    token = enter(attempt.operation)
                     value = fn()
                     if inspect.iscoroutine(value):
                         value.close()
@@ -178,17 +181,23 @@ class Idempotency(Engine):
                 except BaseException as raised:  # noqa: BLE001  # raised again once the record says what it means
                     error = raised
                 finally:
-                    leave(token)
+                    if token is not None:
+                        leave(token)
                 outcome: commands.WorkOutcome
                 if error is None:
                     outcome, value = _encoded(value, codec, policy, opened)
                 else:
                     outcome = outcome_of(error, policy.unknown_on)
-                outcome, undone = settle(attempt.operation, outcome)
-                conclusion = attempt.finish(outcome)
+                final, undone = settle(attempt.operation, outcome)
+                conclusion = attempt.finish(final)
                 error = undone or error
+        except BaseException:
+            if final is not None and isinstance(attempt, BlockingAttempt):
+                attempt.interrupt(final)
+            raise
         finally:
-            attempt.leave()
+            if isinstance(attempt, BlockingAttempt):
+                attempt.leave()
         return _answer(conclusion, codec, id, value, error)
 
     def opened(self) -> Opened:

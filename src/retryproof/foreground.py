@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Generator, Sequence
 from typing import Any, Protocol
 
 from retryproof.attempt import LoopStore
@@ -24,7 +24,7 @@ from retryproof.core.commands import Acquired, Claim, Complete, Done, Found, Loo
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.core.record import State
-from retryproof.drive import apump, pump
+from retryproof.drive import apump, may_stand, pump
 
 logger = logging.getLogger("retryproof")
 
@@ -50,11 +50,29 @@ class Foreground:
     def __init__(self, opened: Opened, timeout: float) -> None:
         self.background = self
         self.capabilities = opened.capabilities
-        self.perform = opened.perform
-        self.perform_many = opened.perform_many
         self.enter = opened.background.enter
         self.leave = opened.background.leave
+        self._opened = opened
         self._timeout = timeout
+
+    def perform(self, command: Any, timeout: float) -> Reply:
+        """One command's reply. Interrupted, a claim is taken back here, as far as it was applied by then."""
+        try:
+            return self._opened.perform(command, timeout)
+        except BaseException:
+            if type(command) is Claim:
+                self.disown(command)
+            raise
+
+    def perform_many(self, commands: Sequence[Any], timeout: float) -> Sequence[Reply]:
+        """Each command's reply, in order; interrupted, as `perform`."""
+        try:
+            return self._opened.perform_many(commands, timeout)
+        except BaseException:
+            for command in commands:
+                if type(command) is Claim:
+                    self.disown(command)
+            raise
 
     def watch(self, hold: Hold) -> None:
         """Nobody renews it."""
@@ -71,7 +89,7 @@ class Foreground:
         pump(_settle(hold, last), self._perform)
 
     def _perform(self, command: Look | Complete | Release) -> Reply:
-        return self.perform(command, self._timeout)
+        return self._opened.perform(command, self._timeout)
 
 
 class LoopForeground:
@@ -84,13 +102,30 @@ class LoopForeground:
         self.background = self
         self.loop = opened.loop
         self.capabilities = opened.capabilities
-        self.perform = opened.perform
         self.enter = opened.background.enter
         self.leave = opened.background.leave
+        self._opened = opened
         self._timeout = timeout
         self._held: set[Hold] = set()
         self._left: set[asyncio.Task[None]] = set()
         self._news = asyncio.Event()
+
+    def perform(self, command: Any, timeout: float) -> Awaitable[Reply]:
+        """One command's reply. `settled` waits for a claim that is on its way when its caller is cancelled."""
+        asked = self._opened.perform(command, timeout)
+        return self._claim(command, asyncio.ensure_future(asked)) if type(command) is Claim else asked
+
+    async def _claim(self, claim: Claim, asked: asyncio.Future[Reply]) -> Reply:
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            self._keep(self.loop.create_task(self._take_back_later(claim, asked)))
+            raise
+
+    async def _take_back_later(self, claim: Claim, asked: asyncio.Future[Reply]) -> None:
+        reply = await asked
+        if may_stand(reply):
+            await apump(_take_back(claim, reply), self._perform)
 
     def watch(self, hold: Hold) -> None:
         """Nobody renews it; `settled` waits for its end."""
@@ -116,7 +151,9 @@ class LoopForeground:
             await self._news.wait()
 
     def _begin(self, steps: Generator[Look | Complete | Release, Any, None]) -> None:
-        task = self.loop.create_task(apump(steps, self._perform))
+        self._keep(self.loop.create_task(apump(steps, self._perform)))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._left.add(task)
         task.add_done_callback(self._ended)
 
@@ -125,7 +162,7 @@ class LoopForeground:
         self._news.set()
 
     def _perform(self, command: Look | Complete | Release) -> Awaitable[Reply]:
-        return self.perform(command, self._timeout)
+        return self._opened.perform(command, self._timeout)
 
 
 def _take_back(claim: Claim, reply: Reply) -> Generator[Look | Complete | Release, Any, None]:
@@ -139,7 +176,7 @@ def _take_back(claim: Claim, reply: Reply) -> Generator[Look | Complete | Releas
             token = record.token
     if token is not None:
         answer = yield Release(claim.id, claim.nonce, token)
-    if not isinstance(answer, Done | Lost | Found):
+    if not isinstance(answer, Done | Lost):  # not found either: it may be on its way
         logger.error("A claim on operation %s may stand until its lease ends: %s", short_digest(claim.id), answer)
 
 

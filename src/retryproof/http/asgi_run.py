@@ -320,6 +320,7 @@ class AsgiRun:
         if link.left or self._deserted:
             self._engine.departed.discard(self)
         outcome = settlement.outcome()
+        attempt.operation.refuses_transactions = operation.ENDED  # before it is asked what was joined
         if attempt.operation.joined:
             # In a task of its own: no cancellation may part the commit from what follows.
             self._rest = self._loop.create_task(self._end_transaction(outcome))
@@ -327,7 +328,6 @@ class AsgiRun:
             self._rest.add_done_callback(_settling.discard)
             conclusion = await asyncio.shield(self._rest)
         else:
-            attempt.operation.refuses_transactions = operation.ENDED
             conclusion = await attempt.finish(outcome)
         link.tell()
         await self._conclude(conclusion)

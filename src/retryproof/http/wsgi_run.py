@@ -361,6 +361,7 @@ class WsgiRun:
         settlement.end(happened, error)
         self._state = SETTLING
         outcome = settlement.outcome()
+        attempt.operation.refuses_transactions = operation.ENDED  # before it is asked what was joined
         if attempt.operation.joined:
             # Commit the handler's transaction with its response, or roll it back and call that no success (T1).
             rolls_back = settlement.rolls_back
@@ -370,8 +371,6 @@ class WsgiRun:
             elif rolls_back:
                 settled = outcome
             outcome = settled
-        else:
-            attempt.operation.refuses_transactions = operation.ENDED
         self._conclude(attempt.finish(outcome))
 
     def _conclude(self, conclusion: Conclusion) -> None:

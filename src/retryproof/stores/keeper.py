@@ -177,6 +177,9 @@ class Keeper:
         """Renew and settle until the store answers; the hold's `on_settled` hears whether it was stored."""
         lingering = _Lingering(hold, last, clock() + FIRST_DELAY)
         with self._mutex:
+            before = self._lingering.get(hold)
+            if before is not None:
+                self._unstored -= before.size
             self._lingering[hold] = lingering
             self._unstored += lingering.size
             self.full = self._unstored >= self._max_unstored
