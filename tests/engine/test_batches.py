@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from retryproof import Policy, errors
+from retryproof import Policy, batches, errors
 from retryproof.attempt import Attempts, BlockingAttempt, LoopAttempt
 from retryproof.batches import Item, abegin_many, afinish_many, begin_many, finish_many
 from retryproof.core.commands import Claim, Raised, Returned, Stopped
-from retryproof.core.flow import Busy, Completed, Down, Failed, Mismatched, Replayed
+from retryproof.core.flow import Busy, Completed, Down, Failed, Mismatched, Replayed, to_settle
 from retryproof.core.record import State
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.opened import AsyncOpened, Opened, open_blocking, open_on_loop
@@ -208,3 +209,42 @@ def test_what_a_thread_claims_another_is_told_of() -> None:
     for one in held([first, *begun]):
         one.finish(Raised())
         one.leave()
+
+
+def test_c4_an_interruption_before_anything_is_sent_leaves_the_results_to_the_keeper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened, attempts = open_blocking(MemoryStore()), Attempts(())
+    begun = held(begin_many(attempts, opened, POLICY, items("a", "b", "c")))
+    asked = iter([None, None, KeyboardInterrupt()])
+
+    def interrupted(*given: Any) -> Any:
+        error = next(asked)
+        if error is not None:
+            raise error
+        return to_settle(*given)
+
+    monkeypatch.setattr(batches, "to_settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish_many([(one, Returned(b"done")) for one in begun], opened)
+    for one in begun:
+        one.leave()
+    until(lambda: opened.background.idle)
+    assert [record and record.result for record in opened.store.get([one.hold.id for one in begun])] == [b"done"] * 3
+
+
+def test_c10_what_lingers_twice_counts_once() -> None:
+    opened, attempts = open_blocking(MemoryStore()), Attempts(())
+    [one] = held(begin_many(attempts, opened, POLICY, items("a")))
+    for _ in range(2):
+        opened.background.linger(one.hold, one.hold.complete(b"x" * 1000))
+    one.leave()
+    until(lambda: opened.background.idle)
+    assert opened.background._unstored == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

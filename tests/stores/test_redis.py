@@ -26,6 +26,7 @@ from retryproof.core.commands import (
     DONE,
     LOST,
     Acquired,
+    Checkpoint,
     Claim,
     ClaimReply,
     Complete,
@@ -634,3 +635,20 @@ def wait_until(true: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
     while not true():
         assert time.monotonic() < deadline
+
+
+def test_one_damaged_record_or_odd_name_does_not_fail_its_neighbours(redis_url: str, unique: str) -> None:
+    store = RedisStore(redis_url, prefix=unique)
+    claims = [a_claim() for _ in range(3)]
+    acquired = store.claim(claims)
+    steps = [
+        Checkpoint(claim.id, claim.nonce, reply.token, name, b"1")
+        for claim, reply, name in zip(claims, acquired, ["one", "\ud800", "two"], strict=True)
+        if isinstance(reply, Acquired)
+    ]
+    assert store.checkpoint(steps) == [DONE] * 3
+    with Redis.from_url(redis_url) as client:
+        client.append(f"{unique}:{claims[1].id.hex()}", b"\xff\xff\xff\xff\xff")
+    replies = store.claim(claims)
+    assert [type(reply) for reply in replies] == [Acquired, Unreadable, Acquired]
+    store.close()

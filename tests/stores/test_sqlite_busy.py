@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from retryproof import Idempotency, Policy, errors
-from retryproof.core.commands import DONE, Acquired, Running
+from retryproof.core.commands import DONE, LOST, Acquired, Complete, Running
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.sql.sqlite.url import PATIENCE
@@ -191,3 +191,24 @@ def test_administration_waits_for_the_whole_time_out(path: str) -> None:
             store.evict([b"0" * 32])
         assert time.monotonic() - began >= 0.6
     assert Policy().store_timeout > PATIENCE
+
+
+def test_c2_what_somebody_elses_triggers_write_makes_no_batch_done(tmp_path: Path) -> None:
+    """An audit trigger writes a row for each that we write: two changes where one of two commands was current."""
+    path = tmp_path / "keys.db"
+    store = SqliteStore(str(path))
+    claims = [new_claim() for _ in range(3)]
+    tokens = [reply.token for reply in store.claim(claims) if isinstance(reply, Acquired)]
+    with contextlib.closing(sqlite3.connect(path)) as audit, audit:
+        audit.executescript(
+            "CREATE TABLE audit (id);"
+            "CREATE TRIGGER a AFTER INSERT ON retryproof_operations BEGIN INSERT INTO audit VALUES (new.id); END;"
+            "CREATE TRIGGER b AFTER UPDATE ON retryproof_operations BEGIN INSERT INTO audit VALUES (new.id); END;"
+        )
+    stale = Complete(claims[1].id, b"z" * 16, tokens[1] - 1, b"2")
+    assert store.complete([Complete(claims[0].id, claims[0].nonce, tokens[0], b"1"), stale]) == [DONE, LOST]
+    with store.commit_group():
+        store.complete([Complete(claims[2].id, claims[2].nonce, tokens[2], b"3")])
+        replies = store.claim([again(claims[1]), new_claim()])
+    assert [type(reply) for reply in replies] == [Running, Acquired]
+    store.close()
