@@ -576,3 +576,52 @@ async def test_c12_finished_is_an_answer_for_twins_as_well() -> None:
     held.go.set()
     assert isinstance(await first, Acquired)
     assert [reply.result for reply in await asyncio.gather(*asked) if isinstance(reply, Finished)] == [b"", b"", b""]
+
+
+async def test_an_interruption_while_the_bridges_thread_starts_leaves_one_thread_that_leads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Ctrl-C does that comes while the start of a thread is waited for: the claim of its caller is given back."""
+    store, orphans = Turnstile(), list[Claim]()
+    line = ThreadCoalescer(store, lambda claim, reply: orphans.append(claim))
+    bridge = Bridge(line, lambda claim, reply: orphans.append(claim))
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise Interrupted
+
+    end = bridge.end()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(Interrupted):
+            end.perform(make_claim("a"), SECONDS)
+    replies = [await end.perform(make_claim(name), SECONDS) for name in "bc"]
+    assert [type(reply) for reply in replies] == [Acquired, Acquired]
+    assert sum(thread is bridge._thread for thread in threading.enumerate()) == 1
+    bridge.close()
+    assert bridge._thread is None
+
+
+async def test_c10_a_task_whose_command_a_leader_lost_is_told_so_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that leads is interrupted between taking a batch and handing out its replies."""
+    store = Turnstile()
+    line = ThreadCoalescer(store, lambda claim, reply: None)
+    bridge = Bridge(line, lambda claim, reply: None)
+    end = bridge.end()
+    hand_out, lost = ThreadCoalescer._hand_out, threading.Event()
+
+    def interrupted(self: ThreadCoalescer) -> None:
+        if not lost.is_set():
+            lost.set()
+            self._flying = ()
+            raise Interrupted
+        hand_out(self)
+
+    monkeypatch.setattr(ThreadCoalescer, "_hand_out", interrupted)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    reply = await asyncio.wait_for(end.perform(make_claim("a"), 0.2), SECONDS)
+    assert isinstance(reply, Unreachable)
+    assert reply.sent
+    assert isinstance(await end.perform(make_claim("b"), SECONDS), Acquired)
+    bridge.close()

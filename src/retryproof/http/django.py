@@ -1,4 +1,4 @@
-"""Django under the ASGI layer: what a view raises, before Django makes a response of it.
+"""Django inside of a layer, ASGI or WSGI: what a view raises, before Django makes a response of it.
 
 Django answers an exception with a 500 of its own, so that the layer never sees it. Where Django is loaded, the layer
 imports this file, and Django's signal then says what was raised: `OutcomeUnknown` keeps the record as it does anywhere

@@ -1,6 +1,6 @@
 """What HTTP means here: which requests are covered, which responses are stored, and how a replay looks. Pure.
 
-Rules H1, H8, H9, H10 and H14; the adapters (ASGI now) only carry messages.
+Rules H1, H8, H9, H10 and H14; the adapters (ASGI, WSGI) only carry messages.
 """
 
 from __future__ import annotations
