@@ -124,7 +124,9 @@ def check_options(
     if keys not in get_args(Strength):
         raise ConfigurationError(f"keys={keys!r} must be one of {', '.join(map(repr, get_args(Strength)))}.")
     if authorize is not None and not callable(authorize):
-        raise ConfigurationError(f"authorize={authorize!r} must be a callable of the request: ASGI's scope, or the environ.")
+        raise ConfigurationError(
+            f"authorize={authorize!r} must be a callable of the request: ASGI's scope, or the environ."
+        )
     _check_size("max_body", max_body)
     _check_timeout("body_timeout", body_timeout)
     _check_bytes_and_text(pepper, name)
