@@ -1,5 +1,6 @@
 """One private server: started, killed, paused and started again on the same port and data."""
 
+import atexit
 import json
 import random
 import shutil
@@ -22,6 +23,14 @@ PORTS = range(20000, 32000)
 
 # This process's own children, whose exit status it has to collect; servers may outlive the Instance that started them.
 _children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@atexit.register
+def _let_go() -> None:
+    """Servers that outlive this process are another one's to stop: Popen would warn of each as left behind."""
+    for child in _children.values():
+        if child.poll() is None:
+            child.returncode = 0
 
 
 class PortTaken(NoAnswer):
