@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from retryproof.core.commands import NOT_BEGUN, Claim, Complete, Release, Reply, Run, WorkOutcome
+from retryproof.core.commands import NOT_BEGUN, Acquired, Claim, Complete, Release, Reply, Run, WorkOutcome
 from retryproof.core.flow import Conclusion, after_claim, after_settling, ended, settle, to_settle
 from retryproof.core.flow import attempt as machine
 from retryproof.core.hold import Hold
@@ -40,7 +40,6 @@ from retryproof.drive import (
     finish,
     go_on,
     leave_settling_to,
-    may_stand,
     renew,
     see_to,
 )
@@ -155,7 +154,7 @@ class Attempts(Listening):
         except BaseException:  # an interruption: nothing has begun, and nobody may hold it
             if isinstance(step, Hold):
                 opened.background.unwatch(step)
-            if may_stand(reply):
+            if type(reply) is Acquired:  # any other is seen to where the machine was interrupted
                 opened.background.disown(claim, reply)
             raise
         finally:

@@ -42,9 +42,9 @@ from retryproof.core.commands import (
     Run,
 )
 from retryproof.core.hold import Hold
-from retryproof.core.policy import Policy
 from retryproof.drive import clock as real_clock
 from retryproof.stores.memory import MemoryStore
+from retryproof.waiters import Waiters
 from tests.interleavings.callers import BEGUN, ID, RENEWED, STEP, Caller, Told, frozen
 from tests.interleavings.invariants import Violation
 
@@ -124,6 +124,17 @@ class Store:
         return Asked(command)
 
 
+class Scripted(Waiters):
+    """Waiters whose time is the explorer's."""
+
+    __slots__ = ()
+
+    def pause(self, pause: Pause, most: int) -> Paused:
+        paused = _script.perform(pause, 0.0)
+        assert isinstance(paused, Paused)
+        return paused
+
+
 class Named(straight.Attempts):
     """Attempts of a caller whose nonce is its name."""
 
@@ -131,12 +142,8 @@ class Named(straight.Attempts):
 
     def __init__(self, caller: Caller) -> None:
         super().__init__(())
+        self.waiters = Scripted()
         self.caller = caller
-
-    def _pause(self, pause: Pause, policy: Policy) -> Paused:
-        paused = _script.perform(pause, 0.0)
-        assert isinstance(paused, Paused)
-        return paused
 
     def claim(self, background: straight.CountingBackground, *rest: Any) -> Claim:
         background.enter()
