@@ -8,38 +8,20 @@ It needs nothing but ASGI, and what it does not cover passes through it untouche
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Iterable, Sequence
+from typing import Any
 
-from retryproof.core.fingerprint import CustomFingerprint, Strategy, raw
-from retryproof.core.keys import Strength
-from retryproof.core.policy import Policy
 from retryproof.http.admission import COVERED
 from retryproof.http.asgi_answers import AsgiEngine
 from retryproof.http.asgi_exchange import request_of, respond
-from retryproof.http.key_source import FindKey, JsonFieldKey
-from retryproof.http.options import (
-    BODY_TIMEOUT,
-    MAX_BODY,
-    MAX_DEPARTED,
-    Authorize,
-    OnDeparture,
-    PerRequest,
-    check_options,
-)
-from retryproof.http.problem import DOCS_URL
-from retryproof.http.scope import Identify
-from retryproof.http.semantics import Preset, StoreWhen
+from retryproof.http.layer import Layer
+from retryproof.http.options import Options
 from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
-from retryproof.observe.events import Listener
-from retryproof.observe.logging import log_event
-from retryproof.stores.base import AsyncStore, Store
 
 DRAIN = 10.0
 """Seconds that a shutdown waits for operations whose servers have left them."""
 
 
-class IdempotencyMiddleware:
+class IdempotencyMiddleware(Layer[App, AsgiEngine]):
     """Lets requests with an idempotency key take effect once, and replays their responses.
 
     store: a URL, opened at the first covered request and closed at `lifespan.shutdown`, or a store of the caller's.
@@ -63,69 +45,12 @@ class IdempotencyMiddleware:
     apart.
     """
 
-    def __init__(
-        self,
-        app: App,
-        *,
-        store: str | Store | AsyncStore,
-        scope: Identify | None = None,
-        policy: PerRequest[Policy | None] = Policy(),  # noqa: B008  # frozen
-        required: PerRequest[bool] = False,
-        methods: Iterable[str] = ("POST", "PATCH"),
-        key: str | JsonFieldKey | FindKey = "Idempotency-Key",
-        keys: Strength = "any",
-        strict: bool = False,
-        endpoint: PerRequest[str | None] = None,
-        fingerprint: Strategy | CustomFingerprint = raw,
-        store_when: Preset | StoreWhen = "default",
-        on_departure: OnDeparture = "finish",
-        max_departed: int = MAX_DEPARTED,
-        authorize: Authorize | None = None,
-        max_body: int = MAX_BODY,
-        body_timeout: float = BODY_TIMEOUT,
-        fail_open: PerRequest[bool] = False,
-        replay_header: str = "Idempotency-Replayed",
-        keep_set_cookie: bool = True,
-        docs_url: str = DOCS_URL,
-        events: Sequence[Listener] = (log_event,),
-        pepper: bytes = b"",
-        name: str = "",
-    ) -> None:
-        options = check_options(
-            scope=scope,
-            policy=policy,
-            required=required,
-            methods=methods,
-            key=key,
-            keys=keys,
-            strict=strict,
-            endpoint=endpoint,
-            fingerprint=fingerprint,
-            store_when=store_when,
-            on_departure=on_departure,
-            max_departed=max_departed,
-            authorize=authorize,
-            max_body=max_body,
-            body_timeout=body_timeout,
-            fail_open=fail_open,
-            replay_header=replay_header,
-            keep_set_cookie=keep_set_cookie,
-            docs_url=docs_url,
-            pepper=pepper,
-            name=name,
-        )
-        if "django.core.signals" in sys.modules:
-            import retryproof.http.django  # noqa: F401  # hears what Django makes a response of
-        self.app = app
-        self._options = options
-        self._methods = options.methods
-        self._engine = AsgiEngine(
-            app, options, store=store, policy=policy if isinstance(policy, Policy) else None, events=events
-        )
+    def _make_engine(self, app: App, options: Options, **engine_options: Any) -> AsgiEngine:
+        return AsgiEngine(app, options, **engine_options)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http" or scope["method"] not in self._methods:
+        if scope["type"] != "http" or scope["method"] not in self._options.methods:
             if scope["type"] == "lifespan":
                 send = self._closing(send)
             await self.app(scope, receive, send)
