@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from retryproof.core.commands import NOT_BEGUN, Acquired, Claim, Complete, Release, Reply, Run, WorkOutcome
 from retryproof.core.flow import Conclusion, after_claim, after_settling, ended, settle, to_settle
@@ -77,6 +77,10 @@ class LoopStore(AsyncPerformer, Protocol):
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop: ...
+
+
+S = TypeVar("S", BlockingStore, LoopStore)
+Op = TypeVar("Op", BlockingOperation, LoopOperation)
 
 
 def unknown_algorithm(stored: bytes) -> bytes | None:
@@ -260,8 +264,8 @@ def _held(step: Run | Conclusion) -> Hold | Conclusion:
     return step.hold if isinstance(step, Run) else step
 
 
-class BlockingAttempt:
-    """An attempt that holds its claim and runs in a thread.
+class HeldAttempt(Generic[S, Op]):
+    """What an attempt that holds its claim is in either colour: watched until it is concluded, given back or left.
 
     The work begins only where `hold.may_begin` says so in the same step, else after `renew` (C6).
     """
@@ -269,17 +273,51 @@ class BlockingAttempt:
     __slots__ = ("_attempts", "_began", "_opened", "_watched", "hold", "operation", "policy")
 
     def __init__(
-        self, attempts: Attempts, opened: BlockingStore, policy: Policy, hold: Hold, began: float, where: str
+        self, attempts: Attempts, opened: S, policy: Policy, hold: Hold, operation: Op, began: float, where: str
     ) -> None:
         self._attempts = attempts
-        self._opened = opened
+        self._opened: S = opened
         self.policy = policy
         self._began = began
         self.hold = hold
-        self.operation = BlockingOperation(hold, opened, policy)
-        _listen(attempts, hold, where)
+        self.operation: Op = operation
+        hold.where = where
+        hold.on_overrun = attempts.overran
+        hold.on_settled = attempts.settled
         opened.background.watch(hold)
         self._watched = True
+
+    def give_back(self) -> None:
+        """Release what was not begun, in the background; called in place of all else."""
+        self._opened.background.linger(self.hold, self.hold.release())
+        self.leave()
+
+    def _conclude(self, conclusion: Conclusion) -> None:
+        self._unwatch()
+        self._attempts.conclude(conclusion, self.hold.id, self.hold.where, self._began)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._opened.background.unwatch(self.hold)
+
+    def leave(self) -> None:
+        """The work has ended, whatever came of it; called once."""
+        if self._watched:
+            self.operation.refuses_transactions = ENDED
+            self._unwatch()
+        self._opened.background.leave()
+
+
+class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
+    """An attempt that holds its claim and runs in a thread."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, attempts: Attempts, opened: BlockingStore, policy: Policy, hold: Hold, began: float, where: str
+    ) -> None:
+        super().__init__(attempts, opened, policy, hold, BlockingOperation(hold, opened, policy), began, where)
 
     def renew(self) -> Conclusion | None:
         """Renew a lease that was over before the work began: None, when it may begin now; or the conclusion.
@@ -344,64 +382,24 @@ class BlockingAttempt:
             leave_settling_to(self._opened.background, self.hold, outcome)
             self._unwatch()
 
-    def give_back(self) -> None:
-        """Release what was not begun, in the background; called in place of all else."""
-        self._opened.background.linger(self.hold, self.hold.release())
-        self.leave()
 
-    def _conclude(self, conclusion: Conclusion) -> None:
-        self._unwatch()
-        self._attempts.conclude(conclusion, self.hold.id, self.hold.where, self._began)
-
-    def _unwatch(self) -> None:
-        if self._watched:
-            self._watched = False
-            self._opened.background.unwatch(self.hold)
-
-    def leave(self) -> None:
-        """The work has ended, whatever came of it; called once."""
-        if self._watched:
-            self.operation.refuses_transactions = ENDED
-            self._unwatch()
-        self._opened.background.leave()
-
-
-class LoopAttempt:
+class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
     """An attempt that holds its claim and runs on an event loop.
 
     rest: the task that goes on settling it, once a cancellation has interrupted `finish`.
     """
 
-    __slots__ = (
-        "_attempts",
-        "_began",
-        "_cancelled",
-        "_opened",
-        "_others",
-        "_task",
-        "_watched",
-        "hold",
-        "operation",
-        "policy",
-        "rest",
-    )
+    __slots__ = ("_cancelled", "_others", "_task", "rest")
 
     def __init__(
         self, attempts: Attempts, opened: LoopStore, policy: Policy, hold: Hold, began: float, where: str
     ) -> None:
-        self._attempts = attempts
-        self._opened = opened
-        self.policy = policy
-        self._began = began
-        self.hold = hold
-        self.operation = LoopOperation(hold, opened, policy, opened.loop)
         self.rest: asyncio.Task[Conclusion] | None = None
         self._task: asyncio.Task[Any] | None = None  # to cancel when the lease is lost
         self._others = 0  # cancellations of it that others had asked for
         self._cancelled = False  # by us
-        _listen(attempts, hold, where)
-        opened.background.watch(hold)
-        self._watched = True
+        operation = LoopOperation(hold, opened, policy, opened.loop)
+        super().__init__(attempts, opened, policy, hold, operation, began, where)
 
     def cancel_when_lost(self) -> None:
         """Cancel the running task when the lease is lost (C8), until `work_ended`."""
@@ -436,11 +434,6 @@ class LoopAttempt:
         if self._task is not None and not self._cancelled:
             self._cancelled = True
             self._task.cancel("the lease was lost")
-
-    def give_back(self) -> None:
-        """Release what was not begun, in the background; called in place of all else."""
-        self._opened.background.linger(self.hold, self.hold.release())
-        self.leave()
 
     async def renew(self) -> Conclusion | None:
         """`BlockingAttempt.renew`, awaited."""
@@ -493,26 +486,3 @@ class LoopAttempt:
     def _conclude_rest(self, rest: asyncio.Task[Conclusion]) -> None:
         if not rest.cancelled() and rest.exception() is None:
             self._conclude(rest.result())
-
-    def _conclude(self, conclusion: Conclusion) -> None:
-        self._unwatch()
-        self._attempts.conclude(conclusion, self.hold.id, self.hold.where, self._began)
-
-    def _unwatch(self) -> None:
-        if self._watched:
-            self._watched = False
-            self._opened.background.unwatch(self.hold)
-
-    def leave(self) -> None:
-        """The work has ended, whatever came of it; called once."""
-        if self._watched:
-            self.operation.refuses_transactions = ENDED
-            self._unwatch()
-        self._opened.background.leave()
-
-
-def _listen(attempts: Attempts, hold: Hold, where: str) -> None:
-    """Hear from the keeper what becomes of a hold."""
-    hold.where = where
-    hold.on_overrun = attempts.overran
-    hold.on_settled = attempts.settled
