@@ -160,16 +160,7 @@ def settle(output: Output, **options: Any) -> None:
         how = _how(settlement)
         entry = audit.write("settling", record, how=how)
         settle_record(store, record, settlement, entry)
-    tell(
-        [log_event],
-        Event(
-            kind=Kind.SETTLED,
-            digest=short_digest(record.id),
-            attempt=record.attempt,
-            trace=record.trace,
-            note=f"{how}, by {audit.by}",
-        ),
-    )
+    _log(Kind.SETTLED, record, f"{how}, by {audit.by}")
     try:
         audit.write("settled", record, how=how)
     except click.ClickException as error:
@@ -224,15 +215,13 @@ def evict(output: Output, **options: Any) -> None:
         (gone,) = store.evict([record.id])
     if not gone:
         raise Refused(f"{named(record)} stays: {LIVE}.")
-    note = f"was {state_of(record)}, by {audit.by}"
+    _log(Kind.EVICTED, record, f"was {state_of(record)}, by {audit.by}")
+    output.answer({"evicted": short_digest(record.id), "state": state_of(record)}, f"{named(record)} is forgotten.")
+
+
+def _log(kind: Kind, record: Record, note: str) -> None:
+    """What an operator did is an event, as what attempts do is."""
     tell(
         [log_event],
-        Event(
-            kind=Kind.EVICTED,
-            digest=short_digest(record.id),
-            attempt=record.attempt,
-            trace=record.trace,
-            note=note,
-        ),
+        Event(kind=kind, digest=short_digest(record.id), attempt=record.attempt, trace=record.trace, note=note),
     )
-    output.answer({"evicted": short_digest(record.id), "state": state_of(record)}, f"{named(record)} is forgotten.")
