@@ -215,22 +215,25 @@ async def test_a_bridge_whose_thread_dies_gets_another() -> None:
     end = crossing.end()
     assert isinstance(await end.perform(make_claim("warm"), SECONDS), Acquired)
     await asyncio.to_thread(wait_until, lambda: crossing.line.leader is None)
+    dying = crossing._thread
+    assert dying is not None
     panics.append(Panic("broken"))
     assert isinstance(await end.perform(make_claim("first"), SECONDS), Unreachable)
     async with asyncio.timeout(SECONDS):
         assert isinstance(await end.perform(make_claim(), SECONDS), Acquired)
     assert crossing.orphans == []  # C3: who was told that there is no answer sees to its claim itself
     await asyncio.to_thread(crossing.close)
+    await asyncio.to_thread(dying.join, SECONDS)  # what it says at its end belongs to this test
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_c6_a_keeper_whose_thread_dies_gets_another() -> None:
-    died = threading.Event()
+    dying: list[threading.Thread] = []
 
     class Fragile(Turnstile):
         def renew(self, commands: Sequence[Renew]) -> Sequence[FenceReply]:
-            if not died.is_set():
-                died.set()
+            if not dying:
+                dying.append(threading.current_thread())
                 raise Panic("broken")
             return super().renew(commands)
 
@@ -239,8 +242,9 @@ def test_c6_a_keeper_whose_thread_dies_gets_another() -> None:
     kept = hold_of(store, make_claim(lease=0.3))
     deadline = kept.deadline
     keeper.watch(kept)
-    assert died.wait(SECONDS)
-    wait_until(lambda: keeper._thread is None)
+    wait_until(lambda: bool(dying))
+    dying[0].join(SECONDS)  # what it says at its end belongs to this test
+    assert keeper._thread is None
     keeper.watch(hold_of(store, make_claim("other", lease=0.3)))
     wait_until(lambda: kept.deadline > deadline)
     keeper.close()
