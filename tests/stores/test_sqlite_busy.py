@@ -211,4 +211,8 @@ def test_c2_what_somebody_elses_triggers_write_makes_no_batch_done(tmp_path: Pat
         store.complete([Complete(claims[2].id, claims[2].nonce, tokens[2], b"3")])
         replies = store.claim([again(claims[1]), new_claim()])
     assert [type(reply) for reply in replies] == [Running, Acquired]
+    [alone] = store.claim([new_claim()])  # so that the next one is expected to be new, and is inserted
+    [twin] = store.claim([again(claims[1])])
+    assert [type(alone), type(twin)] == [Acquired, Running]
+    assert store.complete([stale]) == [LOST]
     store.close()

@@ -154,6 +154,8 @@ def test_t2_a_file_that_cannot_be_written_still_replays(path: str) -> None:
     assert isinstance(acquired, Acquired)
     store.complete([complete(done, acquired, b"result")])
     store._file._connected().execute("PRAGMA query_only = 1")
+    [alone] = store.claim([again(done)])
+    assert isinstance(alone, Finished)
     threads = ThreadCoalescer(store, lambda claim, reply: None)
     began = time.monotonic()
     replies = threads.perform_many([new_claim(), again(done)], 10.0)

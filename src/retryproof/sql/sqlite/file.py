@@ -80,6 +80,21 @@ class SqliteFile:
         with self._lock:
             return pump(plan, self._execute)
 
+    def changes_one(self, statement: Statement) -> bool:
+        """Run a statement that changes one row or none, as a transaction of its own: whether it changed one.
+
+        What triggers of somebody else's change does not count. False too where a group is open, and where SQLite
+        refuses for whatever reason: ask the plan then, which waits for others and says what is wrong.
+        """
+        with self._lock:
+            connection = self._connected()
+            if self._grouped or connection.in_transaction:
+                return False
+            try:
+                return connection.execute(statement.sql, statement.parameters).rowcount == 1
+            except sqlite3.Error:
+                return False
+
     def write(self, plan: Callable[[], Plan[T]], patience: float | None = None) -> T:
         """Run a plan in one transaction that holds the write lock; inside a group, in the group's.
 

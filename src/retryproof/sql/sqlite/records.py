@@ -98,6 +98,7 @@ _COMPLETE = (
     f"WHERE id = ? AND nonce = ? AND token = ? AND state = {State.IN_PROGRESS:d}"
 )
 _REPLACE = f"REPLACE INTO retryproof_operations ({COLUMNS}) VALUES {_PLACES}"
+_COMPLETED, _TOMBSTONE = State.COMPLETED.value, State.TOMBSTONE.value
 _MARK = "retryproof_joined"
 _UNSETTLED = (
     f"state = {State.IN_PROGRESS:d} OR state = {State.RELEASED:d} "
@@ -124,10 +125,20 @@ def _reply_without_writing(row: Row | None, claim: Claim, now: int) -> ClaimRepl
     return reply if written is None else None
 
 
+def insertion(claim: Claim, now: int) -> Statement:
+    """The statement that claims an operation which is new: it changes one row, or none where there is a record."""
+    return Statement(_INSERT_NEW, _new_row(claim, now))
+
+
+def inserted(claim: Claim, now: int) -> Acquired:
+    """The reply to a claim that was inserted."""
+    return Acquired(now, 1, now, claim.nonce, NOTHING, claim.trace)
+
+
 def claim(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply]]:
     """Decide and write each claim, under the write lock. Most are new: one statement inserts all that are."""
     if (yield from _change_all(_INSERT_NEW, [_new_row(command, now) for command in claims])):
-        return [Acquired(now, 1, now, command.nonce, NOTHING, command.trace) for command in claims]
+        return [inserted(command, now) for command in claims]
     found = yield from _load([command.id for command in claims])
     replies: list[ClaimReply] = []
     for command in claims:
@@ -181,20 +192,21 @@ def complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
     return replies
 
 
+def completion(command: Complete, now: int) -> Statement | None:
+    """The statement that settles an operation in progress: it changes one row, or none where the fence does not hold.
+
+    None where completing takes more than this statement.
+    """
+    return None if command.listed else Statement(_COMPLETE, _completed_row(command, now))
+
+
+def _completed_row(command: Complete, now: int) -> Row:
+    state = _TOMBSTONE if command.result is None else _COMPLETED
+    return (state, command.result, now, now, command.id, command.nonce, command.token)
+
+
 def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:
-    rows = [
-        (
-            State.TOMBSTONE.value if command.result is None else State.COMPLETED.value,
-            command.result,
-            now,
-            now,
-            command.id,
-            command.nonce,
-            command.token,
-        )
-        for command in commands
-    ]
-    if (yield from _change_all(_COMPLETE, rows)):
+    if (yield from _change_all(_COMPLETE, [_completed_row(command, now) for command in commands])):
         return [DONE] * len(commands)
     return (yield from _fenced(commands, lambda record, command: table.settle(record, command, now)))
 

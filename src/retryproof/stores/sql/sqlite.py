@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from retryproof.clock import wall_clock
 from retryproof.core.batch import ItemError
-from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.commands import DONE, Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.record import Record, State
 from retryproof.sql.plan import Plan
 from retryproof.sql.sqlite import records
@@ -56,14 +56,20 @@ class SqliteStore:
         self._file = SqliteFile(SqliteTarget(path, timeout, patience, synchronous.upper()))
         self.path = path
         self._clock = clock
+        self._expects_new = True  # as the last claim was: one that is new need not be looked for
 
     def claim(self, claims: Sequence[Claim]) -> Batch[ClaimReply]:
         """Take each operation or say why not."""
+        if len(claims) == 1 and self._expects_new:
+            now = self._clock()
+            if self._file.changes_one(records.insertion(claims[0], now)):
+                return [records.inserted(claims[0], now)]
         with self._file.held():
             if self._file.is_writing:  # and nothing is gained by looking first
                 return self._file.write_batch(claims, lambda: records.claim(claims, self._clock()))
             replies: list[ClaimReply | ItemError | None] = [*self._file.read(records.peek(claims, self._clock()))]
             left = [place for place, reply in enumerate(replies) if reply is None]
+            self._expects_new = bool(left)
             if left:
                 asked = [claims[place] for place in left]
                 taken = self._file.write_batch(asked, lambda: records.claim(asked, self._clock()))
@@ -73,6 +79,10 @@ class SqliteStore:
 
     def complete(self, commands: Sequence[Complete]) -> Batch[FenceReply]:
         """Settle each operation with its result."""
+        if len(commands) == 1:
+            statement = records.completion(commands[0], self._clock())
+            if statement is not None and self._file.changes_one(statement):
+                return [DONE]
         return self._file.write_batch(commands, lambda: records.complete(commands, self._clock()))
 
     def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
