@@ -10,8 +10,10 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from retryproof.core.commands import Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.commands import Acquired, Claim, ClaimReply, Complete, FenceReply, Release, Renew
+from retryproof.core.hold import Hold
 from retryproof.core.record import Record
+from retryproof.drive import clock
 from retryproof.observe import Event
 from retryproof.stores.base import Capabilities
 from retryproof.stores.memory import MemoryStore
@@ -28,6 +30,22 @@ def make_id(name: str) -> bytes:
 def make_claim(name: str = "a", *, fingerprint: bytes = b"\0\0one", nonce: bytes | None = None, **more: Any) -> Claim:
     given = {"lease": 10.0, "retention": 60.0, "unsettled_retention": 60.0, **more}
     return Claim(id=make_id(name), fingerprint=fingerprint, nonce=os.urandom(16) if nonce is None else nonce, **given)
+
+
+def hold_of(store: MemoryStore, claim: Claim) -> Hold:
+    """The hold of a claim that this store grants."""
+    acquired = store.claim([claim])[0]
+    assert isinstance(acquired, Acquired)
+    return Hold(claim, acquired, clock())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Block until it is so."""
+    for _ in range(int(SECONDS * 200)):
+        if condition():
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError("it did not come to that")
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:

@@ -26,14 +26,12 @@ from retryproof.core.commands import (
     Unreachable,
 )
 from retryproof.core.errors import StoreUnavailable
-from retryproof.core.hold import Hold
-from retryproof.drive import clock
 from retryproof.stores.keeper import Keeper
 from retryproof.stores.lanes import Bridge, BridgeEnd, TaskCoalescer, ThreadCoalescer, bridge, tasks, threads
 from retryproof.stores.lanes.alarm import NEVER, Alarm
 from retryproof.stores.lanes.bridge import _TaskEntry
 from retryproof.stores.lanes.tasks import PORTION, WORTH_SPLITTING
-from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
+from tests.engine.support import SECONDS, OnLoop, Turnstile, hold_of, in_thread, make_claim, wait_until
 
 
 class Door:
@@ -248,20 +246,6 @@ def test_c6_a_keeper_whose_thread_dies_gets_another() -> None:
     keeper.watch(hold_of(store, make_claim("other", lease=0.3)))
     wait_until(lambda: kept.deadline > deadline)
     keeper.close()
-
-
-def hold_of(store: Turnstile, claim: Claim) -> Hold:
-    acquired = store.claim([claim])[0]
-    assert isinstance(acquired, Acquired)
-    return Hold(claim, acquired, clock())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(int(SECONDS * 200)):
-        if condition():
-            return
-        threading.Event().wait(0.005)
-    raise AssertionError("it did not come to that")
 
 
 # Nobody sleeps beside work

@@ -101,6 +101,7 @@ class Keeper:
         self._counting = threading.Lock()
         self._mutex = threading.Condition()
         self._wake_at = 0.0  # when the thread looks next; 0 while it is looking
+        self._called = NEVER  # when it was asked to look, though whoever asked may have ended
         self._thread: threading.Thread | None = None
         self._closing = False
         self._drain_until = 0.0
@@ -129,7 +130,7 @@ class Keeper:
         if hold.attempt > 1:
             self._meet(hold)
         if hold.due < self._wake_at or self._thread is None:
-            self._wake()
+            self._wake(hold.due)
 
     def unwatch(self, hold: Hold) -> None:
         """Stop renewing it, unless it lingers."""
@@ -248,10 +249,12 @@ class Keeper:
 
     # The thread
 
-    def _wake(self) -> None:
+    def _wake(self, by: float = 0.0) -> None:
+        """Have the thread look by this time. Whoever is content with a later time need not wake it again."""
         with self._mutex:
             if self._thread is None and not self._closing:
                 self._start()
+            self._wake_at, self._called = min(self._wake_at, by), min(self._called, by)
             self._mutex.notify()
 
     def _start(self) -> None:
@@ -322,6 +325,8 @@ class Keeper:
                 if due <= now and not self._over(now):
                     self._wake_at = 0.0
                     return True
+                if self._called <= now:
+                    self._called, idle_since = NEVER, None
                 if due < NEVER:
                     idle_since = None
                 else:
@@ -330,7 +335,8 @@ class Keeper:
                 if self._over(now) or due <= now:
                     self._thread = None
                     return False
-                self._wake_at = due
+                # Not later than short operations asked for: else each of them would wake it, for nothing.
+                due = self._wake_at = min(due, self._called)
                 self._mutex.wait((min(due, self._drain_until) if self._closing else due) - now)
 
     def _over(self, now: float) -> bool:
