@@ -32,6 +32,10 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "The current operation": ("retryproof.operation", ("Operation", "Phase")),
     "Phased operations": ("retryproof.transaction", ("Phased", "BlockingPhased", "Completer")),
+    "Messages that are received": ("retryproof.transaction", ("Inbox", "Received")),
+    "Messages to send": ("retryproof.transaction", ("Outbox",)),
+    "Messages, as a publisher gets them": ("retryproof.core.message", ("Message",)),
+    "Relays": ("retryproof.transaction", ("Relay", "RelayPolicy")),
     "Rows whose id the client knows": (
         "retryproof.transaction",
         ("insert_once", "ainsert_once", "Inserted", "put_once", "aput_once", "Put"),
@@ -60,6 +64,8 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Prometheus": ("retryproof.observe.prometheus", ("PrometheusListener",)),
     "OpenTelemetry": ("retryproof.observe.opentelemetry", ("OpenTelemetryListener",)),
     "For tests": ("retryproof.testing", ("StoreConformance", "AsyncStoreConformance", "ManualClock")),
+    "Crashes in tests": ("retryproof.testing.crash", ("CrashPoints",)),
+    "A bad network in tests": ("retryproof.testing.link", ("FaultLink",)),
 }
 """Heading -> the module to import from, and its names. No names: the module's own docstring."""
 
@@ -72,7 +78,43 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "Idempotency": ("run", "id_of", "close"),
     "AsyncIdempotency": ("run", "id_of", "aclose"),
     "Outcome": ("first_seen",),
-    "Operation": ("key_digest", "token", "attempt", "first_seen", "derive", "step", "astep"),
+    "Operation": (
+        "key_digest",
+        "token",
+        "attempt",
+        "first_seen",
+        "derive",
+        "step",
+        "astep",
+        "transaction",
+        "atransaction",
+        "phase",
+        "rollback",
+        "arollback",
+        "outcome_unknown",
+        "principal",
+    ),
+    "Inbox": ("receive", "receive_many", "keep", "process", "dead", "drop", "purge", "purge_dead"),
+    "Received": ("fresh",),
+    "Outbox": ("message", "add", "add_many", "notify"),
+    "Relay": ("run", "run_until_idle", "run_once", "stop", "stats", "aclose"),
+    "CrashPoints": ("from_environment", "reach", "reached", "wrap"),
+    "FaultLink": (
+        "url",
+        "start",
+        "close",
+        "refuse",
+        "black_hole",
+        "delay",
+        "cut_after",
+        "lose_reply",
+        "reset",
+        "duplicate",
+        "reset_all",
+        "heal",
+        "stats",
+        "wait_for",
+    ),
     "IdempotencyMiddleware": ("aclose", "close"),
     "Store": ("claim", "complete", "release", "renew", "checkpoint", "get", "scan", "evict", "reap", "close"),
     "Codec": ("name", "encode", "decode"),
@@ -141,6 +183,8 @@ def _values(thing: EnumType) -> str:
 
 def _member(thing: type, name: str) -> str:
     member = inspect.getattr_static(thing, name)
+    if isinstance(member, classmethod):
+        member = getattr(thing, name)
     described = _prose(inspect.getdoc(member) or "")
     if isinstance(member, property):
         returned = _annotation(inspect.signature(member.fget).return_annotation) if member.fget else ""

@@ -32,6 +32,7 @@ _FENCE = re.compile(
 )
 _FILE = re.compile(r"# (\w+\.py)\n")
 _LINK = re.compile(r"(?<!!)\[[^\]\n]*\]\(([^)\s]+)\)")
+_DEFINITION = re.compile(r"^\[[^\]\n]+\]: (\S+)$", re.MULTILINE)
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 _MARKER = re.compile(r"^[ ]*<!-- test: ", re.MULTILINE)
 
@@ -101,8 +102,9 @@ def program(code: list[Block]) -> str:
 
 
 def links(text: str) -> list[str]:
-    """The targets of a page's links, those in code left out."""
-    return _LINK.findall(re.sub(r"`[^`\n]*`", "", _FENCE.sub("", text)))
+    """The targets of a page's links, without those in code."""
+    prose = re.sub(r"`[^`\n]*`", "", _FENCE.sub("", text))
+    return _LINK.findall(prose) + _DEFINITION.findall(prose)
 
 
 def anchors(text: str) -> set[str]:

@@ -1,9 +1,11 @@
-"""What the documentation says is so: its code runs, its links lead somewhere, and its pages can be read in one go."""
+"""The documentation is true: its code runs, its links lead somewhere, and its pages can be read in one sitting."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +19,7 @@ WITH_CODE = [page for page in pages() if code_of(page.read_text())]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
-def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_code_of_a_page_runs_and_runs_again(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     code = code_of(page.read_text())
     environment = dict(os.environ)
     for server in {block.needs for block in code if block.needs}:
@@ -26,8 +28,9 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, request: pytest.Fix
         if block.file is not None:
             (tmp_path / block.file).write_text(block.code)
     (tmp_path / "page.py").write_text(program(code))
-    status, said = run_alone([sys.executable, "-W", "error", "page.py"], tmp_path, environment)
-    assert status == 0, f"{name_of(page)}, by its own lines:\n{said}"
+    for turn in ("first", "second"):  # a reader runs it again, over the files and servers that the first run left
+        status, said = run_alone([sys.executable, "-W", "error", "page.py"], tmp_path, environment)
+        assert status == 0, f"{name_of(page)}, run for the {turn} time, by its own lines:\n{said}"
 
 
 def run_alone(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
@@ -65,6 +68,26 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_the_links_of_the_readme_hold_on_a_package_index() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    site = project["urls"]["Documentation"]
+    found = links((ROOT / "README.md").read_text())
+    assert found
+    assert [link for link in found if not link.startswith(site)] == []
+    broken = []
+    for link in found:
+        target, _, anchor = link.removeprefix(site).partition("#")
+        file = (ROOT / "docs" / target).with_suffix(".md")
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            broken.append(link)
+    assert broken == []
+
+
+def test_every_reference_of_the_readme_is_defined_and_used() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"\]\[([^\]\n]+)\]", text)) == set(re.findall(r"^\[([^\]\n]+)\]: ", text, re.MULTILINE))
+
+
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_a_page_can_be_read_in_one_go(page: Path) -> None:
     assert name_of(page) in LONG or len(page.read_text().splitlines()) <= 250
@@ -91,6 +114,22 @@ def test_every_page_is_reached_from_the_index() -> None:
         reached |= new
         ahead += new
     assert {name_of(page) for page in ROOT.glob("docs/**/*.md")} - {name_of(page) for page in reached} == set()
+
+
+def test_the_map_for_contributors_names_what_is_there() -> None:
+    """Folders that stand first on a line of the map, and files; those indented are in the folder above."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lines = next(block.code for block in blocks(text) if block.code.startswith("src/retryproof/")).splitlines()
+    named, folder = [], ROOT
+    for line in lines:
+        entry = line.split()[0]
+        if line.startswith(" "):
+            named.append(folder / entry)
+        else:
+            folder = ROOT / entry
+            named.append(folder)
+    assert len(named) > 20
+    assert [name_of(path) for path in named if not path.exists()] == []
 
 
 def test_a_marker_says_what_a_block_needs_or_why_it_is_not_run() -> None:

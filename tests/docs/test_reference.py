@@ -11,7 +11,7 @@ import api_reference
 import draw_endings
 import draw_protocol
 import rules_index
-from retryproof import Policy
+from retryproof import Policy, transaction
 from retryproof.core.flow import TABLE
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.http.problem import DOCS_URL, KINDS, Problem, render
@@ -55,6 +55,7 @@ def test_the_reference_is_made_from_the_docstrings() -> None:
 def test_the_reference_has_every_public_name() -> None:
     listed = {(module, name) for module, names in api_reference.SECTIONS.values() for name in names}
     wanted = {(module, name) for module, names in NAMES.items() for name in names} - {("retryproof", "errors")}
+    wanted |= {("retryproof.transaction", name) for name in transaction.__all__}
     assert wanted - listed == set()
 
 
