@@ -50,6 +50,15 @@ _HEAD = struct.Struct(">BBBHHI")
 _LENGTHS = struct.Struct(">HI")
 
 
+def _layout(count: int) -> struct.Struct:
+    """The head of a response with so many headers, and their lengths."""
+    return struct.Struct(_HEAD.format + "HI" * count)
+
+
+_LAYOUTS = tuple(map(_layout, range(64)))
+"""That of most responses, by the number of their headers."""
+
+
 @value_class
 class StoredResponse:
     """An HTTP response as it is replayed: names and values byte for byte, in order, repeated names kept.
@@ -72,12 +81,15 @@ def pack_response(status: int, headers: Sequence[tuple[bytes, bytes]], body: byt
     """`encode_response` of the parts of one."""
     if not 100 <= status <= 999:
         raise Unencodable(f"{status} is no status of a response")
-    parts = [part for header in headers for part in header]
+    parts: list[bytes] = []
+    for header in headers:
+        parts += header
     count = len(headers)
+    layout = _LAYOUTS[count] if count < len(_LAYOUTS) else _layout(count)
+    flags = _OMITTED if omitted else 0
     try:
-        head = _HEAD.pack(VERSION, _RESPONSE, _OMITTED if omitted else 0, status, count, len(body))
-        lengths = struct.pack(">" + "HI" * count, *map(len, parts))
-        return b"".join((head, lengths, *parts, body))
+        head = layout.pack(VERSION, _RESPONSE, flags, status, count, len(body), *map(len, parts))
+        return b"".join((head, *parts, body))
     except (struct.error, TypeError) as error:
         raise Unencodable(f"not a response that can be stored: {error}") from error
 

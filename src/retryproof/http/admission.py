@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from retryproof.core.errors import ConfigurationError, InvalidKey, Unreadable
 from retryproof.core.fingerprint import Hasher, comparable
@@ -30,6 +30,7 @@ from retryproof.http.options import Choice, Departure, HeadDeparture, Options
 from retryproof.http.problem import Problem
 from retryproof.http.request import HttpRequest
 from retryproof.http.scope import Anonymous, Identity, single_tenant
+from retryproof.http.semantics import traceparent
 
 COVERED = "retryproof.covered"
 """Set for a request that a layer covers, so that a second layer further in lets it pass."""
@@ -44,6 +45,8 @@ class NotCovered:
     read: bool
 
 
+_NAMES = frozenset({str, bytes})
+
 NotAdmitted = Problem | NotCovered
 """Why a request claims nothing."""
 
@@ -51,15 +54,17 @@ NotAdmitted = Problem | NotCovered
 class Admission:
     """One request on its way to a claim.
 
-    body: as it came; bytes where it came in one part. weak_key: what is wrong with a key that was refused only since it
-    can be guessed; listeners are told, so that clients learn to make others.
-    Known at the end: id, fingerprint, tenant, where (the endpoint's pinned name), fails_open, on_departure.
+    body: as it came; bytes where it came in one part. size: its bytes so far. weak_key: what is wrong with a key that
+    was refused only since it can be guessed; listeners are told, so that clients learn to make others.
+    Known at the end: id, fingerprint, tenant, trace, where (the endpoint's pinned name), fails_open, on_departure; and
+    is_large: the fingerprint is not known yet, since `digest` is a thread's work.
     """
 
     __slots__ = (
         "_announced",
         "_hasher",
         "_identity",
+        "_is_anonymous",
         "_key",
         "_options",
         "_strength",
@@ -67,10 +72,13 @@ class Admission:
         "fails_open",
         "fingerprint",
         "id",
+        "is_large",
         "on_departure",
         "policy",
         "request",
+        "size",
         "tenant",
+        "trace",
         "weak_key",
         "where",
     )
@@ -78,34 +86,42 @@ class Admission:
     id: bytes
     fingerprint: bytes
     tenant: bytes
+    trace: str
     where: str
     fails_open: bool
+    is_large: bool
     on_departure: Departure | HeadDeparture
     _hasher: Hasher
-    _identity: Identity
+    _identity: str | bytes
+    _is_anonymous: bool
     _strength: Strength
+    _announced: int | None
+    _key: str | None
 
     def __init__(self, options: Options, request: HttpRequest, policy: Policy) -> None:
         self._options = options
         self.request = request
         self.policy = policy
-        self._key: str | None = None
-        self._announced: int | None = None
         self.body: bytes | Body | None = None
+        self.size = 0
         self.weak_key = ""
 
     def begin(self) -> NotAdmitted | None:
         """Look at everything but the body."""
         options, request = self._options, self.request
-        identity = self._identity = self._identified()
-        anonymous = identity is None or isinstance(identity, Anonymous)
-        self._strength = "strong" if anonymous else options.strength
-        if not isinstance(options.key, JsonFieldKey):
+        identity: Any = options.scope(request.context)
+        if not identity or type(identity) not in _NAMES:  # nearly always it is one
+            identity = _identified(identity)
+        self._identity = identity or ""
+        anonymous = self._is_anonymous = identity is None or isinstance(identity, Anonymous)
+        strength = self._strength = "strong" if anonymous else options.strength
+        source = options.key
+        if not isinstance(source, JsonFieldKey):
             try:
-                self._key = self._early_key(self._strength)
+                key = self._key = self._early_key(source, strength)
             except InvalidKey as error:
-                return self._invalid_key(error, partial(self._early_key, "any"))
-            if self._key is None:
+                return self._invalid_key(error, partial(self._early_key, source, "any"))
+            if key is None:
                 return self._no_key()
         announced = self._announced = request.announced
         if announced is not None and announced > options.max_body:
@@ -117,29 +133,27 @@ class Admission:
 
     def take(self, chunk: bytes, *, more: bool) -> NotAdmitted | None:
         """Take the next part of the body; `more` says that others follow."""
+        size = self.size = self.size + len(chunk)
+        if size > self._options.max_body:
+            return self._too_large()
         body = self.body
         if body is None and not more:
-            size = len(chunk)
-            if size > self._options.max_body:
-                return self._too_large()
             self.body = bytes(chunk)
         else:
             if not isinstance(body, Body):
-                owner = None if self._options.scope is single_tenant else self._identity or ""
+                owner = None if self._options.scope is single_tenant else self._identity
                 body = self.body = Body(BUDGET, owner, max(SHARE, self._options.max_body))
-            if body.size + len(chunk) > self._options.max_body:
-                return self._too_large()
             try:
                 body.append(chunk)
             except OverBudget:
                 return Problem(problems.BUSY, "Try again in a moment, with the same key.", retry_after=1)
-            size = body.size
         self._hasher.update(chunk)
-        if more or self._announced is None or self._announced == size:
+        announced = self._announced
+        if more or announced is None or announced == size:
             return None
         return Problem(
             problems.BODY_MISMATCH,
-            f"Content-Length says {self._announced} bytes and {size} came. Nothing was done; send it again.",
+            f"Content-Length says {announced} bytes and {size} came. Nothing was done; send it again.",
         )
 
     def stalled(self) -> Problem:
@@ -151,30 +165,42 @@ class Admission:
 
     def end(self) -> NotAdmitted | None:
         """The body is whole: find out which operation it is."""
-        options, request, identity = self._options, self.request, self._identity
+        options, request = self._options, self.request
         if isinstance(options.key, JsonFieldKey):
-            find, body = options.key.find, self.body
-            whole = body.read() if isinstance(body, Body) else body or b""
-            try:
-                self._key = find(whole, self._strength)
-            except InvalidKey as error:
-                return self._invalid_key(error, partial(find, whole, "any"))
-            if self._key is None:
-                return self._no_key()
-        context = request.context
+            refused = self._find_in_body(options.key)
+            if refused is not None:
+                return refused
+        context, identity, pepper = request.context, self._identity, options.pepper
         endpoint = options.endpoint.of(context)
-        anonymous = identity is None or isinstance(identity, Anonymous)
-        who = ("anonymous" if anonymous else "caller", identity or "")
-        what = (request.method, request.raw_path) if endpoint is None else (endpoint,)
-        self.id = record_id((options.name, *who, *what), self._key or "", pepper=options.pepper)
-        self.tenant = b"" if identity is None or anonymous else tenant_digest(identity, pepper=options.pepper)
+        self.tenant = b"" if self._is_anonymous else tenant_digest(identity, pepper=pepper)
+        who = "anonymous" if self._is_anonymous else "caller"
+        name = options.name
+        what = (
+            (name, who, identity, request.method, request.raw_path)
+            if endpoint is None
+            else (name, who, identity, endpoint)
+        )
+        self.id = record_id(what, self._key or "", pepper=pepper)
         self.where = endpoint or ""
+        trace = request.headers.get(b"traceparent")
+        self.trace = "" if trace is None else traceparent(trace)
         self.fails_open = options.fail_open.of(context)
         departure = options.on_departure
         self.on_departure = cast("Departure", departure.of(context)) if isinstance(departure, Choice) else departure
+        self.is_large = self.size >= OFF_LOOP_FROM
         if not self.is_large:
-            self.digest()
+            self.fingerprint = self._hasher.digest()
         return None
+
+    def _find_in_body(self, source: JsonFieldKey) -> NotAdmitted | None:
+        """Find the key in the body."""
+        body = self.body
+        whole = body.read() if isinstance(body, Body) else body or b""
+        try:
+            self._key = source.find(whole, self._strength)
+        except InvalidKey as error:
+            return self._invalid_key(error, partial(source.find, whole, "any"))
+        return self._no_key() if self._key is None else None
 
     def digest(self) -> None:
         """Finish the fingerprint."""
@@ -201,17 +227,6 @@ class Admission:
         """What stands for the operation in answers and logs."""
         return short_digest(self.id)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the body so far."""
-        body = self.body
-        return body.size if isinstance(body, Body) else len(body or b"")
-
-    @property
-    def is_large(self) -> bool:
-        """Whether `digest` is a thread's work."""
-        return self.size >= OFF_LOOP_FROM
-
     def chunks(self) -> Iterable[bytes]:
         """The body in order."""
         body = self.body
@@ -222,25 +237,12 @@ class Admission:
         if isinstance(self.body, Body):
             self.body.close()
 
-    def _identified(self) -> Identity:
-        identity: object = self._options.scope(self.request.context)
-        if identity is None or identity in ("", b""):
-            return None  # also an anonymous caller who names no host
-        if isinstance(identity, str | bytes):
-            return identity
-        if inspect.iscoroutine(identity):
-            identity.close()
-        raise ConfigurationError(
-            f"The scope callable returned {type(identity).__name__}; return a string or bytes that tell callers apart, "
-            "or None for an anonymous caller, and no coroutine."
-        )
-
-    def _early_key(self, strength: Strength) -> str | None:
+    def _early_key(self, source: HeaderKey | CallableKey, strength: Strength) -> str | None:
         """The key, where it is found without the body."""
-        source, request = self._options.key, self.request
+        request = self.request
         if isinstance(source, HeaderKey):
             return source.find(request.key_lines, strength) if request.key_lines else None
-        return source.find(request.context, strength) if isinstance(source, CallableKey) else None
+        return source.find(request.context, strength)
 
     def _no_key(self) -> NotAdmitted:
         if not self._options.required.of(self.request.context):
@@ -254,8 +256,7 @@ class Admission:
     def _invalid_key(self, error: InvalidKey, find_any: Callable[[], str | None]) -> Problem:
         if self._strength == "strong" and _finds(find_any):
             self.weak_key = error.message
-        identity = self._identity
-        anonymous = (identity is None or isinstance(identity, Anonymous)) and self._options.strength == "any"
+        anonymous = self._is_anonymous and self._options.strength == "any"
         why = " This caller is anonymous to the service, and then only keys that cannot be guessed are taken."
         return Problem(problems.KEY_INVALID, error.message + (why if anonymous else ""))
 
@@ -263,6 +264,20 @@ class Admission:
         return Problem(
             problems.BODY_TOO_LARGE, f"A body may have {self._options.max_body} bytes here. Nothing was done."
         )
+
+
+def _identified(identity: object) -> Identity:
+    """What a scope callable returned, where it is an identity or says that there is none."""
+    if identity is None or identity in ("", b""):
+        return None  # also an anonymous caller who names no host
+    if isinstance(identity, str | bytes):
+        return identity
+    if inspect.iscoroutine(identity):
+        identity.close()
+    raise ConfigurationError(
+        f"The scope callable returned {type(identity).__name__}; return a string or bytes that tell callers apart, "
+        "or None for an anonymous caller, and no coroutine."
+    )
 
 
 def _finds(find: Callable[[], str | None]) -> bool:

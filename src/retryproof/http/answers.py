@@ -6,6 +6,7 @@ performs it undoes the coding, in a thread where it is large, and asks `undone_a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from retryproof.conclusions import WHY_UNKNOWN
@@ -48,7 +49,7 @@ class Undoing(NamedTuple):
     """A stored response whose codings have to be undone first, by `semantics.undone`."""
 
     response: StoredResponse
-    codings: list[bytes]
+    codings: Sequence[bytes]
 
     @property
     def is_large(self) -> bool:
@@ -64,8 +65,8 @@ def refusal(problem: Problem, options: Options) -> Answer:
 def replay(finished: Finished, request: HttpRequest, options: Options) -> Answer | Undoing:
     """The stored response. Raises Unreadable."""
     response = _NOTHING_KEPT if finished.result is None else decode_response(finished.result)
-    headers, body = list(response.headers), response.body
-    codings = unaccepted_codings(headers, request.headers.get(b"accept-encoding", b"")) if body else []
+    headers, body = response.headers, response.body
+    codings = unaccepted_codings(headers, request.headers.get(b"accept-encoding", b"")) if body else ()
     if codings:
         return Undoing(response, codings)
     return _replayed(response.status, headers, body, options, omitted=response.omitted)
@@ -73,17 +74,15 @@ def replay(finished: Finished, request: HttpRequest, options: Options) -> Answer
 
 def undone_answer(undoing: Undoing, plain: bytes | None, options: Options) -> Answer:
     """The replay with its coding undone; None: that was not possible, and the body is left out."""
-    headers = list(undoing.response.headers)
+    status, headers = undoing.response.status, undoing.response.headers
     if plain is None:
-        return _replayed(undoing.response.status, headers_without_body(headers), b"", options, omitted=True)
-    return _replayed(undoing.response.status, headers_of_undone(headers), plain, options, omitted=False)
+        return _replayed(status, headers_without_body(headers), b"", options, omitted=True)
+    return _replayed(status, headers_of_undone(headers), plain, options, omitted=False)
 
 
-def _replayed(status: int, headers: Headers, body: bytes, options: Options, *, omitted: bool) -> Answer:
-    marks = [(options.replay_header, b"true")]
-    if omitted:
-        marks.append(OMITTED)
-    return Answer(status, replayed_headers(status, headers, len(body), marks), body)
+def _replayed(status: int, headers: Iterable[Header], body: bytes, options: Options, *, omitted: bool) -> Answer:
+    mark = (options.replay_header, b"true")
+    return Answer(status, replayed_headers(status, headers, len(body), (mark, OMITTED) if omitted else (mark,)), body)
 
 
 def denied(operation: str) -> Problem:

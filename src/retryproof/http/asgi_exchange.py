@@ -23,9 +23,9 @@ from retryproof.http.body import deadline
 from retryproof.http.client_link import DISCONNECT, ClientLink
 from retryproof.http.problem import Problem
 from retryproof.http.request import HttpRequest, key_lines_in
-from retryproof.http.semantics import traceparent
 from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
 from retryproof.observe.events import Event, Kind
+from retryproof.stores.opened import AsyncOpened, AsyncView
 
 _HIDDEN_EXTENSIONS = ("http.response.pathsend", "http.response.zerocopysend")
 """Ways to send a file past everybody; without them an app sends its bytes, which can be kept."""
@@ -51,15 +51,37 @@ async def respond(
             await _turn_away(engine, admission, refused, scope, receive, send)
             return
         scope[COVERED] = True
-        link = ClientLink(receive, send, admission.body or b"")
-        attempt = await _begin(engine, admission, link)
-        if isinstance(attempt, LoopAttempt):
-            run = AsgiRun(engine, admission, attempt, _app_scope(scope, stops=admission.on_departure == "stop"), link)
-            await run.outlast()
-        elif admission.fails_open and isinstance(attempt, Down) and is_outage(attempt):
+        opened = _opened(engine, admission)
+        begun: LoopAttempt | Conclusion
+        if isinstance(opened, Down):
+            begun = opened
+        else:
+            if policy.wait:  # who waits may leave meanwhile (C18)
+                link = ClientLink(receive, send, admission.body or b"")
+            begun = await engine.attempts.abegin(
+                opened,
+                policy,
+                admission.id,
+                admission.fingerprint,
+                admission.where,
+                admission.tenant,
+                admission.trace,
+                admission.refingerprint,
+                fails_open=admission.fails_open,
+                stays=None if link is None else link.stays,
+            )
+            if isinstance(begun, LoopAttempt):
+                scope = _app_scope(scope, stops=admission.on_departure == "stop")
+                run = AsgiRun(
+                    engine, opened, admission, begun, scope, link or ClientLink(receive, send, admission.body or b"")
+                )
+                await run.outlast()
+                return
+        if admission.fails_open and isinstance(begun, Down) and is_outage(begun):
+            link = link or ClientLink(receive, send, admission.body or b"")
             await _run_unprotected(engine, scope, link.receive, send)
         else:
-            await send_conclusion(engine, admission, attempt, send)
+            await send_conclusion(engine, admission, begun, send)
     finally:
         if run is None:  # otherwise its end does it, which may come later
             admission.close()
@@ -136,25 +158,14 @@ async def _turn_away(
 # The claim
 
 
-async def _begin(engine: AsgiEngine, admission: Admission, link: ClientLink) -> LoopAttempt | Conclusion:
+def _opened(engine: AsgiEngine, admission: Admission) -> AsyncOpened | AsyncView | Down:
+    """The opened store, or that it is out of reach, or not set up; the listeners were told."""
     try:
-        opened = engine.opened()
-    except IdempotencyError as error:  # out of reach, or not set up; the event has it
+        return engine.opened()
+    except IdempotencyError as error:
         down = Down(error)
         engine.attempts.conclude(down, admission.id, admission.where, clock(), fails_open=admission.fails_open)
         return down
-    return await engine.attempts.abegin(
-        opened,
-        admission.policy,
-        admission.id,
-        admission.fingerprint,
-        admission.where,
-        admission.tenant,
-        traceparent(admission.request.headers.get(b"traceparent", b"")),
-        admission.refingerprint,
-        fails_open=admission.fails_open,
-        stays=link.stays,
-    )
 
 
 async def _run_unprotected(engine: AsgiEngine, scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -176,16 +187,15 @@ def request_of(scope: AsgiScope, key_header: bytes | None) -> HttpRequest:
     every = scope["headers"]
     headers: dict[bytes, bytes] = dict(every)
     lines = () if key_header is None else key_lines_in(headers, every, key_header)
-    return HttpRequest(scope["method"], _raw_path(scope), scope.get("query_string", b""), headers, lines, scope)
-
-
-def _raw_path(scope: AsgiScope) -> bytes:
     raw = scope.get("raw_path")
-    if raw is None:
-        path, root = scope["path"], scope.get("root_path", "")
-        whole = path if path.startswith(root) else root + path  # mounts of old cut the root off
-        return quote(whole, errors="surrogatepass").encode("ascii")
-    return bytes(raw).partition(b"?")[0]
+    path = _quoted_path(scope) if raw is None else bytes(raw).partition(b"?")[0]
+    return HttpRequest(scope["method"], path, scope.get("query_string", b""), headers, lines, scope)
+
+
+def _quoted_path(scope: AsgiScope) -> bytes:
+    path, root = scope["path"], scope.get("root_path", "")
+    whole = path if path.startswith(root) else root + path  # mounts of old cut the root off
+    return quote(whole, errors="surrogatepass").encode("ascii")
 
 
 def _app_scope(scope: AsgiScope, *, stops: bool) -> AsgiScope:

@@ -30,6 +30,7 @@ from retryproof.http.problem import Problem
 from retryproof.http.recorder import WRONG, is_interim
 from retryproof.http.settlement import FAIL_OPEN, Settlement
 from retryproof.http.types import AsgiMessage, AsgiScope
+from retryproof.stores.opened import AsyncOpened, AsyncView
 
 logger = logging.getLogger("retryproof.http")
 
@@ -41,6 +42,7 @@ _PARTS_A_TURN = 16
 _PARTS = frozenset(
     {"http.response.body", "http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"}
 )
+_OWN = (Completed, Failed)
 _settling: set[asyncio.Task[Conclusion]] = set()
 """Tasks that the loop must not lose."""
 _TOO_LONG = "it ran past max_run, and its client has left"
@@ -71,20 +73,23 @@ class AsgiRun:
     )
 
     def __init__(
-        self, engine: AsgiEngine, admission: Admission, attempt: LoopAttempt, scope: AsgiScope, link: ClientLink
+        self,
+        engine: AsgiEngine,
+        opened: AsyncOpened | AsyncView,
+        admission: Admission,
+        attempt: LoopAttempt,
+        scope: AsgiScope,
+        link: ClientLink,
     ) -> None:
-        loop = self._loop = asyncio.get_running_loop()
+        loop = self._loop = opened.loop
+        hold = attempt.hold
         self._engine = engine
         self._admission = admission
         self._attempt = attempt
         self._scope = scope
         self._link = link
         self._settlement = Settlement(
-            attempt.hold,
-            attempt.operation,
-            engine.options,
-            admission.policy,
-            engine.opened().capabilities.max_result,
+            hold, attempt.operation, engine.options, admission.policy, opened.capabilities.max_result
         )
         self._state = RUNNING
         self._stopped = ""  # what happened, when we cancelled the app
@@ -94,15 +99,15 @@ class AsgiRun:
         self._streamed = 0  # parts
         self._rest: asyncio.Task[Conclusion] | None = None  # of a joined transaction
         self._conclusion: Conclusion | None = None
-        self._on_departure = admission.on_departure
+        departure = self._on_departure = admission.on_departure
         if admission.fails_open:
             attempt.operation.refuses_transactions = FAIL_OPEN
-        attempt.hold.on_overrun = self._on_overrun
+        hold.on_overrun = self._on_overrun
         link.on_left = self._on_left
-        link.stops = link.tells = self._on_departure == "stop"
+        link.stops = link.tells = departure == "stop"
         self._over: asyncio.Future[None] = loop.create_future()
-        self._task = loop.create_task(self._run())
-        engine.running.add(self._task)
+        task = self._task = loop.create_task(self._run())
+        engine.running.add(task)
 
     # The server's task
 
@@ -177,7 +182,7 @@ class AsgiRun:
     # The app's task
 
     async def _run(self) -> None:
-        attempt, engine = self._attempt, self._engine
+        attempt, engine, link = self._attempt, self._engine, self._link
         hold = attempt.hold
         operation.enter(attempt.operation)
         error: BaseException | None = None
@@ -185,25 +190,29 @@ class AsgiRun:
         try:
             # Asked in the same step that calls the app (C6).
             if hold.may_begin(clock()) or await self._renewed():
-                if self._admission.policy.on_lease_lost == "cancel":
+                if attempt.policy.on_lease_lost == "cancel":
                     hold.on_lost = self._on_lost
                     if hold.lost:  # told meanwhile, in the keeper's thread
                         self._on_lost()
                 try:
-                    await engine.app(self._scope, self._link.receive, self._send)
+                    await engine.app(self._scope, link.receive, self._send)
                 except BaseException as of_app:  # noqa: BLE001  # raised again, as the table says
                     error = of_app
-                if await self._goes_on(error):
+                if self._state is SETTLED or await self._goes_on(error):
                     raised = error
         except BaseException as ours:  # noqa: BLE001  # handed to the server's task, which raises it
             raised = ours
-        hold.on_lost = self._link.on_left = None  # leaves no cycle to the garbage collector
+        hold.on_lost = link.on_left = None  # leaves no cycle to the garbage collector
         hold.on_overrun = engine.attempts.overran
-        engine.departed.discard(self)
+        if link.left or self._deserted:
+            engine.departed.discard(self)
         engine.running.discard(self._task)
         attempt.leave()
-        self._link.close()
-        self._hand_over(raised)
+        link.close()
+        if raised is None and not self._over.done():
+            self._over.set_result(None)
+        else:
+            self._hand_over(raised)
         error = raised = None  # their tracebacks lead here
 
     def _hand_over(self, error: BaseException | None) -> None:
@@ -211,11 +220,9 @@ class AsgiRun:
         if self._deserted or self._over.done():
             if isinstance(error, Exception):
                 logger.error("A handler failed after its request was over.", exc_info=error)
-        elif error is None:
-            self._over.set_result(None)
         elif isinstance(error, asyncio.CancelledError):
             self._over.cancel()
-        else:
+        elif error is not None:
             self._over.set_exception(error)
 
     async def _renewed(self) -> bool:
@@ -224,15 +231,12 @@ class AsgiRun:
         if conclusion is None:
             return True
         self._state = SETTLING
-        self._attempt.operation.refuses_transactions = operation.ENDED
-        self._settlement.end(endings.TOO_LATE, None)
+        self._settlement.end(endings.TOO_LATE)
         await self._conclude(conclusion)
         return False
 
     async def _goes_on(self, error: BaseException | None) -> bool:
-        """The app has returned, or raised this: settle that, unless it was; whether what it raised goes on."""
-        if self._state is SETTLED:
-            return True
+        """The app has returned, or raised this, before it was settled: settle that; whether what it raised goes on."""
         rest = self._attempt.rest or self._rest
         if rest is not None:  # its last message's sender was cancelled on the way; it is seen to its end
             await self._conclude(await asyncio.shield(rest))
@@ -240,7 +244,7 @@ class AsgiRun:
             return True
         settlement = self._settlement
         if error is None:
-            await self._settle(settlement.answered(), None)
+            await self._settle(settlement.answered())
             return settlement.raises
         link = self._link
         cancelled = isinstance(error, asyncio.CancelledError)
@@ -254,8 +258,8 @@ class AsgiRun:
 
     async def _send(self, message: AsgiMessage) -> None:
         kind = message["type"]
-        if self._state is SETTLING or self._state is SETTLED:
-            if self._conclusion is None or isinstance(self._conclusion, Completed | Failed):
+        if self._state is SETTLED or self._state is SETTLING:
+            if self._conclusion is None or isinstance(self._conclusion, _OWN):
                 await self._link.send(message)  # after the end; the server knows what to say
         elif kind == "http.response.start":
             if is_interim(message["status"]):
@@ -266,9 +270,13 @@ class AsgiRun:
             self._take_head(message)
         elif self._head is None or kind not in _PARTS:
             await self._link.send(message)  # early hints, pushes, debug; and what is out of order
-        elif self._take(kind, message):
+        elif (
+            self._settlement.recorder.part(message.get("body", b""), more=message.get("more_body", False))
+            if kind == "http.response.body"
+            else self._take_unseen(kind, message)
+        ):
             self._last = message
-            await self._settle(self._settlement.answered(), None)
+            await self._settle(self._settlement.answered())
         else:
             await self._stream(message)
 
@@ -283,11 +291,9 @@ class AsgiRun:
             if self._on_departure == "stop":
                 self._link.stop_without_client()
 
-    def _take(self, kind: str, message: AsgiMessage) -> bool:
-        """Take a part of the response; whether it is the last."""
+    def _take_unseen(self, kind: str, message: AsgiMessage) -> bool:
+        """Take what is no part of a body that can be kept; whether it is the last of the response."""
         recorder = self._settlement.recorder
-        if kind == "http.response.body":
-            return recorder.part(message.get("body", b""), more=message.get("more_body", False))
         if kind == "http.response.trailers":
             return recorder.trailers(more=message.get("more_trailers", False))
         return recorder.unseen(more=message.get("more_body", False))
@@ -311,16 +317,14 @@ class AsgiRun:
 
     # The end
 
-    async def _settle(self, happened: str, error: BaseException | None) -> None:
+    async def _settle(self, happened: str, error: BaseException | None = None) -> None:
         """Give the record what the table says, and send what it says."""
-        attempt, link, settlement = self._attempt, self._link, self._settlement
-        settlement.end(happened, error)
+        attempt, link = self._attempt, self._link
         self._state = SETTLING
         link.stops = False  # the app has nothing left to stop for
         if link.left or self._deserted:
             self._engine.departed.discard(self)
-        outcome = settlement.outcome()
-        attempt.operation.refuses_transactions = operation.ENDED  # before it is asked what was joined
+        outcome = self._settlement.end(happened, error)
         if attempt.operation.joined:
             # In a task of its own: no cancellation may part the commit from what follows.
             self._rest = self._loop.create_task(self._end_transaction(outcome))
@@ -348,12 +352,13 @@ class AsgiRun:
         link = self._link
         sending = self._settlement.sending(conclusion, gone=link.left or self._deserted)
         if sending is endings.RESPONSE:
-            recorder = self._settlement.recorder
-            if not recorder.streamed and self._head is not None:
-                recorder.streamed = True
-                await link.send(self._head)
-            if self._last is not None:
-                await link.send(self._last)
+            recorder, held = self._settlement.recorder, self._last
+            if recorder.streamed or self._head is None:
+                if held is not None:
+                    await link.send(held)
+                return
+            recorder.streamed = True
+            await (link.send(self._head) if held is None else link.send(self._head, held))
         elif isinstance(sending, Problem):
             await send_answer(refusal(sending, self._engine.options), link.send)
         elif isinstance(sending, IdempotencyError):

@@ -61,7 +61,11 @@ class ClientLink:
     async def receive(self) -> AsgiMessage:
         """The body, then what the server has to say."""
         if self._unread:
-            return self._next_chunk()
+            body = self.body
+            if isinstance(body, bytes):
+                self._unread = False
+                return {"type": "http.request", "body": body, "more_body": False}
+            return self._next_chunk(body)
         watch = self.watch()
         message = watch.result() if watch.done() else await asyncio.shield(watch)
         if message["type"] != DISCONNECT:
@@ -74,11 +78,7 @@ class ClientLink:
             await asyncio.shield(self._telling)
         return message
 
-    def _next_chunk(self) -> AsgiMessage:
-        body = self.body
-        if isinstance(body, bytes):
-            self._unread = False
-            return {"type": "http.request", "body": body, "more_body": False}
+    def _next_chunk(self, body: Body) -> AsgiMessage:
         if self._chunks is None:
             self._chunks = body.chunks()
         chunk = next(self._chunks, b"")
@@ -104,18 +104,19 @@ class ClientLink:
         if first and self.on_left is not None:
             self.on_left()
 
-    async def send(self, message: AsgiMessage) -> None:
+    async def send(self, *messages: AsgiMessage) -> None:
         """Send to the client, if it is still there."""
-        if self.detached:
-            return
-        if self.left and self.stops:
-            raise ClientLeft("The client has left.")
-        try:
-            await self._send(message)
-        except OSError as error:
-            self._leave()
-            if self.stops:
-                raise ClientLeft("The client has left.") from error
+        for message in messages:
+            if self.detached:
+                return
+            if self.left and self.stops:
+                raise ClientLeft("The client has left.")
+            try:
+                await self._send(message)
+            except OSError as error:
+                self._leave()
+                if self.stops:
+                    raise ClientLeft("The client has left.") from error
 
     def stop_without_client(self) -> None:
         """From now on the app is to stop when its client leaves, and is told."""

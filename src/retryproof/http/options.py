@@ -71,7 +71,11 @@ class Choice(Generic[V]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What one layer was told; see IdempotencyMiddleware for the meaning of each."""
+    """What one layer was told; see IdempotencyMiddleware for the meaning of each.
+
+    key_header: the header that holds the key, where one does. not_kept: headers of responses that are left out of the
+    record by choice; the app may have handed on another service's mark of a replay.
+    """
 
     scope: Identify
     policy: Choice[Policy | None]
@@ -90,7 +94,7 @@ class Options:
     body_timeout: float
     fail_open: Choice[bool]
     replay_header: bytes
-    keep_set_cookie: bool
+    not_kept: frozenset[bytes]
     docs_url: str
     pepper: bytes
     name: str
@@ -131,6 +135,7 @@ def check_options(
     _check_timeout("body_timeout", body_timeout)
     _check_bytes_and_text(pepper, name)
     source = key_source_for(key, strict=strict)
+    mark = _header_name("replay_header", replay_header)
     return Options(
         scope=check_scope(scope),
         policy=Choice("policy", policy, Policy | None),
@@ -148,8 +153,8 @@ def check_options(
         max_body=max_body,
         body_timeout=body_timeout,
         fail_open=Choice("fail_open", fail_open, bool),
-        replay_header=_header_name("replay_header", replay_header),
-        keep_set_cookie=bool(keep_set_cookie),
+        replay_header=mark,
+        not_kept=frozenset({mark} if keep_set_cookie else {mark, b"set-cookie"}),
         docs_url=check_docs_url(docs_url),
         pepper=pepper,
         name=name,

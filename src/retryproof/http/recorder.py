@@ -148,17 +148,19 @@ class Recorder:
         """Whether the whole of it can be kept so far."""
         return self._parts is not None
 
-    def encoded(self, *, set_cookie: bool = True, mark: bytes = b"") -> bytes | None:
+    def encoded(self, unwanted: frozenset[bytes] = frozenset()) -> bytes | None:
         """The response as it is stored: whole, or without its body, or None: not even its head fits (H10).
 
-        set_cookie, mark: as for `kept_headers`.
+        unwanted: as for `kept_headers`.
         """
         if self.reach is NO_HEAD or self.headers is None:
             return None
         try:
-            headers = kept_headers(self.headers, set_cookie=set_cookie, mark=mark)
-            if self._parts is not None:
-                encoded = pack_response(self.status, headers, b"".join(self._parts))
+            headers = kept_headers(self.headers, unwanted)
+            parts = self._parts
+            if parts is not None:
+                body = parts[0] if len(parts) == 1 else b"".join(parts)
+                encoded = pack_response(self.status, headers, body)
                 if len(encoded) <= self.limit:
                     return encoded
             return self._omitting(headers)

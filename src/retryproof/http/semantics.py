@@ -154,20 +154,21 @@ def refused_before(error: BaseException) -> bool:
 # What is kept and what is replayed (H9, H10)
 
 
-def kept_headers(headers: Iterable[Header], *, set_cookie: bool = True, mark: bytes = b"") -> Headers:
+def kept_headers(headers: Iterable[Header], unwanted: frozenset[bytes] = frozenset()) -> Headers:
     """The headers of a response that a replay repeats: in order, repeated names kept, names in lower case.
 
-    mark: the header that replays are given; the app may have handed on another service's.
+    unwanted: names of others that are left out as well.
     """
     kept = []
-    unwanted = {mark} if set_cookie else {mark, b"set-cookie"}
+    of_connection: set[bytes] = set()
     for name, value in headers:
         lowered = _kept_name(name) if len(name) <= REMEMBERED else _kept_name.__wrapped__(name)
-        if lowered is not None:
+        if lowered is None:
+            if name.lower() == b"connection":
+                of_connection.update(token.strip().lower() for token in value.split(b","))
+        elif lowered not in unwanted:
             kept.append((lowered, value))
-        elif name.lower() == b"connection":
-            unwanted.update(token.strip().lower() for token in value.split(b","))
-    return [header for header in kept if header[0] not in unwanted]
+    return [header for header in kept if header[0] not in of_connection] if of_connection else kept
 
 
 REMEMBERED = 64
@@ -186,7 +187,7 @@ def headers_without_body(headers: Iterable[Header]) -> Headers:
     return [(name, value) for name, value in headers if name not in _OF_A_BODY and not name.startswith(b"content-")]
 
 
-def replayed_headers(status: int, headers: Headers, length: int, marks: Iterable[Header]) -> Headers:
+def replayed_headers(status: int, headers: Iterable[Header], length: int, marks: Iterable[Header]) -> Headers:
     """A replay's headers: the stored ones, Content-Length computed anew, and the marks of a replay."""
     if status in _NO_CONTENT:
         return [*headers, *marks]
@@ -241,10 +242,13 @@ def accepts(coding: bytes, accept_encoding: bytes) -> bool:
     return allowed.get(coding, allowed.get(b"*", False))
 
 
-def unaccepted_codings(headers: Headers, accept_encoding: bytes) -> list[bytes]:
+def unaccepted_codings(headers: Iterable[Header], accept_encoding: bytes) -> list[bytes]:
     """The content codings of a stored response, in the order they were applied, if this caller may not take one."""
-    listed = b",".join(value for name, value in headers if name == b"content-encoding").lower()
-    codings = [coding for item in listed.split(b",") if (coding := item.strip()) not in (b"", b"identity")]
+    listed = [value for name, value in headers if name == b"content-encoding"]
+    if not listed:
+        return []
+    items = b",".join(listed).lower().split(b",")
+    codings = [coding for item in items if (coding := item.strip()) not in (b"", b"identity")]
     return [] if all(accepts(coding, accept_encoding) for coding in codings) else codings
 
 
@@ -273,6 +277,6 @@ def undone(codings: Sequence[bytes], body: bytes) -> bytes | None:
     return b"".join(plain)
 
 
-def headers_of_undone(headers: Headers) -> Headers:
+def headers_of_undone(headers: Iterable[Header]) -> Headers:
     """The headers of a stored response whose coding is undone."""
     return [(name, value) for name, value in headers if name not in _OF_CODED_BYTES]

@@ -1,9 +1,9 @@
 """What a run of an app comes to: its end by the table, what the record gets, and what is sent. Pure.
 
-    settlement.head(201, headers)                    # and parts, to its recorder
-    settlement.end(settlement.answered(), None)      # or happened(error): what the app raised
-    conclusion = attempt.finish(settlement.outcome())
-    settlement.sending(conclusion, gone=False)       # to be performed
+    settlement.head(201, headers)                       # and parts, to its recorder
+    outcome = settlement.end(settlement.answered())     # or happened(error): what the app raised
+    conclusion = attempt.finish(outcome)
+    settlement.sending(conclusion, gone=False)          # to be performed
 
 The table is `ending`; this finds the row.
 """
@@ -37,7 +37,7 @@ from retryproof.http.problem import (
 )
 from retryproof.http.recorder import NO_HEAD, WRONG, Recorder
 from retryproof.http.semantics import Header, Headers, refused_before, settles, settles_always
-from retryproof.operation import Operation, lease_lost
+from retryproof.operation import ENDED, Operation, lease_lost
 
 logger = logging.getLogger("retryproof.http")
 
@@ -58,6 +58,8 @@ _DONE = Returned(None)
 _NOBODY_KNOWS = Raised(unknown=True)
 _PROBLEMS = (endings.PROBLEM, endings.PROBLEM_AND_RAISE)
 _RAISING = (endings.RAISE, endings.PROBLEM_AND_RAISE)
+_OWN = (Completed, Failed)
+"""Conclusions by which this attempt still had its operation."""
 
 Sending: TypeAlias = str | Problem | Conclusion | IdempotencyError | None
 """What is to be sent: RESPONSE, the app's own; a problem, or what a conclusion means, in its place; an error that cuts
@@ -143,13 +145,10 @@ class Settlement:
         recorder = self.recorder
         if recorder.streamed:
             return False
-        if not self._settles():
+        if self._refused_before or not self._is_final(recorder.status, recorder.headers or ()):
             recorder.keep_nothing()
         recorder.hand_on()
         return True
-
-    def _settles(self) -> bool:
-        return not self._refused_before and self._is_final(self.recorder.status, self.recorder.headers or ())
 
     def _is_final(self, status: int, headers: Sequence[Header]) -> bool:
         """What `store_when` says; where it fails, the default rule: the handler has run, and somebody must decide."""
@@ -170,9 +169,13 @@ class Settlement:
         recorder = self.recorder
         if not self.begun:
             return endings.NOT_BEGUN
+        status = recorder.status
         if self._says_unknown():
-            return endings.UNKNOWN if recorder.status < 400 else endings.UNKNOWN_ANSWERED
-        return answer_of(recorder.status, kept=recorder.reach is NO_HEAD or self._settles())
+            return endings.UNKNOWN if status < 400 else endings.UNKNOWN_ANSWERED
+        kept = recorder.reach is NO_HEAD or (
+            not self._refused_before and self._is_final(status, recorder.headers or ())
+        )
+        return answer_of(status, kept=kept)
 
     def happened(self, error: BaseException, stopped: str = "", *, told_to_stop: bool = False) -> str:
         """What it means that the app raised this.
@@ -214,12 +217,28 @@ class Settlement:
 
     # The end
 
-    def end(self, happened: str, error: BaseException | None) -> None:
-        """Look up what this end means."""
-        recorder = self.recorder
-        ending = self.ending = TABLE[happened, recorder.reach, JOINED if self._operation.joined else ALONE]
+    def end(self, happened: str, error: BaseException | None = None) -> WorkOutcome:
+        """Look up what this end means; what the record is to get. The operation takes no transaction any more."""
+        recorder, operation = self.recorder, self._operation
+        operation.refuses_transactions = ENDED  # before it is asked what was joined
+        ending = self.ending = TABLE[happened, recorder.reach, JOINED if operation.joined else ALONE]
         if ending.there in _PROBLEMS:
             self.problem = self._problem_of(happened, error)
+        match ending.record:
+            case endings.COMPLETED | endings.COMPLETED_ALONE:
+                return Returned(recorder.encoded(self._options.not_kept))
+            case endings.FAILURE:
+                return Returned(self._failure().encoded(self._options.not_kept))
+            case endings.RELEASED:
+                return Raised()
+            case endings.LEFT_UNKNOWN:
+                return _NOBODY_KNOWS
+            case endings.LEFT_CANCELLED:
+                return Cancelled()
+            case endings.LOST:
+                return LeaseLost()
+            case _:
+                raise TypeError(f"{ending.record!r} is nothing that a record gets.")
 
     def _problem_of(self, happened: str, error: BaseException | None) -> Problem:
         if happened == endings.RAISED_KEPT:
@@ -235,25 +254,6 @@ class Settlement:
         )
         return Problem(OUTCOME_UNKNOWN, _UNKNOWN if said is None else said.message, operation=digest)
 
-    def outcome(self) -> WorkOutcome:
-        """What the record is to get."""
-        record = "" if self.ending is None else self.ending.record
-        match record:
-            case endings.COMPLETED | endings.COMPLETED_ALONE:
-                return Returned(self._encoded(self.recorder))
-            case endings.FAILURE:
-                return Returned(self._encoded(self._failure()))
-            case endings.RELEASED:
-                return Raised()
-            case endings.LEFT_UNKNOWN:
-                return _NOBODY_KNOWS
-            case endings.LEFT_CANCELLED:
-                return Cancelled()
-            case endings.LOST:
-                return LeaseLost()
-            case _:
-                raise TypeError(f"{record!r} is nothing that a record gets.")
-
     @property
     def rolls_back(self) -> bool:
         """Whether the response is kept without the joined work, as for a failure: nobody takes a 500 for done (T1)."""
@@ -264,10 +264,6 @@ class Settlement:
         digest = short_digest(self._hold.id)
         logger.error("The transaction of operation %s failed.", digest, exc_info=error)
         self.problem = replace(_refusal(outcome, error), operation=digest)
-
-    def _encoded(self, recorder: Recorder) -> bytes | None:
-        options = self._options
-        return recorder.encoded(set_cookie=options.keep_set_cookie, mark=options.replay_header)
 
     def _failure(self) -> Recorder:
         """The answer that a failure gets where the policy keeps failures; its first caller gets the same."""
@@ -287,7 +283,7 @@ class Settlement:
         ending, recorder = self.ending, self.recorder
         sent = endings.WINNERS if ending is None else ending.left if gone else ending.there
         self.raises = sent in _RAISING
-        if not isinstance(conclusion, Completed | Failed):
+        if not isinstance(conclusion, _OWN):
             # The caller gets the answer of who took over, or none that could be a second one (C8).
             if recorder.streamed:
                 return _cut_by(conclusion, self._hold)

@@ -23,7 +23,6 @@ from retryproof.http.body import CHUNK, Body, deadline
 from retryproof.http.environ import body_file
 from retryproof.http.problem import BODY_MISMATCH, Problem
 from retryproof.http.request import HttpRequest
-from retryproof.http.semantics import traceparent
 from retryproof.http.wsgi_run import ExcInfo, WsgiEngine, WsgiRun, answer_to, say
 from retryproof.observe.events import Event, Kind
 
@@ -157,7 +156,7 @@ def _begin(engine: WsgiEngine, admission: Admission) -> BlockingAttempt | Conclu
         admission.fingerprint,
         admission.where,
         admission.tenant,
-        traceparent(admission.request.headers.get(b"traceparent", b"")),
+        admission.trace,
         admission.refingerprint,
         fails_open=admission.fails_open,
     )

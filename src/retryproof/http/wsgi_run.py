@@ -129,8 +129,7 @@ class WsgiRun:
                     self._go_on_alone()
             else:
                 self._state = SETTLING
-                attempt.operation.refuses_transactions = operation.ENDED
-                self._settlement.end(endings.TOO_LATE, None)
+                self._settlement.end(endings.TOO_LATE)
                 self._conclude(conclusion)
             self._raise_where_left()
             if self._error is not None and not self._out:
@@ -358,10 +357,8 @@ class WsgiRun:
     def _settle(self, happened: str, error: BaseException | None) -> None:
         """Give the record what the table says, and send what it says."""
         attempt, settlement = self._attempt, self._settlement
-        settlement.end(happened, error)
         self._state = SETTLING
-        outcome = settlement.outcome()
-        attempt.operation.refuses_transactions = operation.ENDED  # before it is asked what was joined
+        outcome = settlement.end(happened, error)
         if attempt.operation.joined:
             # Commit the handler's transaction with its response, or roll it back and call that no success (T1).
             rolls_back = settlement.rolls_back
