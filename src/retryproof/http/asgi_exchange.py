@@ -75,7 +75,11 @@ async def respond(
                 run = AsgiRun(
                     engine, opened, admission, begun, scope, link or ClientLink(receive, send, admission.body or b"")
                 )
-                await run.outlast()
+                try:
+                    await run.over
+                except asyncio.CancelledError:
+                    await run.desert()
+                    raise
                 return
         if admission.fails_open and isinstance(begun, Down) and is_outage(begun):
             link = link or ClientLink(receive, send, admission.body or b"")

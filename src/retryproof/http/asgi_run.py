@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 
 from retryproof import operation
 from retryproof.attempt import LoopAttempt
@@ -43,34 +44,24 @@ _PARTS = frozenset(
     {"http.response.body", "http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"}
 )
 _OWN = (Completed, Failed)
+"""Conclusions by which the run still had its operation."""
+_REPEATABLE = (list, tuple)
 _settling: set[asyncio.Task[Conclusion]] = set()
 """Tasks that the loop must not lose."""
 _TOO_LONG = "it ran past max_run, and its client has left"
 
 
 class AsgiRun:
-    """The app's run for one request. Once made, it is to be waited for by `outlast`."""
+    """The app's run for one request. Once made, `over` is to be waited for.
 
-    __slots__ = (
-        "_admission",
-        "_attempt",
-        "_conclusion",
-        "_deserted",
-        "_engine",
-        "_head",
-        "_last",
-        "_link",
-        "_loop",
-        "_on_departure",
-        "_over",
-        "_rest",
-        "_scope",
-        "_settlement",
-        "_state",
-        "_stopped",
-        "_streamed",
-        "_task",
-    )
+    over: the end of the run, or the cut of its connection; raises what the app raised.
+    """
+
+    # What a run begins with: set where it is otherwise.
+    _stopped = ""  # what happened, when we cancelled the app
+    _streamed = 0  # parts
+    _rest: asyncio.Task[Conclusion] | None = None  # of a joined transaction
+    _conclusion: Conclusion | None = None
 
     def __init__(
         self,
@@ -81,57 +72,46 @@ class AsgiRun:
         scope: AsgiScope,
         link: ClientLink,
     ) -> None:
-        loop = self._loop = opened.loop
-        hold = attempt.hold
         self._engine = engine
         self._admission = admission
         self._attempt = attempt
         self._scope = scope
         self._link = link
-        self._settlement = Settlement(
-            hold, attempt.operation, engine.options, admission.policy, opened.capabilities.max_result
-        )
         self._state = RUNNING
-        self._stopped = ""  # what happened, when we cancelled the app
         self._deserted = False  # by its server: nobody waits for what the app raises
         self._head: AsgiMessage | None = None  # these two are held
         self._last: AsgiMessage | None = None
-        self._streamed = 0  # parts
-        self._rest: asyncio.Task[Conclusion] | None = None  # of a joined transaction
-        self._conclusion: Conclusion | None = None
-        departure = self._on_departure = admission.on_departure
+        self._settlement = Settlement(attempt, engine.options, opened.capabilities.max_result)
         if admission.fails_open:
             attempt.operation.refuses_transactions = FAIL_OPEN
-        hold.on_overrun = self._on_overrun
+        attempt.hold.on_overrun = self._on_overrun
         link.on_left = self._on_left
+        departure = self._on_departure = admission.on_departure
         link.stops = link.tells = departure == "stop"
-        self._over: asyncio.Future[None] = loop.create_future()
+        loop = self._loop = opened.loop
+        self.over: asyncio.Future[None] = loop.create_future()
         task = self._task = loop.create_task(self._run())
         engine.running.add(task)
 
     # The server's task
 
-    async def outlast(self) -> None:
-        """Wait for the end of the run, or for the cut of its connection; raises what the app raised.
+    async def desert(self) -> None:
+        """The server has cancelled its task, which waits for the end all the same, and goes on being cancelled then.
 
-        A first cancellation waits all the same, and goes on afterwards. A second one does not wait: the run goes on in
-        the background, and nothing is sent any more.
+        A second cancellation does not wait: the run goes on in the background, and nothing is sent any more.
         """
+        self._deserted = True
+        if self._task.done():
+            return
+        logger.warning(
+            "The server has cancelled operation %s, which goes on; if it is killed, its outcome is unknown.",
+            self._admission.operation,
+        )
+        self._on_left()
         try:
-            await self._over
+            await asyncio.wait({self._task})
         except asyncio.CancelledError:
-            self._deserted = True
-            if not self._task.done():
-                logger.warning(
-                    "The server has cancelled operation %s, which goes on; if it is killed, its outcome is unknown.",
-                    self._admission.operation,
-                )
-                self._on_left()
-                try:
-                    await asyncio.wait({self._task})
-                except asyncio.CancelledError:
-                    self._link.detached = True
-            raise
+            self._link.detached = True
 
     # What befalls it from outside
 
@@ -209,21 +189,21 @@ class AsgiRun:
         engine.running.discard(self._task)
         attempt.leave()
         link.close()
-        if raised is None and not self._over.done():
-            self._over.set_result(None)
+        if raised is None and not self.over.done():
+            self.over.set_result(None)
         else:
             self._hand_over(raised)
         error = raised = None  # their tracebacks lead here
 
     def _hand_over(self, error: BaseException | None) -> None:
         """Give what the app raised to the server's task."""
-        if self._deserted or self._over.done():
+        if self._deserted or self.over.done():
             if isinstance(error, Exception):
                 logger.error("A handler failed after its request was over.", exc_info=error)
         elif isinstance(error, asyncio.CancelledError):
-            self._over.cancel()
+            self.over.cancel()
         elif error is not None:
-            self._over.set_exception(error)
+            self.over.set_exception(error)
 
     async def _renewed(self) -> bool:
         """Whether the app may begin after all; else another attempt has it, or the store gave no answer (C6)."""
@@ -257,51 +237,51 @@ class AsgiRun:
     # The app's response
 
     async def _send(self, message: AsgiMessage) -> None:
-        kind = message["type"]
-        if self._state is SETTLED or self._state is SETTLING:
+        kind, link = message["type"], self._link
+        if self._state is not RUNNING and self._state is not OVERDUE:
             if self._conclusion is None or isinstance(self._conclusion, _OWN):
-                await self._link.send(message)  # after the end; the server knows what to say
-        elif kind == "http.response.start":
-            if is_interim(message["status"]):
-                await self._link.send(message)
-                return
-            if self._head is not None:  # in the words of servers, which would say so after the wrong head
-                raise RuntimeError("Unexpected ASGI message 'http.response.start': the response has started already.")
-            self._take_head(message)
-        elif self._head is None or kind not in _PARTS:
-            await self._link.send(message)  # early hints, pushes, debug; and what is out of order
-        elif (
-            self._settlement.recorder.part(message.get("body", b""), more=message.get("more_body", False))
-            if kind == "http.response.body"
-            else self._take_unseen(kind, message)
-        ):
-            self._last = message
-            await self._settle(self._settlement.answered())
+                await link.send(message)  # after the end; the server knows what to say
+        elif self._head is None:
+            if kind == "http.response.start" and not is_interim(message["status"]):
+                self._take_head(message)
+            else:
+                await link.send(message)  # early hints, and what is out of order
+        elif kind in _PARTS:
+            if self._take(kind, message):
+                self._last = message
+                await self._settle(self._settlement.answered())
+            else:
+                await self._stream(message)
+        elif kind == "http.response.start" and not is_interim(message["status"]):
+            # In the words of servers, which would say so after the wrong head.
+            raise RuntimeError("Unexpected ASGI message 'http.response.start': the response has started already.")
         else:
-            await self._stream(message)
+            await link.send(message)  # pushes, debug, late hints
 
     def _take_head(self, message: AsgiMessage) -> None:
         headers = message.get("headers", ())
-        if not isinstance(headers, list | tuple):  # ASGI says an iterable, which may be good for one look
+        if not isinstance(headers, _REPEATABLE):  # ASGI says an iterable, which may be good for one look
             headers = list(headers)
-        handed = self._settlement.head(message["status"], headers, trailers=bool(message.get("trailers")))
+        settlement = self._settlement
+        handed = settlement.take_head(message["status"], headers, trailers=message.get("trailers", False))
         self._head = {**message, "headers": headers if handed is None else handed}
         if callable(self._on_departure):
-            self._on_departure = self._settlement.departure(self._on_departure)
+            self._on_departure = settlement.departure(self._on_departure)
             if self._on_departure == "stop":
                 self._link.stop_without_client()
 
-    def _take_unseen(self, kind: str, message: AsgiMessage) -> bool:
-        """Take what is no part of a body that can be kept; whether it is the last of the response."""
-        recorder = self._settlement.recorder
+    def _take(self, kind: str, message: AsgiMessage) -> bool:
+        """Take a part of the response; whether it is the last."""
+        if kind == "http.response.body":
+            return self._settlement.part(message.get("body", b""), more=message.get("more_body", False))
         if kind == "http.response.trailers":
-            return recorder.trailers(more=message.get("more_trailers", False))
-        return recorder.unseen(more=message.get("more_body", False))
+            return self._settlement.trailers(more=message.get("more_trailers", False))
+        return self._settlement.unseen(more=message.get("more_body", False))
 
     async def _stream(self, message: AsgiMessage) -> None:
         """Let go of a part that is not the last."""
         link = self._link
-        if self._settlement.recorder.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
+        if self._settlement.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
             await asyncio.sleep(0)
             return
         if self._settlement.stream():
@@ -346,23 +326,22 @@ class AsgiRun:
             settled = outcome
         return await attempt.finish(settled)
 
-    async def _conclude(self, conclusion: Conclusion) -> None:
-        """The operation is settled, by this run or by another: send what that means."""
+    def _conclude(self, conclusion: Conclusion) -> Awaitable[None]:
+        """The operation is settled, by this run or by another; to be awaited: what that means is sent."""
         self._state, self._conclusion = SETTLED, conclusion
-        link = self._link
-        sending = self._settlement.sending(conclusion, gone=link.left or self._deserted)
+        link, settlement = self._link, self._settlement
+        sending = settlement.sending(conclusion, gone=link.left or self._deserted)
         if sending is endings.RESPONSE:
-            recorder, held = self._settlement.recorder, self._last
-            if recorder.streamed or self._head is None:
-                if held is not None:
-                    await link.send(held)
-                return
-            recorder.streamed = True
-            await (link.send(self._head) if held is None else link.send(self._head, held))
-        elif isinstance(sending, Problem):
-            await send_answer(refusal(sending, self._engine.options), link.send)
-        elif isinstance(sending, IdempotencyError):
-            if not self._deserted and not self._over.done():
-                self._over.set_exception(sending)  # the server cuts: a clean end would be a whole response
+            head, last = self._head, self._last
+            if head is None or settlement.streamed:
+                return link.send() if last is None else link.send(last)
+            settlement.streamed = True
+            return link.send(head) if last is None else link.send(head, last)
+        if isinstance(sending, Problem):
+            return send_answer(refusal(sending, self._engine.options), link.send)
+        if isinstance(sending, IdempotencyError):
+            if not self._deserted and not self.over.done():
+                self.over.set_exception(sending)  # the server cuts: a clean end would be a whole response
         elif sending is not None:
-            await send_conclusion(self._engine, self._admission, conclusion, link.send)
+            return send_conclusion(self._engine, self._admission, conclusion, link.send)
+        return link.send()

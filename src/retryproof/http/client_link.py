@@ -27,36 +27,22 @@ class ClientLink:
     stops: whether the app is to stop when its client leaves: sending raises ClientLeft then.
     """
 
-    __slots__ = (
-        "_chunks",
-        "_given",
-        "_receive",
-        "_send",
-        "_telling",
-        "_unread",
-        "_watch",
-        "body",
-        "detached",
-        "left",
-        "on_left",
-        "stops",
-        "tells",
-    )
+    # What a link begins with: set where it is otherwise.
+    tells = True
+    stops = False
+    on_left: Callable[[], None] | None = None
+    _unread = True
+    _chunks: Iterator[bytes] | None = None
+    _given = 0
 
     def __init__(self, receive: Receive, send: Send, body: bytes | Body = b"") -> None:
         self._receive = receive
         self._send = send
-        self._chunks: Iterator[bytes] | None = None
-        self._given = 0
-        self._unread = True
-        self._watch: asyncio.Future[AsgiMessage] | None = None
-        self._telling: asyncio.Future[None] | None = None
         self.body = body
         self.left = False
-        self.on_left: Callable[[], None] | None = None
         self.detached = False
-        self.tells = True
-        self.stops = False
+        self._watch: asyncio.Future[AsgiMessage] | None = None
+        self._telling: asyncio.Future[None] | None = None
 
     async def receive(self) -> AsgiMessage:
         """The body, then what the server has to say."""

@@ -14,14 +14,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from retryproof.core.codec import Unencodable, pack_response
-from retryproof.http.semantics import Headers, headers_without_body, is_event_stream, kept_headers
+from retryproof.http.semantics import Header, Headers, headers_without_body, read_headers
 
 NO_HEAD, HELD, STREAMING, COMPLETE, WRONG = "no head", "head held", "streaming", "complete", "wrong length"
 """How far a response is. HELD: nothing of it was handed on. COMPLETE and WRONG: it has ended, but for its last part."""
 REACHES = (NO_HEAD, HELD, STREAMING, COMPLETE, WRONG)
 
 _WITHOUT_BODY = frozenset({204, 304})
-_EVENT_STREAM = b"text/event-stream"
 
 
 def is_interim(status: int) -> bool:
@@ -35,31 +34,23 @@ class Recorder:
     reach: how far it is. status, headers: as they came; pairs, or None for headers that are none.
     announced: the Content-Length, where there is one that is to be kept to. came: bytes of the body so far.
     streamed: the head was handed on.
-    limit: bytes that a kept response may have.
+    limit: bytes that a kept response may have. unwanted: headers that are not kept, beside those that never are.
     """
 
-    __slots__ = (
-        "_parts",
-        "_trailers",
-        "announced",
-        "came",
-        "headers",
-        "limit",
-        "reach",
-        "status",
-        "streamed",
-    )
+    # What a response begins with: set where it is otherwise.
+    _trailers = False
+    reach = NO_HEAD
+    status = 0
+    headers: tuple[Header, ...] | None = ()
+    announced: int | None = None
+    came = 0
+    streamed = False
+    _kept: Headers | None = None
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, unwanted: frozenset[bytes] = frozenset()) -> None:
         self.limit = limit
+        self._unwanted = unwanted
         self._parts: list[bytes] | None = []
-        self._trailers = False
-        self.reach = NO_HEAD
-        self.status = 0
-        self.headers: tuple[tuple[bytes, bytes], ...] | None = ()
-        self.announced: int | None = None
-        self.came = 0
-        self.streamed = False
 
     def head(self, status: int, headers: Iterable[Any], *, bodiless: bool = False, trailers: bool = False) -> Headers:
         """Take the head; the headers to hand on, which are the caller's to change.
@@ -75,22 +66,22 @@ class Recorder:
         self.status = status
         self.headers = None
         pairs: Headers = list(map(tuple, headers))
-        length: int | None = None
-        for name, value in pairs:
-            size = len(name)
-            if size == 12:  # content-type
-                if len(value) >= len(_EVENT_STREAM) and is_event_stream(((name, value),)):
-                    self._parts = None
-            elif size == 14 and name.lower() == b"content-length" and value.isdigit() and len(value) < 20:
-                given = int(value)
-                length = given if length is None or length == given else -1  # two that differ are kept to by no body
+        self._kept, length, is_events = read_headers(pairs, self._unwanted)
         self.headers = tuple(pairs)
-        if not bodiless and status not in _WITHOUT_BODY:
-            self.announced = length
+        if length is not None and not bodiless and status not in _WITHOUT_BODY:
+            self.announced = length  # of two that differ none: no body keeps to it
+        if is_events:
+            self._parts = None
         if trailers:
             self._trailers = True
             self._parts = None
         return pairs
+
+    def begin_again(self) -> None:
+        """Another response comes in the place of this one, of which nothing was handed on."""
+        self._parts, self._kept, self._trailers = [], None, False
+        self.reach, self.status, self.headers = NO_HEAD, 0, ()
+        self.announced, self.came = None, 0
 
     def part(self, body: bytes, *, more: bool) -> bool:
         """Take a part of the body; whether it is the end of the response, which is COMPLETE or WRONG then."""
@@ -148,16 +139,12 @@ class Recorder:
         """Whether the whole of it can be kept so far."""
         return self._parts is not None
 
-    def encoded(self, unwanted: frozenset[bytes] = frozenset()) -> bytes | None:
-        """The response as it is stored: whole, or without its body, or None: not even its head fits (H10).
-
-        unwanted: as for `kept_headers`.
-        """
-        if self.reach is NO_HEAD or self.headers is None:
+    def encoded(self) -> bytes | None:
+        """The response as it is stored: whole, or without its body, or None: not even its head fits (H10)."""
+        headers, parts = self._kept, self._parts
+        if headers is None:
             return None
         try:
-            headers = kept_headers(self.headers, unwanted)
-            parts = self._parts
             if parts is not None:
                 body = parts[0] if len(parts) == 1 else b"".join(parts)
                 encoded = pack_response(self.status, headers, body)

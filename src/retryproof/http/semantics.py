@@ -9,7 +9,6 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from inspect import iscoroutinefunction
 from typing import Literal, TypeAlias, get_args
 
@@ -70,6 +69,7 @@ _OF_ONE_EXCHANGE = frozenset(
 _DROPPED = _HOP_BY_HOP | _OF_ONE_EXCHANGE
 _DROPPED_PREFIXES = (b"ratelimit-", b"x-ratelimit-", b"x-rate-limit-", b"x-b3-", b"x-datadog-")
 
+_EVENT_STREAM = b"text/event-stream"
 _OF_A_BODY = frozenset(
     {b"accept-ranges", b"digest", b"content-digest", b"etag", b"last-modified", b"repr-digest", b"want-digest"}
 )
@@ -154,32 +154,60 @@ def refused_before(error: BaseException) -> bool:
 # What is kept and what is replayed (H9, H10)
 
 
-def kept_headers(headers: Iterable[Header], unwanted: frozenset[bytes] = frozenset()) -> Headers:
-    """The headers of a response that a replay repeats: in order, repeated names kept, names in lower case.
+def read_headers(
+    headers: Iterable[Header], unwanted: frozenset[bytes] = frozenset()
+) -> tuple[Headers, int | None, bool]:
+    """What a response's headers say, in one look: those that a replay repeats, in order, repeated names kept, names in
+    lower case; the Content-Length, -1 where there are two that differ; and whether it is `text/event-stream`.
 
-    unwanted: names of others that are left out as well.
+    unwanted: names of others that a replay does not repeat.
     """
-    kept = []
+    kept: Headers = []
+    length: int | None = None
+    is_events = False
     of_connection: set[bytes] = set()
     for name, value in headers:
-        lowered = _kept_name(name) if len(name) <= REMEMBERED else _kept_name.__wrapped__(name)
+        try:
+            lowered = _known[name]
+        except KeyError:
+            lowered = _kept_name(name)
         if lowered is None:
-            if name.lower() == b"connection":
+            size = len(name)
+            if size == 14:  # content-length, or another
+                if name.lower() == b"content-length" and value.isdigit() and len(value) < 20:
+                    given = int(value)
+                    length = given if length is None or length == given else -1
+            elif size == 10 and name.lower() == b"connection":
                 of_connection.update(token.strip().lower() for token in value.split(b","))
-        elif lowered not in unwanted:
+            continue
+        if lowered == b"content-type" and len(value) >= len(_EVENT_STREAM):
+            is_events = is_events or is_event_stream(((lowered, value),))
+        if lowered not in unwanted:
             kept.append((lowered, value))
-    return [header for header in kept if header[0] not in of_connection] if of_connection else kept
+    return [header for header in kept if header[0] not in of_connection] if of_connection else kept, length, is_events
+
+
+def kept_headers(headers: Iterable[Header]) -> Headers:
+    """The headers of a response that a replay repeats."""
+    return read_headers(headers)[0]
 
 
 REMEMBERED = 64
 """Characters up to which a header's name is remembered: an app may echo what others send."""
+_MOST = 256
+_known: dict[bytes, bytes | None] = {}
+"""What `_kept_name` says of names that were met; emptied when there are many."""
 
 
-@lru_cache(maxsize=256)
 def _kept_name(name: bytes) -> bytes | None:
     """A header's name in lower case, or None where the header is dropped whatever it says."""
     lowered = name.lower()
-    return None if lowered in _DROPPED or lowered.startswith(_DROPPED_PREFIXES) else lowered
+    kept = None if lowered in _DROPPED or lowered.startswith(_DROPPED_PREFIXES) else lowered
+    if len(name) <= REMEMBERED:
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[name] = kept
+    return kept
 
 
 def headers_without_body(headers: Iterable[Header]) -> Headers:
@@ -198,7 +226,7 @@ def is_event_stream(headers: Iterable[Header]) -> bool:
     """Whether a response is `text/event-stream`, which is never kept (H10)."""
     for name, value in headers:
         if name.lower() == b"content-type":
-            return value.partition(b";")[0].strip().lower() == b"text/event-stream"
+            return value.partition(b";")[0].strip().lower() == _EVENT_STREAM
     return False
 
 

@@ -1,6 +1,6 @@
 """What a run of an app comes to: its end by the table, what the record gets, and what is sent. Pure.
 
-    settlement.head(201, headers)                       # and parts, to its recorder
+    settlement.take_head(201, headers)                  # and parts
     outcome = settlement.end(settlement.answered())     # or happened(error): what the app raised
     conclusion = attempt.finish(outcome)
     settlement.sending(conclusion, gone=False)          # to be performed
@@ -16,13 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, assert_never
 
+from retryproof.attempt import HeldAttempt
 from retryproof.core.commands import Cancelled, LeaseLost, Raised, Returned, WorkOutcome
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.failure import causes, outcome_of, unknown_in
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Failed, Foreign, Mismatched, Refused, Replayed
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
-from retryproof.core.policy import Policy
 from retryproof.http import ending as endings
 from retryproof.http.departed import is_of_departure
 from retryproof.http.ending import ALONE, JOINED, TABLE, Ending, answer_of
@@ -37,7 +37,7 @@ from retryproof.http.problem import (
 )
 from retryproof.http.recorder import NO_HEAD, WRONG, Recorder
 from retryproof.http.semantics import Header, Headers, refused_before, settles, settles_always
-from retryproof.operation import ENDED, Operation, lease_lost
+from retryproof.operation import ENDED, lease_lost
 
 logger = logging.getLogger("retryproof.http")
 
@@ -66,74 +66,57 @@ Sending: TypeAlias = str | Problem | Conclusion | IdempotencyError | None
 the connection; or nothing."""
 
 
-class Settlement:
+class Settlement(Recorder):
     """One run of an app under its claim, from the head of its response to what is sent last.
 
-    recorder: the response so far. headed: the head was taken. begun: False where the app, a proxy, says that it began
-    nothing. raises: whether what the app raised goes on, once `end`
-    and `sending` have said so.
+    limit: bytes that the store keeps of a response; None where the policy's alone counts.
+    headed: the head was taken. begun: False where the app, a proxy, says that it began nothing. raises: whether what
+    the app raised goes on, once `end` and `sending` have said so.
     """
 
-    __slots__ = (
-        "_hold",
-        "_operation",
-        "_options",
-        "_refused_before",
-        "_unknown_on",
-        "begun",
-        "ending",
-        "headed",
-        "problem",
-        "raises",
-        "recorder",
-    )
+    headed = False
+    begun = True
+    raises = False
+    ending: Ending | None = None
+    problem: Problem | None = None
+    _refused_before = False
 
-    def __init__(self, hold: Hold, operation: Operation, options: Options, policy: Policy, limit: int | None) -> None:
-        most = policy.max_result
-        self.recorder = Recorder(most if limit is None or most < limit else limit)
-        self._hold = hold
-        self._operation = operation
+    def __init__(self, attempt: HeldAttempt[Any, Any], options: Options, limit: int | None) -> None:
+        most = attempt.policy.max_result
+        super().__init__(most if limit is None or most < limit else limit, options.not_kept)
+        self._attempt = attempt
         self._options = options
-        self._unknown_on = policy.unknown_on
-        self._refused_before = False
-        self.headed = False
-        self.begun = True
-        self.raises = False
-        self.ending: Ending | None = None
-        self.problem: Problem | None = None
 
     # The response
 
-    def head(self, status: int, headers: Iterable[Any], *, trailers: bool = False) -> Headers | None:
+    def take_head(self, status: int, headers: Iterable[Any], *, trailers: bool = False) -> Headers | None:
         """Take the head; the headers to hand on, or None where they are no pairs of bytes: the server will say so."""
-        handed: Headers | None
-        try:
-            handed = self.recorder.head(status, headers, trailers=trailers)
-        except (TypeError, ValueError, AttributeError):
-            logger.debug("The headers of a response are no pairs of bytes, and are not kept.")
-            handed = None
         self.headed = True
         answered = sys.exception()
         if answered is not None:  # frameworks answer an exception while they handle it
             self.hear(answered)
-        return handed
+        try:
+            return self.head(status, headers, trailers=trailers)
+        except (TypeError, ValueError, AttributeError):
+            logger.debug("The headers of a response are no pairs of bytes, and are not kept.")
+            return None
 
     def hear(self, answered: BaseException) -> None:
         """Hear the exception that the app answers with this response."""
-        self._operation.hear(answered)
+        self._attempt.operation.hear(answered)
         self._refused_before = self._options.store_when is settles_always and refused_before(answered)
 
     def begin_again(self) -> None:
         """The app puts another response in the place of this one, of which nothing was handed on."""
-        self.recorder = Recorder(self.recorder.limit)
+        super().begin_again()
         self.headed = False
 
     def departure(self, decide: HeadDeparture) -> Departure:
         """What `on_departure` says of this head; where it fails, the work is not stopped for it."""
         try:
-            answer: object = decide(self.recorder.status, self.recorder.headers or ())
+            answer: object = decide(self.status, self.headers or ())
         except Exception:
-            logger.exception("on_departure= failed on status %s; the handler runs to its end.", self.recorder.status)
+            logger.exception("on_departure= failed on status %s; the handler runs to its end.", self.status)
             return "finish"
         if answer == "stop" or answer == "finish":
             return answer
@@ -142,12 +125,11 @@ class Settlement:
 
     def stream(self) -> bool:
         """A part has come that is not the last, and is to be handed on; whether the head goes before it."""
-        recorder = self.recorder
-        if recorder.streamed:
+        if self.streamed:
             return False
-        if self._refused_before or not self._is_final(recorder.status, recorder.headers or ()):
-            recorder.keep_nothing()
-        recorder.hand_on()
+        if self._refused_before or not self._is_final(self.status, self.headers or ()):
+            self.keep_nothing()
+        self.hand_on()
         return True
 
     def _is_final(self, status: int, headers: Sequence[Header]) -> bool:
@@ -166,15 +148,12 @@ class Settlement:
 
     def answered(self) -> str:
         """The app has answered, or returned before: what the response says, as far as it is."""
-        recorder = self.recorder
         if not self.begun:
             return endings.NOT_BEGUN
-        status = recorder.status
+        status = self.status
         if self._says_unknown():
             return endings.UNKNOWN if status < 400 else endings.UNKNOWN_ANSWERED
-        kept = recorder.reach is NO_HEAD or (
-            not self._refused_before and self._is_final(status, recorder.headers or ())
-        )
+        kept = self.reach is NO_HEAD or (not self._refused_before and self._is_final(status, self.headers or ()))
         return answer_of(status, kept=kept)
 
     def happened(self, error: BaseException, stopped: str = "", *, told_to_stop: bool = False) -> str:
@@ -206,29 +185,29 @@ class Settlement:
         Once the head has gone a framework cannot answer what is raised, and raises one of its own from it, which says
         no more of the effect than the first did.
         """
-        unknown_on = self._unknown_on
+        unknown_on = self._attempt.policy.unknown_on
         if self.headed and any(outcome_of(found, unknown_on) == _NOBODY_KNOWS for found in causes(error)):
             return _NOBODY_KNOWS
         return outcome_of(error, unknown_on)
 
     def _says_unknown(self) -> bool:
         """Whether the handler said that nobody knows, whatever became of that (C5)."""
-        return self._operation.said(_DONE) is not _DONE
+        return self._attempt.operation.said(_DONE) is not _DONE
 
     # The end
 
     def end(self, happened: str, error: BaseException | None = None) -> WorkOutcome:
         """Look up what this end means; what the record is to get. The operation takes no transaction any more."""
-        recorder, operation = self.recorder, self._operation
+        operation = self._attempt.operation
         operation.refuses_transactions = ENDED  # before it is asked what was joined
-        ending = self.ending = TABLE[happened, recorder.reach, JOINED if operation.joined else ALONE]
+        ending = self.ending = TABLE[happened, self.reach, JOINED if operation.joined else ALONE]
         if ending.there in _PROBLEMS:
             self.problem = self._problem_of(happened, error)
         match ending.record:
             case endings.COMPLETED | endings.COMPLETED_ALONE:
-                return Returned(recorder.encoded(self._options.not_kept))
+                return Returned(self.encoded())
             case endings.FAILURE:
-                return Returned(self._failure().encoded(self._options.not_kept))
+                return Returned(self._failure().encoded())
             case endings.RELEASED:
                 return Raised()
             case endings.LEFT_UNKNOWN:
@@ -243,7 +222,7 @@ class Settlement:
     def _problem_of(self, happened: str, error: BaseException | None) -> Problem:
         if happened == endings.RAISED_KEPT:
             return _FAILED
-        digest = short_digest(self._hold.id)
+        digest = short_digest(self._attempt.hold.id)
         if happened == endings.DECLINED_SUCCESS:
             return replace(_NOT_KEPT, operation=digest)
         said = None if error is None else unknown_in(error)
@@ -261,14 +240,14 @@ class Settlement:
 
     def transaction_failed(self, outcome: WorkOutcome, error: BaseException) -> None:
         """The joined transaction has ended like this, instead of being committed."""
-        digest = short_digest(self._hold.id)
+        digest = short_digest(self._attempt.hold.id)
         logger.error("The transaction of operation %s failed.", digest, exc_info=error)
         self.problem = replace(_refusal(outcome, error), operation=digest)
 
     def _failure(self) -> Recorder:
         """The answer that a failure gets where the policy keeps failures; its first caller gets the same."""
         status, headers, body = render(_FAILED, self._options.docs_url)
-        failure = Recorder(self.recorder.limit)
+        failure = Recorder(self.limit, self._options.not_kept)
         failure.head(status, headers)
         failure.part(body, more=False)
         return failure
@@ -280,21 +259,21 @@ class Settlement:
 
         gone: the client is, or the server.
         """
-        ending, recorder = self.ending, self.recorder
+        ending = self.ending
         sent = endings.WINNERS if ending is None else ending.left if gone else ending.there
         self.raises = sent in _RAISING
         if not isinstance(conclusion, _OWN):
             # The caller gets the answer of who took over, or none that could be a second one (C8).
-            if recorder.streamed:
-                return _cut_by(conclusion, self._hold)
-            recorder.hand_on()
+            if self.streamed:
+                return _cut_by(conclusion, self._attempt.hold)
+            self.hand_on()
             return conclusion
         problem = self.problem
         if problem is None and sent == endings.WINNERS:  # nobody has it: stopped since its record is gone (C10)
-            problem = Problem(OUTCOME_UNKNOWN, _UNKNOWN, operation=short_digest(self._hold.id))
+            problem = Problem(OUTCOME_UNKNOWN, _UNKNOWN, operation=short_digest(self._attempt.hold.id))
         if problem is not None:
-            if not recorder.streamed:
-                recorder.hand_on()
+            if not self.streamed:
+                self.hand_on()
                 return problem
             # Where the head has gone, what the app raised cuts the connection by itself.
             return None if self.raises else _cut_instead(problem)
@@ -303,14 +282,13 @@ class Settlement:
         return self._incomplete() if sent == endings.CUT else None
 
     def _incomplete(self) -> OutcomeUnknown:
-        recorder = self.recorder
         what = (
-            f"the app announced {recorder.announced} bytes and sent {recorder.came}"
-            if recorder.reach is WRONG
+            f"the app announced {self.announced} bytes and sent {self.came}"
+            if self.reach is WRONG
             else "the app stopped before its end"
         )
         message = f"The response was cut: {what}. It is not kept, and whether it was done is not known."
-        return OutcomeUnknown(message, digest=short_digest(self._hold.id))
+        return OutcomeUnknown(message, digest=short_digest(self._attempt.hold.id))
 
 
 def _refusal(outcome: WorkOutcome, error: BaseException) -> Problem:

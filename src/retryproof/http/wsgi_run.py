@@ -90,13 +90,7 @@ class WsgiRun:
         self._engine = engine
         self._admission = admission
         self._attempt = attempt
-        self._settlement = Settlement(
-            attempt.hold,
-            attempt.operation,
-            engine.options,
-            admission.policy,
-            engine.opened().capabilities.max_result,
-        )
+        self._settlement = Settlement(attempt, engine.options, engine.opened().capabilities.max_result)
         self._server_start = start_response
         self._server_write: Callable[[bytes], object] | None = None
         self._on_departure = admission.on_departure
@@ -184,7 +178,7 @@ class WsgiRun:
             if self._gone and self._state is RUNNING:
                 self._go_on_alone()
             self._raise_where_left()
-            if not self._out and self._state is RUNNING and self._settlement.recorder.streamed:
+            if not self._out and self._state is RUNNING and self._settlement.streamed:
                 return b""  # a layer may not wait for several parts before it gives one
         return self._out.popleft()
 
@@ -275,11 +269,11 @@ class WsgiRun:
             if settlement.headed:
                 if answered is None:
                     raise AssertionError("start_response was called a second time, without exc_info.")
-                if settlement.recorder.streamed or self._state is not RUNNING:
+                if settlement.streamed or self._state is not RUNNING:
                     raise answered
                 settlement.begin_again()
                 self._held.clear()
-            settlement.head(
+            settlement.take_head(
                 int(status[:3]), ((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
             )
             if answered is not None:
@@ -317,23 +311,23 @@ class WsgiRun:
             self._raised(error)
             return
         if self._settlement.headed:
-            self._settlement.recorder.part(b"", more=False)
+            self._settlement.part(b"", more=False)
         self._settle(self._settlement.answered(), None)
 
     def _take(self, part: bytes) -> None:
         """Take a part: hold it, or let it go."""
-        recorder = self._settlement.recorder
+        settlement = self._settlement
         if not part:
             return
-        if not self._settlement.headed:
+        if not settlement.headed:
             raise AssertionError("The app has sent a part of a response before it called start_response.")
-        recorder.part(part, more=True)
-        if recorder.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
+        settlement.part(part, more=True)
+        if settlement.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
             return
-        if self._whole or recorder.came == recorder.announced:
+        if self._whole or settlement.came == settlement.announced:
             self._held.append(bytes(part))
             return
-        if self._settlement.stream():
+        if settlement.stream():
             try:
                 self._send_head()
             except Exception as error:  # noqa: BLE001  # the server refuses the head, or its client has left
@@ -375,8 +369,8 @@ class WsgiRun:
         self._state = SETTLED
         sending = self._settlement.sending(conclusion, gone=self._gone)
         if sending is endings.RESPONSE:
-            if not self._settlement.recorder.streamed:
-                self._settlement.recorder.streamed = True
+            if not self._settlement.streamed:
+                self._settlement.streamed = True
                 self._send_head()
             self._out.extend(self._held)
         elif isinstance(sending, Problem):
