@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from retryproof.core.commands import Acquired, Claim, Finished, Mismatch, Reply, Running, Unreachable
@@ -58,6 +58,13 @@ def as_reply(name: str, answer: Any) -> Reply:
     error = StoreUnavailable(f"The {name} store failed ({type(answer).__name__}); try again.")
     error.__cause__ = answer
     return Unreachable(error)
+
+
+def as_replies(name: str, answers: Sequence[Any]) -> Sequence[Reply]:
+    """`as_reply` of each of a batch, where there is nearly never an exception."""
+    if not any(issubclass(kind, Exception) for kind in set(map(type, answers))):
+        return answers
+    return [as_reply(name, answer) for answer in answers]
 
 
 def twin_reply(reply: Reply, lease: float) -> Reply | None:

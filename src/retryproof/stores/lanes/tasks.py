@@ -17,7 +17,7 @@ from retryproof.stores.lanes.replies import (
     Heard,
     Orphaned,
     are_twins,
-    as_reply,
+    as_replies,
     clock,
     interrupted,
     is_orphan,
@@ -80,15 +80,17 @@ class _Lane:
     def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """Put a command on its way."""
         future: asyncio.Future[Reply] = self._create_future()
-        if len(self.pending) + self._aside >= MAX_WAITING:
+        pending = self.pending
+        if len(pending) + self._aside >= MAX_WAITING:
             future.set_result(overfull(self.coalescer.name))
             return future
         deadline = clock() + timeout
         waiter = (future, command, deadline, timeout)
-        standing = self.pending.setdefault(command.id, waiter)
+        standing = pending.setdefault(command.id, waiter)
         if standing is not waiter:
             self._set_aside(standing, waiter)
-        self.alarm.wake_by(deadline)
+        if deadline < self.alarm.due:  # as in `wake_by`, whose call would cost as much as all of this
+            self.alarm.set(deadline)
         if self._ready:
             self._start()
         return future
@@ -115,9 +117,8 @@ class _Lane:
     def next_batch(self) -> Sequence[_Waiter]:
         """What is to leave now, each id once; nothing, where nothing waits or all that waits is on its way already."""
         while taken := self._take():
-            for _ in range(len(self._later)):
-                self._aside -= 1
-                self._queue(self._later.popleft())
+            if self._later:
+                self._queue_later()
             batch = [waiter for waiter in taken if not (waiter[0].done() and self._taken_back(waiter))]
             if batch:
                 self._ready = bool(self._idle)
@@ -127,6 +128,12 @@ class _Lane:
                         self._start()
                 return batch
         return ()
+
+    def _queue_later(self) -> None:
+        """What stood back for its id's sake has its turn, once."""
+        for _ in range(len(self._later)):
+            self._aside -= 1
+            self._queue(self._later.popleft())
 
     def _take(self) -> Collection[_Waiter]:
         pending = self.pending
@@ -150,15 +157,17 @@ class _Lane:
         if self._flying is not None:
             self._flying.difference_update(waiter[1].id for waiter in batch)
 
-    def deliver(self, waiters: Sequence[_Waiter], answers: Sequence[Any]) -> None:
-        """Hand answers out."""
-        twins = self._twins
-        for waiter, answer in zip(waiters, answers, strict=True):
-            future = waiter[0]
-            if future.done() or isinstance(answer, Exception) or (twins and future in twins):
-                self._deliver(waiter, as_reply(self.coalescer.name, answer))
-            else:
-                future.set_result(answer)  # nearly always
+    def deliver(self, waiters: Sequence[_Waiter], replies: Sequence[Reply]) -> None:
+        """Hand replies out."""
+        if self._twins:
+            for waiter, reply in zip(waiters, replies, strict=True):
+                self._deliver(waiter, reply)
+            return
+        for waiter, reply in zip(waiters, replies, strict=True):
+            try:
+                waiter[0].set_result(reply)
+            except asyncio.InvalidStateError:  # its caller has left, or was told that it is too late
+                self._deliver(waiter, reply)
 
     def _deliver(self, waiter: _Waiter, reply: Reply) -> None:
         future, command, _, _ = waiter
@@ -270,12 +279,13 @@ class _Sender:
             while batch := lane.next_batch():
                 self.flying = batch
                 answers = await self._ask([waiter[1] for waiter in batch])
+                replies = as_replies(lane.coalescer.name, answers)
                 lane.landed(batch)
                 self.flying, self.answered = (), batch
                 if len(batch) < WORTH_SPLITTING:
-                    lane.deliver(batch, answers)
+                    lane.deliver(batch, replies)
                 else:
-                    await self._deliver_in_portions(batch, answers)
+                    await self._deliver_in_portions(batch, replies)
                 self.answered = ()
                 if lane.requeued:  # by a store that may answer without ever giving way to the loop
                     lane.requeued = False
@@ -322,7 +332,7 @@ class _Sender:
         self._broken_off = False
         return self._task.uncancel() == 0
 
-    async def _deliver_in_portions(self, batch: Sequence[_Waiter], answers: Sequence[Any]) -> None:
+    async def _deliver_in_portions(self, batch: Sequence[_Waiter], replies: Sequence[Reply]) -> None:
         """What the callers of a portion ask next is under way while the others still work.
 
         What waits is sent before that: a pause would merge all callers into one crowd that works or waits in step.
@@ -331,7 +341,7 @@ class _Sender:
         for start in range(0, len(batch), PORTION):
             if start and not lane.pending:
                 await asyncio.sleep(0)
-            lane.deliver(batch[start : start + PORTION], answers[start : start + PORTION])
+            lane.deliver(batch[start : start + PORTION], replies[start : start + PORTION])
             self.answered = batch[start + PORTION :]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from struct import Struct, error
 
 from retryproof.core.commands import NOTHING, Acquired, Checkpoint, Claim, Complete, Finished, Release, Renew
-from retryproof.core.record import MICROSECONDS, Record, State
+from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 
 FORMAT = 1
 """The first byte of a record. A release that changes the form takes another number, and still reads this one."""
@@ -14,6 +14,7 @@ FORMAT = 1
 _HEAD = Struct("<BBddBIIddd16sBBBI")
 _LENGTHS = Struct("<BBBI")
 _TOKEN = Struct("<d")
+_LEASE = Struct("<dB")
 _CHECKPOINT = Struct("<II")
 _NONCE_BYTES = 16
 _ODD = "surrogatepass"  # one odd name must not fail its neighbours
@@ -23,24 +24,60 @@ class NotReadable(Exception):
     """It is not a record, or has a format that this version does not know."""
 
 
-def new_record(claim: Claim) -> bytes:
-    """What a new record is from its nonce on; the script writes what stands before."""
-    nonce, fingerprint, tenant = claim.nonce, claim.fingerprint, claim.tenant
-    if len(nonce) != _NONCE_BYTES:
-        raise ValueError(f"a nonce has {_NONCE_BYTES} bytes, not {len(nonce)}")
-    trace = claim.trace.encode("utf-8", _ODD)
-    return nonce + _LENGTHS.pack(len(fingerprint), 0, len(tenant), len(trace)) + fingerprint + tenant + trace
+# What is sent of it: for a whole batch in one loop, since a call an item would cost as much as its work.
 
 
-def fence(command: Complete | Release | Renew | Checkpoint | Record) -> bytes:
+def new_records(claims: Sequence[Claim]) -> list[bytes]:
+    """What each new record is from its nonce on; the script writes what stands before."""
+    records = []
+    for claim in claims:
+        nonce, fingerprint, tenant = claim.nonce, claim.fingerprint, claim.tenant
+        if len(nonce) != _NONCE_BYTES:
+            raise ValueError(f"a nonce has {_NONCE_BYTES} bytes, not {len(nonce)}")
+        trace = claim.trace.encode("utf-8", _ODD) if claim.trace else b""
+        lengths = _LENGTHS.pack(len(fingerprint), 0, len(tenant), len(trace))
+        records.append(b"".join((nonce, lengths, fingerprint, tenant, trace)))
+    return records
+
+
+def completions(commands: Sequence[Complete]) -> list[bytes]:
+    """Fence and result of each, and then the states in which they settle."""
+    items: list[bytes] = []
+    for command in commands:
+        items += (_TOKEN.pack(command.token) + command.nonce, command.result or b"")  # the state says what this is
+    items.append(bytes([State.TOMBSTONE if command.result is None else State.COMPLETED for command in commands]))
+    return items
+
+
+def releases(commands: Sequence[Release]) -> list[bytes]:
+    """Fence of each, and whether an operator settles; and then the states."""
+    items: list[bytes] = []
+    for command in commands:
+        items += (fence(command), b"1" if command.settles else b"")
+    items.append(bytes([State.RELEASED] * len(commands)))
+    return items
+
+
+def fence(command: Release | Renew | Checkpoint | Record) -> bytes:
     """Token and nonce as they stand in a record."""
     return _TOKEN.pack(command.token) + command.nonce
 
 
-def checkpoint(command: Checkpoint) -> bytes:
-    """A checkpoint as it stands in a record."""
-    name = command.name.encode("utf-8", _ODD)
-    return _CHECKPOINT.pack(len(name), len(command.value)) + name + command.value
+def renewals(commands: Sequence[Renew]) -> list[bytes]:
+    """Fence of each, and lease, and whether it is alone."""
+    items: list[bytes] = []
+    for command in commands:
+        items += (fence(command), _LEASE.pack(microseconds(command.lease), command.alone))
+    return items
+
+
+def checkpoints(commands: Sequence[Checkpoint]) -> list[bytes]:
+    """Fence of each, and the checkpoint as it stands in a record."""
+    items: list[bytes] = []
+    for command in commands:
+        name = command.name.encode("utf-8", _ODD)
+        items += (fence(command), _CHECKPOINT.pack(len(name), len(command.value)) + name + command.value)
+    return items
 
 
 def claim_reply(record: bytes) -> Acquired | Finished:

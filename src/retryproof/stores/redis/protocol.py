@@ -112,14 +112,13 @@ class Protocol:
         """One script call; terms that claims have in common are sent once."""
         if not claims:
             return []
-        places: dict[_Terms, int] = {}
         arguments = self._keys(claims)
-        of_keys = bytes([places.setdefault(_terms(claim), len(places)) for claim in claims])
-        arguments.append(len(places))
-        for terms in places:
-            arguments += _terms_arguments(terms)
+        terms, of_keys = _terms(claims)
+        arguments.append(len(terms))
+        for one in terms:
+            arguments += _terms_arguments(one)
         arguments.append(of_keys)
-        arguments += map(packed.new_record, claims)
+        arguments += packed.new_records(claims)
         replies = yield RedisRequest(arguments, self._claim)
         return [
             Acquired(reply, 1, reply, claim.nonce, NOTHING, claim.trace)
@@ -132,35 +131,20 @@ class Protocol:
         """One script call, or a few where the results are large."""
         replies: list[FenceReply | ItemError] = []
         for portion in _portions(commands):
-            arguments = self._keys(portion)
-            states = [State.TOMBSTONE if command.result is None else State.COMPLETED for command in portion]
-            arguments.append(bytes(states))
-            for command in portion:
-                arguments += (packed.fence(command), command.result or b"")  # the state says what an empty one is
-            replies += yield from _fenced(self._settle, portion, arguments)
+            replies += yield from self._fenced(self._settle, portion, packed.completions(portion))
         return replies
 
     def release(self, commands: Sequence[Release]) -> Plan[Batch[FenceReply]]:
         """One script call."""
-        arguments = self._keys(commands)
-        arguments.append(bytes([State.RELEASED] * len(commands)))
-        for command in commands:
-            arguments += (packed.fence(command), b"1" if command.settles else b"")
-        return (yield from _fenced(self._settle, commands, arguments))
+        return (yield from self._fenced(self._settle, commands, packed.releases(commands)))
 
     def renew(self, commands: Sequence[Renew]) -> Plan[Batch[FenceReply]]:
         """One script call."""
-        arguments = self._keys(commands)
-        for command in commands:
-            arguments += (packed.fence(command), microseconds(command.lease), int(command.alone))
-        return (yield from _fenced(self._renew, commands, arguments))
+        return (yield from self._fenced(self._renew, commands, packed.renewals(commands)))
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Plan[Batch[FenceReply]]:
         """One script call."""
-        arguments = self._keys(commands)
-        for command in commands:
-            arguments += (packed.fence(command), packed.checkpoint(command))
-        return (yield from _fenced(self._checkpoint, commands, arguments))
+        return (yield from self._fenced(self._checkpoint, commands, packed.checkpoints(commands)))
 
     def get(self, ids: Sequence[bytes]) -> Plan[Sequence[Record | None]]:
         """One script call for each full batch."""
@@ -229,6 +213,17 @@ class Protocol:
         prefix = self._prefix
         return [len(commands), *[prefix + hexlify(command.id) for command in commands]]
 
+    def _fenced(self, script: Script, commands: Sequence[_Fenced], items: list[bytes]) -> Plan[Batch[FenceReply]]:
+        if not commands:
+            return []
+        answer = yield RedisRequest([*self._keys(commands), *items], script)
+        if answer.count(b"1") == len(commands):
+            return [DONE] * len(commands)
+        return [
+            _FENCE_REPLIES.get(character) or _unreadable(command.id)
+            for command, character in zip(commands, answer, strict=True)
+        ]
+
     def _records(
         self, ids: Sequence[bytes], what: str, *, skip_unreadable: bool = False
     ) -> Plan[Sequence[Record | None]]:
@@ -266,28 +261,26 @@ _Fenced: TypeAlias = Complete | Release | Renew | Checkpoint
 _Terms: TypeAlias = tuple[float, float, float, str, int, int]
 
 
-_terms: Callable[[Claim], _Terms] = attrgetter(
+_terms_of: Callable[[Claim], _Terms] = attrgetter(
     "lease", "retention", "unsettled_retention", "on_abandoned", "max_attempts", "alone"
 )
 """What policies give, and so most claims of a batch have in common."""
+
+
+def _terms(claims: Sequence[Claim]) -> tuple[Sequence[_Terms], bytes]:
+    """Those that occur, and which of them each claim has, a byte each."""
+    all_terms = list(map(_terms_of, claims))
+    if all_terms.count(all_terms[0]) == len(all_terms):
+        return all_terms[:1], bytes(len(all_terms))
+    places: dict[_Terms, int] = {}
+    of_claims = bytes([places.setdefault(terms, len(places)) for terms in all_terms])
+    return list(places), of_claims
 
 
 def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
     lease, retention, unsettled_retention, on_abandoned, max_attempts, alone = terms
     durations = (microseconds(lease), microseconds(retention), microseconds(unsettled_retention))
     return (*durations, int(on_abandoned == "refuse"), max_attempts, alone)
-
-
-def _fenced(script: Script, commands: Sequence[_Fenced], arguments: list[Argument]) -> Plan[Batch[FenceReply]]:
-    if not commands:
-        return []
-    answer = yield RedisRequest(arguments, script)
-    if answer.count(b"1") == len(commands):
-        return [DONE] * len(commands)
-    return [
-        _FENCE_REPLIES.get(character) or _unreadable(command.id)
-        for command, character in zip(commands, answer, strict=True)
-    ]
 
 
 def _claim_reply(claim: Claim, reply: RedisReply) -> ClaimReply | ItemError:
@@ -331,8 +324,7 @@ def _portions(commands: Sequence[Complete]) -> Iterator[Sequence[Complete]]:
     """Runs of commands whose results come to no more than LARGEST_CALL, or single ones."""
     sizes = [len(command.result or b"") for command in commands]
     if sum(sizes) <= LARGEST_CALL:
-        if commands:
-            yield commands
+        yield commands
         return
     start = size = 0
     for index, weight in enumerate(sizes):

@@ -28,9 +28,9 @@ end
 
 local wrote = false
 
--- Where there is none: NX, since an empty string is none of ours, and was read as if it were none.
+-- Where there is none: SETNX, since an empty string is none of ours, and was read as if it were none.
 local function be_born(key, born, term)
-  if not call('SET', key, term.fresh .. born, 'NX') then
+  if call('SETNX', key, term.fresh .. born) == 0 then
     return UNREADABLE
   end
   wrote = true
@@ -97,8 +97,18 @@ local function reclaim(key, born, term, record, hash, fingerprint)
   return record
 end
 
+-- What the next key is taken for: what the last one was. To write what is new saves reading that there is nothing.
+local expect_new = true
+
 local function decide(key, born, term)
+  if expect_new then
+    if pcall('SETNX', key, term.fresh .. born) == 1 then
+      wrote = true
+      return now
+    end
+  end
   local record, hash = read_start(key)
+  expect_new = not record
   if not record then
     return be_born(key, born, term)
   end

@@ -9,7 +9,7 @@
 -- checkpoint is appended, and nothing that is there is written again.
 -- In progress, or released and not settled, a record has no TTL; settled it ends by one, just after its retention.
 local call, pcall, byte, char, format, sub = redis.call, redis.pcall, string.byte, string.char, string.format, string.sub
-local pack, parse = struct.pack, struct.unpack
+local pack, parse, find = struct.pack, struct.unpack, string.find
 
 local FORMAT = 1
 local IN_PROGRESS, RELEASED, COMPLETED, TOMBSTONE = 1, 2, 3, 4
@@ -23,8 +23,8 @@ end
 
 -- Where the result or the first checkpoint begins.
 local function tail(record)
-  local fingerprint, birth, tenant, trace = parse('<BBBI4', record, LENGTHS)
-  return NAMES + fingerprint + birth + tenant + trace
+  local fingerprint, birth, tenant, a, b, c, d = byte(record, LENGTHS, NAMES - 1) -- `parse` takes twice as long
+  return NAMES + fingerprint + birth + tenant + a + 256 * (b + 256 * (c + 256 * d))
 end
 
 -- Whether a released record has no outcome: something was kept, or an earlier attempt ended unknown.
