@@ -16,6 +16,9 @@ from uuid import UUID
 PARTITIONS = 64
 """Partitions of a new outbox; the number is kept in the database."""
 QUEUE_BYTES = 16
+_VERSION_7 = 0x7 << 76 | 0b10 << 62
+_RANDOM = (1 << 76) - 1 & ~(0b11 << 62)
+"""The bits of a UUIDv7's lower 80 that are random: all but version and variant."""
 UNCOUNTED = -1
 """In place of a number of answers: the message waits, and keeps its age, its counts and its being tried alone."""
 
@@ -67,9 +70,7 @@ def partition_of(queue: bytes, partitions: int) -> int:
 
 def uuid7() -> UUID:
     """A UUIDv7 (RFC 9562): milliseconds since the epoch, and 74 random bits."""
-    random = int.from_bytes(os.urandom(10))
-    milliseconds = time.time_ns() // 1_000_000
-    return UUID(int=milliseconds << 80 | 0x7 << 76 | (random >> 64 & 0xFFF) << 64 | 0b10 << 62 | random & (1 << 62) - 1)
+    return UUID(int=time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10)) & _RANDOM | _VERSION_7)
 
 
 @dataclass(frozen=True, slots=True)

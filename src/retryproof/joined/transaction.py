@@ -62,7 +62,8 @@ from retryproof.sql.callers import (
     SAVEPOINT,
     BlockingConnection,
     LoopConnection,
-    find_adapter,
+    adapt,
+    adapter_of,
     missing_table,
     refused,
     unknown,
@@ -199,15 +200,13 @@ class Transaction:
         """Take the connection's transaction for the attempt, or raise. Nothing was written then."""
         fence = self.fence = fence_of(self._store, self._hold)
         given = connection = self.given
-        adapted = find_adapter(given)
-        if adapted is None:
+        if adapter_of(type(given)) is None:
             if not hasattr(given, "__aenter__" if self._on_loop else "__enter__"):
                 raise unknown(given)
             connection = yield Enter(given)
             self._block = given
         try:
-            if adapted is None and (adapted := find_adapter(connection)) is None:
-                raise unknown(connection)
+            adapted = adapt(connection)
             self._check(adapted, fence)
             self._adapted, self.connection = adapted, connection
             lent = self._block is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -13,8 +14,8 @@ from retryproof.core.message import PARTITIONS, Message, partition_of, queue_of,
 from retryproof.sql.callers import FAILED, missing_table, refused, sqlstate_of
 from retryproof.sql.callers.performing import InTransaction
 from retryproof.sql.dialects import DIALECTS, dialect_of
-from retryproof.sql.outbox import OutboxPlans
-from retryproof.sql.plan import Plan
+from retryproof.sql.outbox import AddedRow, OutboxPlans
+from retryproof.sql.plan import Plan, Row, Straight
 
 MAX_PAYLOAD = 1 << 20
 """Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""
@@ -94,9 +95,9 @@ class Outbox:
         Refused before anything is written, by ConfigurationError: no open transaction, a failed one, autocommit, a
         payload over the limit, a topic that was not declared.
         """
-        message = self.message(topic, payload, key=key, headers=headers, content_type=content_type, trace=trace)
-        self.add_many(connection, [message])
-        return message.id
+        row = self._row(topic, payload, key, headers, content_type, trace)
+        _IN_TRANSACTION.perform(connection, partial(self._adding, (row,)))
+        return row[0]
 
     async def aadd(
         self,
@@ -110,19 +111,19 @@ class Outbox:
         trace: str | None = None,
     ) -> UUID:
         """`add` on a connection of the event loop."""
-        message = self.message(topic, payload, key=key, headers=headers, content_type=content_type, trace=trace)
-        await self.aadd_many(connection, [message])
-        return message.id
+        row = self._row(topic, payload, key, headers, content_type, trace)
+        await _IN_TRANSACTION.aperform(connection, partial(self._adding, (row,)))
+        return row[0]
 
     def add_many(self, connection: Any, messages: Sequence[Message]) -> None:
         """Write messages of `message`, in their order, by one statement."""
         if messages:
-            _IN_TRANSACTION.perform(connection, partial(self._adding, messages))
+            _IN_TRANSACTION.perform(connection, partial(self._adding, list(map(_row_of, messages))))
 
     async def aadd_many(self, connection: Any, messages: Sequence[Message]) -> None:
         """`add_many` on a connection of the event loop."""
         if messages:
-            await _IN_TRANSACTION.aperform(connection, partial(self._adding, messages))
+            await _IN_TRANSACTION.aperform(connection, partial(self._adding, list(map(_row_of, messages))))
 
     def notify(self, connection: Any) -> None:
         """Wake relays as soon as this transaction commits, instead of at their next look.
@@ -135,16 +136,21 @@ class Outbox:
         """`notify` on a connection of the event loop."""
         await _IN_TRANSACTION.aperform(connection, lambda dialect: self._plans(dialect).notify(), check=False)
 
-    def _adding(self, messages: Sequence[Message], dialect: str) -> Plan[None]:
-        return self._plans(dialect).add(messages, self._partitions)
-
-    def _plans(self, dialect: str) -> OutboxPlans:
-        plans = self._plans_by_dialect.get(dialect)
-        if plans is None:
-            plans = self._plans_by_dialect[
-                dialect_of(dialect, subject="The outbox is for", found="this connection").name
-            ]
-        return plans
+    def _row(
+        self,
+        topic: str,
+        payload: bytes,
+        key: str | None,
+        headers: Mapping[str, str] | None,
+        content_type: str | None,
+        trace: str | None,
+    ) -> AddedRow:
+        """The row of what `message` would give, for which no object is made."""
+        self._check(topic, payload, key, headers, content_type, trace)
+        id = uuid7()
+        queue = queue_of(key, id)
+        partition, text = partition_of(queue, self._partitions), _as_text(headers) if headers else None
+        return id, partition, queue, topic, bytes(payload), key, text, content_type, trace
 
     def _check(
         self,
@@ -167,15 +173,34 @@ class Outbox:
         if self._topics is not None and topic not in self._topics:
             known = ", ".join(sorted(self._topics))
             raise ConfigurationError(f"The topic {topic!r} is unknown. Declared are: {known}.")
-        _check_texts((topic, key, content_type, trace))
-        if headers:
-            _check_texts((*headers, *headers.values()))
+        texts: tuple[object, ...] = (topic, key, content_type, trace)
+        for text in (*texts, *headers, *headers.values()) if headers else texts:
+            if text is not None and (not isinstance(text, str) or "\0" in text):
+                raise ConfigurationError("topic, key, content type, trace and headers are text without NUL")
+
+    def _adding(self, rows: Sequence[AddedRow], dialect: str) -> Plan[Sequence[Row]] | Straight:
+        return (self._plans_by_dialect.get(dialect) or self._plans(dialect)).add(rows, self._partitions)
+
+    def _plans(self, dialect: str) -> OutboxPlans:
+        return self._plans_by_dialect[dialect_of(dialect, subject="The outbox is for", found="this connection").name]
 
 
-def _check_texts(texts: Iterable[object]) -> None:
-    for text in texts:
-        if text is not None and (not isinstance(text, str) or "\0" in text):
-            raise ConfigurationError("topic, key, content type, trace and headers are text without NUL")
+def _row_of(message: Message) -> AddedRow:
+    return (
+        message.id,
+        message.partition,
+        message.queue,
+        message.topic,
+        message.payload,
+        message.key,
+        _as_text(message.headers) if message.headers else None,
+        message.content_type,
+        message.trace,
+    )
+
+
+def _as_text(headers: Mapping[str, str]) -> str:
+    return json.dumps(dict(headers))
 
 
 def _explain(error: Exception) -> ConfigurationError | None:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import BatchResult, Message
-from retryproof.sql.plan import Plan
+from retryproof.sql.plan import Plan, Row, Straight
 
 HELD = (1 << 63) - 1
 """When a queue is due whose first message is still being sent: never, until its relay says what came of it, or dies."""
@@ -88,6 +88,10 @@ class DeadLetter:
     died_at: int
 
 
+AddedRow: TypeAlias = tuple[UUID, int, bytes, str, bytes, str | None, str | None, str | None, str | None]
+"""What is added of a message: id, partition, queue, topic, payload, key, headers as text, content type, trace."""
+
+
 def other_partitions(given: int, found: int) -> ConfigurationError:
     """The error of an outbox whose number of partitions is not the database's."""
     return ConfigurationError(
@@ -103,7 +107,7 @@ Rival: TypeAlias = Literal["order", "routes"]
 class OutboxPlans(Protocol):
     """The plans of one dialect. Each is one transaction; `lease` and `delay` are µs."""
 
-    def add(self, messages: Sequence[Message], partitions: int) -> Plan[None]:
+    def add(self, rows: Sequence[AddedRow], partitions: int) -> Plan[Sequence[Row]] | Straight:
         """Insert into the caller's transaction; ConfigurationError, and nothing inserted, for other `partitions`."""
 
     def notify(self, payload: str = "") -> Plan[None]:

@@ -11,7 +11,7 @@ each: whoever runs it begins before its first statement and commits after its la
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,26 @@ class Statement:
     parameters: Sequence[Any] = ()
     many: bool = False
     counted: bool = False
+
+
+class Straight(Statement):
+    """A plan that is one statement as a rule: its result is its rows, so that no generator is made and pumped for it.
+
+    otherwise: the plan that goes on where it gave no rows.
+    """
+
+    __slots__ = ("otherwise",)
+
+    def __init__(
+        self,
+        sql: str,
+        parameters: Sequence[Any],
+        otherwise: Callable[[Statement], Plan[Any]],
+        *,
+        counted: bool = False,
+    ) -> None:
+        self.sql, self.parameters, self.many, self.counted = sql, parameters, False, counted
+        self.otherwise = otherwise
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,9 +275,9 @@ async def test_t6_a_transaction_has_its_id_before_it_draws_a_number(database: Da
     connection = await asyncpg.connect(
         database.url.partition("?")[0], server_settings=parse(database.url).settings(5.0)
     )
-    one = [database.outbox.message("t", b"", key="k")]
-    for sql, *parameters in (_call(outbox.add(one, 64)), _call(outbox.add(one * 2, 64))):
-        ((found,),) = await connection.fetch(f"EXPLAIN (VERBOSE, FORMAT JSON) {sql}", *parameters)
+    row = database.outbox._row("t", b"", "k", None, None, None)
+    for added in (outbox.add([row], 64), outbox.add([row, row], 64)):
+        ((found,),) = await connection.fetch(f"EXPLAIN (VERBOSE, FORMAT JSON) {added.sql}", *added.parameters)
         (drawing, *_) = [
             output
             for node in _nodes(json.loads(found)[0]["Plan"])

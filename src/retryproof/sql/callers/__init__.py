@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Awaitable, Sequence
-from functools import lru_cache
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.forks import check_not_inherited, has_inherited_files
@@ -118,6 +118,8 @@ class LoopConnection(Protocol):
     def unguard(self) -> None: ...
 
 
+Adapter: TypeAlias = Callable[[Any], BlockingConnection | LoopConnection]
+
 _ADAPTERS = {
     "psycopg": "retryproof.sql.callers.psycopg",
     "psycopg_pool": "retryproof.sql.callers.psycopg",
@@ -138,32 +140,26 @@ _ADAPTERS = {
 
 def adapt(connection: Any) -> BlockingConnection | LoopConnection:
     """The caller's connection in our terms; raises ConfigurationError for one that is not known."""
-    adapted = find_adapter(connection)
-    if adapted is None:
+    adapter = adapter_of(type(connection))
+    if adapter is None:
         raise unknown(connection)
-    return adapted
+    return adapter(connection)
 
 
-def find_adapter(connection: Any) -> BlockingConnection | LoopConnection | None:
-    """The caller's connection in our terms, or None for one that is not known."""
-    kind = type(connection)
-    if kind not in _found:
-        _found[kind] = _adapter_of(kind)
-    adapt_it = _found[kind]
-    adapted: BlockingConnection | LoopConnection | None = None if adapt_it is None else adapt_it(connection)
-    return adapted
-
-
-_found: dict[type, Any] = {}
-"""What `_adapter_of` said: a program has few kinds of connections, and asks at each operation."""
-
-
-def _adapter_of(kind: type) -> Any:
+def _adapter_of(kind: type) -> Adapter | None:
     for base in kind.__mro__:
         module = _ADAPTERS.get(base.__module__.partition(".")[0])
         if module is not None:
-            return importlib.import_module(module).adapt
+            adapter: Adapter | None = importlib.import_module(module).adapter_of(kind)
+            return adapter
     return None
+
+
+adapter_of: Callable[[type], Adapter | None] = cache(_adapter_of)
+"""What makes the adapter of a connection of this class; None for a class that is not known.
+
+Each adapter's file has a function of this name, for the classes of its library. A program has few kinds of connections.
+"""
 
 
 def innermost(connection: Any) -> object:
@@ -183,6 +179,13 @@ def unknown(connection: Any) -> ConfigurationError:
 def refused(reason: str, advice: str) -> ConfigurationError:
     """The error of a connection whose transaction is of no use."""
     return ConfigurationError(f"This connection cannot be used: {reason}. {advice}")
+
+
+def check_usable(connection: BlockingConnection | LoopConnection | Blocking | OnLoop) -> None:
+    """Raise ConfigurationError, saying what to do, where the client knows that no statement can be executed on it."""
+    reason = connection.unusable()
+    if reason is not None:
+        raise refused(reason, connection.ADVICE)
 
 
 class Unguarded:
@@ -220,10 +223,8 @@ class Blocking(Unguarded):
 
     def check_open(self) -> None:
         """See BlockingConnection."""
-        reason = self.unusable()
-        if reason is not None:
-            raise refused(reason, self.ADVICE)
-        if has_inherited_files() and self.dialect == "sqlite":
+        check_usable(self)
+        if self.dialect == "sqlite" and has_inherited_files():
             _check_files(self.execute(_FILES))
 
     def execute(self, statement: Statement) -> Sequence[Row]:
@@ -249,10 +250,8 @@ class OnLoop(Unguarded):
 
     async def check_open(self) -> None:
         """See BlockingConnection."""
-        reason = self.unusable()
-        if reason is not None:
-            raise refused(reason, self.ADVICE)
-        if has_inherited_files() and self.dialect == "sqlite":
+        check_usable(self)
+        if self.dialect == "sqlite" and has_inherited_files():
             _check_files(await self.execute(_FILES))
 
     def execute(self, statement: Statement) -> Awaitable[Sequence[Row]]:

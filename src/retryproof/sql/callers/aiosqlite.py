@@ -15,9 +15,9 @@ from retryproof.sql.plan import Row, Statement
 FORKED = "it was made before this process was forked, and its thread is not here"
 
 
-def adapt(connection: Any) -> Aiosqlite | None:
-    """The adapter of a connection; None for anything else of the library's."""
-    return Aiosqlite(connection) if isinstance(connection, aiosqlite.Connection) else None
+def adapter_of(kind: type) -> type[Aiosqlite] | None:
+    """The adapter of connections; None for anything else of the library's."""
+    return Aiosqlite if issubclass(kind, aiosqlite.Connection) else None
 
 
 class Aiosqlite(OnLoop):

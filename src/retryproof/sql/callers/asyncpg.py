@@ -12,14 +12,10 @@ from asyncpg.transaction import Transaction
 from retryproof.sql.callers import BLOCK, CLOSED, NOT_OPEN, OnLoop
 from retryproof.sql.plan import Row, Statement
 
-_CONNECTIONS = (PoolConnectionProxy, asyncpg.Connection)  # asking the second takes a call of Python code
 
-
-def adapt(connection: Any) -> Asyncpg | None:
-    """The adapter of a connection; None for anything else of the library's."""
-    if isinstance(connection, _CONNECTIONS):
-        return Asyncpg(connection)
-    return None
+def adapter_of(kind: type) -> type[Asyncpg] | None:
+    """The adapter of connections; None for anything else of the library's."""
+    return Asyncpg if issubclass(kind, (PoolConnectionProxy, asyncpg.Connection)) else None
 
 
 class Asyncpg(OnLoop):

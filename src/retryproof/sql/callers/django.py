@@ -17,9 +17,9 @@ from retryproof.sql.plan import Row, Statement
 DIALECTS: dict[str, DialectName] = {"postgresql": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
 
-def adapt(connection: Any) -> Django | None:
-    """The adapter of a connection; None for anything else of the library's."""
-    return Django(connection) if isinstance(connection, BaseDatabaseWrapper | ConnectionProxy) else None
+def adapter_of(kind: type) -> type[Django] | None:
+    """The adapter of connections; None for anything else of the library's."""
+    return Django if issubclass(kind, (BaseDatabaseWrapper, ConnectionProxy)) else None
 
 
 @contextmanager

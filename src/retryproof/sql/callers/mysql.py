@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from retryproof.sql.callers import AUTOCOMMIT, CLOSED, Blocking, OnLoop, percent, refused
+from retryproof.sql.callers import AUTOCOMMIT, CLOSED, Blocking, OnLoop, check_usable, percent
 from retryproof.sql.plan import Row, Statement
 
 ADVICE = "Turn autocommit off, or begin a transaction."
@@ -19,12 +19,12 @@ IN_TRANSACTION = 1
 _ON_LOOP = ("asyncmy", "aiomysql")
 
 
-def adapt(connection: Any) -> Mysql | LoopMysql | None:
-    """The adapter of a connection; None for anything else of the libraries'."""
-    package, _, module = type(connection).__module__.partition(".")
-    if not hasattr(connection, "cursor") or not hasattr(connection, "commit") or module.startswith("connector.aio"):
+def adapter_of(kind: type) -> type[Mysql | LoopMysql] | None:
+    """The adapter of connections; None for anything else of the libraries'."""
+    package, _, module = kind.__module__.partition(".")
+    if not hasattr(kind, "cursor") or not hasattr(kind, "commit") or module.startswith("connector.aio"):
         return None
-    return LoopMysql(connection) if package in _ON_LOOP else Mysql(connection)
+    return LoopMysql if package in _ON_LOOP else Mysql
 
 
 class Mysql(Blocking):
@@ -88,9 +88,7 @@ class LoopMysql(OnLoop):
         """See BlockingConnection."""
         if _commits_by_itself(self._connection) and _in_transaction(self._connection):
             await self._connection.ping(False)
-        reason = self.unusable()
-        if reason is not None:
-            raise refused(reason, self.ADVICE)
+        check_usable(self)
 
     async def execute(self, statement: Statement) -> Sequence[Row]:
         """See BlockingConnection."""

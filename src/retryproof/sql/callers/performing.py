@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.drive import apump, pump
-from retryproof.sql.callers import BlockingConnection, LoopConnection, adapt
-from retryproof.sql.plan import Plan
+from retryproof.sql.callers import BlockingConnection, LoopConnection, adapt, refused
+from retryproof.sql.plan import Plan, Straight
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class InTransaction:
         self._blocking = blocking
         self._explain = explain
 
-    def perform(self, connection: object, plan: Callable[[str], Plan[T]], *, check: bool = True) -> T:
+    def perform(self, connection: object, plan: Callable[[str], Plan[T] | Straight], *, check: bool = True) -> T:
         """Perform a plan on a connection that blocks. plan: makes it, given the name of the connection's dialect.
 
         check: whether a connection without a usable open transaction is refused, by ConfigurationError.
@@ -52,22 +52,34 @@ class InTransaction:
         if check:
             blocking.check_open()
         try:
-            return pump(plan(blocking.dialect), blocking.execute)
+            steps = plan(blocking.dialect)
+            if isinstance(steps, Straight):
+                if rows := blocking.execute(steps):
+                    return rows  # type: ignore[return-value]  # T is what a Straight gives
+                steps = steps.otherwise(steps)
+            return pump(steps, blocking.execute)
         except Exception as error:
             if (explained := self._explain(error)) is not None:
                 raise explained from error
             raise
 
-    async def aperform(self, connection: object, plan: Callable[[str], Plan[T]], *, check: bool = True) -> T:
+    async def aperform(self, connection: object, plan: Callable[[str], Plan[T] | Straight], *, check: bool = True) -> T:
         """`perform` on a connection of the event loop."""
         adapted = adapt(connection)
         if not adapted.on_loop:
             raise ConfigurationError(self._blocking)
         on_loop: LoopConnection = adapted  # type: ignore[assignment]  # as above
-        if check:
+        if check and on_loop.ASKS:
             await on_loop.check_open()
+        elif check and (reason := on_loop.unusable()) is not None:
+            raise refused(reason, on_loop.ADVICE)
         try:
-            return await apump(plan(on_loop.dialect), on_loop.execute)
+            steps = plan(on_loop.dialect)
+            if isinstance(steps, Straight):
+                if rows := await on_loop.execute(steps):
+                    return rows  # type: ignore[return-value]  # as above
+                steps = steps.otherwise(steps)
+            return await apump(steps, on_loop.execute)
         except Exception as error:
             if (explained := self._explain(error)) is not None:
                 raise explained from error

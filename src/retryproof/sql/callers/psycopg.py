@@ -17,13 +17,11 @@ ADVICE = "Use a connection with autocommit off, or open a transaction on it, and
 PIPELINE = "it is in pipeline mode, in which it answers later; leave the pipeline first"
 
 
-def adapt(connection: Any) -> Psycopg | AsyncPsycopg | None:
-    """The adapter of a connection; None for anything else of the library's."""
-    if isinstance(connection, psycopg.Connection):
-        return Psycopg(connection)
-    if isinstance(connection, psycopg.AsyncConnection):
-        return AsyncPsycopg(connection)
-    return None
+def adapter_of(kind: type) -> type[Psycopg | AsyncPsycopg] | None:
+    """The adapter of connections; None for anything else of the library's."""
+    if issubclass(kind, psycopg.Connection):
+        return Psycopg
+    return AsyncPsycopg if issubclass(kind, psycopg.AsyncConnection) else None
 
 
 def _unusable(

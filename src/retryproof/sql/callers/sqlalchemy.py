@@ -46,26 +46,29 @@ _AS_WRITTEN = ("asyncpg", "pysqlite", "aiosqlite")
 _PERCENT = ("psycopg", "psycopg_async", "pymysql", "mysqldb", "mysqlconnector", "asyncmy", "aiomysql")
 
 
-def adapt(connection: Any) -> OfConnection | OfSession | OfAsync | None:
-    """The adapter of a connection or session; None for anything else of the library's."""
-    match connection:
-        case scoped_session():
-            return adapt(connection())
-        case Session():
-            return OfSession(connection)
-        case Connection():
-            return OfConnection(connection)
+def adapter_of(kind: type) -> Callable[[Any], OfConnection | OfSession | OfAsync] | None:
+    """What makes the adapter of connections or sessions; None for anything else of the library's."""
+    if issubclass(kind, scoped_session):
+        return lambda scoped: OfSession(scoped())
+    if issubclass(kind, Session):
+        return OfSession
+    if issubclass(kind, Connection):
+        return OfConnection
     # It needs greenlet, which not everybody has; who has such a connection has imported it.
     extension = sys.modules.get("sqlalchemy.ext.asyncio")
     if extension is None:
         return None
-    if isinstance(connection, extension.async_scoped_session):
-        return adapt(connection())
-    if isinstance(connection, extension.AsyncSession):
-        return OfAsync(connection, OfSession(connection.sync_session))
-    if isinstance(connection, extension.AsyncConnection):
-        return OfAsync(connection, OfConnection(connection.sync_connection))
+    if issubclass(kind, extension.async_scoped_session):
+        return lambda scoped: _of_async_session(scoped())
+    if issubclass(kind, extension.AsyncSession):
+        return _of_async_session
+    if issubclass(kind, extension.AsyncConnection):
+        return lambda connection: OfAsync(connection, OfConnection(connection.sync_connection))
     return None
+
+
+def _of_async_session(session: AsyncSession) -> OfAsync:
+    return OfAsync(session, OfSession(session.sync_session))
 
 
 class _Begun:

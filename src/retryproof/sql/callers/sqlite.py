@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from retryproof.sql.callers import CLOSED, NOT_OPEN, Blocking
 from retryproof.sql.plan import Row, Statement
 
 
-def adapt(connection: Any) -> Sqlite | None:
-    """The adapter of a connection; None for anything else of the library's."""
-    return Sqlite(connection) if isinstance(connection, sqlite3.Connection) else None
+def adapter_of(kind: type) -> type[Sqlite] | None:
+    """The adapter of connections; None for anything else of the library's."""
+    return Sqlite if issubclass(kind, sqlite3.Connection) else None
 
 
 class Sqlite(Blocking):

@@ -15,8 +15,16 @@ from uuid import UUID
 
 from retryproof.core.message import BatchResult, Message
 from retryproof.sql.named import dollars
-from retryproof.sql.outbox import ClaimedBatch, DeadLetter, OutboxSettings, Rival, Stats, other_partitions
-from retryproof.sql.plan import Plan, Row, Statement
+from retryproof.sql.outbox import (
+    AddedRow,
+    ClaimedBatch,
+    DeadLetter,
+    OutboxSettings,
+    Rival,
+    Stats,
+    other_partitions,
+)
+from retryproof.sql.plan import Plan, Row, Statement, Straight
 from retryproof.sql.postgres.outbox_statements import STATEMENTS
 
 CHANNEL = "retryproof_outbox"
@@ -70,48 +78,21 @@ class PostgresOutbox:
             )
         }
         self._sql = {name: dollars(sql.format(**names)) for name, sql in STATEMENTS.items()}
-        bare = self._sql["add_bare"]
-        self._add_bare = bare.sql
-        self._bare_row = attrgetter(*bare.names[:-1])  # its parameters are a message's attributes, and `partitions`
+        self._add, self._add_many = self._sql["add"].sql, self._sql["add_many"].sql
 
     # In the caller's transaction
 
-    def add(self, messages: Sequence[Message], partitions: int) -> Plan[None]:
-        """Insert, one statement whatever the number."""
-        added = yield self._adding(messages, partitions)
-        if not added:
-            ((found,),) = yield self._sql["partition_number"]()
-            raise other_partitions(partitions, int(found))
+    def add(self, rows: Sequence[AddedRow], partitions: int) -> Straight:
+        """Insert, one statement whatever the number; its parameters are a row's values, in their order."""
+        if len(rows) == 1:
+            return Straight(self._add, (*rows[0], partitions), self._not_added, counted=True)
+        ids, *columns = zip(*rows, strict=True)
+        values = (list(map(str, ids)), *map(list, columns), partitions)
+        return Straight(self._add_many, values, self._not_added, counted=True)
 
-    def _adding(self, messages: Sequence[Message], partitions: int) -> Statement:
-        if len(messages) > 1:
-            return self._sql["add_many"].counted(
-                partitions=partitions,
-                ids=[str(message.id) for message in messages],
-                in_partitions=[message.partition for message in messages],
-                queues=[message.queue for message in messages],
-                topics=[message.topic for message in messages],
-                payloads=[message.payload for message in messages],
-                keys=[message.key for message in messages],
-                headers=[_headers(message) for message in messages],
-                content_types=[message.content_type for message in messages],
-                traces=[message.trace for message in messages],
-            )
-        (message,) = messages
-        if not message.headers and message.content_type is None and message.trace is None:
-            return Statement(self._add_bare, (*self._bare_row(message), partitions), counted=True)
-        return self._sql["add"].counted(
-            id=message.id,
-            partition=message.partition,
-            queue=message.queue,
-            topic=message.topic,
-            payload=message.payload,
-            key=message.key,
-            headers=_headers(message),
-            content_type=message.content_type,
-            trace=message.trace,
-            partitions=partitions,
-        )
+    def _not_added(self, added: Statement) -> Plan[Sequence[Row]]:
+        ((found,),) = yield self._sql["partition_number"]()
+        raise other_partitions(added.parameters[-1], int(found))
 
     def notify(self, payload: str = "") -> Plan[None]:
         """Wake relays when the caller's transaction commits."""
@@ -291,10 +272,6 @@ class PostgresOutbox:
         """Make messages of another cluster this server's own; the next relay that may ask says which server it is."""
         ((count,),) = yield self._sql["adopt"]()
         return int(count)
-
-
-def _headers(message: Message) -> str | None:
-    return json.dumps(dict(message.headers)) if message.headers else None
 
 
 def _numbers(messages: Sequence[Message]) -> list[int]:

@@ -69,8 +69,7 @@ _FAILED = f"""attempts = f.tried, reason = f.why,
         alone = o.alone AND f.answers = {UNCOUNTED},
         answers = CASE WHEN f.answers = {UNCOUNTED} THEN o.answers ELSE f.answers END,
         failed_at = CASE WHEN f.answers = {UNCOUNTED} THEN o.failed_at ELSE coalesce(o.failed_at, {NOW}) END"""
-_ADD_BARE = "id, partition, chain, topic, payload, key"
-_ADD = f"{_ADD_BARE}, headers, content_type, trace"
+_ADD = "id, partition, chain, topic, payload, key, headers, content_type, trace"
 
 
 def _seen(xids: str, lows: str, server: str) -> str:
@@ -105,9 +104,6 @@ STATEMENTS = {
     "add": f"""INSERT INTO {{outbox}} ({_ADD}, created_at)
 SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text, :headers::text,
     :content_type::text, :trace::text, {_NOW_FAST}
-FROM {{settings}} WHERE partitions = :partitions::int""",
-    "add_bare": f"""INSERT INTO {{outbox}} ({_ADD_BARE}, created_at)
-SELECT :id::uuid, :partition::int, :queue::bytea, :topic::text, :payload::bytea, :key::text, {_NOW_FAST}
 FROM {{settings}} WHERE partitions = :partitions::int""",
     "add_many": f"""INSERT INTO {{outbox}} ({_ADD})
 SELECT m.id, m.partition, m.chain, m.topic, m.payload, m.key, m.headers, m.content_type, m.trace

@@ -9,12 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 from uuid import UUID
 
 from retryproof.clock import wall_clock
 from retryproof.core.message import UNCOUNTED, BatchResult, Message
-from retryproof.sql.outbox import HELD, ClaimedBatch, DeadLetter, OutboxSettings, Rival, Stats, other_partitions
+from retryproof.sql.outbox import (
+    HELD,
+    AddedRow,
+    ClaimedBatch,
+    DeadLetter,
+    OutboxSettings,
+    Rival,
+    Stats,
+    other_partitions,
+)
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.sqlite.outbox_schema import SQLITE_OUTBOX
 from retryproof.sql.sqlite.schema import ready
@@ -37,14 +45,15 @@ class SqliteOutbox:
 
     # In the caller's transaction
 
-    def add(self, messages: Sequence[Message], partitions: int) -> Plan[None]:
+    def add(self, rows: Sequence[AddedRow], partitions: int) -> Plan[Sequence[Row]]:
         """Insert; the tables are made, in this transaction, where there are none."""
         found = yield from self._partitions(partitions)
         if found != partitions:
             raise other_partitions(partitions, found)
         now = self._clock()
-        for message in messages:
-            yield Statement(_INSERT, _columns(message, now))
+        for id, partition, *others in rows:
+            yield Statement(_INSERT, (now, partition, str(id), *others))
+        return ()
 
     def notify(self, payload: str = "") -> Plan[None]:
         """Nothing: who looks at a file needs no message that it changed."""
@@ -397,21 +406,6 @@ def _sequences(messages: Sequence[Message]) -> str:
 
 def _texts(ids: Sequence[UUID]) -> str:
     return json.dumps([str(id) for id in ids])
-
-
-def _columns(message: Message, now: int) -> tuple[Any, ...]:
-    return (
-        now,
-        message.partition,
-        str(message.id),
-        message.queue,
-        message.topic,
-        message.payload,
-        message.key,
-        json.dumps(dict(message.headers)) if message.headers else None,
-        message.content_type,
-        message.trace,
-    )
 
 
 def _message(row: Row, *, parked: bool = False) -> Message:
