@@ -30,7 +30,7 @@ from retryproof.drive import clock
 from retryproof.observe.events import Event, Listener
 from retryproof.observe.logging import log_event
 from retryproof.operation import EPOCH, asettle, enter, leave, settle
-from retryproof.stores.base import AsyncStore, Store
+from retryproof.stores.base import AsyncStore, DatabaseEngine, Store
 from retryproof.stores.opened import AsyncOpened, AsyncView, Opened, Source
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ class Engine:
 
     def __init__(
         self,
-        store: str | Store | AsyncStore,
+        store: str | Store | AsyncStore | DatabaseEngine,
         *,
         policy: Policy | None = None,
         codec: Codec | None = None,
@@ -110,7 +110,8 @@ _NO_INPUT = _sealed(b"")
 class Idempotency(Engine):
     """Runs functions once, in threads.
 
-    store: a URL, which is opened at the first call and closed by `close`, or a store, which belongs to its caller.
+    store: a URL, which is opened at the first call and closed by `close`, or a store, which belongs to its caller; or a
+        SQLAlchemy engine, which is used like a URL and stays its caller's.
     codec: how results are kept; JSON by default. events: listeners; the log by default.
     pepper: a secret mixed into every record's id, the same in every process that shares the store.
     """

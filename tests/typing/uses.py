@@ -10,11 +10,15 @@ from typing import assert_type
 from uuid import UUID
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from retryproof import AsyncIdempotency, Idempotency, Outcome, Policy, current_operation, errors, operation_key
 from retryproof.http import by_header, by_host, by_user, single_tenant, wsgi
 from retryproof.http.asgi import IdempotencyMiddleware
 from retryproof.operation import Operation
 from retryproof.stores import AsyncStore, MemoryStore, Store, aopen_store, open_store
+from retryproof.stores.sql.migrate import migrate
 from retryproof.testing import StoreConformance
 from retryproof.transaction import Inbox, Inserted, Outbox, Received, ainsert_once, insert_once
 
@@ -70,6 +74,14 @@ def stores() -> None:
     assert_type(store, Store)
     assert_type(Idempotency(store), Idempotency)
     assert_type(Idempotency(MemoryStore()), Idempotency)
+
+
+def engines(engine: Engine, on_loop: AsyncEngine) -> None:
+    assert_type(open_store(engine), Store)
+    assert_type(Idempotency(engine), Idempotency)
+    assert_type(AsyncIdempotency(on_loop), AsyncIdempotency)
+    assert_type(IdempotencyMiddleware(app, store=on_loop, scope=single_tenant), IdempotencyMiddleware)
+    assert_type(migrate(engine), list[str])
 
 
 async def async_stores() -> None:

@@ -99,6 +99,8 @@ def url_argument(function: Function) -> Function:
 
 
 def _required_url(context: click.Context, parameter: click.Parameter, url: str | None) -> str:
+    if url and url.startswith("django:"):
+        find_modules_here()  # where DJANGO_SETTINGS_MODULE is, as under manage.py
     return url or no_url()
 
 

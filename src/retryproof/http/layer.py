@@ -26,7 +26,7 @@ from retryproof.http.scope import Identify
 from retryproof.http.semantics import Preset, StoreWhen
 from retryproof.observe.events import Listener
 from retryproof.observe.logging import log_event
-from retryproof.stores.base import AsyncStore, Store
+from retryproof.stores.base import AsyncStore, DatabaseEngine, Store
 
 Application = TypeVar("Application")
 LayerEngine = TypeVar("LayerEngine")
@@ -39,7 +39,7 @@ class Layer(ABC, Generic[Application, LayerEngine]):
         self,
         app: Application,
         *,
-        store: str | Store | AsyncStore,
+        store: str | Store | AsyncStore | DatabaseEngine,
         scope: Identify | None = None,
         policy: PerRequest[Policy | None] = Policy(),  # noqa: B008  # frozen
         required: PerRequest[bool] = False,

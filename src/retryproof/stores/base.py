@@ -22,13 +22,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from retryproof.core.batch import Batch, Reaped
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.record import Record, State
 
-__all__ = ["AsyncStore", "Batch", "Capabilities", "HasCommitGroup", "HasKeeper", "Reaped", "Store"]
+__all__ = ["AsyncStore", "Batch", "Capabilities", "DatabaseEngine", "HasCommitGroup", "HasKeeper", "Reaped", "Store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,3 +167,16 @@ class HasCommitGroup(Protocol):
 
     def commit_group(self) -> AbstractContextManager[None]:
         """All calls inside are one commit; a failure inside fails them all."""
+
+
+class DatabaseEngine(Protocol):
+    """SQLAlchemy's Engine or AsyncEngine, which stands for the store in its database."""
+
+    @property
+    def dialect(self) -> Any: ...
+
+    @property
+    def url(self) -> Any: ...
+
+    @property
+    def pool(self) -> Any: ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from retryproof.core.errors import ConfigurationError
 from retryproof.core.findings import Finding, Verdict, clock_skew
 from retryproof.stores.url import entry_of, load
 
@@ -20,5 +21,7 @@ def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
     Raises StoreUnavailable, and ConfigurationError for an unknown scheme or a missing driver.
     """
     entry = entry_of(url)
+    if entry.doctor is None:
+        raise ConfigurationError("An engine has no doctor; give the URL of its database.")
     findings: Sequence[Finding] = load(entry, entry.doctor).diagnose(url, timeout=timeout)
     return findings

@@ -25,12 +25,12 @@ from retryproof.core.commands import Claim, Found, Look, Reply, Unreachable
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.record import Record
 from retryproof.forks import keep_from_children
-from retryproof.stores.base import AsyncStore, Capabilities, HasKeeper, Store
+from retryproof.stores.base import AsyncStore, Capabilities, DatabaseEngine, HasKeeper, Store
 from retryproof.stores.forwarding import ForwardingStore
 from retryproof.stores.keeper import MAX_UNSTORED, NO_ANSWER, Keeper
 from retryproof.stores.lanes import Bridge, TaskCoalescer, ThreadCoalescer
 from retryproof.stores.threaded import InThread
-from retryproof.stores.url import is_async_url, open_async, open_store
+from retryproof.stores.url import is_async_url, is_engine, open_async, open_store
 
 T = TypeVar("T")
 logger = logging.getLogger("retryproof")
@@ -320,23 +320,24 @@ def _attached(store: object, make: Callable[[], T]) -> T:
 
 
 class Source:
-    """What a user passed as `store`: a URL or a store, checked when made and opened when used.
+    """What a user passed as `store`: a URL, an engine or a store, checked when made and opened when used.
 
-    timeout: seconds that one call of a store opened from a URL may take.
+    An engine is opened like a URL, once per process; it stays its caller's.
+    timeout: seconds that one call of a store opened here may take.
     max_unstored: bytes of results that may wait for a store out of reach; whoever opens the store first says it.
     """
 
     def __init__(self, store: object, timeout: float, max_unstored: int = MAX_UNSTORED) -> None:
-        if isinstance(store, str):
-            self._url: str | None = store
+        if isinstance(store, str) or is_engine(store):
+            self._url: str | DatabaseEngine | None = store
             self._async = is_async_url(store)
         elif isinstance(store, Store | AsyncStore):
             self._url = None
             self._async = _is_async(store)
         else:
             raise ConfigurationError(
-                f"store={store!r} is neither a URL like 'sqlite:///keys.db' nor a store; "
-                "see retryproof.stores.open_store."
+                f"store={store!r} is neither a URL like 'sqlite:///keys.db' nor a store, nor an engine of "
+                "SQLAlchemy's; see retryproof.stores.open_store."
             )
         self.given = store
         self._timeout = timeout

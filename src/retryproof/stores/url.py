@@ -1,4 +1,4 @@
-"""Stores by URL. Opening one makes no connection: that happens at the first call."""
+"""Stores by URL, or by an engine of SQLAlchemy's. Opening one makes no connection: that happens at the first call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from retryproof.core.address import check_address, scheme_of
 from retryproof.core.errors import ConfigurationError
-from retryproof.stores.base import AsyncStore, Store
+from retryproof.stores.base import AsyncStore, DatabaseEngine, Store
 from retryproof.stores.looped import InLoop
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.threaded import InThread
@@ -21,10 +21,12 @@ from retryproof.stores.threaded import InThread
 class Entry:
     """All that is said of a kind of store, in one place: a new one is added to ENTRIES and nowhere else.
 
-    schemes: of its URLs. blocking, on_loop: "module:factory" of its stores, each called with (url, timeout=seconds); a
-        kind that has only one serves callers of the other colour through a thread.
+    schemes: of its URLs. drivers: of the SQLAlchemy engines that it takes; these stand in the place of the URL below.
+    blocking, on_loop: "module:factory" of its stores, each called with (url, timeout=seconds); a kind that has only one
+        serves callers of the other colour through a thread.
     doctor: the module whose `diagnose(url, timeout=seconds)` looks for what breaks its safety.
     migrations: the module with `pending(url)` and `migrate(url, progress=tell)`; None where there is no schema.
+    check: "module:function" that refuses an engine before it is used.
     extra: what is installed for it, `retryproof[extra]`; None: the standard library has it.
     Modules are imported when they are first needed, since each imports a library that may be missing.
     """
@@ -32,9 +34,11 @@ class Entry:
     schemes: tuple[str, ...]
     blocking: str | None
     on_loop: str | None
-    doctor: str
+    doctor: str | None
     migrations: str | None = None
     extra: str | None = None
+    drivers: tuple[str, ...] = ()
+    check: str | None = None
 
 
 ENTRIES = (
@@ -69,17 +73,45 @@ ENTRIES = (
         "retryproof.sql.postgres.migrate",
         extra="postgres",
     ),
+    Entry(
+        ("django",),
+        "retryproof.stores.sql.django:from_url",
+        None,
+        "retryproof.sql.engines.django",
+        "retryproof.sql.engines.django",
+        extra="django",
+    ),
+    Entry(
+        (),
+        "retryproof.stores.sql.sqlalchemy:blocking",
+        None,
+        None,
+        "retryproof.sql.engines.sqlalchemy",
+        extra="postgres",
+        drivers=("psycopg", "psycopg_async", "pysqlite", "aiosqlite"),
+        check="retryproof.sql.engines.sqlalchemy:check",
+    ),
+    Entry(
+        (),
+        None,
+        "retryproof.stores.sql.sqlalchemy:on_loop",
+        None,
+        "retryproof.sql.engines.sqlalchemy",
+        extra="postgres",
+        drivers=("asyncpg",),
+    ),
 )
 SCHEMES = {scheme: entry for entry in ENTRIES for scheme in entry.schemes}
+DRIVERS = {driver: entry for entry in ENTRIES for driver in entry.drivers}
 
 _named_memory: dict[str, MemoryStore] = {}
 os.register_at_fork(after_in_child=_named_memory.clear)  # shared in one process
 
 
-def open_store(url: str, *, timeout: float = 2.0) -> Store:
+def open_store(url: str | DatabaseEngine, *, timeout: float = 2.0) -> Store:
     """A blocking store; the caller closes it with `close()`.
 
-    timeout: seconds that one call may take.
+    url: or a SQLAlchemy Engine or AsyncEngine, which stays the caller's. timeout: seconds that one call may take.
     Raises ConfigurationError for an unknown scheme or a missing driver.
     """
     entry = entry_of(url)
@@ -89,7 +121,7 @@ def open_store(url: str, *, timeout: float = 2.0) -> Store:
     return store
 
 
-def open_async(url: str, *, timeout: float = 2.0) -> AsyncStore:
+def open_async(url: str | DatabaseEngine, *, timeout: float = 2.0) -> AsyncStore:
     """A store for the running event loop; see `aopen_store`."""
     entry = entry_of(url)
     if entry.on_loop is None:
@@ -98,22 +130,46 @@ def open_async(url: str, *, timeout: float = 2.0) -> AsyncStore:
     return store
 
 
-async def aopen_store(url: str, *, timeout: float = 2.0) -> AsyncStore:
+async def aopen_store(url: str | DatabaseEngine, *, timeout: float = 2.0) -> AsyncStore:
     """A store for the running event loop; the caller closes it with `await aclose()`.
 
-    timeout: seconds that one call may take.
+    url: or a SQLAlchemy Engine or AsyncEngine, which stays the caller's. timeout: seconds that one call may take.
     Raises ConfigurationError for an unknown scheme or a missing driver.
     """
     return open_async(url, timeout=timeout)
 
 
-def is_async_url(url: str) -> bool:
-    """Whether the URL's store for async callers is a native one, tied to an event loop."""
+def is_engine(store: object) -> TypeGuard[DatabaseEngine]:
+    """Whether it is an engine of SQLAlchemy's, of any database."""
+    return any(f"{kind.__module__}.{kind.__name__}" in _ENGINES for kind in type(store).__mro__)
+
+
+_ENGINES = ("sqlalchemy.engine.base.Engine", "sqlalchemy.ext.asyncio.engine.AsyncEngine")
+
+
+def is_async_url(url: str | DatabaseEngine) -> bool:
+    """Whether the store of a URL or an engine for async callers is a native one, tied to an event loop."""
     return entry_of(url).on_loop is not None
 
 
-def entry_of(url: str) -> Entry:
-    """The entry of the URL's scheme; ConfigurationError for an unknown one."""
+def entry_of(url: str | DatabaseEngine) -> Entry:
+    """The entry of the URL's scheme, or of the engine's driver; ConfigurationError for an unknown one."""
+    if isinstance(url, str):
+        return _entry_of_url(url)
+    if not is_engine(url):
+        raise ConfigurationError(f"{url!r} is neither a URL like 'sqlite:///keys.db' nor an engine of SQLAlchemy's.")
+    entry = DRIVERS.get(url.dialect.driver) if url.dialect.name in ("postgresql", "sqlite") else None
+    if entry is None:
+        raise ConfigurationError(
+            f"No store works over SQLAlchemy's {url.dialect.name}+{url.dialect.driver}; use postgresql+psycopg, "
+            "postgresql+asyncpg, sqlite or sqlite+aiosqlite."
+        )
+    if entry.check is not None:
+        _factory(entry, entry.check)(url)
+    return entry
+
+
+def _entry_of_url(url: str) -> Entry:
     name = scheme_of(url)
     entry = SCHEMES.get(name)
     if entry is None:

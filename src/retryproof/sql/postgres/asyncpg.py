@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import asyncpg
 
-from retryproof.core.errors import StoreUnavailable
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.drive import apump
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.url import (
+    BACKEND,
     CONNECT_TIMEOUT,
     POOL_SIZE,
+    SET,
+    Maker,
     PostgresTarget,
     check_primary,
     check_server,
     explain,
+    not_made,
     pauses,
     retryable,
     shares,
@@ -213,23 +217,21 @@ class _Connections:
     async def _connect(self, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
         """A new connection to the first host that is a primary."""
         failure: Exception = TimeoutError()
-        for dsn, until in shares(self._target, asyncio.get_running_loop().time(), deadline):
+        for host, until in shares(self._target, asyncio.get_running_loop().time(), deadline):
             try:
-                return await self._connect_to(dsn, until)
+                return await self._connect_to(host, until)
             except (*DRIVER_ERRORS, StoreUnavailable) as error:
                 failure = error
         raise failure
 
-    async def _connect_to(self, dsn: str, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
+    async def _connect_to(self, host: str | Maker, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
         loop = asyncio.get_running_loop()
-        connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-            dsn,
-            timeout=max(0.0, deadline - loop.time()),
-            server_settings={"application_name": "retryproof", **self._target.settings(self._timeout)},
-            statement_cache_size=100 if self._target.statement_cache else 0,
-        )
+        settings = self._target.settings(self._timeout)
+        connection = await _connect(host, deadline, settings, cached=self._target.statement_cache)
         alarm = loop.call_at(deadline, connection.terminate)
         try:
+            if not isinstance(host, str):
+                await _prepare(connection, settings)
             await _check(connection, self._target.check)
         except BaseException:
             connection.terminate()
@@ -237,6 +239,33 @@ class _Connections:
         finally:
             alarm.cancel()
         return connection
+
+
+async def _connect(
+    host: str | Maker, deadline: float, settings: dict[str, str], *, cached: bool
+) -> asyncpg.Connection[asyncpg.Record]:
+    """Connect before the deadline, to a DSN or as a caller's engine does."""
+    left = max(0.0, deadline - asyncio.get_running_loop().time())
+    connection: asyncpg.Connection[asyncpg.Record]
+    if isinstance(host, str):
+        settings = {"application_name": "retryproof", **settings}
+        size = 100 if cached else 0
+        connection = await asyncpg.connect(host, timeout=left, server_settings=settings, statement_cache_size=size)
+        return connection
+    try:
+        async with asyncio.timeout(left):
+            connection = await host()
+    except (*DRIVER_ERRORS, ConfigurationError):
+        raise
+    except Exception as error:
+        raise not_made(error) from error
+    return connection
+
+
+async def _prepare(connection: asyncpg.Connection[asyncpg.Record], settings: dict[str, str]) -> None:
+    """Make the session of an engine's connection ours, unless a pooler lends it."""
+    if settings and await connection.fetchval(BACKEND) == connection.get_server_pid():
+        await connection.execute(SET, list(settings), list(settings.values()))
 
 
 class _Borrowed:
@@ -306,14 +335,9 @@ async def connect_to_primary(target: PostgresTarget) -> asyncpg.Connection[async
     """A connection with the session's own settings; raises a driver's error or StoreUnavailable."""
     loop = asyncio.get_running_loop()
     failure: Exception = TimeoutError()
-    for dsn, until in shares(target, loop.time(), loop.time() + CONNECT_TIMEOUT):
+    for host, until in shares(target, loop.time(), loop.time() + CONNECT_TIMEOUT):
         try:
-            connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-                dsn,
-                timeout=max(0.0, until - loop.time()),
-                server_settings={"application_name": "retryproof"},
-                statement_cache_size=100 if target.statement_cache else 0,
-            )
+            connection = await _connect(host, until, {}, cached=target.statement_cache)
             try:
                 check_primary(await connection.fetchval("SELECT pg_is_in_recovery()"))
             except BaseException:

@@ -71,7 +71,11 @@ class Facts:
 
 def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
     """Ask the primary and judge; where there is only a replica, that is the finding."""
-    target = parse(url)
+    return judge(parse(url), url)
+
+
+def judge(target: PostgresTarget, url: str) -> Sequence[Finding]:
+    """`diagnose` for a target. url: what says how its connections are encrypted."""
     try:
         facts = transaction(target, lambda: gather(target, time.time))
     except ReadReplica as error:

@@ -38,19 +38,19 @@ def migrations() -> Sequence[Migration]:
     ]
 
 
-def migrate(url: str, *, progress: Callable[[str], None] = lambda step: None) -> list[str]:
+def migrate(url: str | PostgresTarget, *, progress: Callable[[str], None] = lambda step: None) -> list[str]:
     """Apply what is missing and say so; the names of what was applied.
 
     progress: told each step in words.
     Raises StoreUnavailable, ConfigurationError for a URL without migrations.
     """
-    target = parse(url)
+    target = parse(url) if isinstance(url, str) else url
     return transaction(target, lambda: migrate_plan(target, progress))
 
 
-def pending(url: str) -> list[str]:
+def pending(url: str | PostgresTarget) -> list[str]:
     """The names of the migrations that the database has not seen."""
-    target = parse(url)
+    target = parse(url) if isinstance(url, str) else url
     return transaction(target, lambda: pending_plan(target))
 
 
@@ -97,6 +97,8 @@ def statements_of(sql: str) -> Sequence[str]:
 
 def transaction(target: PostgresTarget, plan: Callable[[], Plan[T]]) -> T:
     """Run a plan in one transaction, on whichever driver is installed."""
+    if target.driver == "asyncpg":
+        return _transaction_on_loop(target, plan)
     try:
         from retryproof.sql.postgres import psycopg
     except ModuleNotFoundError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -16,15 +18,19 @@ from psycopg.adapt import Dumper
 from psycopg.errors import OperationalError
 from psycopg.pq import Format
 
-from retryproof.core.errors import StoreUnavailable
+from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.drive import pump
 from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.postgres.url import (
+    BACKEND,
     CONNECT_TIMEOUT,
+    SET,
+    Maker,
     PostgresTarget,
     check_primary,
     check_server,
     explain,
+    not_made,
     pauses,
     retryable,
     shares,
@@ -45,6 +51,8 @@ class DeadlineConnection(psycopg.Connection[Row]):
     """
 
     deadline = float("inf")
+    made_by: object = None
+    """The connection of a caller's engine that this one stands for, which must not be collected before."""
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         """Pump one of psycopg's generators, as psycopg does, until the deadline.
@@ -153,8 +161,24 @@ _DUMPERS: dict[type, type[Dumper]] = {
 }
 
 
-def connect(dsn: str, deadline: float, settings: dict[str, str]) -> DeadlineConnection:
-    """Connect before the deadline; libpq's own time-out counts in whole seconds, two at the least."""
+def connect(host: str | Maker, deadline: float, settings: dict[str, str]) -> DeadlineConnection:
+    """Connect before the deadline, to a DSN or as a caller's engine does."""
+    if isinstance(host, str):
+        return _ours(_connect_to(host, deadline, settings))
+    made = _made(host, deadline)
+    connection = _ours(made.pgconn)
+    connection.made_by = made
+    connection.deadline = deadline
+    try:
+        _prepare(connection, settings)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _connect_to(dsn: str, deadline: float, settings: dict[str, str]) -> pq.abc.PGconn:
+    """Connect; libpq's own time-out counts in whole seconds, two at the least."""
     parameters = conninfo.conninfo_to_dict(dsn)
     options = [parameters.get("options"), *(f"-c {name}={_option(value)}" for name, value in settings.items())]
     parameters["options"] = " ".join(str(option) for option in options if option) or None
@@ -167,11 +191,80 @@ def connect(dsn: str, deadline: float, settings: dict[str, str]) -> DeadlineConn
         connecting.finish()
         raise
     connecting.nonblocking = 1
+    return connecting
+
+
+def _ours(connecting: pq.abc.PGconn) -> DeadlineConnection:
     connection = DeadlineConnection(connecting)
-    connection.autocommit = True
     for kind, dumper in _DUMPERS.items():
         connection.adapters.register_dumper(kind, dumper)
+    if connecting.transaction_status == pq.TransactionStatus.IDLE:
+        connection.autocommit = True
     return connection
+
+
+def _prepare(connection: DeadlineConnection, settings: dict[str, str]) -> None:
+    """End what an engine's own hooks have begun, and make the session ours unless a pooler lends it."""
+    if not connection.autocommit:
+        connection.commit()
+        connection.autocommit = True
+    if connection.pgconn.parameter_status(b"client_encoding") != b"UTF8":
+        connection.execute(b"SET client_encoding TO 'UTF8'")
+    ((backend,),) = connection.execute(BACKEND).fetchall()
+    if backend != connection.pgconn.backend_pid:
+        connection.prepare_threshold = None
+    elif settings:
+        with RawCursor(connection) as cursor:
+            cursor.execute(SET.encode(), [_Texts(settings), _Texts(settings.values())])
+
+
+MOST_MAKING = 16
+_making = threading.Semaphore(MOST_MAKING)
+"""What engines are making at a time: a server that takes no connection keeps each for minutes, past our deadline."""
+
+
+def _forked() -> None:
+    global _making
+    _making = threading.Semaphore(MOST_MAKING)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _made(make: Maker, deadline: float) -> psycopg.Connection[Any] | psycopg.AsyncConnection[Any]:
+    """Have an engine make a connection, in a thread, since nothing else ends its waiting; a late one is closed."""
+    places = _making
+    if not places.acquire(blocking=False):
+        raise StoreUnavailable(
+            "PostgreSQL takes no connections, and the engine still waits for earlier ones. Give it a time-out: "
+            'create_engine(…, connect_args={"connect_timeout": 2}), or OPTIONS of the Django database.'
+        )
+    coming: Future[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]] = Future()
+
+    def run() -> None:
+        try:
+            coming.set_result(make())
+        except BaseException as error:  # noqa: BLE001  # who waits raises it
+            coming.set_exception(error)
+        finally:
+            places.release()
+
+    threading.Thread(target=run, name="retryproof-connect", daemon=True).start()
+    try:
+        return coming.result(max(0.0, deadline - monotonic()))
+    except BaseException as error:
+        coming.add_done_callback(_discard)
+        if isinstance(error, TimeoutError):
+            raise _OutOfTime from error
+        if isinstance(error, psycopg.Error | ConfigurationError) or not isinstance(error, Exception):
+            raise
+        raise not_made(error) from error
+
+
+def _discard(coming: Future[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]]) -> None:
+    if coming.exception() is None:
+        coming.result().pgconn.finish()
 
 
 def _option(value: str) -> str:
@@ -275,15 +368,15 @@ class PsycopgPool:
     def _connect(self, deadline: float) -> DeadlineConnection:
         """A new connection to the first host that is a primary."""
         failure: Exception = _OutOfTime()
-        for dsn, until in shares(self._target, monotonic(), deadline):
+        for host, until in shares(self._target, monotonic(), deadline):
             try:
-                return self._connect_to(dsn, until)
+                return self._connect_to(host, until)
             except (psycopg.Error, _OutOfTime, StoreUnavailable) as error:
                 failure = error
         raise failure
 
-    def _connect_to(self, dsn: str, deadline: float) -> DeadlineConnection:
-        connection = connect(dsn, deadline, self._target.settings(self._timeout))
+    def _connect_to(self, host: str | Maker, deadline: float) -> DeadlineConnection:
+        connection = connect(host, deadline, self._target.settings(self._timeout))
         connection.deadline = deadline
         try:
             if not self._target.statement_cache:
@@ -328,9 +421,9 @@ def transaction(target: PostgresTarget, plan: Callable[[], Plan[T]]) -> T:
 
 def _connect_to_primary(target: PostgresTarget) -> DeadlineConnection:
     failure: Exception = _OutOfTime()
-    for dsn, until in shares(target, monotonic(), monotonic() + CONNECT_TIMEOUT):
+    for host, until in shares(target, monotonic(), monotonic() + CONNECT_TIMEOUT):
         try:
-            connection = connect(dsn, until, {})
+            connection = connect(host, until, {})
             try:
                 check_primary(connection.execute("SELECT pg_is_in_recovery()").fetchall()[0][0])
             except BaseException:

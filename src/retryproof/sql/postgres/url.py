@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from retryproof.core.errors import ConfigurationError, IdempotencyError, StoreUnavailable
@@ -31,11 +32,16 @@ _RETRY = {"40001", "40P01"}  # serialization failure, deadlock
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
+Maker = Callable[[], Any]
+"""Makes a driver's connection in the way of a caller's engine; one of asyncpg's is awaited."""
+
+
 @dataclass(frozen=True, slots=True)
 class PostgresTarget:
     """Where the records are.
 
     dsns: what the driver is given, one for each host of the URL, tried in turn until one is a primary.
+    maker: in their place, what makes connections. driver: whose connections these are.
     schema: of the table, or None for the search path.
     statement_cache: whether statements stay prepared; not behind a pooler that changes sessions between them.
     """
@@ -44,6 +50,8 @@ class PostgresTarget:
     schema: str | None = None
     statement_cache: bool = True
     pool_size: int = POOL_SIZE
+    maker: Maker | None = None
+    driver: Literal["psycopg", "asyncpg"] | None = None
 
     @property
     def prefix(self) -> str:
@@ -90,6 +98,12 @@ def check_statement(versions: str = VERSIONS) -> str:
     return f"SELECT pg_is_in_recovery(), (SELECT max(version) FROM {versions})"
 
 
+BACKEND = "SELECT pg_backend_pid()"
+"""Whose answer is not what a pooler said at connect. Behind one that lends a session for a transaction alone, our
+settings would stay with sessions that are others' next."""
+SET = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) AS settings (name, value)"
+
+
 def parse(url: str) -> PostgresTarget:
     """Take the store's own options (`schema`, `statement_cache_size`, `pool_size`) out of a URL."""
     parts = urlsplit(url)
@@ -126,11 +140,12 @@ def _number(name: str, value: str, least: int) -> int:
     return int(value)
 
 
-def shares(target: PostgresTarget, now: float, deadline: float) -> Iterator[tuple[str, float]]:
-    """Each host's DSN with its own deadline, so that one that swallows packets leaves time for the others."""
-    count = len(target.dsns)
-    for place, dsn in enumerate(target.dsns, 1):
-        yield dsn, now + (deadline - now) * place / count
+def shares(target: PostgresTarget, now: float, deadline: float) -> Iterator[tuple[str | Maker, float]]:
+    """Each host's DSN with its own deadline, so that one that swallows packets leaves time for the others; or what
+    makes the connection."""
+    hosts: tuple[str | Maker, ...] = target.dsns if target.maker is None else (target.maker,)
+    for place, host in enumerate(hosts, 1):
+        yield host, now + (deadline - now) * place / len(hosts)
 
 
 def pauses() -> Iterator[float]:
@@ -152,6 +167,11 @@ def explain(error: BaseException, sqlstate: str | None) -> IdempotencyError:
             "PostgreSQL is out of shared memory for locks; raise max_locks_per_transaction (docs/howto/postgresql.md)"
         )
     return StoreUnavailable(f"PostgreSQL gave no answer: {type(error).__name__}: {str(error).strip()}"[:500])
+
+
+def not_made(error: Exception) -> StoreUnavailable:
+    """The error of an engine that made no connection."""
+    return StoreUnavailable(f"The engine made no connection: {type(error).__name__}: {str(error).strip()}"[:500])
 
 
 def timed_out(timeout: float) -> StoreUnavailable:

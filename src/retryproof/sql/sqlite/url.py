@@ -47,6 +47,33 @@ def parse(url: str, timeout: float = TIMEOUT) -> SqliteTarget:
     return SqliteTarget(path, timeout, patience, synchronous)
 
 
+def file_named(name: str) -> str:
+    """The path of the file that a database's name in another library means: itself, or `file:` and a path.
+
+    Raises ConfigurationError for a database in memory, and for one that is opened in an unusual way.
+    """
+    path, unusual = name, set[str]()
+    options: dict[str, str] = {}
+    if name.startswith("file:"):
+        parts = urlsplit(name)
+        path, options = unquote(parts.path), dict(parse_qsl(parts.query))
+        unusual = {option for option, value in options.items() if (option, value) not in _USUAL and option != "cache"}
+    if path in ("", ":memory:") or options.get("mode") == "memory":
+        raise ConfigurationError(
+            "A SQLite database in memory belongs to its own connection alone and cannot be a store's too. Name a file, "
+            "or use memory:// as the store."
+        )
+    if unusual:
+        raise ConfigurationError(
+            f"The store opens a SQLite file by its path, to write; this database has {', '.join(sorted(unusual))}. "
+            "Give the store a URL of its own: sqlite:///file.db."
+        )
+    return path
+
+
+_USUAL = {("mode", "rw"), ("mode", "rwc")}
+
+
 def _seconds(options: dict[str, str], name: str, default: float) -> float:
     try:
         seconds = float(options.pop(name, default))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.sql.plan import Plan
@@ -30,23 +31,29 @@ def from_url(url: str, *, timeout: float = TIMEOUT) -> AsyncpgStore:
 class AsyncpgStore(AsyncForwardingStore):
     """Records in PostgreSQL for one event loop, over a few connections of its own or a pool of the caller's.
 
-    target: `postgresql://user@host/database` with the options of `PsycopgStore`, or an asyncpg pool, which stays the
-    caller's to close. keeper_url: beside a pool, where the renewer's own connection goes. timeout: seconds for each
-    call, connecting included.
+    target: `postgresql://user@host/database` with the options of `PsycopgStore`, or what an engine leads to; or an
+    asyncpg pool, which stays the caller's to close. keeper_url: beside a pool, where the renewer's own connection goes.
+    timeout: seconds for each call, connecting included.
     """
 
     capabilities = CAPABILITIES
 
-    def __init__(self, target: str | Pool, *, keeper_url: str | None = None, timeout: float = TIMEOUT) -> None:
-        self._url = target if isinstance(target, str) else keeper_url
+    def __init__(
+        self, target: str | PostgresTarget | Pool, *, keeper_url: str | None = None, timeout: float = TIMEOUT
+    ) -> None:
         self._timeout = timeout
-        parsed = parse(self._url) if self._url else None
-        self.table = parsed.table if parsed else TABLE
+        self._own: PostgresTarget | None = None
+        if isinstance(target, PostgresTarget):
+            self._own = target
+        elif isinstance(target, str) or keeper_url:
+            self._own = parse(target if isinstance(target, str) else keeper_url or "")
+        self.table = self._own.table if self._own else TABLE
         self._calls = RecordPlans(self.table)
-        if isinstance(target, str):
-            self._pool = _own_pool(parse(target), timeout)
+        if self._own and isinstance(target, str | PostgresTarget):
+            self._pool = _own_pool(self._own, timeout)
         else:
-            self._pool = AsyncpgPool(target, timeout, parsed.check if parsed else check_statement())
+            pool = cast("Pool", target)
+            self._pool = AsyncpgPool(pool, timeout, self._own.check if self._own else check_statement())
 
     async def _make(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return await self._pool.perform(lambda: call(*arguments, **options))
@@ -65,16 +72,17 @@ class AsyncpgStore(AsyncForwardingStore):
 
     def keeper(self) -> Store:
         """A blocking store over the same records with a connection of its own: on psycopg, or else on asyncpg."""
-        if self._url is None:
+        if self._own is None:
             raise ConfigurationError(
                 "AsyncpgStore(pool) renews over a connection of its own; give its URL: "
                 "AsyncpgStore(pool, keeper_url='postgresql://…')"
             )
-        try:
-            from retryproof.stores.sql.psycopg import PsycopgStore
-        except ModuleNotFoundError:
-            return PostgresStore(_BlockingPool(parse(self._url), self._timeout), self.table)
-        return PsycopgStore(self._url, timeout=self._timeout)
+        if self._own.driver != "asyncpg":
+            with contextlib.suppress(ModuleNotFoundError):
+                from retryproof.stores.sql.psycopg import PsycopgStore
+
+                return PsycopgStore(self._own, timeout=self._timeout)
+        return PostgresStore(_BlockingPool(self._own, self._timeout), self.table)
 
 
 def _own_pool(target: PostgresTarget, timeout: float) -> AsyncpgPool:
