@@ -151,19 +151,23 @@ def claim(claims: Sequence[Claim], now: int) -> Plan[list[ClaimReply]]:
 
 
 def _new_row(claim: Claim, now: int) -> Row:
-    """What `core.record.decide` makes of an operation that is new, without the Record: most are new."""
+    """What `core.record.decide` makes of an operation that is new, without the Record: most are new.
+
+    The driver binds a bytearray at once, and looks first how bytes would like to be adapted: a fifth of a claim's time.
+    """
+    nonce = bytearray(claim.nonce)
     return (
-        claim.id,
-        claim.fingerprint,
-        claim.nonce,
-        claim.nonce,
+        bytearray(claim.id),
+        bytearray(claim.fingerprint),
+        nonce,
+        nonce,
         now,
         int(claim.alone == 2),
         now,
         now + table.microseconds(claim.lease),
         now + table.microseconds(claim.unsettled_retention),
         claim.retention,
-        claim.tenant,
+        bytearray(claim.tenant),
         claim.trace,
     )
 
@@ -202,7 +206,7 @@ def completion(command: Complete, now: int) -> Statement | None:
 
 def _completed_row(command: Complete, now: int) -> Row:
     state = _TOMBSTONE if command.result is None else _COMPLETED
-    return (state, command.result, now, now, command.id, command.nonce, command.token)
+    return (state, command.result, now, now, bytearray(command.id), bytearray(command.nonce), command.token)
 
 
 def _complete(commands: Sequence[Complete], now: int) -> Plan[list[FenceReply]]:

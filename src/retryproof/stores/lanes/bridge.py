@@ -46,7 +46,11 @@ class _TaskEntry(Entry):
 
     def answered(self) -> None:
         """See Entry."""
-        self.end.collect(self)
+        end = self.end
+        end.waiting.pop(self, None)
+        if not end.collected:
+            end.bridge.ask(end)
+        end.collected.append(self)
 
 
 class Bridge:
@@ -110,7 +114,7 @@ class Bridge:
             self._closing = True
             self.wake()
             thread = self._thread
-            self._undo_undelivered()
+            self._deliver()
         if thread is not None:
             thread.join(self._hang_limit)
 
@@ -136,7 +140,7 @@ class Bridge:
             if self._ready.acquire(timeout=LAST_LOOK if self._closing else IDLE_SECONDS) and not self._closing:
                 continue
             with self.line.mutex:
-                self._undo_undelivered()
+                self._deliver()
                 thread, self._thread = self._thread, None
                 if not self.line.waits_for(self):  # looked at without a thread: who comes later sees that
                     return False
@@ -148,6 +152,8 @@ class Bridge:
 
         It takes one round of their loop, and no longer than the last batch took: a loop may be busy, or blocked.
         """
+        if not self._boarding:
+            return
         until = clock() + min(self._took, MOST_BOARDING)
         self._lets_board = True  # before it looks; the loop looks at it afterwards
         while self._boarding and not self.line.fills_a_batch and (left := until - clock()) > 0:
@@ -167,14 +173,9 @@ class Bridge:
         self._ends[end] = self._boarding[end] = None
 
     def _deliver(self) -> None:
-        """After a batch. Under the mutex."""
+        """Have loops hand out replies. Those that are closed do not: their callers have gone. Under the mutex."""
         for end in list(self._ends):
             end.deliver()
-        self._undo_undelivered()
-
-    def _undo_undelivered(self) -> None:
-        """Loops that are closed hand nothing out: their callers have gone."""
-        for end in list(self._ends):
             while end.is_closed and end.underway:
                 for entry in end.underway.popleft():
                     self.undo(entry)
@@ -194,8 +195,10 @@ class BridgeEnd:
         self.bridge = bridge
         self._line = bridge.line
         self._loop = loop
-        self._waiting: dict[_TaskEntry, None] = {}  # whose reply was not collected: whatever becomes of the line
-        self._collected: list[_TaskEntry] = []
+        self.waiting: dict[_TaskEntry, None] = {}
+        """Commands that have no reply: whatever becomes of the line. The sending thread removes them."""
+        self.collected: list[_TaskEntry] = []
+        """Commands that have replies, for `deliver`. Under the mutex."""
         self.underway: deque[Sequence[_TaskEntry]] = deque()
         """Commands whose replies the loop was given and has not handed out."""
         self._alarm = Alarm(loop, self._expire)
@@ -211,17 +214,18 @@ class BridgeEnd:
             return future
         deadline = clock() + timeout
         entry = _TaskEntry(command, self, future, deadline, timeout)
-        self._waiting[entry] = None
+        self.waiting[entry] = None
         try:
             self.bridge.send(entry)
         except RuntimeError as error:
-            self._waiting.pop(entry, None)
+            self.waiting.pop(entry, None)
             future.set_result(as_reply(self.bridge.name, error))
             return future
         except BaseException:  # an interruption; what was sent is undone when its reply comes
             future.cancel()
             raise
-        self._alarm.wake_by(deadline)
+        if deadline < self._alarm.due:
+            self._alarm.set(deadline)
         return future
 
     @property
@@ -229,20 +233,15 @@ class BridgeEnd:
         """Whether the loop will never run again."""
         return self._loop.is_closed()
 
-    def collect(self, entry: _TaskEntry) -> None:
-        """Keep an entry that has its reply for `deliver`. Under the mutex."""
-        self._waiting.pop(entry, None)
-        if not self._collected:
-            self.bridge.ask(self)
-        self._collected.append(entry)
-
     def deliver(self) -> None:
         """Have replies handed out in the loop. Under the mutex; the bridge sees to those that a closed loop leaves."""
-        if self._collected:
-            self.underway.append(self._collected)
-            self._collected = []
-            with suppress(RuntimeError):  # it is closed
+        if self.collected:
+            self.underway.append(self.collected)
+            self.collected = []
+            try:
                 self._loop.call_soon_threadsafe(self._hand_out)
+            except RuntimeError:  # it is closed; this takes a tenth of `suppress`
+                pass
 
     def _hand_out(self) -> None:
         for entry in self.underway.popleft():
@@ -258,11 +257,11 @@ class BridgeEnd:
         now = clock()
         earliest = NEVER
         with self._line.mutex:
-            for entry in list(self._waiting):
+            for entry in list(self.waiting):
                 if entry.future.done():
-                    del self._waiting[entry]
+                    del self.waiting[entry]
                 elif entry.deadline <= now:
-                    del self._waiting[entry]
+                    del self.waiting[entry]
                     entry.gone = True
                     entry.future.set_result(overdue(self.bridge.name, entry.timeout, sent=entry.sent))
                 else:

@@ -102,6 +102,7 @@ class _ThreadEntry(Entry):
         self.caller.wake()
 
 
+_ALONE = nullcontext()
 _ByKind = dict[type, dict[bytes, Entry]]
 """A batch by kind of command and id."""
 
@@ -269,15 +270,20 @@ class ThreadCoalescer:
         batch: _ByKind = {}
         left: list[Entry] = []
         flying: list[Entry] = []
-        pending = self._pending
+        pending, size = self._pending, self._size
+        kind: type | None = None
+        of_kind: dict[bytes, Entry] = {}
         with self.mutex:
             self._flying = flying
-            while pending and len(flying) < self._size:
+            while pending and len(flying) < size:
                 entry = pending.popleft()
                 if entry.is_gone():
                     continue
                 command = entry.command
-                standing = batch.setdefault(type(command), {}).setdefault(command.id, entry)
+                if type(command) is not kind:  # most are of one kind
+                    kind = type(command)
+                    of_kind = batch.setdefault(kind, {})
+                standing = of_kind.setdefault(command.id, entry)
                 if standing is entry:
                     entry.sent = True
                     flying.append(entry)
@@ -293,12 +299,11 @@ class ThreadCoalescer:
     def _send(self, batch: _ByKind) -> None:
         replies: list[tuple[Entry, Any]] = []  # nobody's before the group is committed
         try:
-            with self._group() if len(self._flying) > 1 else nullcontext():
-                for kind, call in self._calls.items():
-                    if kind in batch:
-                        entries = batch[kind].values()
-                        answers = call([entry.command for entry in entries])
-                        replies += zip(entries, answers, strict=True)
+            with self._group() if len(self._flying) > 1 else _ALONE:
+                for kind in batch if len(batch) == 1 else [kind for kind in self._calls if kind in batch]:
+                    entries = batch[kind].values()
+                    answers = self._calls[kind]([entry.command for entry in entries])
+                    replies += zip(entries, answers, strict=True)
         except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
             replies = [(entry, error) for entry in self._flying]
         else:
