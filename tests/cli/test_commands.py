@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from types import ModuleType, SimpleNamespace
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -157,6 +158,13 @@ def test_o1_an_unreachable_store_is_exit_code_3_without_its_password(
         assert ran.code == exits.UNREACHABLE
         assert "p@ss-w0rd" not in ran.out + ran.err
         assert "p%40ss-w0rd" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize("command", [("reap",), ("keys", "list"), ("doctor",), ("migrate",), ("outbox", "stats")])
+def test_o1_a_database_that_is_not_there_is_wrong_usage(run: Run, command: tuple[str, ...], postgres_url: str) -> None:
+    ran = run(*command, urlsplit(postgres_url)._replace(path="/mistyped").geturl())
+    assert ran.code == exits.USAGE
+    assert 'database "mistyped" does not exist' in ran.err
 
 
 def test_o1_an_unknown_url_is_wrong_usage_and_names_the_schemes(run: Run) -> None:

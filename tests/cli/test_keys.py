@@ -100,6 +100,13 @@ def test_o1_a_digest_that_several_records_share_is_refused(run: Run, url: str, s
     assert run("keys", "show", url, "abcd" + "00" * 29 + "02").code == 0
 
 
+def test_what_is_neither_a_digest_nor_a_store_is_named(run: Run) -> None:
+    ran = run("keys", "show", "keys.db")
+    assert ran.code == 2
+    assert "'keys.db' is neither a digest" in ran.err
+    assert "sqlite:///keys.db" in ran.err
+
+
 @pytest.mark.parametrize("target", ["abc", "xyz1", "ab" * 33])
 def test_what_is_no_digest_is_wrong_usage(run: Run, url: str, target: str) -> None:
     assert run("keys", "show", url, target).code == 2

@@ -185,6 +185,14 @@ def test_what_makes_no_sense_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("relay", url, "--to", "https://a/", "--to", "https://b/", "--once").code == 2
 
 
+def test_a_relay_does_not_wait_on_a_file_that_nobody_writes_to(run: Run, tmp_path: Path) -> None:
+    mistyped = tmp_path / "outobx.db"
+    ran = run("relay", f"sqlite:///{mistyped}", "--to", "json:loads")
+    assert ran.code == 2
+    assert str(mistyped) in ran.err
+    assert not mistyped.exists()
+
+
 def test_a_function_in_the_present_directory_is_found(tmp_path: Path) -> None:
     (tmp_path / "sending.py").write_text("def send(message): ...\n")
     program = (

@@ -14,6 +14,7 @@ from retryproof.cli import exits
 from retryproof.cli.output import Output, json_text, printable
 from retryproof.core.address import scrubbed
 from retryproof.core.errors import ConfigurationError, IdempotencyError, StoreUnavailable, Unreadable
+from retryproof.sql.postgres.url import NoDatabase
 from retryproof.stores import Store, open_store
 
 STORE_VARIABLE = "RETRYPROOF_STORE"
@@ -81,7 +82,7 @@ def messages(*, secret_url: str) -> Iterator[None]:
 
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, NoDatabase) as error:
         raise Usage(said(error)) from error
     except StoreUnavailable as error:
         raise NoAnswer(said(error)) from error
@@ -99,9 +100,14 @@ def url_argument(function: Function) -> Function:
 
 
 def _required_url(context: click.Context, parameter: click.Parameter, url: str | None) -> str:
-    if url and url.startswith("django:"):
-        find_modules_here()  # where DJANGO_SETTINGS_MODULE is, as under manage.py
-    return url or no_url()
+    url = url or no_url()
+    _find_settings(url)
+    return url
+
+
+def _find_settings(url: str) -> None:
+    if url.startswith("django:"):
+        find_modules_here()  # as under manage.py
 
 
 def no_url() -> NoReturn:
@@ -112,6 +118,7 @@ def no_url() -> NoReturn:
 @contextmanager
 def opened(url: str, timeout: float = 5.0) -> Iterator[Store]:
     """The store of a URL, closed at the end."""
+    _find_settings(url)
     store = open_store(url, timeout=timeout)
     try:
         yield store

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from retryproof.cli.command import STORE_VARIABLE, Function, Refused, no_url, split_targets
+from retryproof.cli.output import printable
 from retryproof.core.keys import check_key, record_id, short_digest
 from retryproof.core.record import Record, State
 from retryproof.stores import Store
@@ -82,7 +83,10 @@ def _targets(targets: Sequence[str]) -> tuple[str, str]:
     if len(urls) > 1 or len(digests) > 1:
         raise click.UsageError("Give one URL and one digest at most.")
     if digests and not _DIGEST.fullmatch(digests[0]):
-        raise click.UsageError("A digest is 4 to 64 hexadecimal digits, as logs and `keys list` show it.")
+        raise click.UsageError(
+            f"{printable(names[0])!r} is neither a digest, which is 4 to 64 hexadecimal digits as logs and `keys list` "
+            "show it, nor the URL of a store, such as sqlite:///keys.db."
+        )
     url = urls[0] if urls else os.environ.get(STORE_VARIABLE) or no_url()
     return url, digests[0] if digests else ""
 

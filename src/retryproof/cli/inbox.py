@@ -10,7 +10,7 @@ import click
 from retryproof.cli import exits
 from retryproof.cli.command import json_option, no_url, split_targets, url_argument
 from retryproof.cli.operated import closing, purge_all, tell_of_letters
-from retryproof.cli.output import Output, add_row, duration, table
+from retryproof.cli.output import Output, add_row, duration, facts, table
 from retryproof.core.address import redacted
 from retryproof.inbox.operator import InboxOperator
 from retryproof.inbox.receive import InboxDeadLetter
@@ -97,12 +97,10 @@ def purge(url: str, older_than: float, dead: bool, output: Output) -> None:
 def stats(url: str, output: Output) -> None:
     """How an inbox stands: messages that were taken, and dead letters, with the age of the oldest of each."""
     found = with_inbox(url, lambda operator: operator.stats())
-    rows = table("", "")
-    for name, value in (
+    rows = facts(
         ("messages", found.messages),
         ("age of the oldest", duration(found.oldest)),
         ("dead letters", found.dead),
         ("age of the oldest dead letter", duration(found.oldest_dead)),
-    ):
-        add_row(rows, (name, value))
+    )
     output.answer({"store": redacted(url), **found.as_document()}, rows)

@@ -12,7 +12,7 @@ from retryproof.cli import exits, given_result
 from retryproof.cli.audit import audit_of, audit_options
 from retryproof.cli.command import Refused, json_option, opened, url_argument
 from retryproof.cli.find import PEPPER_VARIABLE, find, lookup_of, lookup_options, named, pages
-from retryproof.cli.output import Output, add_row, duration, table
+from retryproof.cli.output import Output, add_row, duration, facts, table
 from retryproof.cli.settlement import Decision, check_settleable
 from retryproof.cli.settlement import settle as settle_record
 from retryproof.cli.shown import abandoned, as_document, moment, pretty, result_of, state_of
@@ -111,12 +111,8 @@ def show(result: bool, output: Output, **options: Any) -> None:
         document["settled"] = record.checkpoints[SETTLED_BY_HAND].decode(errors="replace")
     if result:
         document["result"] = result_of(record)
-    rows = table("", "")
-    rows.show_header = False
-    for name, value in document.items():
-        if name != "result":
-            add_row(rows, (name.replace("_", " "), _cell(name, value)))
-    output.answer(document, rows, *([pretty(document["result"])] if result else []))
+    cells = [(name.replace("_", " "), _cell(name, value)) for name, value in document.items() if name != "result"]
+    output.answer(document, facts(*cells), *([pretty(document["result"])] if result else []))
 
 
 def _cell(name: str, value: Any) -> str:

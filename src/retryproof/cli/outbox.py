@@ -11,7 +11,7 @@ import click
 from retryproof.cli import exits
 from retryproof.cli.command import Function, Refused, json_option, no_url, split_targets, url_argument
 from retryproof.cli.operated import closing, purge_all, tell_of_letters
-from retryproof.cli.output import Output, add_row, duration, table
+from retryproof.cli.output import Output, add_row, duration, facts, table
 from retryproof.cli.shown import moment
 from retryproof.core.address import redacted
 from retryproof.core.message import PARTITIONS
@@ -150,8 +150,7 @@ def purge(url: str, older_than: float, output: Output) -> None:
 def stats(url: str, output: Output) -> None:
     """How an outbox stands: what is pending and for how long, what is held back, and how many relays are alive."""
     found = with_operator(url, lambda operator: operator.stats())
-    rows = table("", "")
-    for name, value in (
+    rows = facts(
         ("pending", found.pending),
         ("lag: age of the oldest", duration(found.lag)),
         ("held back behind a failure", found.parked),
@@ -159,8 +158,7 @@ def stats(url: str, output: Output) -> None:
         ("dead letters", found.dead),
         ("live relays", found.relays),
         ("partitions", found.partitions),
-    ):
-        add_row(rows, (name, value))
+    )
     output.answer({"store": redacted(url), **found.as_document()}, rows)
 
 

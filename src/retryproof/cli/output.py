@@ -67,6 +67,15 @@ def table(*headings: str) -> Table:
     return made
 
 
+def facts(*rows: tuple[str, object]) -> Table:
+    """A table of names and values."""
+    made = table("", "")
+    made.show_header = False
+    for row in rows:
+        add_row(made, row)
+    return made
+
+
 def add_row(to: Table, cells: Sequence[Any], style: str = "") -> None:
     """A row of plain text: what a store holds is never taken for markup."""
     to.add_row(*(Text(printable(str(cell)).replace("\n", "\N{REPLACEMENT CHARACTER}")) for cell in cells), style=style)

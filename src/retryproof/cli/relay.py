@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import signal
 from collections.abc import Callable, Sequence
@@ -13,14 +14,15 @@ from typing import Literal
 import click
 
 from retryproof.cli import exits
-from retryproof.cli.command import Function, Refused, find_modules_here, json_option, url_argument
+from retryproof.cli.command import Function, Refused, Usage, find_modules_here, json_option, url_argument
 from retryproof.cli.output import Output, Tell
-from retryproof.core.address import FUNCTION, destination, redacted
+from retryproof.core.address import FUNCTION, destination, redacted, scheme_of
 from retryproof.core.message import PARTITIONS
 from retryproof.outbox.policy import RelayPolicy, RelayTotals
 from retryproof.outbox.relay import Relay
 from retryproof.outbox.routes import EVERYTHING
 from retryproof.publishers import open_publisher
+from retryproof.sql.sqlite.url import parse as parse_file
 
 DEFAULTS = RelayPolicy()
 TO_VARIABLE = "RETRYPROOF_RELAY_TO"
@@ -172,6 +174,8 @@ async def _run(
     find_modules_here()
     options = {"public_only": True} if public_only else {}
     opened = {to: open_publisher(to, **options) for to in routes.values()}
+    if not once:
+        _check_file(url)
     working = Relay(url, routes={topic: opened[to] for topic, to in routes.items()}, policy=policy)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -184,6 +188,12 @@ async def _run(
         return totals
     finally:
         showing.cancel()
+
+
+def _check_file(url: str) -> None:
+    """Refuse a SQLite file that is not there: a relay would make it, and wait for messages that go to another."""
+    if scheme_of(url) == "sqlite" and not os.path.exists(path := parse_file(url).path):
+        raise Usage(f"There is no file {path}. Is the path right? The app makes it with its first message.")
 
 
 async def _show(working: Relay, tell: Tell) -> None:

@@ -29,6 +29,8 @@ SCHEMA_VERSION = 7
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg")
 _UNDEFINED = {"42P01", "42703", "3F000"}  # table, column, schema
 _RETRY = {"40001", "40P01"}  # serialization failure, deadlock
+_NO_DATABASE = re.compile(r'FATAL: +database ".*" does not exist')
+"""What libpq says in place of an SQLSTATE, where the server's messages are English."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
@@ -162,11 +164,18 @@ def explain(error: BaseException, sqlstate: str | None) -> IdempotencyError:
     """The error that a caller sees; raise it from the driver's."""
     if sqlstate in _UNDEFINED:
         return no_schema()
+    said = str(error).strip()
+    if sqlstate == "3D000" or _NO_DATABASE.search(said):
+        return NoDatabase(f"PostgreSQL has no such database: {said}"[:500])
     if sqlstate == "53200":
         return StoreUnavailable(
             "PostgreSQL is out of shared memory for locks; raise max_locks_per_transaction (docs/howto/postgresql.md)"
         )
-    return StoreUnavailable(f"PostgreSQL gave no answer: {type(error).__name__}: {str(error).strip()}"[:500])
+    return StoreUnavailable(f"PostgreSQL gave no answer: {type(error).__name__}: {said}"[:500])
+
+
+class NoDatabase(StoreUnavailable):
+    """The server has no database of that name, as it may for the time of a restore."""
 
 
 def not_made(error: Exception) -> StoreUnavailable:
