@@ -130,6 +130,25 @@ class TestLocksOfOthers:
         assert store.renew(renewals)[20] == LOST
         assert store.complete([complete]) == [DONE]
 
+    def test_t2_a_locked_row_holds_up_no_completion_of_the_batch_and_each_is_told_what_came_of_it(
+        self, store: PsycopgStore, caller: psycopg.Connection[Any]
+    ) -> None:
+        """C3: the server says how many it completed, not which."""
+        claims = [new_claim() for _ in range(64)]
+        tokens = [token(reply) for reply in store.claim(claims)]
+        commands = [
+            Complete(claim.id, claim.nonce, number, b"result") for claim, number in zip(claims, tokens, strict=True)
+        ]
+        stale = Complete(claims[1].id, claims[1].nonce, tokens[1] - 1, b"result")
+        assert store.complete([commands[0]]) == [DONE]
+        caller.execute(f"UPDATE {TABLE} SET lease_until = lease_until + 1 WHERE id = %s", (claims[2].id,))
+        replies = store.complete([commands[0], stale, *commands[2:]])
+        assert replies[:2] == [DONE, LOST]
+        assert isinstance(replies[2], StoreUnavailable)
+        assert replies[3:] == [DONE] * 61
+        caller.commit()
+        assert store.complete(commands) == [DONE] * 64
+
     def test_t1_a_completion_in_the_callers_transaction_is_undone_with_it(
         self, store: PsycopgStore, caller: psycopg.Connection[Any]
     ) -> None:
@@ -400,7 +419,7 @@ class TestRoundTrips:
     async def test_a_lost_race_takes_one_more(self, url: str, postgres_url: str) -> None:
         rival = await asyncpg.connect(postgres_url)
         claims = [new_claim() for _ in range(64)]
-        await rival.fetchval("SELECT pg_advisory_lock($1)", postgres.lock_key(claims[0].id))
+        await rival.fetchval("SELECT pg_advisory_lock($1)", postgres.lock_keys([claims[0].id])[0])
 
         async def work(store: AsyncpgStore) -> None:
             assert running_and_acquired(await store.claim([claims[0], new_claim()])) == (1, 1)

@@ -24,7 +24,7 @@ class Statement:
     """One statement with its parameters in the dialect's own style.
 
     many: it runs once for each row of parameters. counted: it gives no rows, and is answered by an empty one for each
-    that it wrote; on callers' connections to PostgreSQL.
+    that it wrote; on PostgreSQL.
     """
 
     sql: str

@@ -11,6 +11,7 @@ from asyncpg.transaction import Transaction
 
 from retryproof.sql.callers import BLOCK, CLOSED, NOT_OPEN, OnLoop
 from retryproof.sql.plan import Row, Statement
+from retryproof.sql.postgres.asyncpg import counted
 
 
 def adapter_of(kind: type) -> type[Asyncpg] | None:
@@ -59,7 +60,7 @@ class Asyncpg(OnLoop):
         if statement.many:
             return _without_rows(connection.executemany(statement.sql, statement.parameters))
         if statement.counted:
-            return _counted(connection.execute(statement.sql, *statement.parameters))
+            return counted(connection.execute(statement.sql, *statement.parameters))
         rows: Awaitable[Sequence[Row]] = connection.fetch(statement.sql, *statement.parameters)
         return rows
 
@@ -91,11 +92,6 @@ class Asyncpg(OnLoop):
     def _underneath(self) -> Any:
         """What a pool lent, which is quicker to ask; what stands for it where it is with its pool again."""
         return getattr(self._connection, "_con", None) or self._connection
-
-
-async def _counted(executing: Awaitable[str]) -> Sequence[Row]:
-    """An empty row for each that was written, by the number in an answer such as `INSERT 0 1`."""
-    return [()] * int((await executing).rpartition(" ")[2])
 
 
 async def _without_rows(executing: Awaitable[None]) -> Sequence[Row]:

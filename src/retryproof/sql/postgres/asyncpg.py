@@ -167,8 +167,15 @@ async def _execute(connection: Connection, statement: Statement) -> Sequence[Row
 
 
 def _fetch(connection: Connection, statement: Statement) -> Awaitable[Sequence[Row]]:
+    if statement.counted:
+        return counted(connection.execute(statement.sql, *statement.parameters))
     fetched: Any = connection.fetch(statement.sql, *statement.parameters)
     return cast(Awaitable[Sequence[Row]], fetched)  # records can be indexed
+
+
+async def counted(executing: Awaitable[str]) -> Sequence[Row]:
+    """An empty row for each that was written, by the number in an answer such as `INSERT 0 1`."""
+    return [()] * int((await executing).rpartition(" ")[2])
 
 
 def _over(deadline: float, loop: asyncio.AbstractEventLoop | None = None) -> bool:

@@ -363,7 +363,7 @@ class PsycopgPool:
         with RawCursor(connection) as cursor:
             parameters = [_typed(parameter) for parameter in statement.parameters]
             cursor.execute(statement.sql.encode(), parameters, prepare=self._target.statement_cache, binary=True)
-            return cursor.fetchall()
+            return [()] * cursor.rowcount if statement.counted else cursor.fetchall()
 
     def _connect(self, deadline: float) -> DeadlineConnection:
         """A new connection to the first host that is a primary."""

@@ -32,6 +32,7 @@ import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from struct import Struct
 from typing import Any, TypeVar
 
 from retryproof.core.batch import Batch, Reaped
@@ -60,13 +61,16 @@ from retryproof.sql.postgres.statements import TABLE, ClaimCase, Items
 
 LOCKED_LEASE = 1.0
 """Seconds that the holder of a locked row is said to run; who waits asks again long before."""
-NAPS = (0.0, 0.005, 0.01, 0.02, 0.04)
-"""Seconds before each new try at a locked row. A rival batch is gone after its commit, some milliseconds; a caller's
-transaction may stay, and after these 75 ms its row's item alone is answered with an error. Others wait for the naps, on
-psycopg those of other kinds as well, so they are short: who sent the item asks again (T2)."""
+NAPS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.0)
+"""Seconds before each look at what a try left over; a new try follows each look but the last. A rival batch is gone
+after its commit, some milliseconds; a caller's transaction may stay, and after these 75 ms its row's item alone is
+answered with an error. Others wait for the naps, on psycopg those of other kinds as well, so they are short: who sent
+the item asks again (T2)."""
 REAP_BATCH = 500
 """Records a statement removes at most: some 10 ms, so that a reaper never holds many locks for long."""
 
+ID_SIZE = 32
+_LOCK_KEY = Struct(">q24x")  # the first bytes of an id
 _ABSENT = ClaimCase.ABSENT.value
 ABANDONED = {"rerun": 0, "refuse": 1, "settle": 2}
 
@@ -92,40 +96,49 @@ class RecordPlans:
 
 def claim_plan(claims: Sequence[Claim], table: str = TABLE) -> Plan[Sequence[ClaimReply]]:
     """Take each operation or say why not: one statement, two after a lost race."""
-    by_id = {claim.id: claim for claim in claims}
     replies: dict[bytes, ClaimReply] = {}
     for _ in range(2):
         asked = [claim for claim in claims if claim.id not in replies] if replies else claims
         for row in (yield _claim(asked, table)):
-            id = row[0]
             if row[1] == _ABSENT:
-                claim = by_id[id]
-                replies[id] = Acquired(row[2], 1, row[4], claim.nonce, NOTHING, claim.trace)
+                replies.update(_new(row, asked))
             else:
-                replies[id] = _claim_reply(row)
+                replies[row[0]] = _claim_reply(row)
         if len(replies) == len(claims):
             break
     return [replies.get(claim.id) or Running(min(claim.lease, LOCKED_LEASE)) for claim in claims]
 
 
+def _new(row: Row, asked: Sequence[Claim]) -> dict[bytes, ClaimReply]:
+    """The replies to those that were absent, which one row tells: their ids one after the other, and their token."""
+    ids, token = row[0], row[2]
+    if len(ids) < len(asked) * ID_SIZE:
+        new = {ids[start : start + ID_SIZE] for start in range(0, len(ids), ID_SIZE)}
+        asked = [claim for claim in asked if claim.id in new]
+    return {claim.id: Acquired(token, 1, token, claim.nonce, NOTHING, claim.trace) for claim in asked}
+
+
 def _claim(claims: Sequence[Claim], table: str) -> Statement:
     """A claim by plain values; many by an array a column, and more cheaply where they are alike, as nearly always."""
     first = claims[0]
+    ids = [claim.id for claim in claims]
+    strings = (
+        ids,
+        [claim.fingerprint for claim in claims],
+        [claim.nonce for claim in claims],
+        [claim.tenant for claim in claims],
+        [_bytes(claim.trace) if claim.trace else b"" for claim in claims],
+    )
+    alone = [claim.alone for claim in claims]
+    keys = lock_keys(ids)
     if len(claims) == 1:
-        return Statement(statements.claim(table, Items.ONE), (*_own_values(first), *_terms(first)))
-    columns = list(zip(*map(_own_values, claims), strict=True))
-    *strings, alone, keys = columns
+        values = (*(column[0] for column in strings), first.alone, keys[0], *_terms(first))
+        return Statement(statements.claim(table, Items.ONE), values)
     if all(map(_of_one_length, strings)) and all(_has_terms(claim, first) for claim in claims):
-        packed = [b"".join(column) for column in strings]
-        return Statement(statements.claim(table, Items.ALIKE), (*packed, bytes(alone), list(keys), *_terms(first)))
-    columns += zip(*map(_terms, claims), strict=True)
-    return Statement(statements.claim(table, Items.MANY), [list(column) for column in columns])
-
-
-def _own_values(claim: Claim) -> tuple[Any, ...]:
-    """What differs from claim to claim, in the order of the statement."""
-    id, trace = claim.id, claim.trace
-    return id, claim.fingerprint, claim.nonce, claim.tenant, _bytes(trace) if trace else b"", claim.alone, lock_key(id)
+        values = (*map(b"".join, strings), bytes(alone), keys, *_terms(first))
+        return Statement(statements.claim(table, Items.ALIKE), values)
+    terms = map(list, zip(*map(_terms, claims), strict=True))
+    return Statement(statements.claim(table, Items.MANY), (*strings, alone, keys, *terms))
 
 
 def _terms(claim: Claim) -> tuple[int, ...]:
@@ -216,10 +229,13 @@ def _fenced_plan(
     """Try; look why items are missing; try those again that are locked; say `StoreUnavailable` for what stays so."""
     replies: dict[bytes, FenceReply] = {}
     pending = commands
-    for nap in (*NAPS, None):
-        replies.update({row[0]: DONE for row in (yield statement(pending))})
+    for nap in NAPS:
+        done = yield statement(pending)
+        if len(done) == len(commands):
+            return [DONE] * len(commands)  # nearly always
+        replies.update({row[0]: DONE for row in done if row})
         pending = [command for command in pending if command.id not in replies]
-        if not pending or nap is None:
+        if not pending:
             break
         states: dict[bytes, int] = {row[0]: row[1] for row in (yield _look(pending, table, nap))}
         over = [command for command in pending if states.get(command.id) != State.IN_PROGRESS]
@@ -256,16 +272,19 @@ def _fence(commands: Sequence[Fenced]) -> tuple[list[Any], ...]:
 
 
 def _complete(commands: Sequence[Complete], table: str) -> Statement:
+    """Counted, not answered by ids: where some are missing, a look tells which are done (C3)."""
     ids, nonces, tokens = _fence(commands)
     results = [command.result for command in commands]
     listed = any(command.listed for command in commands)
     if len(commands) > 1 and _of_one_length(ids) and _of_one_length(nonces):
         values = (b"".join(ids), b"".join(nonces), tokens, results)
-        return Statement(statements.complete(table, Items.ALIKE, listed=listed), values)
-    return _batch(
+        return Statement(statements.complete(table, Items.ALIKE, listed=listed), values, counted=True)
+    statement = _batch(
         lambda one: statements.complete(table, Items.ONE if one else Items.MANY, listed=listed),
         (ids, nonces, tokens, results),
     )
+    statement.counted = True
+    return statement
 
 
 def _release(commands: Sequence[Release], table: str) -> Statement:
@@ -394,6 +413,6 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
 
-def lock_key(id: bytes) -> int:
-    """The advisory lock of an id that is not there yet."""
-    return int.from_bytes(id[:8], "big", signed=True)
+def lock_keys(ids: Sequence[bytes]) -> list[int]:
+    """The advisory locks of ids that are not there yet."""
+    return [key for (key,) in _LOCK_KEY.iter_unpack(b"".join(ids))]

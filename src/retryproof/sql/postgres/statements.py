@@ -108,9 +108,10 @@ inserted AS (
     FROM seen
     WHERE CASE WHEN found = 1 THEN pg_try_advisory_xact_lock(lock_key) ELSE false END
     ON CONFLICT (id) DO NOTHING
-    RETURNING id, token, first_seen
+    RETURNING id, token
 )
-SELECT id, 1, token, 1, first_seen, NULL::bytea, NULL::bytea, NULL::text, NULL::bytea FROM inserted
+SELECT string_agg(id, ''::bytea), 1, max(token), 1, NULL::bigint, NULL::bytea, NULL::bytea, NULL::text, NULL::bytea
+FROM inserted HAVING count(*) > 0
 UNION ALL
 SELECT id, found, token, attempt, first_seen, birth, trace, checkpoints::text, NULL FROM taken
 UNION ALL
@@ -134,7 +135,6 @@ FROM (
     ) AS locked
 ) AS s
 WHERE o.ctid = s.place
-RETURNING o.id
 """
 
 _CLAIMED = {
@@ -336,7 +336,7 @@ def completed(result: str, now: str) -> str:
 def _delisting(table: str, settling: str, listed: bool) -> str:
     if not listed:
         return settling
-    return f"WITH done AS ({settling}), {gone(table)} SELECT id FROM done"
+    return f"WITH done AS ({settling}RETURNING o.id), {gone(table)} SELECT FROM done"
 
 
 def gone(table: str) -> str:
@@ -384,7 +384,7 @@ def checkpointed(name: str, value: str) -> str:
 
 
 def _fenced(table: str, changes: str, columns: dict[str, str], *, one: bool) -> str:
-    return _update_fenced(table, changes, _asked(_FENCE | columns, one=one), one=one)
+    return f"{_update_fenced(table, changes, _asked(_FENCE | columns, one=one), one=one)}RETURNING o.id\n"
 
 
 def _update_fenced(table: str, changes: str, asked: str, *, one: bool) -> str:
