@@ -477,9 +477,12 @@ class TestPlans:
     """No hot statement scans the table, however many rows it has and whatever the planner knows of them."""
 
     STATEMENTS: ClassVar[dict[str, str]] = {
-        "claim": postgres_statements.claim(TABLE, Items.MANY),
-        "claim alike": postgres_statements.claim(TABLE, Items.ALIKE),
-        "claim one": postgres_statements.claim(TABLE, Items.ONE),
+        "claim": postgres_statements.claim(TABLE, Items.MANY, taking=False),
+        "claim alike": postgres_statements.claim(TABLE, Items.ALIKE, taking=False),
+        "claim one": postgres_statements.claim(TABLE, Items.ONE, taking=False),
+        "take": postgres_statements.claim(TABLE, Items.MANY, taking=True),
+        "take alike": postgres_statements.claim(TABLE, Items.ALIKE, taking=True),
+        "take one": postgres_statements.claim(TABLE, Items.ONE, taking=True),
         "complete": postgres_statements.complete(TABLE, Items.MANY),
         "complete alike": postgres_statements.complete(TABLE, Items.ALIKE),
         "join a caller's transaction": joining.join(TABLE),

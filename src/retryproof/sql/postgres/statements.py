@@ -11,7 +11,7 @@ MARKERS = "retryproof_markers"
 
 
 class ClaimCase(IntEnum):
-    """What a claim found. The first four are written; an answer that is missing lost a race."""
+    """What a claim found. The first four are written; a missing answer was not taken yet, or lost a race."""
 
     ABSENT = 1
     EXPIRED = 2
@@ -56,20 +56,42 @@ seen AS MATERIALIZED (
             WHEN r.fingerprint <> asked.fingerprint THEN 8
             WHEN r.state >= 3 THEN 7
             WHEN r.state = 2 AND r.nonce = asked.nonce THEN 6 -- late: its attempt is over, nobody would run this one
-            WHEN r.state = 2 AND asked.abandoned < 2 AND {committed} THEN 11
+            WHEN r.state = 2 AND asked.abandoned < 2 AND r.committed THEN 11
             WHEN r.state = 2 AND asked.abandoned = 1 AND r.attempt > 1 THEN 9
             WHEN r.state = 2 THEN 3
             WHEN r.nonce = asked.nonce THEN 5
             WHEN clock.now < r.lease_until THEN 6
-            WHEN asked.abandoned < 2 AND {committed} THEN 11
+            WHEN asked.abandoned < 2 AND r.committed THEN 11
             WHEN asked.abandoned = 1 THEN 9
             WHEN r.deaths + r.counts::int >= asked.max_attempts THEN 10
             ELSE 4
         END AS found
     FROM {asked}
     CROSS JOIN clock
-    LEFT JOIN LATERAL (SELECT * FROM {table} AS o WHERE o.id = asked.id LIMIT 1) AS r ON true
-),
+    LEFT JOIN LATERAL (
+        SELECT o.*, CASE WHEN o.state <= 2 THEN {committed} ELSE false END AS committed
+        FROM {table} AS o WHERE o.id = asked.id LIMIT 1
+    ) AS r ON true
+),{taken}
+inserted AS (
+    INSERT INTO {table} (id, state, fingerprint, birth, nonce, token, attempt, deaths, counts, first_seen,
+                         lease_until, expires_at, retention, tenant, trace)
+    SELECT id, 1, fingerprint, nonce, nonce, now, 1, 0, alone = 2, now, now + lease, now + unsettled, retention,
+           tenant, trace
+    FROM seen
+    WHERE CASE WHEN found = 1 THEN pg_try_advisory_xact_lock(lock_key) ELSE false END
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id, token
+)
+SELECT string_agg(id, ''::bytea), 1, max(token), 1, NULL::bigint, NULL::bytea, NULL::bytea, NULL::text, NULL::bytea
+FROM inserted HAVING count(*) > 0
+UNION ALL{taken_rows}
+SELECT id, found, CASE found WHEN 6 THEN greatest(seen_lease - now, 0) ELSE seen_token END, attempt, first_seen, birth,
+       seen_trace, CASE found WHEN 5 THEN checkpoints::text END,
+       CASE found WHEN 7 THEN result WHEN 8 THEN seen_fingerprint END
+FROM seen WHERE found >= 5
+"""
+_TAKEN = """
 taken AS (
     UPDATE {table} AS o SET
         state = 1,
@@ -99,27 +121,10 @@ taken AS (
     ) AS s
     WHERE o.ctid = s.place
     RETURNING o.id, s.found, o.token, o.attempt, o.first_seen, o.birth, o.trace, o.checkpoints
-),
-inserted AS (
-    INSERT INTO {table} (id, state, fingerprint, birth, nonce, token, attempt, deaths, counts, first_seen,
-                         lease_until, expires_at, retention, tenant, trace)
-    SELECT id, 1, fingerprint, nonce, nonce, now, 1, 0, alone = 2, now, now + lease, now + unsettled, retention,
-           tenant, trace
-    FROM seen
-    WHERE CASE WHEN found = 1 THEN pg_try_advisory_xact_lock(lock_key) ELSE false END
-    ON CONFLICT (id) DO NOTHING
-    RETURNING id, token
-)
-SELECT string_agg(id, ''::bytea), 1, max(token), 1, NULL::bigint, NULL::bytea, NULL::bytea, NULL::text, NULL::bytea
-FROM inserted HAVING count(*) > 0
-UNION ALL
+),"""
+_TAKEN_ROWS = """
 SELECT id, found, token, attempt, first_seen, birth, trace, checkpoints::text, NULL FROM taken
-UNION ALL
-SELECT id, found, CASE found WHEN 6 THEN greatest(seen_lease - now, 0) ELSE seen_token END, attempt, first_seen, birth,
-       seen_trace, CASE found WHEN 5 THEN checkpoints::text END,
-       CASE found WHEN 7 THEN result WHEN 8 THEN seen_fingerprint END
-FROM seen WHERE found >= 5
-"""
+UNION ALL"""
 
 _FENCED = """
 WITH clock AS MATERIALIZED ({clock})
@@ -296,9 +301,9 @@ _ALIKE_COMPLETIONS = f"""(
 ) AS asked"""
 
 
-def _settled(row: str, table: str) -> str:
+def _settled(row: str, committed: str) -> str:
     """Whether the outcome of a row's operation is known; as `core.record.Record.settled`."""
-    known = f"{row}.checkpoints IS NULL AND {row}.attempt = 1 AND NOT {committed(row, table)}"
+    known = f"{row}.checkpoints IS NULL AND {row}.attempt = 1 AND NOT {committed}"
     return f"({row}.state >= 3 OR {row}.state = 2 AND {known})"
 
 
@@ -311,11 +316,16 @@ def committed(row: str, table: str) -> str:
 
 
 @cache
-def claim(table: str, items: Items) -> str:
-    """Claim a batch, or one item."""
-    asked = _ALIKE_CLAIMS if items is Items.ALIKE else _asked(_CLAIMED | _TERMS, one=items is Items.ONE)
+def claim(table: str, items: Items, *, taking: bool) -> str:
+    """Claim a batch, or one item. taking: rows that are there as well (the cases from EXPIRED to TAKEN_OVER)."""
     return _CLAIM.format(
-        clock=_CLOCK, table=table, asked=asked, settled=_settled("r", table), committed=committed("r", table)
+        clock=_CLOCK,
+        table=table,
+        asked=_ALIKE_CLAIMS if items is Items.ALIKE else _asked(_CLAIMED | _TERMS, one=items is Items.ONE),
+        settled=_settled("r", "r.committed"),
+        committed=committed("o", table),
+        taken=_TAKEN.format(table=table) if taking else "",
+        taken_rows=_TAKEN_ROWS if taking else "",
     )
 
 
@@ -407,7 +417,11 @@ def look(table: str) -> str:
 def get(table: str) -> str:
     """Read a batch."""
     return _GET.format(
-        clock=_CLOCK, table=table, record=RECORD, settled=_settled("o", table), committed=committed("o", table)
+        clock=_CLOCK,
+        table=table,
+        record=RECORD,
+        settled=_settled("o", committed("o", table)),
+        committed=committed("o", table),
     )
 
 
@@ -422,7 +436,7 @@ def scan(table: str, *, tenant: bool, indexed: bool) -> str:
         table=table,
         record=RECORD,
         tenant=condition,
-        settled=_settled("o", table),
+        settled=_settled("o", committed("o", table)),
         committed=committed("o", table),
     )
 
@@ -446,7 +460,7 @@ def reap(table: str) -> str:
         worklist=worklist(table),
         markers=markers(table),
         record=RECORD,
-        settled=_settled("o", table),
+        settled=_settled("o", committed("o", table)),
         committed=committed("o", table),
     )
 
