@@ -131,7 +131,7 @@ def test_i1_one_of_many_threads_acquires_whatever_isolation_the_engine_has(url: 
     for engine in engine_of(url, isolation_level=level):
         store = open_store(engine)
         with ThreadPoolExecutor() as threads:
-            replies = [*threads.map(store.claim, [[new_claim(id=b"same")] for _ in range(4)])]
+            replies = [*threads.map(store.claim, [[new_claim(id=b"i" * 32)] for _ in range(4)])]
         assert sum(isinstance(reply, Acquired) for [reply] in replies) == 1
         store.close()
 
@@ -164,7 +164,10 @@ def test_one_async_engine_serves_several_loops_and_callers_without_one(url: str)
     assert [asyncio.run(run()) for _ in range(2)] == [False, True]
     with Idempotency(engine) as idempotency:
         assert idempotency.run("k", lambda: None, scope="s").replayed
-    assert isinstance(source.opened().store, InLoop)
+    store = source.opened().store
+    assert isinstance(store, InLoop)
+    assert store.perform(_settings) == ["off", "force_generic_plan"]  # type: ignore[attr-defined]  # as the completer
+    store.unmark([b"i" * 32])  # type: ignore[attr-defined]  # as `retryproof keys settle`
     source.close()
 
 
@@ -214,12 +217,12 @@ class TestDjango:
         for name in alias_of(f"{postgres_url}?options=-csearch_path%3D{unique}"):
             url = f"django://{name}"
             with pytest.raises(ConfigurationError, match="retryproof migrate"):
-                open_store(url).get([b""])
+                open_store(url).get([b"i" * 32])
             assert pending(url) == migrate(url) != []
             assert pending(url) == []
             assert {finding.check for finding in diagnose(url)} >= {"schema", "encryption"}
             store = open_store(url)
-            assert store.get([b""]) == [None]
+            assert store.get([b"i" * 32]) == [None]
             store.close()
 
     def test_a_sqlite_file_is_looked_at_by_the_alias(self, tmp_path: Path) -> None:
@@ -382,9 +385,9 @@ class TestHungServers:
 
         store = open_store(create_engine("postgresql+psycopg://", creator=creator), timeout=0.05)
         with pytest.raises(StoreUnavailable, match=r"within 0\.05 s"):
-            store.get([b""])
+            store.get([b"i" * 32])
         with pytest.raises(StoreUnavailable, match="connect_timeout"):
-            store.get([b""])
+            store.get([b"i" * 32])
         waiting.set()
 
     def test_what_an_engine_raises_is_told(self) -> None:
@@ -392,7 +395,7 @@ class TestHungServers:
             raise RuntimeError("no token today")
 
         with pytest.raises(StoreUnavailable, match="RuntimeError: no token today"):
-            open_store(create_engine("postgresql+psycopg://", creator=creator)).get([b""])
+            open_store(create_engine("postgresql+psycopg://", creator=creator)).get([b"i" * 32])
 
 
 @contextlib.contextmanager

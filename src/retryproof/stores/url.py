@@ -93,7 +93,7 @@ ENTRIES = (
     ),
     Entry(
         (),
-        None,
+        "retryproof.stores.sql.sqlalchemy:blocking",
         "retryproof.stores.sql.sqlalchemy:on_loop",
         None,
         "retryproof.sql.engines.sqlalchemy",
