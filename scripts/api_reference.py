@@ -143,6 +143,8 @@ _LABEL = re.compile(r"(?P<names>[a-z_]+(?:, [a-z_]+)*): ")
 _SENTENCE_LABEL = re.compile(r"(?<=\.) (?=[a-z_]+(?:, [a-z_]+)*: )")
 _SEPARATOR = re.compile(r", (?=\*|/|[a-z_]+[:=,)]|[a-z_]+$)")
 _MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])")
+_COROUTINE = re.compile(r"^Coroutine\[Any, Any, (.*)\]$")
+"""What a plain function returns that is awaited like a coroutine function."""
 
 
 def reference() -> str:
@@ -200,9 +202,13 @@ def _signatures(name: str, thing: Any) -> list[str]:
 
 
 def _prefix(function: Callable[..., Any]) -> str:
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or _COROUTINE.match(_returned(function)):
         return "await "
     return "with " if inspect.isgeneratorfunction(inspect.unwrap(function)) else ""
+
+
+def _returned(thing: Any) -> str:
+    return "" if inspect.isclass(thing) else _annotation(inspect.signature(thing).return_annotation)
 
 
 def _signature(thing: Any) -> str:
@@ -221,7 +227,7 @@ def _signature(thing: Any) -> str:
             parts.append("/")
         parts.append(_parameter(parameter))
         before = parameter.kind
-    returned = "" if inspect.isclass(thing) else _annotation(signature.return_annotation)
+    returned = _COROUTINE.sub(r"\1", _returned(thing))
     return f"({', '.join(parts)})" + (f" -> {returned}" if returned else "")
 
 

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from retryproof.core.commands import NOT_BEGUN, Acquired, Claim, Complete, Release, Reply, Run, WorkOutcome
 from retryproof.core.flow import Conclusion, after_claim, after_settling, ended, settle, to_settle
@@ -268,19 +268,22 @@ class HeldAttempt(Generic[S, Op]):
     """What an attempt that holds its claim is in either colour: watched until it is concluded, given back or left.
 
     The work begins only where `hold.may_begin` says so in the same step, else after `renew` (C6).
+
+    rest: the task that goes on settling it, once a cancellation has interrupted `LoopAttempt.finish`.
     """
 
-    __slots__ = ("_attempts", "_began", "_opened", "_watched", "hold", "operation", "policy")
+    __slots__ = ("_attempts", "_began", "_opened", "_watched", "hold", "operation", "policy", "rest")
 
-    def __init__(
-        self, attempts: Attempts, opened: S, policy: Policy, hold: Hold, operation: Op, began: float, where: str
-    ) -> None:
+    OPERATION: type[Op]
+
+    def __init__(self, attempts: Attempts, opened: S, policy: Policy, hold: Hold, began: float, where: str) -> None:
         self._attempts = attempts
         self._opened: S = opened
         self.policy = policy
         self._began = began
         self.hold = hold
-        self.operation: Op = operation
+        self.operation: Op = self.OPERATION(hold, opened, policy)
+        self.rest: asyncio.Task[Conclusion] | None = None
         hold.where = where
         hold.on_overrun = attempts.overran
         hold.on_settled = attempts.settled
@@ -314,10 +317,7 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
 
     __slots__ = ()
 
-    def __init__(
-        self, attempts: Attempts, opened: BlockingStore, policy: Policy, hold: Hold, began: float, where: str
-    ) -> None:
-        super().__init__(attempts, opened, policy, hold, BlockingOperation(hold, opened, policy), began, where)
+    OPERATION = BlockingOperation
 
     def renew(self) -> Conclusion | None:
         """Renew a lease that was over before the work began: None, when it may begin now; or the conclusion.
@@ -333,11 +333,11 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
 
     def within(self, call: Callable[[], T]) -> T:
         """Call with this operation as the current one: for work that is done in parts, such as a stream's."""
-        token = enter(self.operation)
+        outer = enter(self.operation)
         try:
             return call()
         finally:
-            leave(token)
+            leave(self.operation, outer)
 
     def finish(self, outcome: WorkOutcome) -> Conclusion:
         """Store what came of the work, or give the operation back; the listeners are told.
@@ -348,7 +348,7 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
         try:
             step = to_settle(self.hold, outcome, self.policy)
             sent, reply = clock(), None
-            if isinstance(step, Complete | Release):
+            if isinstance(step, (Complete, Release)):
                 reply = self._opened.perform(step, self.policy.store_timeout)
             return self.finished(outcome, step, sent, reply)
         except BaseException:
@@ -364,7 +364,7 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
         """
         hold, policy, opened = self.hold, self.policy, self._opened
         conclusion: Conclusion | None
-        if isinstance(step, Complete | Release):
+        if isinstance(step, (Complete, Release)):
             conclusion = after_settling(hold, step, reply)
             if conclusion is None:
                 flow = settle(hold, step, policy, sent, (reply, clock()))
@@ -384,56 +384,11 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
 
 
 class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
-    """An attempt that holds its claim and runs on an event loop.
+    """An attempt that holds its claim and runs on an event loop."""
 
-    rest: the task that goes on settling it, once a cancellation has interrupted `finish`.
-    """
+    __slots__ = ()
 
-    __slots__ = ("_cancelled", "_others", "_task", "rest")
-
-    def __init__(
-        self, attempts: Attempts, opened: LoopStore, policy: Policy, hold: Hold, began: float, where: str
-    ) -> None:
-        self.rest: asyncio.Task[Conclusion] | None = None
-        self._task: asyncio.Task[Any] | None = None  # to cancel when the lease is lost
-        self._others = 0  # cancellations of it that others had asked for
-        self._cancelled = False  # by us
-        operation = LoopOperation(hold, opened, policy, opened.loop)
-        super().__init__(attempts, opened, policy, hold, operation, began, where)
-
-    def cancel_when_lost(self) -> None:
-        """Cancel the running task when the lease is lost (C8), until `work_ended`."""
-        task = self._task = asyncio.current_task(self._opened.loop)
-        if task is None:
-            return
-        self._others = task.cancelling()
-        self.hold.on_lost = self._lost
-        if self.hold.lost:  # told meanwhile, in the keeper's thread
-            self._lost()
-
-    def was_lost(self, error: BaseException) -> bool:
-        """Whether this is the cancellation that we made, and nobody else cancelled the task as well; ends the work."""
-        task = self._task
-        self.work_ended()
-        alone = task is not None and task.cancelling() == self._others
-        return self._cancelled and alone and isinstance(error, asyncio.CancelledError)
-
-    def work_ended(self) -> None:
-        """It is not cancelled any more; once or more."""
-        task, self._task = self._task, None
-        self.hold.on_lost = None
-        if self._cancelled and task is not None:
-            task.uncancel()
-
-    def _lost(self) -> None:
-        """Called from the keeper's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and the task has ended with it
-            self._opened.loop.call_soon_threadsafe(self._cancel)
-
-    def _cancel(self) -> None:
-        if self._task is not None and not self._cancelled:
-            self._cancelled = True
-            self._task.cancel("the lease was lost")
+    OPERATION = LoopOperation
 
     async def renew(self) -> Conclusion | None:
         """`BlockingAttempt.renew`, awaited."""
@@ -454,7 +409,7 @@ class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
         conclusion: Conclusion | None
         step = to_settle(hold, outcome, policy)
         try:
-            if isinstance(step, Complete | Release):
+            if isinstance(step, (Complete, Release)):
                 sent = clock()
                 try:
                     reply = await opened.perform(step, policy.store_timeout)
@@ -486,3 +441,44 @@ class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
     def _conclude_rest(self, rest: asyncio.Task[Conclusion]) -> None:
         if not rest.cancelled() and rest.exception() is None:
             self._conclude(rest.result())
+
+
+class Overtaking:
+    """Cancels the running task when the lease of its attempt is lost (C8), until `end`."""
+
+    __slots__ = ("_cancelled", "_hold", "_loop", "_others", "_task")
+
+    def __init__(self, hold: Hold, loop: asyncio.AbstractEventLoop) -> None:
+        task = asyncio.current_task(loop)
+        self._hold = hold
+        self._loop = loop
+        self._task = task
+        self._others = 0 if task is None else task.cancelling()  # cancellations that others had asked for
+        self._cancelled = False  # by us
+        hold.on_lost = self
+        if hold.lost:  # told meanwhile, in the keeper's thread
+            self()
+
+    def __call__(self) -> None:
+        """The lease is lost; called from the keeper's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the task has ended with it
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel("the lease was lost")
+
+    def caused(self, error: BaseException) -> bool:
+        """Whether this is the cancellation that we made, and nobody else cancelled the task as well; ends it."""
+        task = self._task
+        self.end()
+        alone = task is not None and task.cancelling() == self._others
+        return self._cancelled and alone and isinstance(error, asyncio.CancelledError)
+
+    def end(self) -> None:
+        """The work has ended, and is not cancelled any more; called once or more."""
+        task, self._task = self._task, None
+        self._hold.on_lost = None
+        if self._cancelled and task is not None:
+            task.uncancel()

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
 from types import CoroutineType
 from typing import Any, Generic, Self, TypeVar, overload
 
-from retryproof.attempt import Attempts, BlockingAttempt, LoopAttempt
+from retryproof.attempt import Attempts, BlockingAttempt, LoopAttempt, Overtaking
 from retryproof.conclusions import error_of
 from retryproof.core import commands, errors
 from retryproof.core.codec import Codec, JsonCodec, Unencodable, decode_value, encode_and_replay
@@ -29,12 +29,14 @@ from retryproof.core.policy import Policy
 from retryproof.drive import clock
 from retryproof.observe.events import Event, Listener
 from retryproof.observe.logging import log_event
-from retryproof.operation import EPOCH, asettle, enter, leave, settle
+from retryproof.operation import EPOCH, current_operation, enter, leave, settle
 from retryproof.stores.base import AsyncStore, DatabaseEngine, Store
 from retryproof.stores.opened import AsyncOpened, AsyncView, Opened, Source
 
 T = TypeVar("T")
 Scope = str | Sequence[str]
+_Record = tuple[bytes, bytes, str, bytes]
+"""Its id, its fingerprint as stored, the endpoint or function, the tenant's digest."""
 
 logger = logging.getLogger("retryproof")
 
@@ -85,26 +87,17 @@ class Engine:
 
     def id_of(self, scope: Scope, key: str) -> bytes:
         """The record's id of a key in a scope."""
-        parts = (scope,) if isinstance(scope, str) else scope
-        return record_id(parts, key, pepper=self._pepper)
+        return record_id(_parts(scope), key, pepper=self._pepper)
 
     def tell(self, event: Event) -> None:
         """Tell the listeners."""
         self.attempts.tell(event)
 
-
-def _seal(fingerprint: bytes) -> bytes:
-    if not fingerprint:
-        return _NO_INPUT
-    return (_sealed if len(fingerprint) <= REMEMBERED else _sealed.__wrapped__)(fingerprint)
-
-
-@lru_cache(maxsize=256)
-def _sealed(fingerprint: bytes) -> bytes:
-    return seal(Method.CUSTOM, sha256(fingerprint).digest())
-
-
-_NO_INPUT = _sealed(b"")
+    def _record(self, scope: Scope, key: str, fingerprint: bytes) -> _Record:
+        parts = _parts(scope)
+        id = record_id(parts, check_key(key), pepper=self._pepper)
+        sealed = sealed_fingerprint(fingerprint) if fingerprint else _NO_INPUT
+        return id, sealed, parts[-1] if parts else "", tenant_of(scope, self) if len(parts) > 1 else b""
 
 
 class Idempotency(Engine):
@@ -135,16 +128,8 @@ class Idempotency(Engine):
         """
         if inspect.iscoroutinefunction(fn):
             raise errors.ConfigurationError("Idempotency runs plain functions; use AsyncIdempotency for a coroutine.")
-        id = self.id_of(scope, check_key(key))
-        return self.run_record(
-            id,
-            fn,
-            where=_name(scope),
-            fingerprint=_seal(fingerprint),
-            tenant=_tenant(scope, self._pepper),
-            policy=policy,
-            codec=codec,
-        )
+        id, sealed, where, tenant = self._record(scope, key, fingerprint)
+        return self.run_record(id, fn, where=where, fingerprint=sealed, tenant=tenant, policy=policy, codec=codec)
 
     def run_record(
         self,
@@ -172,9 +157,9 @@ class Idempotency(Engine):
             # Asked in the same step that calls the work (C6).
             conclusion = None if attempt.hold.may_begin(clock()) else attempt.renew()
             if conclusion is None:
-                token = None
+                outer = current_operation(None)
                 try:
-                    token = enter(attempt.operation)
+                    enter(attempt.operation)
                     value = fn()
                     if inspect.iscoroutine(value):
                         value.close()
@@ -182,8 +167,7 @@ class Idempotency(Engine):
                 except BaseException as raised:  # noqa: BLE001  # raised again once the record says what it means
                     error = raised
                 finally:
-                    if token is not None:
-                        leave(token)
+                    leave(attempt.operation, outer)
                 outcome: commands.WorkOutcome
                 if error is None:
                     outcome, value = _encoded(value, codec, policy, opened)
@@ -220,7 +204,7 @@ class AsyncIdempotency(Engine):
     """Runs functions once, in the tasks of event loops. The arguments are those of Idempotency."""
 
     @overload
-    async def run(
+    def run(
         self,
         key: str,
         fn: Callable[[], Awaitable[T]],
@@ -229,10 +213,10 @@ class AsyncIdempotency(Engine):
         fingerprint: bytes = b"",
         policy: Policy | None = None,
         codec: Codec | None = None,
-    ) -> Outcome[T]: ...
+    ) -> Coroutine[Any, Any, Outcome[T]]: ...
 
     @overload
-    async def run(
+    def run(
         self,
         key: str,
         fn: Callable[[], T],
@@ -241,9 +225,9 @@ class AsyncIdempotency(Engine):
         fingerprint: bytes = b"",
         policy: Policy | None = None,
         codec: Codec | None = None,
-    ) -> Outcome[T]: ...
+    ) -> Coroutine[Any, Any, Outcome[T]]: ...
 
-    async def run(
+    def run(
         self,
         key: str,
         fn: Callable[[], Any],
@@ -252,24 +236,15 @@ class AsyncIdempotency(Engine):
         fingerprint: bytes = b"",
         policy: Policy | None = None,
         codec: Codec | None = None,
-    ) -> Outcome[Any]:
+    ) -> Coroutine[Any, Any, Outcome[Any]]:
         """`Idempotency.run`, awaited; `fn` may be a plain function or a coroutine function.
 
         Cancelled while `fn` runs, it cancels `fn`, and the record stays in progress unless the policy says
         `release_on_cancel`. Cancelled while the result is being stored, it first stores it.
         """
-        id = self.id_of(scope, check_key(key))
-        return await self.run_record(
-            id,
-            fn,
-            where=_name(scope),
-            fingerprint=_seal(fingerprint),
-            tenant=_tenant(scope, self._pepper),
-            policy=policy,
-            codec=codec,
-        )
+        return self._run(fn, policy, codec, None, scope, key, fingerprint)
 
-    async def run_record(
+    def run_record(
         self,
         id: bytes,
         fn: Callable[[], Any],
@@ -280,11 +255,26 @@ class AsyncIdempotency(Engine):
         policy: Policy | None = None,
         codec: Codec | None = None,
         beside: bool = False,
-    ) -> Outcome[Any]:
+    ) -> Coroutine[Any, Any, Outcome[Any]]:
         """`run` for a record whose id is known, and its fingerprint as stored. beside: as for `Attempts.begin`."""
+        return self._run(fn, policy, codec, (id, fingerprint, where, tenant), beside=beside)
+
+    async def _run(
+        self,
+        fn: Callable[[], Any],
+        policy: Policy | None,
+        codec: Codec | None,
+        record: _Record | None,
+        scope: Scope = "",
+        key: str = "",
+        fingerprint: bytes = b"",
+        beside: bool = False,
+    ) -> Outcome[Any]:
+        """`run`, or `run_record` where the record is given. One coroutine: each costs time, and memory meanwhile."""
+        id, sealed, where, tenant = self._record(scope, key, fingerprint) if record is None else record
         policy, codec = policy or self.policy, codec or self._codec
         opened = self._source.aopened()
-        attempt = await self.attempts.abegin(opened, policy, id, fingerprint, where, tenant, beside=beside)
+        attempt = await self.attempts.abegin(opened, policy, id, sealed, where, tenant, beside=beside)
         if not isinstance(attempt, LoopAttempt):
             return _answer(attempt, codec, id)
         value: Any = None
@@ -293,29 +283,29 @@ class AsyncIdempotency(Engine):
             # Asked in the same step that calls the work (C6).
             conclusion = None if attempt.hold.may_begin(clock()) else await attempt.renew()
             if conclusion is None:
-                if policy.on_lease_lost == "cancel":
-                    attempt.cancel_when_lost()
-                token = enter(attempt.operation)
+                overtaking = Overtaking(attempt.hold, opened.loop) if policy.on_lease_lost == "cancel" else None
+                outer = enter(attempt.operation)
                 outcome: commands.WorkOutcome
                 try:
                     value = fn()
                     if type(value) is CoroutineType or inspect.isawaitable(value):
                         value = await value
                 except BaseException as raised:  # noqa: BLE001  # raised again once the record says what it means
-                    if attempt.was_lost(raised):
+                    if overtaking is not None and overtaking.caused(raised):
                         outcome = LeaseLost()
                     else:
                         error, outcome = raised, outcome_of(raised, policy.unknown_on)
                 else:
                     outcome, value = _encoded(value, codec, policy, opened)
                 finally:
-                    attempt.work_ended()
-                    try:
-                        leave(token)
-                    except ValueError:  # closed in another context; this takes a tenth of `suppress`
-                        pass
-                outcome, undone = await asettle(attempt.operation, outcome)
-                error = undone or error
+                    if overtaking is not None:
+                        overtaking.end()
+                    leave(attempt.operation, outer)
+                outcome = attempt.operation.end(outcome)
+                joins = attempt.operation.joins  # looked at after the end: nobody joins a transaction from there on
+                if joins is not None:
+                    outcome, undone = await joins.asettle(outcome)
+                    error = undone or error
                 try:
                     conclusion = await attempt.finish(outcome)
                 except asyncio.CancelledError:  # waits for the result to be stored; a second one does not wait
@@ -391,22 +381,26 @@ def _is_overtaken(conclusion: Conclusion) -> bool:
 
 
 def tenant_of(scope: Scope, engine: Engine) -> bytes:
-    """The digest of a scope's tenant, or none."""
-    return _tenant(scope, engine._pepper)
+    """The digest of a scope's tenant, with whom a scope of several parts starts; or none."""
+    parts = _parts(scope)
+    return tenant_digest(parts[0], pepper=engine._pepper) if len(parts) > 1 else b""
 
 
 def sealed_fingerprint(fingerprint: bytes) -> bytes:
     """The fingerprint of an input as it is stored."""
-    return _seal(fingerprint)
+    return (_sealed if len(fingerprint) <= REMEMBERED else _sealed.__wrapped__)(fingerprint)
 
 
-def _name(scope: Scope) -> str:
-    return scope if isinstance(scope, str) else (scope[-1] if scope else "")
+@lru_cache(maxsize=256)
+def _sealed(fingerprint: bytes) -> bytes:
+    return seal(Method.CUSTOM, sha256(fingerprint).digest())
 
 
-def _tenant(scope: Scope, pepper: bytes) -> bytes:
-    """A scope of several parts starts with the tenant."""
-    return b"" if isinstance(scope, str) or len(scope) < 2 else tenant_digest(scope[0], pepper=pepper)
+_NO_INPUT = _sealed(b"")
+
+
+def _parts(scope: Scope) -> Sequence[str]:
+    return (scope,) if isinstance(scope, str) else scope
 
 
 _said: set[str] = set()

@@ -9,17 +9,18 @@ from retryproof.core.flow import Conclusion, Down
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
 from retryproof.drive import clock
-from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wanted
+from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tell, tracing, wants_of
 
 
 class Listening:
     """The listeners of one engine. overran, settled: told by the keeper of a hold."""
 
-    __slots__ = ("_traces", "listeners", "overran", "settled")
+    __slots__ = ("_traces", "_wants", "listeners", "overran", "settled")
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self.listeners = tuple(listeners)
         self._traces = tracing(self.listeners)
+        self._wants = wants_of(self.listeners)
         self.overran, self.settled = self._overran, self._settled  # bound once, not for each hold
 
     def trace_of(self, trace: str) -> str:
@@ -38,8 +39,10 @@ class Listening:
             self.tell(Event(kind=Kind.UNPROTECTED, digest=short_digest(id), where=where, error=conclusion.error))
             return
         kind = kind_of(conclusion)
-        if wanted(self.listeners, kind):
-            self.tell(event_of(conclusion, kind, short_digest(id), where, clock() - began))
+        for wants in self._wants:
+            if wants is None or wants(kind):
+                self.tell(event_of(conclusion, kind, short_digest(id), where, clock() - began))
+                return
 
     def _overran(self, hold: Hold) -> None:
         """Its lease is not renewed any more; called from the keeper's thread."""

@@ -5,12 +5,11 @@ What steps and phases keep is `recovery`'s; the transactions that an operation t
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, overload
@@ -89,18 +88,17 @@ class Operation:
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = ("_hold", "_joined", "_loop", "_phased", "_policy", "_recovery", "_refuses", "_store", "_unknown")
+    __slots__ = ("_hold", "_phased", "_policy", "_recovery", "_refuses", "_store", "_unknown", "joins")
 
-    def __init__(self, hold: Hold, store: Any, policy: Policy, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
         self._hold = hold
         self._store = store
         self._policy = policy
         self._recovery: Recovery | None = None
-        self._joined: Joined | None = None
+        self.joins: Joined | None = None
         self._phased: Any = None
         self._unknown = False
         self._refuses = ""
-        self._loop = loop
 
     @property
     def key_digest(self) -> str:
@@ -163,7 +161,7 @@ class Operation:
         return result
 
     def _stepping(self, name: str, codec: Codec | None) -> Stepping:
-        held = self._joined is not None and self._joined.holds
+        held = self.joins is not None and self.joins.holds
         return stepping(self._kept(), name, codec or PLAIN, self.derive(name), held=held)
 
     def outcome_unknown(self) -> None:
@@ -183,6 +181,13 @@ class Operation:
     def said(self, outcome: WorkOutcome) -> WorkOutcome:
         """What came of the work, unless the handler said that nobody knows."""
         return Raised(unknown=True) if self._unknown and not isinstance(outcome, commands.LeaseLost) else outcome
+
+    def end(self, outcome: WorkOutcome) -> WorkOutcome:
+        """Take no more steps and transactions; what came of the work, as `said`."""
+        self._refuses = ENDED
+        if self._recovery is not None:
+            self._recovery.refuses = ENDED
+        return self.said(outcome) if self._unknown else outcome
 
     @overload
     def transaction(self, connection: AbstractContextManager[T]) -> T: ...
@@ -221,22 +226,22 @@ class Operation:
         done where there is no transaction, or where the operation has ended. Raises OutcomeUnknown where the handler
         had committed it.
         """
-        if self._joined is not None and not self._refuses:
-            _, error = self._joined.settle(Raised())
+        if self.joins is not None and not self._refuses:
+            _, error = self.joins.settle(Raised())
             if error is not None:
                 raise error
 
     async def arollback(self) -> None:
         """`rollback` for what runs on an event loop, whichever kind of connection it has."""
-        if self._joined is not None and not self._refuses:
-            _, cancellation = await self._joined.asettle(Raised())
+        if self.joins is not None and not self._refuses:
+            _, cancellation = await self.joins.asettle(Raised())
             if cancellation is not None:  # or the error of work that was committed before
                 raise cancellation
 
     @property
     def joined(self) -> bool:
         """Whether it commits in a transaction of the caller's."""
-        return self._joined is not None and self._joined.transaction is not None
+        return self.joins is not None and self.joins.transaction is not None
 
     @property
     def refuses_transactions(self) -> str:
@@ -287,12 +292,12 @@ class Operation:
 
     def _transactions(self) -> Joined:
         """The same."""
-        if self._joined is None:
+        if self.joins is None:
             recovery = self._kept()
             with _mutex:
-                if self._joined is None:
-                    self._joined = Joined(recovery, self._store, self._asking())
-        return self._joined
+                if self.joins is None:
+                    self.joins = Joined(recovery, self._store, self._asking())
+        return self.joins
 
     def _asking(self) -> Asking:
         """How the store is asked from the code of this operation."""
@@ -312,14 +317,13 @@ class LoopOperation(Operation):
     """An operation that an event loop runs, over its opened store."""
 
     __slots__ = ()
-    _loop: asyncio.AbstractEventLoop
 
     def _asking(self) -> Asking:
-        return LoopAsking(self._store, self._policy.store_timeout, self._loop)
+        return LoopAsking(self._store, self._policy.store_timeout, self._store.loop)
 
 
 _mutex = threading.Lock()
-_current: ContextVar[Operation] = ContextVar("retryproof_operation")
+_current: ContextVar[Operation | None] = ContextVar("retryproof_operation")
 _RAISE: Any = object()
 
 
@@ -344,29 +348,32 @@ def current_operation(default: Any = _RAISE) -> Any:
     return default
 
 
-def enter(operation: Operation) -> Token[Operation]:
-    """Make this the current operation; undone by `leave`."""
-    return _current.set(operation)
+def enter(operation: Operation) -> Operation | None:
+    """Make this the current operation; the one that it hides, for `leave`."""
+    outer = _current.get(None)
+    _current.set(operation)
+    return outer
 
 
-def leave(token: Token[Operation]) -> None:
-    """Make the operation before it current again."""
-    _current.reset(token)
+def leave(operation: Operation, outer: Operation | None) -> None:
+    """Make the one that it hid current again. In another context, where it never was current, there is nothing to do:
+    a coroutine may be closed there.
+    """
+    if _current.get(None) is operation:
+        _current.set(outer)
 
 
 def settle(operation: Operation, outcome: WorkOutcome) -> Settled:
     """What came of the work, and of the transaction that it joined, which is over then. In the handler's thread."""
-    operation.refuses_transactions = ENDED
-    outcome = operation.said(outcome)
-    joined = operation._joined
-    return (outcome, None) if joined is None else joined.settle(outcome)
+    outcome = operation.end(outcome)
+    joins = operation.joins  # looked at after the end: nobody joins one from there on
+    return (outcome, None) if joins is None else joins.settle(outcome)
 
 
 async def asettle(operation: Operation, outcome: WorkOutcome) -> Settled:
     """`settle` on the event loop. A cancellation does not part the result from its commit: it is handed back as the
     error, after the end. A second one does not wait.
     """
-    operation.refuses_transactions = ENDED
-    outcome = operation.said(outcome)
-    joined = operation._joined
-    return (outcome, None) if joined is None else await joined.asettle(outcome)
+    outcome = operation.end(outcome)
+    joins = operation.joins
+    return (outcome, None) if joins is None else await joins.asettle(outcome)

@@ -33,7 +33,7 @@ from retryproof.core.codec import (
     JsonCodec,
     StoredResponse,
     Unencodable,
-    _text_encoder,
+    _chunks_encoder,
     codec_for,
     decode_response,
     decode_value,
@@ -218,8 +218,8 @@ def test_c16_plain_json_is_read_back_as_it_was(value: Any) -> None:
 def test_c16_plain_json_is_written_alike_with_and_without_the_encoder_in_c(value: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("json.encoder.c_make_encoder", None)
-        in_python = _text_encoder()
-        assert in_python(value) == JsonCodec().encode(value).decode("utf-8", "surrogatepass")
+        in_python = _chunks_encoder()
+        assert "".join(in_python(value, 0)) == JsonCodec().encode(value).decode("utf-8", "surrogatepass")
 
 
 @pytest.mark.parametrize(
@@ -291,10 +291,10 @@ def test_c17_even_what_cannot_be_said_is_unencodable(codec: Codec) -> None:
 
 
 def test_c17_a_result_that_another_thread_changes_is_unencodable(monkeypatch: pytest.MonkeyPatch) -> None:
-    def changed(value: object) -> str:
+    def changed(value: object, indent: int) -> list[str]:
         raise RuntimeError("dictionary changed size during iteration")
 
-    monkeypatch.setattr("retryproof.core.codec._to_text", changed)
+    monkeypatch.setattr("retryproof.core.codec._chunks", changed)
     with pytest.raises(Unencodable, match="changed size"):
         encode_and_replay(JsonCodec(), {"a": 1})
 

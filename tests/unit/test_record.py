@@ -105,3 +105,31 @@ def test_a_manual_clock_stands_still_until_it_is_moved_and_never_goes_back() -> 
     assert (clock() - start, clock.seconds()) == (1_500_000, clock() / 1_000_000)
     with pytest.raises(ValueError, match="turn the clock back"):
         clock.advance(-1)
+
+
+def test_completing_changes_nothing_but_what_the_result_settles() -> None:
+    """The record is made anew, field by field: none may be forgotten."""
+    running = Record(
+        id=b"i",
+        state=State.IN_PROGRESS,
+        fingerprint=b"f",
+        birth=b"b",
+        nonce=b"n",
+        token=7,
+        attempt=2,
+        deaths=1,
+        counts=True,
+        first_seen=3,
+        lease_until=4,
+        expires_at=5,
+        retention=6.0,
+        tenant=b"t",
+        trace="trace",
+        checkpoints={"step": b"kept"},
+        read_at=8,
+        committed=True,
+    )
+    written, _ = settle(running, Complete(b"i", b"n", 7, b"result"), now=100)
+    assert written == replace(
+        running, state=State.COMPLETED, result=b"result", checkpoints={}, lease_until=100, expires_at=6_000_100
+    )

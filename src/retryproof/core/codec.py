@@ -14,9 +14,9 @@ A value is `version u8 | kind "V" | length of the codec's name u8 | name | what 
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 from retryproof.core.convert import converter_for
 from retryproof.core.errors import Unreadable
@@ -209,7 +209,7 @@ class JsonCodec:
         """Return the plain JSON that a value is written as, and its bytes; raise Unencodable where there is none."""
         try:
             plain = self._converter.encode(value)
-            return plain, _to_text(plain).encode("utf-8", "surrogatepass")
+            return plain, "".join(_chunks(plain, 0)).encode("utf-8", "surrogatepass")
         except Unencodable:
             raise
         except Exception as error:  # as by a thread that changes the result meanwhile (C17)
@@ -235,19 +235,19 @@ def codec_for(annotation: object, extensions: Sequence[Extension] = ()) -> Codec
     return JsonCodec(annotation)
 
 
-def _text_encoder() -> Callable[[Any], str]:
-    """Writes plain JSON compactly, with the encoder of the json module made once: `encode` makes one at each call."""
+def _chunks_encoder() -> Callable[[Any, int], Iterable[str]]:
+    """Writes plain JSON compactly, in parts, with an encoder made once: the json module makes one at each call."""
     encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     make: Any = getattr(json.encoder, "c_make_encoder", None)
     try:
         # No table of what is being written: a value that holds itself was refused before it came here.
         chunks = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
     except TypeError:  # a Python that has none, or another
-        return encoder.encode
-    return lambda value: "".join(chunks(value, 0))
+        return lambda value, _: encoder.iterencode(value)
+    return cast(Callable[[Any, int], Iterable[str]], chunks)
 
 
-_to_text = _text_encoder()
+_chunks = _chunks_encoder()
 
 
 def _unreadable(data: bytes, kind: int) -> Unreadable:

@@ -22,7 +22,7 @@ says that it never happened, with whom attempts start anew.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import IntEnum
 from typing import TypeGuard
 
@@ -43,6 +43,7 @@ from retryproof.core.commands import (
     Renew,
     Running,
 )
+from retryproof.core.value import value
 
 MICROSECONDS = 1_000_000
 SETTLED_BY_HAND = "retryproof.settled"
@@ -58,7 +59,7 @@ class State(IntEnum):
     TOMBSTONE = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Record:
     """Times are microseconds of the store's clock since the epoch.
 
@@ -206,13 +207,26 @@ def settle(record: Record | None, command: Complete | Release, now: int) -> tupl
 
 
 def _completed(record: Record, command: Complete, now: int) -> Record:
-    return replace(
-        record,
+    """By the constructor, as `_born`: `replace` takes twice as long, and most operations come here once."""
+    return Record(
+        id=record.id,
         state=State.TOMBSTONE if command.result is None else State.COMPLETED,
-        result=command.result,
-        expires_at=now + microseconds(record.retention),
+        fingerprint=record.fingerprint,
+        birth=record.birth,
+        nonce=record.nonce,
+        token=record.token,
+        attempt=record.attempt,
+        deaths=record.deaths,
+        counts=record.counts,
+        first_seen=record.first_seen,
         lease_until=now,
-        checkpoints=NOTHING,
+        expires_at=now + microseconds(record.retention),
+        retention=record.retention,
+        result=command.result,
+        tenant=record.tenant,
+        trace=record.trace,
+        read_at=record.read_at,
+        committed=record.committed,
     )
 
 

@@ -101,13 +101,12 @@ def recorded_trace(source: Traces, given: str) -> str:
         return given
 
 
-def wanted(listeners: Sequence[Listener], kind: Kind) -> bool:
-    """Whether any listener wants an event of this kind; one that has `wants(kind)` is asked before one is made."""
-    for listener in listeners:
-        wants = getattr(listener, "wants", None)
-        if wants is None or wants(kind):
-            return True
-    return False
+def wants_of(listeners: Sequence[Listener]) -> tuple[Callable[[Kind], bool] | None, ...]:
+    """What each listener says of the kinds that it wants; None for one that wants all of them.
+
+    One that has `wants(kind)` is asked before an event is made.
+    """
+    return tuple(getattr(listener, "wants", None) for listener in listeners)
 
 
 def tell(listeners: Sequence[Listener], event: Event) -> None:

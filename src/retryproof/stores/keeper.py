@@ -79,6 +79,7 @@ class Keeper:
     max_unstored: bytes of results that may wait for a store out of reach; past it claims are refused.
     holds: what this process holds, by the operation's id.
     full: whether claims are refused, since too much waits to be stored.
+    leave: an attempt has ended that began with `enter`.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Keeper:
         self._troubled = False
         self._failed_at = self._probe_at = self._delay = 0.0
         self._active: list[None] = []
+        self.leave: Callable[[], None] = self._active.pop
         self._suspects = 0
         self._counting = threading.Lock()
         self._mutex = threading.Condition()
@@ -110,14 +112,11 @@ class Keeper:
 
     def enter(self) -> int:
         """An attempt begins; says how alone it is: 2 nobody else, 1 nobody else that was taken over, 0 neither."""
-        self._active.append(None)  # a list counts without a lock, whose two uses cost more than the rest of this
-        if len(self._active) == 1:
+        active = self._active
+        active.append(None)  # a list counts without a lock, whose two uses cost more than the rest of this
+        if len(active) == 1:
             return 2
         return 0 if self._suspects else 1
-
-    def leave(self) -> None:
-        """An attempt has ended."""
-        self._active.pop()
 
     # Holds
 

@@ -49,7 +49,10 @@ _opening = threading.RLock()
 
 
 class Opened:
-    """A blocking store, opened: for threads, and for the tasks of any event loop."""
+    """A blocking store, opened: for threads, and for the tasks of any event loop.
+
+    directly: one command's reply from a store that never blocks and takes calls from anywhere.
+    """
 
     def __init__(self, store: Store, max_unstored: int = MAX_UNSTORED) -> None:
         self.store = store
@@ -58,6 +61,7 @@ class Opened:
         self._generation = _fork_generation
         keep_from_children(self)
         self._threads = ThreadCoalescer(store, self._orphaned, self._heard)
+        self.directly = self._threads.directly
         self.bridge = Bridge(self._threads, self._orphaned)
         self.background = Keeper(
             lambda: _InTurn(self._threads, store),
@@ -97,10 +101,6 @@ class Opened:
             answers = iter([self.directly(command) for command in left])
         return [next(answers) if reply is None else reply for reply in replies]
 
-    def directly(self, command: Any) -> Reply:
-        """One command's reply from a store that never blocks and takes calls from anywhere."""
-        return self._threads.directly(command)
-
     def close(self, drain: float = 0.0) -> None:
         """Wait for what runs and what lingers, for up to `drain` seconds, and end the threads; the store stays."""
         self.background.close(drain)
@@ -121,10 +121,7 @@ class AsyncView:
         self.opened = opened
         self.capabilities = opened.capabilities
         self.background = opened.background
-        self._directly = opened._threads.directly
-        self._perform: Callable[[Any, float], Awaitable[Reply]] = (
-            opened.bridge.end().perform if opened.capabilities.blocking else self._perform_directly
-        )
+        self._perform: Callable[[Any, float], Awaitable[Reply]] = self._lane(opened)
 
     def perform(self, command: Any, timeout: float) -> Awaitable[Reply]:
         """One command's reply, for a task."""
@@ -132,8 +129,24 @@ class AsyncView:
             return _instead(self.background, command, timeout, self._perform)
         return self._perform(command, timeout)
 
-    async def _perform_directly(self, command: Any, timeout: float) -> Reply:
-        return self._directly(command)
+    def _lane(self, opened: Opened) -> Callable[[Any, float], Awaitable[Reply]]:
+        return opened.bridge.end().perform
+
+
+class DirectView(AsyncView):
+    """The same for a store that never blocks: a task asks it by itself."""
+
+    async def perform(self, command: Any, timeout: float) -> Reply:
+        """See AsyncView. Without another coroutine in between: it would cost as much as the call."""
+        if type(command) is Claim and (command.id in self.background.holds or self.background.full):
+            return await _instead(self.background, command, timeout, self._perform)
+        return self.opened.directly(command)
+
+    def _lane(self, opened: Opened) -> Callable[[Any, float], Awaitable[Reply]]:
+        async def perform(command: Any, timeout: float) -> Reply:
+            return opened.directly(command)
+
+        return perform
 
 
 class AsyncOpened:
@@ -424,7 +437,8 @@ class Source:
 
     def _open_for_loop(self) -> AsyncOpened | AsyncView:
         if not self._async or isinstance(self.given, InThread):
-            return AsyncView(self.opened())
+            opened = self.opened()
+            return AsyncView(opened) if opened.capabilities.blocking else DirectView(opened)
         if self._url is not None:
             return open_on_loop(open_async(self._url, timeout=self._timeout), self._max_unstored)
         return open_on_loop(cast(AsyncStore, self.given), self._max_unstored)
