@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import asyncpg
@@ -291,6 +293,101 @@ def test_a_phase_in_a_phase_or_a_transaction_is_refused(postgres: Database) -> N
         assert "has a transaction of its own" in _refusal(postgres.store, joined_inside)
         assert "inside of the transaction" in _refusal(postgres.store, joined_around)
     assert postgres.charges() == []
+
+
+def test_t1_no_phase_begins_while_a_thread_enters_the_transaction(postgres: Database) -> None:
+    """One of the two would be neither committed nor rolled back."""
+    entering, go_on = threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def slow() -> Iterator[Any]:
+        with psycopg.connect(postgres.store) as connection:
+            entering.set()
+            assert go_on.wait(30)
+            yield connection
+
+    def work() -> int:
+        operation = current_operation()
+        with ThreadPoolExecutor(1) as thread:
+            joining = thread.submit(operation.transaction, slow())
+            assert entering.wait(30)
+            with (
+                of_psycopg(postgres) as (connection, _),
+                pytest.raises(errors.ConfigurationError, match="is inside of the transaction of the operation"),
+                operation.phase("order", connection),
+            ):
+                raise AssertionError("it began")
+            go_on.set()
+            joining.result().execute(insert(1).encode())
+        return 1
+
+    with Idempotency(postgres.store) as engine:
+        assert engine.run("k", work, scope="s").value == 1
+    assert postgres.charges() == [1]
+
+
+async def test_t1_no_phase_begins_while_a_task_enters_the_transaction(postgres: Database) -> None:
+    entering, go_on = asyncio.Event(), asyncio.Event()
+    async with asyncpg.create_pool(postgres.store, min_size=2, max_size=2) as pool:
+
+        @contextlib.asynccontextmanager
+        async def slow() -> AsyncIterator[Any]:
+            async with pool.acquire() as connection:
+                entering.set()
+                await go_on.wait()
+                yield connection
+
+        async def work() -> int:
+            operation = current_operation()
+            joining = asyncio.create_task(operation.atransaction(slow()))
+            await entering.wait()
+            with pytest.raises(errors.ConfigurationError, match="is inside of the transaction of the operation"):
+                async with operation.phase("order", pool.acquire()):
+                    raise AssertionError("it began")
+            go_on.set()
+            await (await joining).execute(insert(1))
+            return 1
+
+        async with AsyncIdempotency(postgres.store) as engine:
+            assert (await engine.run("k", work, scope="s")).value == 1
+    assert postgres.charges() == [1]
+
+
+async def test_t1_a_phase_that_is_being_committed_is_still_the_only_one(postgres: Database) -> None:
+    """Of a task that goes on as soon as the block of another one is left."""
+    leaving, go_on = asyncio.Event(), asyncio.Event()
+    async with asyncpg.create_pool(postgres.store, min_size=2, max_size=2) as pool:
+
+        @contextlib.asynccontextmanager
+        async def slow() -> AsyncIterator[Any]:
+            async with pool.acquire() as connection:
+                yield connection
+                leaving.set()
+                await go_on.wait()
+
+        async def work() -> int:
+            operation = current_operation()
+
+            async def order(connection: Any) -> int:
+                await connection.execute(insert(1))
+                return 1
+
+            ordering = asyncio.create_task(operation.phase("order", slow()).arun(order))
+            await leaving.wait()
+            with pytest.raises(errors.ConfigurationError, match="is inside of the phase 'order'"):
+                async with operation.phase("ship", pool.acquire()):
+                    raise AssertionError("it began")
+            with pytest.raises(errors.ConfigurationError, match="'order' has a transaction of its own"):
+                await operation.atransaction(pool.acquire())
+            go_on.set()
+            assert await ordering == 1
+            async with operation.phase("ship", pool.acquire()) as phase:
+                await phase.connection.execute(insert(2))
+            return 1
+
+        async with AsyncIdempotency(postgres.store) as engine:
+            assert (await engine.run("k", work, scope="s")).value == 1
+    assert postgres.charges() == [1, 2]
 
 
 def test_a_phase_that_is_done_gives_no_connection(postgres: Database) -> None:

@@ -63,10 +63,7 @@ class Joined:
 
     def _join(self, transaction: Transaction) -> Steps[Any]:
         given, recovery = transaction.given, self.recovery
-        if self.phase is not None:
-            raise ConfigurationError(
-                f"{self.phase} has a transaction of its own; leave it first.", digest=recovery.digest
-            )
+        self._refuse_beside_phase()
         if recovery.refuses:
             raise ConfigurationError(recovery.refuses, digest=recovery.digest)
         if recovery.hold.lost:
@@ -86,15 +83,37 @@ class Joined:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else joins a transaction meanwhile: one of the two would be neither committed nor rolled back."""
+        """Nobody else joins or begins a phase meanwhile: one of the two would be neither committed nor rolled back."""
         with _mutex:
-            if self._joining:
+            self._refuse_beside_phase()
+            if self._joining or self.transaction is not None:
                 raise ConfigurationError(_ANOTHER, digest=self.recovery.digest)
             self._joining = True
         try:
             yield
         finally:
             self._joining = False
+
+    def _refuse_beside_phase(self) -> None:
+        if self.phase is not None:
+            raise ConfigurationError(
+                f"{self.phase} has a transaction of its own; leave it first.", digest=self.recovery.digest
+            )
+
+    def refuse_phase(self, name: str) -> None:
+        """Raise ConfigurationError where a phase cannot begin, since the attempt has a transaction or enters one."""
+        if self.phase is not None or self.transaction is not None or self._joining:
+            raise ConfigurationError(
+                f"The phase {name!r} is inside of {self.phase or 'the transaction of the operation'}; each phase is a "
+                "transaction of its own.",
+                digest=self.recovery.digest,
+            )
+
+    def begin_phase(self, name: str) -> None:
+        """From here on the attempt has this phase, until its end; raises as `refuse_phase` does."""
+        with _mutex:
+            self.refuse_phase(name)
+            self.phase = f"the phase {name!r}"
 
     def settle(self, outcome: WorkOutcome) -> Settled:
         """Commit the transaction with this outcome, or roll it back; what came of the work, which has none then."""

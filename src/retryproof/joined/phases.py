@@ -143,16 +143,15 @@ class PhaseBlock:
     def _begin(self) -> bool:
         """Whether there is something to do; the name is used from now on."""
         joined, recovery = self._joined, self._recovery
-        if joined.phase is not None or joined.transaction is not None:
-            raise ConfigurationError(
-                f"The phase {self.name!r} is inside of {joined.phase or 'the transaction of the operation'}; each "
-                "phase is a transaction of its own.",
-                digest=recovery.digest,
-            )
+        joined.refuse_phase(self.name)
         known, self.result = recovery.begin(self.name, self._codec)
+        if not known:
+            try:
+                joined.begin_phase(self.name)
+            except ConfigurationError:  # another thread was quicker
+                recovery.forget(self.name)
+                raise
         self.pending = not known
-        if self.pending:
-            joined.phase = f"the phase {self.name!r}"
         return self.pending
 
     def _enter(self, transaction: Transaction) -> Steps[None]:
@@ -180,9 +179,13 @@ class PhaseBlock:
 
     def _leave(self, transaction: Transaction, error: BaseException | None) -> Steps[None]:
         """The steps of the end: commit the phase, or roll it back because of what its block raised."""
-        self._transaction = self._joined.part = self._joined.phase = None
-        broken = transaction.broken()
-        return transaction.leave(transaction.roll_back() if error is not None else self._commit(transaction, broken))
+        self._transaction = self._joined.part = None
+        try:
+            broken = transaction.broken()
+            last = transaction.roll_back() if error is not None else self._commit(transaction, broken)
+            yield from transaction.leave(last)
+        finally:
+            self._joined.phase = None
 
     def _commit(self, transaction: Transaction, broken: str | None) -> Steps[None]:
         """Commit the work with its recovery point, or roll it back and raise.
