@@ -159,20 +159,19 @@ class Transaction:
 
     def perform(self, step: Step) -> Any:
         """Do one step; on a loop, what is to be awaited for it."""
-        match step:
-            case Statement():
-                return self._adapted.execute(step)
-            case str():
-                return getattr(self._adapted, step)()
-            case Ask(command):
-                return self.ask(command)
-            case Pause(seconds):
-                return asyncio.sleep(seconds) if self._on_loop else time.sleep(seconds)
-            case Enter(block):
-                return block.__aenter__() if self._on_loop else block.__enter__()
-            case Leave(block, error):
-                how = (None, None, None) if error is None else (type(error), error, error.__traceback__)
-                return block.__aexit__(*how) if self._on_loop else block.__exit__(*how)
+        if isinstance(step, Statement):  # in place of `match`, which takes twice as long
+            return self._adapted.execute(step)
+        if isinstance(step, str):
+            return getattr(self._adapted, step)()
+        if isinstance(step, Enter):
+            return step.block.__aenter__() if self._on_loop else step.block.__enter__()
+        if isinstance(step, Leave):
+            error = step.error
+            how = (None, None, None) if error is None else (type(error), error, error.__traceback__)
+            return step.block.__aexit__(*how) if self._on_loop else step.block.__exit__(*how)
+        if isinstance(step, Ask):
+            return self.ask(step.command)
+        return asyncio.sleep(step.seconds) if self._on_loop else time.sleep(step.seconds)
 
     async def asettle(self, outcome: WorkOutcome, ask: Callable[[Any], Any]) -> Settled:
         """Pump `settle` on an event loop, whichever kind of connection it is.
@@ -219,7 +218,8 @@ class Transaction:
             if reason is not None:
                 raise refused(reason, adapted.ADVICE)
             self._identified = adapted.IDENTIFIED
-            self._driver = yield "driver"
+            driver = adapted.known_driver()
+            self._driver = (yield "driver") if driver is None else driver
             carried.take(self, self._driver)
             try:
                 joining = yield from fence.plans.join(self._hold)

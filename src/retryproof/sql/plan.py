@@ -53,7 +53,7 @@ class Straight(Statement):
         self.otherwise = otherwise
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Joining:
     """What joining a caller's transaction came to.
 

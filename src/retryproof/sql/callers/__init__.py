@@ -72,6 +72,9 @@ class BlockingConnection(Protocol):
     def rollback(self) -> None:
         """Roll the caller's transaction back."""
 
+    def known_driver(self) -> object | None:
+        """What `driver` gives, where nothing has to be awaited for it; None where `driver` is to be asked."""
+
     def driver(self) -> object:
         """The driver's own connection, underneath whatever stands for it."""
 
@@ -108,6 +111,8 @@ class LoopConnection(Protocol):
     def commit(self) -> Awaitable[None]: ...
 
     def rollback(self) -> Awaitable[None]: ...
+
+    def known_driver(self) -> object | None: ...
 
     def driver(self) -> Awaitable[object]: ...
 
@@ -193,6 +198,10 @@ class Unguarded:
 
     IDENTIFIED: ClassVar[bool] = False
     ASKS: ClassVar[bool] = True
+
+    def known_driver(self) -> object | None:
+        """See BlockingConnection."""
+        return None
 
     def block(self) -> str | None:
         """See BlockingConnection."""

@@ -49,10 +49,15 @@ class Asyncpg(OnLoop):
         """See BlockingConnection."""
         return BLOCK if getattr(self._top(), "_managed", False) else None
 
+    def known_driver(self) -> object:
+        """See BlockingConnection."""
+        connection = self._underneath()
+        self._begun = getattr(connection, "_top_xact", None)
+        return connection
+
     async def driver(self) -> object:
         """See BlockingConnection."""
-        self._begun = self._top()
-        return self._underneath()
+        return self.known_driver()
 
     def execute(self, statement: Statement) -> Awaitable[Sequence[Row]]:
         """See BlockingConnection."""
