@@ -5,22 +5,18 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import django  # type: ignore[import-untyped]  # Django has no types of its own
 import pytest
-from django.conf import settings  # type: ignore[import-untyped]  # Django has no types of its own
 
 from retryproof import Idempotency, current_operation, errors
 from retryproof.transaction import Outbox
+from tests.stores.engines import alias
 from tests.transaction.support import Database, insert
 
 
 @pytest.fixture
 def connection(database: Database) -> Iterator[Any]:
     """The connection of an alias that leads to the database."""
-    if not settings.configured:
-        settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
-        django.setup()
-    from django.db import connections  # type: ignore[import-untyped]  # as above
+    from django.db import connections  # type: ignore[import-untyped]  # Django has no types of its own
 
     parts = urlsplit(database.store)
     given: dict[str, Any] = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(database.path)}
@@ -32,13 +28,8 @@ def connection(database: Database) -> Iterator[Any]:
             "HOST": parts.hostname,
             "PORT": parts.port,
         }
-    alias = uuid.uuid4().hex
-    connections.settings[alias] = given
-    connections.settings = connections.configure_settings(connections.settings)
-    connections[alias].alias = alias
-    yield connections[alias]
-    connections[alias].close()
-    del connections[alias], connections.settings[alias]
+    for name in alias(**given):
+        yield connections[name]
 
 
 def test_t1_work_and_result_commit_together(database: Database, connection: Any) -> None:
