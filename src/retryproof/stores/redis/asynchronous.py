@@ -21,7 +21,7 @@ from retryproof.stores.redis.blocking import RedisStore
 from retryproof.stores.redis.link import Connection, Link, connected
 from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, RedisReply, RedisRequest
 from retryproof.stores.redis.settings import Settings
-from retryproof.stores.redis.wire import pack, unavailable
+from retryproof.stores.redis.wire import unavailable
 
 T = TypeVar("T")
 
@@ -79,8 +79,8 @@ class AsyncRedisStore(AsyncForwardingStore):
     async def _exchange(self, link: Link, request: RedisRequest, deadline: float) -> RedisReply:
         reply = None
         try:
-            for arguments in request.forms():
-                reply = await link.ask(pack(arguments), deadline)
+            for command in request.forms():
+                reply = await link.ask(command, deadline)
                 if not isinstance(reply, NoScriptError):
                     break
             if isinstance(reply, Exception):

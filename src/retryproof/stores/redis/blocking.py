@@ -18,7 +18,7 @@ from retryproof.drive import pump
 from retryproof.stores.forwarding import ForwardingStore
 from retryproof.stores.redis.protocol import CAPABILITIES, Plan, Protocol, RedisReply, RedisRequest
 from retryproof.stores.redis.settings import Settings
-from retryproof.stores.redis.wire import pack, unavailable
+from retryproof.stores.redis.wire import unavailable
 
 T = TypeVar("T")
 
@@ -90,8 +90,8 @@ class RedisStore(ForwardingStore):
     def _exchange(self, connection: _Connection, request: RedisRequest) -> RedisReply:
         reply = None
         try:
-            for arguments in request.forms():
-                connection.send_packed_command([pack(arguments)], check_health=False)
+            for command in request.forms():
+                connection.send_packed_command([command], check_health=False)
                 try:
                     reply = connection.read_response()
                     break

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from binascii import hexlify
 from collections.abc import Mapping, Sequence
 from struct import Struct, error
 
 from retryproof.core.commands import NOTHING, Acquired, Checkpoint, Claim, Complete, Finished, Release, Renew
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
+from retryproof.stores.redis.resp import HEADS, Packed
 
 FORMAT = 1
 """The first byte of a record. A release that changes the form takes another number, and still reads this one."""
@@ -16,7 +18,9 @@ _LENGTHS = Struct("<BBBI")
 _TOKEN = Struct("<d")
 _LEASE = Struct("<dB")
 _CHECKPOINT = Struct("<II")
-_NONCE_BYTES = 16
+_ID_BYTES, _NONCE_BYTES = 32, 16
+_FENCE_HEAD = HEADS[_TOKEN.size + _NONCE_BYTES]
+_NAMES_AT = _NONCE_BYTES + _LENGTHS.size  # of what a new record is from its nonce on
 _ODD = "surrogatepass"  # one odd name must not fail its neighbours
 
 
@@ -27,26 +31,37 @@ class NotReadable(Exception):
 # What is sent of it: for a whole batch in one loop, since a call an item would cost as much as its work.
 
 
-def new_records(claims: Sequence[Claim]) -> list[bytes]:
+def keys(prefix: bytes, ids: Sequence[bytes]) -> Packed:
+    """The names of records."""
+    if list(map(len, ids)).count(_ID_BYTES) != len(ids):
+        raise ValueError(f"an id has {_ID_BYTES} bytes")
+    before = HEADS[len(prefix) + 2 * _ID_BYTES] + prefix
+    return Packed(len(ids), [before, hexlify(b"".join(ids), b"|", _ID_BYTES).replace(b"|", before)])
+
+
+def new_records(claims: Sequence[Claim]) -> Packed:
     """What each new record is from its nonce on; the script writes what stands before."""
-    records = []
+    parts: list[bytes] = []
     for claim in claims:
         nonce, fingerprint, tenant = claim.nonce, claim.fingerprint, claim.tenant
         if len(nonce) != _NONCE_BYTES:
             raise ValueError(f"a nonce has {_NONCE_BYTES} bytes, not {len(nonce)}")
         trace = claim.trace.encode("utf-8", _ODD) if claim.trace else b""
         lengths = _LENGTHS.pack(len(fingerprint), 0, len(tenant), len(trace))
-        records.append(b"".join((nonce, lengths, fingerprint, tenant, trace)))
-    return records
+        size = _NAMES_AT + len(fingerprint) + len(tenant) + len(trace)
+        parts += (HEADS[size], nonce, lengths, fingerprint, tenant, trace)
+    return Packed(len(claims), parts)
 
 
-def completions(commands: Sequence[Complete]) -> list[bytes]:
+def completions(commands: Sequence[Complete]) -> Packed:
     """Fence and result of each, and then the states in which they settle."""
-    items: list[bytes] = []
+    parts: list[bytes] = []
     for command in commands:
-        items += (_TOKEN.pack(command.token) + command.nonce, command.result or b"")  # the state says what this is
-    items.append(bytes([State.TOMBSTONE if command.result is None else State.COMPLETED for command in commands]))
-    return items
+        result = command.result or b""  # the state says what an empty one is
+        parts += (_FENCE_HEAD, _TOKEN.pack(command.token), command.nonce, HEADS[len(result)], result)
+    states = bytes([State.TOMBSTONE if command.result is None else State.COMPLETED for command in commands])
+    parts += (HEADS[len(states)], states)
+    return Packed(2 * len(commands) + 1, parts)
 
 
 def releases(commands: Sequence[Release]) -> list[bytes]:
@@ -78,6 +93,9 @@ def checkpoints(commands: Sequence[Checkpoint]) -> list[bytes]:
         name = command.name.encode("utf-8", _ODD)
         items += (fence(command), _CHECKPOINT.pack(len(name), len(command.value)) + name + command.value)
     return items
+
+
+# What is read from it
 
 
 def claim_reply(record: bytes) -> Acquired | Finished:

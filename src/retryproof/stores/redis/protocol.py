@@ -36,6 +36,7 @@ from retryproof.core.errors import Unreadable
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 from retryproof.stores.base import Capabilities
 from retryproof.stores.redis import packed
+from retryproof.stores.redis.resp import Argument, Packed, pack
 
 CAPABILITIES = Capabilities(name="redis", native_ttl=True, concurrent=True)
 
@@ -49,7 +50,6 @@ LARGEST_CALL = 8 * 2**20
 """Bytes of results that one call carries; more of them take several, so that the server is not held for long."""
 
 T = TypeVar("T")
-Argument: TypeAlias = bytes | str | int
 RedisReply: TypeAlias = Any
 """What the server answered, as the driver gives it: bytes, int, None or a list of these."""
 
@@ -76,13 +76,13 @@ class RedisRequest:
     script: Script | None = None
     repeatable: bool = True
 
-    def forms(self) -> Iterator[Sequence[Argument]]:
+    def forms(self) -> Iterator[bytes]:
         """What to send, in turn, until the server knows it."""
         if self.script is None:
-            yield self.arguments
+            yield pack(self.arguments)
         else:
-            yield ("EVALSHA", self.script.digest, *self.arguments)
-            yield ("EVAL", self.script.source, *self.arguments)
+            yield pack(["EVALSHA", self.script.digest, *self.arguments])
+            yield pack(["EVAL", self.script.source, *self.arguments])
 
 
 Plan: TypeAlias = Generator[RedisRequest, RedisReply, T]
@@ -112,13 +112,11 @@ class Protocol:
         """One script call; terms that claims have in common are sent once."""
         if not claims:
             return []
-        arguments = self._keys(claims)
         terms, of_keys = _terms(claims)
-        arguments.append(len(terms))
+        arguments: list[Argument] = [*self._keys(claims), len(terms)]
         for one in terms:
             arguments += _terms_arguments(one)
-        arguments.append(of_keys)
-        arguments += packed.new_records(claims)
+        arguments += (of_keys, packed.new_records(claims))
         replies = yield RedisRequest(arguments, self._claim)
         return [
             Acquired(reply, 1, reply, claim.nonce, NOTHING, claim.trace)
@@ -131,7 +129,7 @@ class Protocol:
         """One script call, or a few where the results are large."""
         replies: list[FenceReply | ItemError] = []
         for portion in _portions(commands):
-            replies += yield from self._fenced(self._settle, portion, packed.completions(portion))
+            replies += yield from self._fenced(self._settle, portion, [packed.completions(portion)])
         return replies
 
     def release(self, commands: Sequence[Release]) -> Plan[Batch[FenceReply]]:
@@ -209,11 +207,12 @@ class Protocol:
             gone += (record.id for record, character in zip(batch, answer, strict=True) if character == ord("1"))
         return gone
 
-    def _keys(self, commands: Sequence[Claim] | Sequence[_Fenced]) -> list[Argument]:
-        prefix = self._prefix
-        return [len(commands), *[prefix + hexlify(command.id) for command in commands]]
+    def _keys(self, commands: Sequence[Claim] | Sequence[_Fenced]) -> tuple[int, Packed]:
+        return len(commands), packed.keys(self._prefix, [command.id for command in commands])
 
-    def _fenced(self, script: Script, commands: Sequence[_Fenced], items: list[bytes]) -> Plan[Batch[FenceReply]]:
+    def _fenced(
+        self, script: Script, commands: Sequence[_Fenced], items: Sequence[Argument]
+    ) -> Plan[Batch[FenceReply]]:
         if not commands:
             return []
         answer = yield RedisRequest([*self._keys(commands), *items], script)
