@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -16,7 +18,7 @@ from django.db import connections  # type: ignore[import-untyped]  # Django has 
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import AssertionPool, AsyncAdaptedQueuePool, NullPool, Pool, SingletonThreadPool, StaticPool
 
 from retryproof import AsyncIdempotency, Idempotency, current_operation
 from retryproof.core.commands import Acquired, Renew
@@ -124,6 +126,22 @@ def test_hooks_and_creators_of_the_engine_make_the_connections(url: str, postgre
     assert isinstance(store.claim([new_claim()])[0], Acquired)
     store.close()
     engine.dispose()
+
+
+@pytest.mark.parametrize("kind", [NullPool, StaticPool, SingletonThreadPool, AssertionPool])
+async def test_an_engine_with_any_pool_serves(url: str, kind: type[Pool]) -> None:
+    for engine in engine_of(url, poolclass=kind):
+        store = open_store(engine)
+        claim = new_claim()
+        (acquired,) = store.claim([claim])
+        assert isinstance(acquired, Acquired)
+        async for other in async_engine_of(
+            url, "asyncpg", poolclass=NullPool if kind is NullPool else AsyncAdaptedQueuePool
+        ):
+            same = await aopen_store(other)
+            assert await same.claim([claim]) == [acquired]
+            await same.aclose()
+        store.close()
 
 
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "REPEATABLE READ", "AUTOCOMMIT"])
@@ -253,6 +271,42 @@ class TestDjango:
         for _ in alias(ENGINE="django.db.backends.sqlite3", NAME="other.db"):
             with pytest.raises(ConfigurationError, match=says):
                 open_store(url)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [(None, "settings are not configured"), ("absent_settings", "No module named 'absent_settings'")],
+)
+def test_the_command_line_says_that_django_has_no_settings(module: str | None, says: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+    environment |= {"DJANGO_SETTINGS_MODULE": module} if module else {}
+    done = _retryproof("migrate", "django://default", folder=tmp_path, environment=environment)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_line_finds_settings_in_the_present_directory(tmp_path: Path) -> None:
+    database = {"ENGINE": "django.db.backends.sqlite3", "NAME": "app.db"}
+    (tmp_path / "shop_settings.py").write_text(f"DATABASES = {{'default': {database!r}}}\n")
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "shop_settings"}
+    done = _retryproof("keys", "list", "django://default", folder=tmp_path, environment=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "No records."), done.stderr
+
+
+def _retryproof(*arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    program = (
+        "import sys; sys.path = [part for part in sys.path if part]; from retryproof.cli.__main__ import main; main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
 
 
 class TestSqlite:

@@ -55,8 +55,8 @@ def _wrapper(alias: str) -> Any:
         return connections[alias].copy()
     except ConnectionDoesNotExist as error:
         raise ConfigurationError(f"DATABASES has no {alias!r}; it has {', '.join(connections)}.") from error
-    except ImproperlyConfigured as error:
-        raise ConfigurationError(f"Django has no settings yet (DJANGO_SETTINGS_MODULE): {error}") from error
+    except (ImproperlyConfigured, ImportError) as error:
+        raise ConfigurationError(f"Django cannot be used: {error}. Is DJANGO_SETTINGS_MODULE right?") from error
 
 
 def _maker(alias: str) -> Callable[[], Any]:

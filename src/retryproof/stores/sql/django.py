@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from retryproof.core.errors import ConfigurationError
 from retryproof.sql.engines.django import resolve
 from retryproof.sql.sqlite.url import TIMEOUT
 from retryproof.stores.base import Store
@@ -13,6 +14,11 @@ def from_url(url: str, *, timeout: float = TIMEOUT) -> Store:
     found = resolve(url)
     if isinstance(found, str):
         return sqlite.from_url(found, timeout=timeout)
-    from retryproof.stores.sql.psycopg import PsycopgStore
-
+    try:
+        from retryproof.stores.sql.psycopg import PsycopgStore
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "The store needs psycopg 3, which Django prefers to psycopg2 where it is installed: "
+            "pip install 'retryproof[postgres]'."
+        ) from error
     return PsycopgStore(found, timeout=timeout)
