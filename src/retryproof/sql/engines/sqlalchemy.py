@@ -33,11 +33,10 @@ def file_of(engine: Engine | AsyncEngine) -> str:
 
 def target_of(engine: Engine | AsyncEngine) -> PostgresTarget:
     """The PostgreSQL database, by connections that the engine makes; its pool has no part in them."""
-    pool = engine.pool
 
     def connect() -> Any:
         """The driver's connection, made as the pool makes its own; what hooks began on it is committed."""
-        made = pool.recreate().connect()
+        made = engine.pool.recreate().connect()
         driver = made.driver_connection
         made.commit()
         made.detach()
