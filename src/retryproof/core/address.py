@@ -1,7 +1,7 @@
-"""Addresses of servers, which may hold a password: checked before anything else reads them, and shown without it.
+"""Addresses of servers, which may contain a password: they are checked first, and shown without the password.
 
-A password with an unescaped `/`, `?`, `#` or `@` is cut at the wrong place by every library that reads URLs, and its
-parts come out in their messages as hosts and ports. So a URL is checked here first, and refused in words of our own.
+If a password has an unescaped `/`, `?`, `#` or `@`, every library that reads URLs cuts it at the wrong place, and shows
+its parts in messages as hosts and ports. So URLs are checked here first, and refused with messages of our own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _NO_SERVER = frozenset({"sqlite", "memory"})
 
 
 def scheme_of(url: str) -> str:
-    """The scheme in lower case, "" where there is none that could be shown."""
+    """The scheme in lower case; "" if there is none that can be shown."""
     scheme, separator, _ = url.partition("://")
     return scheme.lower() if separator and _SCHEME.fullmatch(scheme) else ""
 
 
 def check_address(url: str) -> None:
-    """Refuse a URL that cannot be read in one way alone; the ConfigurationError repeats nothing of it."""
+    """Refuse a URL that can be read in more than one way, with a ConfigurationError that shows no part of it."""
     scheme = scheme_of(url)
     if scheme in _NO_SERVER:
         return
@@ -43,8 +43,8 @@ def _has_one_reading(url: str) -> bool:
     authority, rest = _parts(url)
     if authority.count("@") > 1:
         return False
-    # What follows an "@" further on is the host, if what stands before it was part of a password.
-    # The path of a webhook may have one, where the authority is a host alone.
+    # A later "@" may mean that the text before it is a part of the password, and that the host follows it.
+    # The path of a webhook may contain an "@", if the authority is only a host.
     if "@" in rest and not (scheme_of(url) in ("http", "https") and ":" not in authority and "@" not in authority):
         return False
     try:
@@ -54,7 +54,7 @@ def _has_one_reading(url: str) -> bool:
 
 
 def _parts(url: str) -> tuple[str, str]:
-    """The authority, and all that follows it."""
+    """The authority, and everything after it."""
     behind = url.partition("://")[2]
     authority = re.split(r"[/?#]", behind, maxsplit=1)[0]
     return authority, behind[len(authority) :]
@@ -66,7 +66,7 @@ def _is_server(host: str) -> bool:
 
 
 def redacted(url: str) -> str:
-    """A URL as it may be shown, its password hidden."""
+    """A URL as it may be shown, without its password."""
     try:
         check_address(url)
     except ConfigurationError:
@@ -75,7 +75,7 @@ def redacted(url: str) -> str:
 
 
 def destination(url: str) -> str:
-    """Scheme and host alone, for the path and the query of a webhook may be secrets as well; or module:function."""
+    """Only scheme and host, since the path and query of a webhook may be secrets too; or module:function."""
     if FUNCTION.fullmatch(url):
         return url
     try:
@@ -86,7 +86,7 @@ def destination(url: str) -> str:
 
 
 def scrubbed(text: str, url: str) -> str:
-    """A text, such as a driver's message, without the secrets of this URL in any spelling."""
+    """A text, such as a driver's message, without the secrets of this URL, however they are escaped."""
     for secret in sorted(_secrets(url), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text

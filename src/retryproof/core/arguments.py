@@ -1,8 +1,8 @@
 """The fingerprint of a function's arguments (F3).
 
-Arguments become canonical JSON in which every value keeps its type: what JSON has no form for is an object with a
-single name that starts with "$", and a "$" at the start of a caller's own name is doubled. So no two different values
-look alike, except 1 and 1.0, and lists, tuples and named tuples of equal items.
+Arguments become canonical JSON in which every value keeps its type. A value that JSON has no form for becomes an object
+with one name that starts with "$". If a caller's own name starts with "$", that "$" is doubled. So different values
+have different forms, except 1 and 1.0, and lists, tuples and named tuples of equal items.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from retryproof.core.fingerprint import VERSION, Method, seal
 
 
 def arguments(values: Mapping[str, object]) -> bytes:
-    """Return the fingerprint of arguments by name; raise ConfigurationError naming one that has no stable form."""
+    """Return the fingerprint of named arguments; raise ConfigurationError, with its name, if one has no stable form."""
     plain: dict[str, Json] = {}
     for name, value in values.items():
         try:

@@ -1,4 +1,4 @@
-"""What a store answers a batch: one reply an item, and what one pass of reaping did."""
+"""A store's answer to a batch: one reply for each item; and what one pass of reaping did."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from retryproof.core.record import Record
 
 T = TypeVar("T")
 ItemError: TypeAlias = StoreUnavailable | Unreadable
-"""What one item of a batch may fail with: no answer, or a record that this version cannot read (C21)."""
+"""How one item of a batch may fail: no answer, or a record that this version cannot read (C21)."""
 
 Batch = Sequence[T | ItemError]
 """One reply or error for each item, in order."""
@@ -22,8 +22,8 @@ class Reaped:
     """What one bounded pass of reaping did.
 
     settled: how many records past their retention it removed.
-    unsettled: records whose time is over and that have no outcome. They are still there: tell of each, and only then
-        give them back as `told` (C12).
+    unsettled: records without an outcome whose time is over. They still exist: report each of them, and then pass them
+        as `told` (C12).
     more: whether another pass would find more.
     ended: ids of those of `told` that it removed.
     """

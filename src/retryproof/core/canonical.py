@@ -1,8 +1,8 @@
 """Canonical JSON (RFC 8785, JCS): one byte string for all spellings of the same JSON text.
 
-Two texts get the same canonical form only if every reader takes them for the same value. Where readers differ
-(repeated names, integers past 2^53, numbers a double cannot hold, lone surrogates, invalid UTF-8) there is no canonical
-form, and callers fall back to the raw bytes.
+Two texts have the same canonical form only if every reader reads them as the same value. If readers differ (repeated
+names, integers above 2^53, numbers that a double cannot represent, lone surrogates, invalid UTF-8), there is no
+canonical form, and callers use the raw bytes.
 """
 
 import json
@@ -25,7 +25,7 @@ class NotCanonical(ValueError):
 
 
 def canonical_json(body: bytes) -> bytes | None:
-    """Return the canonical form of a JSON text, or None where the raw bytes have to stand for it."""
+    """Return the canonical form of a JSON text, or None if the raw bytes have to be used."""
     try:
         return serialise(parse(body))
     except NotCanonical:
@@ -33,7 +33,7 @@ def canonical_json(body: bytes) -> bytes | None:
 
 
 def parse(body: bytes) -> Json:
-    """Return the value of a JSON text that every reader understands alike; raise NotCanonical otherwise."""
+    """Return the value of a JSON text that all readers read in the same way; raise NotCanonical otherwise."""
     try:
         value: Json = _decoder.decode(body.decode("utf-8"))
     except NotCanonical:
@@ -46,7 +46,7 @@ def parse(body: bytes) -> Json:
 def serialise(value: Json, *, errors: str = "strict") -> bytes:
     """Return the canonical form of a value; integers keep all their digits. Raises NotCanonical.
 
-    `errors` is how lone surrogates are encoded: "strict" refuses them, "surrogatepass" keeps them apart.
+    `errors` is how lone surrogates are encoded: "strict" refuses them, "surrogatepass" keeps them distinct.
     """
     out: list[str] = []
     try:
@@ -122,7 +122,7 @@ def _write_object(members: dict[str, Json], out: list[str], depth: int) -> None:
 
 
 def _in_utf16_order(names: dict[str, Json]) -> list[str]:
-    # Code points and UTF-16 code units sort alike, except where U+E000 to U+FFFF meet what lies above them.
+    # Code points and UTF-16 code units have the same order, except for U+E000 to U+FFFF and code points above.
     if any(map(_ABOVE_SURROGATES.search, names)):
         return sorted(names, key=lambda name: name.encode("utf-16-be", "surrogatepass"))
     return sorted(names)
@@ -143,13 +143,13 @@ def _integer(text: str) -> int:
 
 
 def _float(text: str) -> float:
-    """Return the double that a number's text stands for, unless it plainly stands for more than a double holds."""
+    """Return the double for a number's text; raise NotCanonical if a double cannot represent the number."""
     number = float(text)
     size = abs(number)
     if size == float("inf"):
         raise NotCanonical("a number overflows a double")
-    # Doubles are written with up to 17 significant digits, which RFC 8785 rounds. More digits, integers past 2^53 and
-    # underflow would make numbers equal that a reader with decimals keeps apart.
+    # Doubles are written with up to 17 significant digits, which RFC 8785 rounds. With more digits, integers above 2^53
+    # and underflow, numbers would become equal that a reader with decimals distinguishes.
     beyond = size >= MAX_INTEGER or size < 1e-300 or _significant_digits(text) > 17
     if beyond and Decimal(text) != Decimal(repr(number)):
         raise NotCanonical("a number has more digits than a double holds")

@@ -1,7 +1,7 @@
-"""How results are written into records: a versioned envelope around a response or a value.
+"""How results are stored in records: a versioned envelope around a response or a value.
 
-Every stored result starts with a version byte and a kind byte. What cannot be read back (cut off, damaged, of a later
-version, written by another codec) is `errors.Unreadable`, never a wrong result.
+Every stored result starts with a version byte and a kind byte. A result that cannot be read (cut off, damaged, of a
+later version, written by another codec) raises `errors.Unreadable`; it is never a wrong result.
 
 A response is one packed head, then its bytes. Numbers are big-endian:
 
@@ -44,7 +44,7 @@ _RESPONSE = ord("R")
 _VALUE = ord("V")
 _OMITTED = 1
 OMITTED_VALUE = bytes((VERSION, ord("O")))
-"""In the place of a value that could not be kept: it was there, and what made it is not run again (C14)."""
+"""Stands for a value that could not be stored: its step is done, and does not run again (C14)."""
 
 _HEAD = struct.Struct(">BBBHHI")
 _LENGTHS = struct.Struct(">HI")
@@ -134,12 +134,12 @@ class Codec(Protocol):
 
 
 def encode_value(codec: Codec, value: object) -> bytes:
-    """Return a value as it is stored; raise Unencodable, and nothing else, where the codec cannot write it."""
+    """Return a value as it is stored; raise only Unencodable, if the codec cannot write it."""
     try:
         return _envelope(codec.name) + codec.encode(value)
     except Unencodable:
         raise
-    except Exception as error:  # The effect has happened: whatever a codec raises must end as a tombstone (C17).
+    except Exception as error:  # The effect has happened, so every exception of a codec must lead to a tombstone (C17).
         raise Unencodable(f"codec {type(codec).__name__} failed: {_said(error)}") from error
 
 
@@ -158,7 +158,7 @@ def _envelope(name: str) -> bytes:
 
 
 def decode_value(codec: Codec, data: bytes) -> Any:
-    """Return a stored value; raise Unreadable, and nothing else, if this codec did not write it or cannot read it."""
+    """Return a stored value; raise only Unreadable, if this codec did not write it or cannot read it."""
     if len(data) < 3 or data[0] != VERSION or data[1] != _VALUE:
         raise _unreadable(data, _VALUE)
     start = 3 + data[2]
@@ -169,7 +169,7 @@ def decode_value(codec: Codec, data: bytes) -> Any:
         return codec.decode(data[start:])
     except Unreadable:
         raise
-    except Exception as error:  # A codec may raise anything on bytes that it did not write; C21 asks for one error.
+    except Exception as error:  # a codec may raise anything for bytes of another one (C21)
         raise Unreadable(
             f"The stored result cannot be read by codec {name!r}: {type(error).__name__}. "
             "Was the annotation changed since it was stored?"
@@ -177,12 +177,12 @@ def decode_value(codec: Codec, data: bytes) -> Any:
 
 
 def encode_and_replay(codec: Codec, value: object) -> tuple[bytes, Any]:
-    """Return a value as it is stored, and as every caller is to see it, the first one too (C16).
+    """Return a value as it is stored, and as every caller gets it, also the first one (C16).
 
-    Raises Unencodable, and nothing else, for a value that the codec cannot write or could not read back.
+    Raises only Unencodable, for a value that the codec cannot write or could not read back.
     """
     if type(codec) is JsonCodec and codec.is_plain:
-        # Plain JSON is read back as it was written, so there is nothing to read.
+        # Plain JSON is read back as it was written, so decoding it again is unnecessary.
         value, payload = codec.encode_plain(value)
         return _envelope(codec.name) + payload, value
     data = encode_value(codec, value)
@@ -193,7 +193,7 @@ def encode_and_replay(codec: Codec, value: object) -> tuple[bytes, Any]:
 
 
 class JsonCodec:
-    """JSON, and what an annotation says of dataclasses, dates, decimals and so on; without one, plain JSON alone."""
+    """JSON, with dataclasses, dates, decimals and so on by an annotation; without one, only plain JSON."""
 
     name = "json"
 
@@ -224,7 +224,7 @@ Extension: TypeAlias = Callable[[object], Codec | None]
 
 
 def codec_for(annotation: object, extensions: Sequence[Extension] = ()) -> Codec:
-    """Return the codec for an annotation: the first that an extension offers, else JSON.
+    """Return the codec for an annotation: the first that an extension offers, or else JSON.
 
     Raises ConfigurationError, naming the annotation, where there is none.
     """

@@ -1,4 +1,4 @@
-"""What the protocol asks for, and what it is told: plain values between the state machine, the pumps and the stores.
+"""Commands and replies: plain values between the state machine, the code that performs commands, and the stores.
 
 A store sees the commands from `Claim` to `Checkpoint`, in batches, and answers each with one of the replies below.
 Ids are 32 bytes, nonces 16; `token` is the fencing token; times are microseconds of the store's clock since the epoch;
@@ -26,12 +26,12 @@ NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 @value
 class Claim:
-    """Take the operation, or say why not. Repeated with the same nonce it gives the same answer (C3).
+    """Take the operation, or say why not. A repeated claim with the same nonce gets the same answer (C3).
 
     fingerprint: at most 64 bytes; compared byte for byte.
     tenant: 16 bytes that name the tenant, or none; for purging.
     trace: the caller's trace context (W3C traceparent), or "".
-    on_abandoned: what becomes of an attempt that died; `settle` is an operator's, who takes over whatever is known.
+    on_abandoned: what happens after an attempt died; `settle` is for an operator, who takes over in any state.
     alone: 2 when this process holds no other operation, 1 when it holds none that was taken over, else 0 (C15).
     """
 
@@ -50,9 +50,9 @@ class Claim:
 
 @value
 class Complete:
-    """Settle the operation with its result; None makes a tombstone: done, with nothing to replay.
+    """Settle the operation with its result. None makes a tombstone: it is done, and there is nothing to replay.
 
-    listed: it is in the completer's worklist, and is to be removed from it (T3).
+    listed: it is in the completer's worklist, and this command has to remove it (T3).
     """
 
     id: bytes
@@ -64,10 +64,10 @@ class Complete:
 
 @value
 class Release:
-    """Give the operation back: this attempt failed and said so, or nothing ran under it.
+    """Release the operation: this attempt failed and said so, or it ran nothing.
 
-    settles: an operator says that no attempt had its effect, those included that ended unknown: attempts and deaths are
-    counted from the start again (C12, C15).
+    settles: an operator says that no attempt had its effect, including attempts that ended unknown. Attempts and deaths
+    are counted from the start again (C12, C15).
     """
 
     id: bytes
@@ -78,7 +78,7 @@ class Release:
 
 @value
 class Renew:
-    """Hold the operation for `lease` seconds from now; `alone` False says that its process runs others beside it."""
+    """Hold the operation for `lease` seconds from now; `alone` is False if its process runs other operations too."""
 
     id: bytes
     nonce: bytes
@@ -89,7 +89,7 @@ class Renew:
 
 @value
 class Checkpoint:
-    """Keep a value under a name for later attempts; a name kept before is overwritten."""
+    """Store a value under a name for later attempts; a value with the same name is replaced."""
 
     id: bytes
     nonce: bytes
@@ -98,19 +98,19 @@ class Checkpoint:
     value: bytes
 
 
-# Commands to the pump
+# Commands to the pump, which performs them for the state machine
 
 
 @value
 class Run:
-    """Run the caller's work under this hold; answered with a WorkOutcome, or with NotBegun."""
+    """Run the caller's work under this hold. The reply is a WorkOutcome, or NotBegun."""
 
     hold: Hold
 
 
 @value
 class Pause:
-    """Wait; `waiting` says that a duplicate waits for the running attempt and may be refused or leave."""
+    """Wait. `waiting`: a duplicate waits for the running attempt, and may be refused or leave."""
 
     seconds: float
     waiting: bool = False
@@ -118,21 +118,21 @@ class Pause:
 
 @value
 class Look:
-    """Read the record as it stands; answered with Found."""
+    """Read the record as it is now. The reply is Found."""
 
     id: bytes
 
 
 @value
 class Disown:
-    """Undo a claim whose answer was lost, in the background: its caller has gone."""
+    """Release a claim whose answer was lost, in the background, because its caller has gone."""
 
     claim: Claim
 
 
 @value
 class Linger:
-    """Go on renewing and settling in the background until it is stored or fenced off (C10)."""
+    """Continue to renew and settle in the background until the result is stored or fenced off (C10)."""
 
     hold: Hold
     last: Complete | Release
@@ -147,7 +147,7 @@ Command = StoreCommand | Run | Pause | Look | Disown | Linger
 
 @value
 class Acquired:
-    """Held until the lease ends. `birth` is the nonce of the first claim ever; derived ids come from it (C13)."""
+    """Held until the lease ends. `birth` is the nonce of the very first claim; derived ids come from it (C13)."""
 
     token: int
     attempt: int
@@ -166,7 +166,7 @@ class Running:
 
 @value
 class Finished:
-    """Settled; result None is a tombstone. `stored` False: this process holds the result, for a store out of reach."""
+    """Settled; result None is a tombstone. `stored` False: only this process has the result, as the store is down."""
 
     result: bytes | None
     attempt: int
@@ -177,14 +177,14 @@ class Finished:
 
 @value
 class Mismatch:
-    """The record was made by other input, whose fingerprint this is."""
+    """The record has another input, with this fingerprint."""
 
     fingerprint: bytes
 
 
 @value
 class Abandoned:
-    """An attempt died and no other may run: `refused` by the policy, `poisoned` after too many, or `committed`.
+    """An attempt died and no other may run: `refused` by the policy, `poisoned` after too many deaths, or `committed`.
 
     committed: its work was committed in the caller's transaction, and its result was not (T1).
     """
@@ -206,7 +206,7 @@ class Done:
 
 @value
 class Lost:
-    """Token or nonce are not current, or the operation is settled otherwise: nothing was changed."""
+    """Token or nonce is not current, or the operation was settled in another way: nothing was changed."""
 
 
 DONE = Done()
@@ -219,7 +219,7 @@ FenceReply = Done | Lost
 
 @value
 class Unreachable:
-    """The store gave no answer; what was asked may have been done, unless `sent` says that it never left."""
+    """The store gave no answer. The command may have been done, unless `sent` is False: then it was never sent."""
 
     error: Exception
     sent: bool = True
@@ -227,14 +227,14 @@ class Unreachable:
 
 @value
 class Found:
-    """The record as it stands, or None."""
+    """The record as it is now, or None."""
 
     record: Record | None
 
 
 @value
 class Returned:
-    """The work is done; its encoded result, or None for one that is not kept."""
+    """The work is done, with its encoded result, or None for a result that is not kept."""
 
     result: bytes | None
 
@@ -248,7 +248,7 @@ class Committed:
 
 @value
 class Raised:
-    """The work failed; `unknown` says that its effect may have happened all the same."""
+    """The work failed; `unknown`: its effect may have happened all the same."""
 
     unknown: bool = False
 
@@ -260,9 +260,9 @@ class Cancelled:
 
 @value
 class Stopped:
-    """The work was told to stop, by a shutdown or a time limit: whether it had its effect is not known.
+    """A shutdown or a time limit stopped the work: nobody knows whether it had its effect.
 
-    Like Cancelled, but never released, whatever the policy says of cancellation.
+    Like Cancelled, but it is never released, whatever the policy says about cancellation.
     """
 
 
@@ -273,18 +273,18 @@ class LeaseLost:
 
 @value
 class NotBegun:
-    """The work was not called: in the step that was to call it, `hold.may_begin` said no (C6)."""
+    """The work was not called, because `hold.may_begin` said no in the step that should call it (C6)."""
 
 
 @value
 class Paused:
-    """The pause is over; `on` False says that there is no more waiting: too many wait, or the client has left."""
+    """The pause is over. `on` False: stop waiting, because too many callers wait or the client has left."""
 
     on: bool = True
 
 
 WorkOutcome = Returned | Committed | Raised | Cancelled | Stopped | LeaseLost
-"""What came of the work."""
+"""How the work ended."""
 
 NOT_BEGUN = NotBegun()
 

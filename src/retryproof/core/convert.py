@@ -1,9 +1,10 @@
 """Converters between typed values and plain JSON values, built from annotations.
 
-A converter only takes what it can give back: the exact types of the annotation, not their subclasses, so that a replay
-has the type that the first caller saw. It is built once, when a function is decorated, and knows nothing of bytes.
+A converter only accepts values that it can give back: of the exact types of the annotation, not of their subclasses. So
+a replay has the type that the first caller saw. A converter is built once, when a function is decorated, and does not
+deal with bytes.
 
-Unions store the name of the member that took the value, in `[name, value]`; `X | None` stores null for None.
+A union stores the name of the member that accepted the value, as `[name, value]`; `X | None` stores null for None.
 """
 
 import types
@@ -34,7 +35,7 @@ def converter_for(annotation: object) -> Converter:
 
 
 class _Builder:
-    """Builds converters; remembers classes that are being built, for those that contain themselves."""
+    """Builds converters. It remembers the classes that it is building, since a class may contain itself."""
 
     def __init__(self) -> None:
         self._classes: dict[type, Converter] = {}
@@ -99,7 +100,7 @@ class _Builder:
         if kind in self._classes:
             unfinished = self._classes
             return Converter(lambda value: unfinished[kind].encode(value), lambda value: unfinished[kind].decode(value))
-        # What stands here until the class is built is never called, only looked up again.
+        # This placeholder is only looked up, never called, until the class is built.
         self._classes[kind] = Converter(unchanged, unchanged)
         self._classes[kind] = self._members(kind)
         return self._classes[kind]
@@ -195,7 +196,7 @@ def _literal(values: tuple[Any, ...]) -> Converter:
     by_name = {repr(each): each for each in values}
 
     def encode(value: Any) -> str:
-        # The type counts as well, since 1 == True.
+        # The type matters too, since 1 == True.
         for name, each in by_name.items():
             if type(each) is type(value) and each == value:
                 return name
@@ -233,8 +234,8 @@ def _typed_dict(kind: Any, members: dict[str, Converter]) -> Converter:
 def _dataclass(kind: Any, members: dict[str, Converter]) -> Converter:
     """Return the converter of a dataclass.
 
-    A field that was added since has its default, one that was removed is passed over. The constructor is called, then
-    every stored field set, so that what `__post_init__` changes is not changed twice.
+    A field that was added later has its default; a field that was removed is ignored. The constructor is called, and
+    then every stored field is set, so that the changes of `__post_init__` are not made twice.
     """
     own: tuple[Field[Any], ...] = fields(kind)
 

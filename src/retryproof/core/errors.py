@@ -4,22 +4,22 @@ IdempotencyError
 ├── InProgress          the same operation is running elsewhere; try again after `retry_after` seconds
 ├── Mismatch            the key was used before, with other input; it never runs
 ├── OutcomeUnknown      an earlier attempt died and may have had its effect; an operator settles it
-├── LeaseLost           another attempt took over; what this one did is not recorded
+├── LeaseLost           another attempt took over; the result of this one is not recorded
 ├── StoreUnavailable    the store gave no answer; the message says whether anything was begun
 ├── InvalidKey          the key is missing, malformed or too weak
-├── ResultOmitted       done, never run again; the result was too large or could not be kept
+├── ResultOmitted       the operation is done and never runs again; its result was too large or could not be kept
 ├── Unreadable          a record written in a format that this version cannot read
-├── NoOperation         asked for the current operation outside of one
-└── ConfigurationError  an option that makes no sense; raised when it is given
+├── NoOperation         the current operation was asked for outside an operation
+└── ConfigurationError  an option or a use that cannot work; raised when it is given
 
-Each names the operation by its digest, says what happened and what to do, and pickles.
+Each error names the operation by its digest, says what happened and what to do, and can be pickled.
 """
 
 from __future__ import annotations
 
 
 class IdempotencyError(Exception):
-    """The base of all errors; `digest` names the operation (16 hex digits) where one is known."""
+    """The base of all errors; `digest` names the operation (16 hex digits), if it is known."""
 
     def __init__(self, message: str, *, digest: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -50,9 +50,9 @@ class Mismatch(IdempotencyError):
 class OutcomeUnknown(IdempotencyError):
     """An attempt ended without saying whether it had its effect.
 
-    Raised by a handler, alone or in an exception group, it keeps the record in progress, for `Policy.on_abandoned` to
-    decide. Where something between the handler and Retryproof catches it, call `operation.outcome_unknown()`. Raised to
-    a caller it means that the operation is refused until an operator settles it.
+    If a handler raises it, alone or in an exception group, the record stays in progress, and `Policy.on_abandoned`
+    decides. If something between the handler and Retryproof catches it, call `operation.outcome_unknown()`. A caller
+    that gets it learns that the operation is refused until an operator settles it.
     """
 
 
@@ -63,13 +63,13 @@ class LeaseLost(IdempotencyError):
 class StoreUnavailable(IdempotencyError):
     """The store gave no answer in time; the message says whether anything was begun.
 
-    Raised by `run` before the function begins: nothing was run. Raised inside it, by a step, a phase or a commit: the
-    message says what is known. Try again with the same key; never with a new one.
+    If `run` raises it before the function begins, nothing was run. If a step, a phase or a commit raises it inside the
+    function, the message says what is known. Try again with the same key, never with a new one.
     """
 
 
 class InvalidKey(IdempotencyError):
-    """The key is missing, malformed or weaker than asked for."""
+    """The key is missing, malformed, or weaker than required."""
 
 
 class ResultOmitted(IdempotencyError):
@@ -77,7 +77,7 @@ class ResultOmitted(IdempotencyError):
 
 
 class Unreadable(IdempotencyError):
-    """A record in a format that this version cannot read; it is neither run nor called a mismatch."""
+    """A record in a format that this version cannot read. It does not run, and does not count as a mismatch."""
 
 
 class NoOperation(IdempotencyError):
@@ -85,4 +85,4 @@ class NoOperation(IdempotencyError):
 
 
 class ConfigurationError(IdempotencyError):
-    """An option that makes no sense."""
+    """An option or a use that cannot work."""

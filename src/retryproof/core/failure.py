@@ -1,4 +1,4 @@
-"""What an exception says of the effect: that there was none, or that nobody knows (C5)."""
+"""What an exception says about the effect: there was none, or nobody knows (C5)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _TIME_LIMITS = {
     ("billiard.exceptions", "TimeLimitExceeded"),
     ("rq.timeouts", "BaseTimeoutException"),  # RQ's, by SIGALRM
 }
-"""Time limits that a signal raises, wherever the work happens to be: they cancel it. Yet they are `Exception`s, which
-by their type alone would say that nothing was done. Known by module and name: the core imports no task queue."""
+"""Time limits that a signal raises, wherever the work is: they cancel it. But they are subclasses of `Exception`, whose
+type alone would say that nothing was done. They are recognised by module and name: the core imports no task queue."""
 
 
 def outcome_of(error: BaseException, unknown_on: tuple[type[BaseException], ...] = ()) -> Raised | Cancelled:
-    """What the work came to that raised this; a group says what the worst of its exceptions says.
+    """The outcome of work that raised this exception; for a group, the worst outcome of its exceptions.
 
-    An exception that was raised `from` one that does not know the outcome does not know it either; who has found out
-    raises `from None`. What it was raised from does not make a cancellation of it: `asyncio.timeout` raises so.
-    unknown_on: further exceptions that say what OutcomeUnknown says.
+    If an exception was raised `from` one with an unknown outcome, its outcome is unknown too. Code that has found out
+    the outcome raises `from None`. But an exception that was raised from a cancellation is no cancellation itself:
+    `asyncio.timeout` raises in this way.
+    unknown_on: further exceptions that mean the same as OutcomeUnknown.
     """
     if any(isinstance(found, (OutcomeUnknown, *unknown_on)) for found in _with_causes(error)):
         return Raised(unknown=True)
@@ -37,24 +38,24 @@ def unknown_in(error: BaseException) -> OutcomeUnknown | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it holds as a group, and what led to it: what it was raised from, or while handling."""
+    """An exception, the exceptions of its group, and those that it was raised from, or raised while handling."""
     return _walk(error, lambda found: (found.__cause__, found.__context__))
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it holds as a group, and what they were raised from."""
+    """An exception, the exceptions of its group, and those that they were raised from."""
     return _walk(error, lambda found: (found.__cause__,))
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what it holds as a group."""
+    """An exception, and the exceptions of its group."""
     return _walk(error, lambda found: ())
 
 
 def _walk(
     error: BaseException, before: Callable[[BaseException], Iterable[BaseException | None]]
 ) -> Iterator[BaseException]:
-    """Each exception once, in the order of depth; the chains of exceptions may lead back."""
+    """Each exception once, in the order of depth. Chains of exceptions may contain cycles."""
     seen: set[int] = set()
     left = deque([error])
     while left:

@@ -1,4 +1,4 @@
-"""What a diagnosis says of a store: one finding a check, each with its verdict (O2)."""
+"""The findings of a diagnosis of a store: one for each check, with its verdict (O2)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 SKEW_WARNING = 2.0
-"""Seconds between the host's clock and the store's beyond which times that people compare are misleading."""
+"""If the host's clock and the store's differ by more seconds than this, people who compare times are misled."""
 
 
 class Verdict(StrEnum):
-    """How a check came out: as it should be, worth knowing, or unsafe."""
+    """The result of a check: good, worth knowing, or unsafe."""
 
     OK = "ok"
     WARN = "warn"
@@ -19,7 +19,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check. says: what was found. advice: what to do about it, "" where nothing."""
+    """One check. says: what was found. advice: what to do about it, or ""."""
 
     check: str
     verdict: Verdict
@@ -28,7 +28,7 @@ class Finding:
 
 
 def clock_skew(store: float, before: float, after: float) -> Finding:
-    """Judge the store's clock against the host's, read before and after; all are seconds since the epoch."""
+    """Compare the store's clock with the host's, read before and after; all are seconds since the epoch."""
     skew = max(before - store, store - after, 0.0)
     if skew <= SKEW_WARNING:
         return Finding("clock", Verdict.OK, f"within {SKEW_WARNING:g} s of this host's")

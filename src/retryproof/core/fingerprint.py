@@ -1,11 +1,11 @@
 """Fingerprints: whether a request or a call that reuses a key asks for the same thing.
 
-A stored fingerprint is one version byte, one byte for the method that made it, and a SHA-256. The method is what was
-done, not what was asked for: a JSON body without a canonical form is fingerprinted raw and says so. Every part that is
-hashed is framed by its length, except the body, which comes last; so no two different requests hash the same bytes.
+A stored fingerprint is one version byte, one byte for the method that made it, and a SHA-256. The byte names the method
+that was used, which may differ from the option: a JSON body without a canonical form is fingerprinted raw. Every hashed
+part is preceded by its length, except the body, which comes last. So two different requests never hash the same bytes.
 
-What a strategy does not look at does not count: `json` takes two spellings of one value for the same request, and
-`fields(...)` only looks at the fields it was given.
+A strategy ignores the rest: for `json`, two spellings of one value are the same request, and `fields(...)` compares
+only the given fields.
 """
 
 import hashlib
@@ -25,12 +25,13 @@ from retryproof.core.multipart import MultipartDigest
 VERSION = 1
 LENGTH = 34
 MAX_JSON = 1024 * 1024
-"""Bytes up to which a JSON body is compared by its value, which takes some 0.3 s of a core at this size. A larger body
-is compared byte for byte."""
+"""A JSON body of up to this many bytes is compared by its value, which takes about 0.3 s of a core at this size. A
+larger
+body is compared byte for byte."""
 
 
 class Method(IntEnum):
-    """What a fingerprint was taken of; stored, so numbers never change."""
+    """How a fingerprint was made. It is stored, so the numbers never change."""
 
     RAW = 1
     JSON = 2
@@ -51,7 +52,7 @@ class Hasher(Protocol):
 
 
 class Strategy(Protocol):
-    """How the fingerprint of a request is taken."""
+    """A way to make the fingerprint of a request."""
 
     def begin(self, method: str, path: bytes, query: bytes, content_type: bytes) -> Hasher:
         """Return a hasher for the body of one request."""
@@ -59,7 +60,7 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a fingerprint callable is given; its answer alone is the fingerprint."""
+    """The argument of a fingerprint callable; the callable's answer alone is the fingerprint."""
 
     method: str
     path: bytes
@@ -85,7 +86,8 @@ def version_of(stored: bytes) -> tuple[int, int]:
 def comparable(stored: bytes, configured: Strategy) -> Strategy | None:
     """Return the strategy that makes a request's fingerprint the way a stored one was made, None if none can (C21).
 
-    Fields do not name their pointers: after those were changed, an older record is a mismatch.
+    A stored fingerprint of fields does not name its pointers: after a change of the pointers, older records are
+    mismatches.
     """
     _, method = version_of(stored)
     if method in (Method.RAW, Method.MULTIPART):
@@ -117,7 +119,7 @@ def canonical_media_type(content_type: bytes) -> bytes:
 def selected_fields(body: bytes, pointers: Sequence[str]) -> bytes | None:
     """Return the canonical form of what JSON Pointers (RFC 6901) select, or None where `body` has no canonical form.
 
-    Absent is told apart from null, and every pointer counts.
+    An absent value differs from null, and every pointer counts.
     """
     try:
         document = parse(body)
@@ -183,7 +185,7 @@ class _BufferedFingerprint:
 
 
 class _JsonFingerprint:
-    """Reduces a JSON body to what counts; one past MAX_JSON, or one that cannot be reduced, is taken raw."""
+    """Reduces a JSON body to what counts. A body over MAX_JSON, or one that cannot be reduced, is hashed raw."""
 
     __slots__ = ("_chunks", "_method", "_raw", "_reduce", "_request", "_size")
 
@@ -264,7 +266,7 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Custom:
-    """What a callable makes of the whole request counts, and nothing else."""
+    """Only what a callable returns for the whole request counts."""
 
     function: CustomFingerprint
 
@@ -287,7 +289,7 @@ json = CanonicalJson()
 
 
 def fields(*pointers: str) -> Fields:
-    """Return the strategy that looks at these JSON Pointers alone, such as "/amount"."""
+    """Return the strategy that compares only the values at these JSON Pointers, such as "/amount"."""
     if not pointers:
         raise ConfigurationError('fields() needs at least one JSON Pointer, such as "/amount".')
     for pointer in pointers:
@@ -313,7 +315,7 @@ def strategy_for(option: object) -> Strategy:
 def _begin_json(
     method: Method, reduce: Callable[[bytes], bytes | None], request: tuple[str, bytes, bytes, bytes]
 ) -> Hasher:
-    """Return a hasher that reduces JSON bodies, and takes others raw."""
+    """Return a hasher that reduces JSON bodies, and hashes other bodies raw."""
     return _JsonFingerprint(method, reduce, request) if _is_json(request[3]) else raw.begin(*request)
 
 
@@ -331,7 +333,7 @@ def _tag(method: Method) -> bytes:
 def _raw_hash(method: str, path: bytes, query: bytes, content_type: bytes) -> "hashlib._Hash":
     """Return the hash that raw fingerprints of a route begin with; to be copied, not updated.
 
-    It is remembered where path, query and media type, which callers choose, are short.
+    It is cached if path, query and media type, which callers choose, are short.
     """
     short = len(path) + len(query) + len(content_type) <= REMEMBERED
     return (_raw_head if short else _raw_head.__wrapped__)(method, path, query, content_type)
@@ -356,7 +358,7 @@ def _counts(name: bytes, multipart: bool) -> bool:
 
 
 def _parse_content_type(content_type: bytes) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """Return media type and parameters, names in lower case; of a malformed one the whole, without parameters."""
+    """Return media type and parameters, names in lower case; a malformed one as a whole, without parameters."""
     media_type, semicolon, rest = content_type.partition(b";")
     parameters: list[tuple[bytes, bytes]] = []
     remaining = semicolon + rest.rstrip(b" \t")
@@ -382,7 +384,7 @@ def _boundary(content_type: bytes) -> bytes | None:
 
 def _is_json(content_type: bytes) -> bool:
     media_type, parameters = _parse_content_type(content_type)
-    # In another charset the same bytes are another text.
+    # In another charset, the same bytes are another text.
     if any(value not in (b"utf-8", b"utf8") for name, value in parameters if name == b"charset"):
         return False
     return media_type == b"application/json" or media_type.endswith(b"+json")

@@ -1,17 +1,19 @@
 """The state machine: one attempt at one operation, as a generator without I/O.
 
-Theory. Two rules make a retry harmless: at most one unexpired claim stands on an operation, and what a claim's holder
-writes is fenced, so that a holder that lost its claim changes nothing. Everything else follows: a caller gets a result
-only after it is stored; an answer that was lost is asked for again under the same nonce; what cannot be known is said
-to be unknown.
+Theory. Two rules make a retry safe. An operation has at most one unexpired claim. Every write of a holder is fenced, so
+that a holder that lost its claim changes nothing. Everything else follows: a caller gets a result only after it is
+stored; after a lost answer, the attempt asks again with the same nonce; an outcome that nobody can know is reported as
+unknown.
 
-`attempt` yields commands and is sent `(reply, now)`; `now` is the pump's monotonic clock in seconds. It returns a
-conclusion. TABLE is the whole automaton, checked against the code by the explorer, and the documentation's diagram
-is drawn from it.
+`attempt` yields commands and receives `(reply, now)`; `now` is the monotonic clock of the code that performs the
+commands (the pump, `drive.py`), in seconds. It returns a conclusion. TABLE is the whole automaton. The explorer checks
+it against the code, and the documentation's diagram is drawn from it.
 
-Most attempts need only a few steps of it: `after_claim`, `to_settle` and `after_settling` are these steps as plain
-functions, which the machine uses and callers may. Where one of them does not decide, the caller starts the machine at
-that point, with what it was told in hand: `attempt` and `settle` take the first reply, `ended` begins at the outcome.
+Most attempts need only a few of its steps. `after_claim`, `to_settle` and `after_settling` are these steps as plain
+functions: the machine uses them, and callers may use them directly. If one of them does not decide, the caller starts
+    the
+machine at that point, with the reply that it has: `attempt` and `settle` take the first reply, `ended` begins at the
+outcome.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ FIRST_BACKOFF = 0.05
 """Seconds before a failed settling is repeated; doubled each time, up to LAST_BACKOFF."""
 LAST_BACKOFF = 1.0
 ALGORITHM = 2
-"""Bytes at a fingerprint's start that name the algorithm which made it."""
+"""How many bytes at the start of a fingerprint name its algorithm."""
 
 
 # Conclusions
@@ -71,9 +73,9 @@ ALGORITHM = 2
 
 @value
 class Completed:
-    """This attempt ran and its result is stored; or, with `stored` False, is being stored in the background (C10).
+    """This attempt ran. Its result is stored; or, if `stored` is False, is being stored in the background (C10).
 
-    gone: it never will be, since the record is not there any more; its caller gets it all the same.
+    gone: the record is gone, so that the result will never be stored; its caller gets it all the same.
     """
 
     hold: Hold
@@ -84,7 +86,7 @@ class Completed:
 
 @value
 class Replayed:
-    """The operation was done before; `overtaken` says that this attempt ran as well, and lost its lease."""
+    """The operation was done before; `overtaken`: this attempt ran too, and lost its lease."""
 
     finished: Finished
     overtaken: bool = False
@@ -100,7 +102,7 @@ class Busy:
 
 @value
 class Failed:
-    """The work raised or was cancelled; `released` says whether another attempt may run at once."""
+    """The work raised or was cancelled; `released`: whether another attempt may run at once."""
 
     hold: Hold
     released: bool
@@ -129,7 +131,7 @@ class Down:
 
 @value
 class Foreign:
-    """The record's fingerprint was made by an algorithm that is not known here (C21)."""
+    """The record's fingerprint was made by an algorithm that this release does not know (C21)."""
 
     fingerprint: bytes
 
@@ -164,17 +166,17 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     (OVERTAKEN, "Found"): ("Replayed", "Busy", "Completed", "Failed"),
     (OVERTAKEN, "Unreachable"): ("Down",),
 }
-"""(state, reply) -> where it may lead: a state, or a conclusion."""
+"""(state, reply) -> what may follow: a state, or a conclusion."""
 
 
 # The steps of the common case
 
 
 def after_claim(claim: Claim, reply: Reply, since: float, asked: float, policy: Policy) -> Hold | Replayed | None:
-    """What the reply to a claim decides by itself; None: the machine decides.
+    """The conclusion or hold, if the reply to a claim decides it; None: the machine decides.
 
-    since: when the claim was sent for the first time. Any sending under this nonce may be the one that was applied, on
-        its way for as long as it liked: the lease is counted from the first.
+    since: when the claim was sent for the first time. A claim may be sent several times with its nonce. Any of them may
+        be the one that was applied, after any delay, so the lease is counted from the first.
     asked: when it was sent for the last time. A waiter's time to run begins when it may run (C18).
     """
     if type(reply) is Acquired:
@@ -183,7 +185,7 @@ def after_claim(claim: Claim, reply: Reply, since: float, asked: float, policy: 
 
 
 def to_settle(hold: Hold, outcome: Reply, policy: Policy) -> Complete | Release | Completed | Failed | None:
-    """What an outcome asks of the store, or the conclusion that needs nothing of it; None: the machine decides."""
+    """The command for the store after an outcome, or a conclusion that needs none; None: the machine decides."""
     if type(outcome) is Returned:
         return hold.complete(outcome.result)
     match outcome:
@@ -200,7 +202,7 @@ def to_settle(hold: Hold, outcome: Reply, policy: Policy) -> Complete | Release 
 
 
 def after_settling(hold: Hold, command: Complete | Release, reply: Reply) -> Completed | Failed | None:
-    """What the reply to a settling command decides; None: the machine decides."""
+    """The conclusion, if the reply to a settling command decides it; None: the machine decides."""
     if type(reply) is not Done:
         return None
     return Completed(hold, command.result) if type(command) is Complete else Failed(hold, released=True)
@@ -218,20 +220,20 @@ def attempt(
 ) -> Flow:
     """One attempt: claim, run, settle.
 
-    now: when the claim was sent, or is. told: the reply to it, where it is here already.
-    refingerprint: the input's fingerprint by the algorithm that made a stored one, or None where that is not known;
-        the first two bytes of a fingerprint name its algorithm (C21).
+    now: when the claim was or will be sent. told: the reply to it, if it has come already.
+    refingerprint: the input's fingerprint by the algorithm of a stored one, or None if that algorithm is not known; the
+        first two bytes of a fingerprint name its algorithm (C21).
     """
     claimed = yield from _claim(claim, policy, now, refingerprint, told)
     if not isinstance(claimed, Hold):
         return claimed
-    del claim, refingerprint, told  # what outlives the claim is seen by every garbage collection while the work runs
+    del claim, refingerprint, told  # every garbage collection during the work visits what outlives the claim
     outcome, now = yield Run(claimed)
     return (yield from ended(claimed, outcome, policy, now))
 
 
 def ended(hold: Hold, outcome: Reply, policy: Policy, now: float) -> Flow:
-    """The attempt from the outcome of its `Run` on."""
+    """The rest of an attempt, from the outcome of its `Run`."""
     if isinstance(outcome, NotBegun):
         outcome, now = yield from _begin_late(hold, now)
     step = to_settle(hold, outcome, policy)
@@ -244,7 +246,7 @@ def ended(hold: Hold, outcome: Reply, policy: Policy, now: float) -> Flow:
             return (yield from _overtaken(hold, Failed(hold, released=False)))
         case Lost():  # before anything was begun
             return (yield from _overtaken(hold, Busy(0.0, overtaken=True)))
-        case Unreachable(error):  # nothing was begun, so that whoever asks next may run at once
+        case Unreachable(error):  # nothing was begun, so the next caller may run at once
             yield Linger(hold, hold.release())
             return Down(error)
         case _:
@@ -252,10 +254,10 @@ def ended(hold: Hold, outcome: Reply, policy: Policy, now: float) -> Flow:
 
 
 def _begin_late(hold: Hold, now: float) -> Generator[Command, tuple[Reply, float], tuple[Reply, float]]:
-    """Renew the lease of work that came too late to begin, once, and call it then: what came of it (C6).
+    """Renew once, if it is too late to begin the work, and then call the work; return its outcome (C6).
 
-    Lost: the work was not begun, since another attempt took over. Unreachable: nor was it, since the store gave no
-    answer, or gave it too late again.
+    Lost: the work did not begin, since another attempt took over. Unreachable: it did not begin either, since the store
+    gave no answer, or was too late again.
     """
     sent = now
     reply, now = yield hold.renew()
@@ -274,7 +276,7 @@ def _begin_late(hold: Hold, now: float) -> Generator[Command, tuple[Reply, float
 def _claim(
     claim: Claim, policy: Policy, now: float, refingerprint: Callable[[bytes], bytes | None], told: Told | None
 ) -> Generator[Command, tuple[Reply, float], Hold | Conclusion]:
-    """Claim until there is an answer; a duplicate waits for as long as the policy lets it (C18)."""
+    """Claim until there is an answer; a duplicate waits as long as the policy allows (C18)."""
     began = sent = now
     doubted = unanswered = False
     while True:
@@ -291,7 +293,7 @@ def _claim(
                     if paused == Paused():
                         sent, doubted = now, False
                         continue
-                if unanswered:  # a sending of this claim may still arrive, after the holder has gone
+                if unanswered:  # an earlier sending of this claim may still arrive, after the holder has gone
                     yield Disown(claim)
                 return Busy(left)
             case Mismatch(stored):
@@ -306,7 +308,7 @@ def _claim(
             case Unreachable(error, left):
                 unanswered = unanswered or left
                 # Once more under the same nonce: a pooled connection may have died idle, a reply may have been lost.
-                # A store that took all its time is not asked again: the caller has waited enough.
+                # If the store used its whole time-out, do not ask again: the caller has waited long enough.
                 if doubted or not left or now - sent >= policy.store_timeout:
                     if unanswered:
                         yield Disown(claim)
@@ -317,11 +319,11 @@ def _claim(
 
 
 def settle(hold: Hold, command: Complete | Release, policy: Policy, now: float, told: Told | None = None) -> Flow:
-    """Store what the attempt came to before anybody sees it (C4), or give the operation back (C5).
+    """Store the result before anybody sees it (C4), or release the operation (C5).
 
-    now: when the command was sent, or is. told: the reply to it, where it is here already.
-    It needs no live lease: nonce and token decide (C6). Past `complete_timeout` the caller gets it all the same, and
-    the background goes on (C10).
+    now: when the command was or will be sent. told: the reply to it, if it has come already.
+    Settling needs no live lease: nonce and token decide (C6). After `complete_timeout` the caller gets the result all
+    the same, and the background continues (C10).
     """
     began, delay, doubted = now, FIRST_BACKOFF, False
     while True:
@@ -330,10 +332,10 @@ def settle(hold: Hold, command: Complete | Release, policy: Policy, now: float, 
         conclusion = after_settling(hold, command, reply)
         if conclusion is not None:
             return conclusion
-        if isinstance(reply, Lost):  # what this attempt came to is no answer any more: no two results are seen (C8)
+        if isinstance(reply, Lost):  # do not answer with this outcome: callers never see two results (C8)
             if isinstance(command, Complete):
                 return (yield from _overtaken(hold, Completed(hold, command.result, stored=False, gone=True)))
-            if doubted:  # a sending without an answer gave it back, and somebody has it by now: no overtaking (C3)
+            if doubted:  # an earlier sending released it, and another attempt has it now: no overtaking (C3)
                 return Failed(hold, released=True)
             return (yield from _overtaken(hold, Failed(hold, released=True)))
         doubted = True
@@ -357,10 +359,10 @@ def _fence_reply(reply: Reply) -> Done | Lost | Unreachable:
 
 
 def _overtaken(hold: Hold, gone: Conclusion) -> Flow:
-    """The lease was lost: answer with what the winner stored, or that it is still running (C8).
+    """The lease was lost: answer with the result that the winner stored, or that it is still running (C8).
 
-    gone: the conclusion where there is no record any more, so that nobody took over. Then "ask again" would be an
-        invitation to have the effect again (C10).
+    gone: the conclusion if there is no record any more, so that nobody took over. In that case, "ask again" would lead
+        to a second effect (C10).
     """
     found, _ = yield Look(hold.id)
     match found:

@@ -1,4 +1,4 @@
-"""What a live attempt holds: shared by the flow, the renewer and the operation that a handler sees."""
+"""The claim of a live attempt, which the flow, the renewer and the handler's operation share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NEVER = float("inf")
 class Hold:
     """One attempt's claim. Times are the pump's monotonic seconds (C6).
 
-    since: before the claim was sent for the first time; the lease is counted from it. end: when renewal ends.
+    since: a time before the claim was first sent; the lease is counted from it. end: when renewal ends.
     where: the endpoint or function, for events.
     listed: the operation is in the completer's worklist.
     on_lost: called once, from the keeper's thread, when another attempt took over.
     on_overrun: called once, from the keeper's thread, when renewal ends at `max_run`.
-    on_settled: called from the keeper's thread when what lingered was stored (True) or fenced off (False).
-    stops: renewal ends then; nothing extends the lease afterwards.
+    on_settled: called from the keeper's thread when a result that waited was stored (True) or fenced off (False).
+    stops: when renewal ends; nothing extends the lease afterwards.
     due, end, demoted, lingers: the keeper's notes.
     """
 
@@ -48,7 +48,7 @@ class Hold:
     )
 
     RENEW_AT = 1 / 3
-    """The part of a lease after which it is renewed."""
+    """A lease is renewed after this part of it."""
 
     def __init__(self, claim: Claim, acquired: Acquired, since: float, end: float = float("inf")) -> None:
         self.id = claim.id
@@ -75,7 +75,7 @@ class Hold:
 
     @property
     def speaks(self) -> bool:
-        """Whether it is renewed: not lost, and within `max_run`."""
+        """Whether the lease is still renewed: it is not lost, and `max_run` is not over."""
         return not self.lost and self.due < NEVER
 
     def complete(self, result: bytes | None) -> Complete:
@@ -83,7 +83,7 @@ class Hold:
         return Complete(self.id, self.nonce, self.token, result, self.listed)
 
     def release(self) -> Release:
-        """The command that gives this attempt back."""
+        """The command that releases this attempt's claim."""
         return Release(self.id, self.nonce, self.token)
 
     def renew(self, *, alone: bool = True) -> Renew:
@@ -91,14 +91,14 @@ class Hold:
         return Renew(self.id, self.nonce, self.token, self.lease, alone)
 
     def checkpoint(self, name: str, value: bytes) -> Checkpoint:
-        """The command that keeps a step's result."""
+        """The command that stores a step's result."""
         return Checkpoint(self.id, self.nonce, self.token, name, value)
 
     def may_begin(self, now: float) -> bool:
-        """Whether work may begin under this hold: its lease is neither over by our own count nor lost (C6).
+        """Whether work may begin under this hold: the lease is not lost, and not over by our own count (C6).
 
-        Asked in the same step that calls the work. A task starts later than it was made, and the answer to a claim may
-        come after its lease.
+        This is checked in the same step that calls the work. A task may start late, and the answer to a claim may come
+        after its lease.
         """
         return now < self.deadline and not self.lost
 
@@ -108,8 +108,8 @@ class Hold:
         self.due = sent + self.lease * self.RENEW_AT
 
     def lose(self) -> None:
-        """Remember that another attempt took over, and tell whoever runs this one. Called once or more."""
+        """Remember that another attempt took over, and tell the code that runs this one. May be called repeatedly."""
         first, self.lost = not self.lost, True
-        on_lost = self.on_lost  # looked at once: the attempt takes it away, in another thread, when it ends
+        on_lost = self.on_lost  # read once: when the attempt ends, it removes this in another thread
         if first and on_lost is not None:
             on_lost()

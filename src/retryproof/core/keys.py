@@ -1,10 +1,10 @@
 """Idempotency keys: reading them from a header, judging their strength, turning them into record ids.
 
 A key comes as a Structured Field String (``"k"``, RFC 8941) or as the bare token that most vendors use; both name the
-same key. A bare token is any run of visible ASCII characters without ``"``, ``,``, ``;`` and ``\\``. Those four, and
-blanks inside, are refused rather than guessed at: a proxy joins two field lines with a comma, a semicolon starts
-parameters, and quotes and backslashes mean a broken Structured Field. Whoever needs such characters sends the quoted
-form. So no two spellings can be read as one key unless they are the same text, and no value can be read in two ways.
+same key. A bare token is any run of visible ASCII characters without ``"``, ``,``, ``;`` and ``\\``. These four
+characters, and blanks inside, are refused: a proxy joins two field lines with a comma, a semicolon starts parameters,
+and quotes and backslashes mean a broken Structured Field. A client that needs such characters sends the quoted form. So
+two forms are read as one key only if they are the same text, and no value can be read in two ways.
 
 Messages never contain the key (C11).
 """
@@ -49,7 +49,7 @@ _PARAMETERS = re.compile(
 def parse_key(field_lines: Sequence[bytes], *, strict: bool = False, strength: Strength = "any") -> str:
     """Return the key in a request's Idempotency-Key field lines (raw values, one per line).
 
-    Raises InvalidKey where there is not exactly one well-formed key; `strict` takes the quoted form alone.
+    Raises InvalidKey unless there is exactly one well-formed key; `strict` accepts only the quoted form.
     """
     if len(field_lines) != 1:
         found = "has no Idempotency-Key line" if not field_lines else "has several Idempotency-Key lines"
@@ -67,7 +67,7 @@ def parse_key(field_lines: Sequence[bytes], *, strict: bool = False, strength: S
 
 
 def check_key(key: str, strength: Strength = "any") -> str:
-    """Return `key` unchanged if it has the length, characters and strength asked for; raise InvalidKey otherwise."""
+    """Return `key` unchanged if it has the required length, characters and strength; raise InvalidKey otherwise."""
     if not isinstance(key, str):
         raise InvalidKey(f"The key is of type {type(key).__name__}, not a string; convert it to a string first.")
     if not key:
@@ -113,8 +113,8 @@ def _why_not_bare(value: bytes) -> str:
 
 
 # --- Strength -------------------------------------------------------------------------------------------------------
-# Randomness cannot be proven from one sample. Refused is what is plainly not random; each test below would refuse a
-# truly random key of its format less than once in ten million.
+# Nobody can prove from one sample that a key is random. These tests refuse keys that are plainly not random. Each test
+# would refuse a truly random key of its format less than once in ten million.
 
 _UUID = re.compile(r"[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}")
 _HEX = re.compile(r"[0-9a-f]+")
@@ -143,7 +143,7 @@ def _uuid_weakness(digits: str) -> str | None:
     version = digits[12]
     if version not in "47" or digits[16] not in "89ab":
         return "is a UUID of a version that is not random (4 and 7 are)"
-    # A version 7 UUID shares its first 48 bits with its neighbours in time; only what follows is random.
+    # UUIDs of version 7 from the same time have the same first 48 bits; only the rest is random.
     random_part, least = (digits, 6) if version == "4" else (digits[17:], 3)
     return "is a UUID without randomness" if len(set(random_part)) < least else None
 
@@ -154,7 +154,7 @@ def _hex_weakness(digits: str) -> str | None:
     if len(digits) < 32:
         return "is hexadecimal with fewer than 122 bits"
     if len(digits) == 32:
-        # Told apart by layout alone, so that a source of such keys is refused always and not now and then.
+        # Only the layout decides, so that a source of such keys is always refused, and not only now and then.
         return "is 32 hexadecimal characters but no UUIDv4 or UUIDv7" if _uuid_weakness(digits) else None
     return _repetition(digits, least_distinct=6)
 
@@ -170,7 +170,7 @@ def _base64url_weakness(text: str) -> str | None:
 
 
 def _repetition(text: str, *, least_distinct: int) -> str | None:
-    # A text is a repetition of a shorter one exactly if it occurs inside its own doubling.
+    # A text repeats a shorter one exactly if the text occurs inside two copies of itself.
     if len(set(text)) < least_distinct or text in (text + text)[1:-1]:
         return "repeats itself"
     steps = {ord(after) - ord(before) for before, after in pairwise(text)}
@@ -180,13 +180,13 @@ def _repetition(text: str, *, least_distinct: int) -> str | None:
 # --- Record ids -----------------------------------------------------------------------------------------------------
 
 REMEMBERED = 512
-"""Characters up to which what a caller sends is remembered beside its digest; longer ones would let it fill memory."""
+"""Longer texts of a caller are not cached beside their digests, since they could fill the memory."""
 
 
 def record_id(scope: Sequence[str | bytes], key: str | bytes, *, pepper: bytes = b"") -> bytes:
     """Return the 32-byte id of the record of `key` in `scope`; with a pepper it cannot be guessed from the key.
 
-    Every part is framed by its type and length, so that no two different pairs share an id (C11).
+    Every part is preceded by its type and length, so that two different pairs never have the same id (C11).
     """
     parts = tuple(scope)
     message = (_frames.get(parts) or _framed(parts)) + _frame(key)
@@ -206,12 +206,12 @@ def _tenant_digest(part: str | bytes, pepper: bytes) -> bytes:
 
 
 def short_digest(record: bytes) -> str:
-    """Return the 16 hexadecimal characters that stand for a record id in logs and messages."""
+    """Return the 16 hexadecimal characters that name a record id in logs and messages."""
     return record[:8].hex()
 
 
 _frames: dict[tuple[str | bytes, ...], bytes] = {}
-"""Scopes that were met, framed; emptied when there are many."""
+"""Encoded scopes, cached; emptied when there are many."""
 
 
 def _framed(scope: tuple[str | bytes, ...]) -> bytes:

@@ -1,10 +1,10 @@
 """A digest of a multipart body that does not depend on its boundary (RFC 2046, RFC 7578).
 
-Clients draw a new boundary for every attempt, so the raw bytes of a retry differ. What is hashed instead is each part
-in order: its header block (name, file name, content type and whatever else it says) and its body, byte for byte. The
-parser is strict: anything it would have to interpret (text before the first or after the last delimiter, a line that
-merely starts like the boundary, a part without headers) makes the body malformed, and the caller takes the raw bytes.
-So does a body of more than MAX_PARTS parts: each costs microseconds, and a body may consist of nothing else.
+Clients choose a new boundary for every attempt, so the raw bytes of a retry differ. Instead, each part is hashed in
+order: its header block (name, file name, content type and other fields) and its body, byte for byte. The parser is
+strict. If it would have to interpret something (text before the first or after the last delimiter, a line that only
+starts like the boundary, a part without headers), the body counts as malformed, and the caller uses the raw bytes. So
+does a body with more than MAX_PARTS parts: each costs microseconds, and a body may consist of empty parts only.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class MultipartDigest:
 
     def __init__(self, boundary: bytes) -> None:
         self._delimiter = b"\r\n--" + boundary
-        # The first delimiter need not follow a line break; one put before the body makes it like the others.
+        # The first delimiter may come without a line break. One that is put before the body makes it like the others.
         self._buffer = b"\r\n"
         self._at = 0
         self._parts = hashlib.sha256()
@@ -47,8 +47,8 @@ class MultipartDigest:
         """Return the SHA-256 of the parts, or None if the body so far is not a complete multipart body."""
         return self._parts.digest() if self._state == self._epilogue else None
 
-    # Each state looks at the buffer from `_at` on, and says whether the next one can go on at once. How much a state
-    # waits for is bounded, and it decides alike wherever the chunks were cut.
+    # Each state reads the buffer from `_at`, and says whether the next state can continue at once. A state waits for a
+    # bounded number of bytes, and its decision does not depend on how the body was cut into chunks.
 
     def _preamble(self) -> bool:
         found = self._buffer.find(self._delimiter, self._at)

@@ -1,13 +1,13 @@
-"""One key that outlives a single call of the client.
+"""One key for several calls of the client.
 
     with operation_key("order-42"):          # or: with operation_key() as key
         for _ in range(3):
             client.post("/charges", json=charge)
 
-The block names *one* operation. The first covered request binds the key to its method, URL and body; the same request
-may be sent again as often as wanted, by any client, and another request under the same block is refused. It is not
-given a derived key: which request comes first can differ from one run of the program to the next (a step that was done
-yesterday is skipped today), and then the same operation would travel under two keys and take effect twice.
+The block names *one* operation. The first covered request binds the key to its method, URL and body. The same request
+may be sent again as often as you like, by any client. Another request in the same block is refused. It does not get a
+derived key, because another request may be the first one in the next run of the program (a step that was done yesterday
+is skipped today). Then the same operation would have two keys, and take effect twice.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from uuid import uuid4
 
 from retryproof.core.errors import ConfigurationError, InvalidKey
 
-# Visible ASCII that reads the same as a bare token and inside a Structured Field String (H2).
+# Visible ASCII characters that mean the same as a bare token and inside a Structured Field String (H2).
 _SENDABLE = re.compile(r"[!#-+\--:<-\[\]-~]{1,255}")
 
 
 class OperationKey:
-    """The key of one block, and the request that it stands for once one was made."""
+    """The key of one block, and its request, when one was made."""
 
     __slots__ = ("_bound", "key")
 
@@ -34,9 +34,9 @@ class OperationKey:
         self._bound: dict[str, tuple[str, bytes]] = {}
 
     def bind(self, target: str, digest: bytes) -> None:
-        """Tie the key to a request; `target` ("POST https://…") is for people, `digest` covers all of the request.
+        """Bind the key to a request; `target` ("POST https://…") is for people, `digest` covers the whole request.
 
-        Raises ConfigurationError when the key already stands for another request.
+        Raises ConfigurationError if the key is bound to another request.
         """
         first_target, first_digest = self._bound.setdefault("request", (target, digest))
         if first_digest != digest:
@@ -52,11 +52,11 @@ _current: ContextVar[OperationKey | None] = ContextVar("retryproof_operation_key
 
 @contextmanager
 def operation_key(key: str | None = None) -> Iterator[str]:
-    """Send every covered request of the block under one key: the one given, else a new UUIDv4.
+    """Send every covered request of the block with one key: the given one, or a new UUIDv4.
 
-    The block follows the context: tasks started inside inherit it, plain threads do not. An inner block hides an outer
-    one. Raises InvalidKey unless the key is 1 to 255 visible ASCII characters without space, quotes, backslash, comma
-    or semicolon, so that it means the same to every server.
+    The block is in the context: tasks that are started inside inherit it, plain threads do not. An inner block hides an
+    outer one. Raises InvalidKey unless the key is 1 to 255 visible ASCII characters without space, quotes, backslash,
+    comma or semicolon, so that it means the same to every server.
     """
     if key is None:
         key = str(uuid4())
@@ -72,5 +72,5 @@ def operation_key(key: str | None = None) -> Iterator[str]:
 
 
 def current_operation_key() -> OperationKey | None:
-    """The innermost block's key, or None outside of any."""
+    """The key of the innermost block, or None outside a block."""
     return _current.get()

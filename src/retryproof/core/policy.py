@@ -1,4 +1,4 @@
-"""How long an operation may take, is kept, and what happens to one whose attempt died."""
+"""How long an operation may take, how long it is kept, and what happens after an attempt died."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ MAX_SECONDS = 100 * 365 * 86_400.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Durations in seconds, sizes in bytes; checked when made.
+    """The options of operations. Durations are seconds, sizes bytes. Values are checked when a policy is made.
 
-    lease: how long a claim is held before it must be renewed; a dead holder is taken over after it.
-    max_run: renewal ends after it.
+    lease: how long a claim is held before it must be renewed. After that time, another attempt may take over from a
+        dead holder.
+    max_run: how long a lease is renewed.
     retention: how long a settled record is kept and replayed.
     unsettled_retention: how long a record without an outcome is kept.
-    wait: how long a duplicate waits for the running one; 0 answers at once.
+    wait: how long a duplicate waits for the running attempt; with 0 it gets its answer at once.
     poll: how often a waiting duplicate looks.
-    max_waiters: how many duplicates may wait at once in one engine; more are answered at once.
-    on_abandoned: `rerun` repeats what a dead attempt did, except what is covered by the caller's transaction, phases,
-        steps or derived keys; `refuse` answers "outcome unknown" until an operator settles it.
-    max_attempts: attempts that may die alone before the operation is refused as poison.
-    unknown_on: exceptions after which nobody knows whether the effect happened, such as a read time-out of a payment:
-        raised by the work, they keep the record in progress, as `errors.OutcomeUnknown` does.
+    max_waiters: how many duplicates may wait at once in one engine; any more get their answer at once.
+    on_abandoned: `rerun` repeats what a dead attempt did, except for what the caller's transaction, phases, steps or
+        derived keys cover; `refuse` answers "outcome unknown" until an operator settles the operation.
+    max_attempts: how many attempts may die alone; then the operation is refused as poison.
+    unknown_on: exceptions after which nobody knows whether the effect happened, such as a read time-out of a payment.
+        If the work raises one, the record stays in progress, as after `errors.OutcomeUnknown`.
     release_on_cancel: whether a cancelled function may run again at once; its effect may have happened.
     on_lease_lost: whether a handler whose lease was lost is cancelled.
-    max_result: a larger result is not kept; a replay says that it was omitted.
+    max_result: a larger result is not stored; a replay says that it was omitted.
     complete_timeout: how long to retry storing a result before the caller gets it unstored.
     store_timeout: how long one call of the store may take.
-    max_unstored: bytes of results that an opened store may hold while the store itself is out of reach; past it no new
-        operation is begun. The first engine that opens the store says it.
+    max_unstored: bytes of results that an opened store may keep while the store itself is out of reach; above that, no
+        new operation begins. The policy of the first engine that opens the store counts.
     """
 
     lease: float = 10.0

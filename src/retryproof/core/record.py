@@ -1,4 +1,4 @@
-"""The record that a store keeps, and the table that decides what a claim finds (SPEC: C, first table).
+"""The record that a store keeps, and the table that decides what a claim finds.
 
     record found                              same fingerprint                      other fingerprint
     none, or settled and past its retention   Acquired                              Acquired
@@ -9,14 +9,20 @@
     neither live nor completed, committed     Abandoned                             Mismatch
     completed, or a tombstone                 Finished                              Mismatch
 
-`decide` is that table. Stores written in Python call it; those that decide in a script or in SQL mirror it, and one
-model-based test holds them all to it. A released record keeps its row, so that its token never comes back. It counts
-as settled, since its attempt said that it had no effect; unless it kept something, a step's result or a recovery point:
-then part of the effect is there, and to forget it would be to have it again. Nor is it settled where an earlier attempt
-ended unknown, which a clean failure of another one does not change (C12). That needs no column: an attempt is counted
-when it takes over what was left in progress, so `attempt` is past 1 exactly where some attempt ended unknown. A claim
-that nobody wants is released as well, and leaves just that. Only completing settles such a record, or an operator who
-says that it never happened, with whom attempts start anew.
+`decide` is that table. Stores written in Python call it. Other stores decide in a script or in SQL, and one model-based
+test compares them all with the table.
+
+A released record keeps its row, so that its token never comes back. It counts as settled, since its attempt said that
+it had no effect. There are two exceptions (C12):
+
+- It stored something, a step's result or a recovery point. Then a part of the effect exists, and forgetting the record
+  would repeat it.
+- An earlier attempt ended unknown. A clean failure of a later attempt does not change that. This needs no column: an
+  attempt is counted when it takes over a record in progress, so `attempt` is above 1 exactly if some attempt ended
+  unknown. If nobody wants a claim any more, it is released too, and leaves exactly this state.
+
+Such a record is settled only by completing it, or by an operator who says that it never happened; then attempts are
+counted from the start again.
 """
 
 from __future__ import annotations
@@ -47,11 +53,11 @@ from retryproof.core.value import value
 
 MICROSECONDS = 1_000_000
 SETTLED_BY_HAND = "retryproof.settled"
-"""Under this name a record that an operator released keeps who did, and why."""
+"""If an operator released a record, the checkpoint of this name says who did it, and why."""
 
 
 class State(IntEnum):
-    """Where a record stands; the numbers are stored."""
+    """The state of a record; the numbers are stored."""
 
     IN_PROGRESS = 1
     RELEASED = 2
@@ -64,8 +70,8 @@ class Record:
     """Times are microseconds of the store's clock since the epoch.
 
     expires_at: the end of retention once settled, of unsettled retention until then.
-    deaths: attempts that died alone; `counts` says whether the death of the present one would (C15).
-    committed: a marker says that an attempt's work was committed in the caller's transaction without its result (T1).
+    deaths: how many attempts died alone; `counts`: whether the death of the current one would count (C15).
+    committed: a marker shows that an attempt's work was committed in the caller's transaction without its result (T1).
     read_at: the store's time when it was read.
     """
 
@@ -91,17 +97,17 @@ class Record:
 
     @property
     def settled(self) -> bool:
-        """Whether its outcome is known: completed, tombstone, or released with nothing kept and nothing unknown."""
+        """Whether its outcome is known: completed, a tombstone, or released with nothing stored and nothing unknown."""
         if self.state is State.RELEASED:
             return self.attempt == 1 and not (self.checkpoints or self.committed)
         return self.state is not State.IN_PROGRESS
 
     def expired(self, now: int) -> bool:
-        """Whether a claim may treat it as absent. What has no outcome never is: only reaping ends it (I7)."""
+        """Whether a claim may treat it as absent. A record without an outcome never is: only reaping ends it."""
         return self.settled and now >= self.expires_at
 
     def over(self, now: int) -> bool:
-        """Whether reaping may end it: its time is over, whatever is known of it, and nobody holds it."""
+        """Whether reaping may end it: its time is over, with or without an outcome, and nobody holds it."""
         return now >= self.expires_at and not self.live(now)
 
     def live(self, now: int) -> bool:
@@ -124,7 +130,7 @@ def decide(record: Record | None, claim: Claim, now: int) -> tuple[Record | None
         case State.COMPLETED | State.TOMBSTONE:
             return None, Finished(record.result, record.attempt, record.first_seen, record.trace)
         case State.RELEASED:
-            if record.nonce == claim.nonce:  # a late duplicate: its attempt is over, and nobody would run this one
+            if record.nonce == claim.nonce:  # a late duplicate of the claim: its attempt has ended
                 return None, Running(0.0)
             if record.committed and claim.on_abandoned != "settle":
                 return None, Abandoned("committed", record.attempt)
@@ -151,7 +157,7 @@ def _decide_in_progress(record: Record, claim: Claim, now: int) -> tuple[Record 
 
 
 def _born(claim: Claim, now: int, token: int) -> tuple[Record, Acquired]:
-    """What `_take` makes of an operation that is new, at a fraction of the cost: most are."""
+    """The same as `_take` for a new operation, at a fraction of the cost, since most operations are new."""
     token = max(token + 1, now)
     born = Record(
         id=claim.id,
@@ -195,12 +201,12 @@ def _acquired(record: Record) -> Acquired:
 def settle(record: Record | None, command: Complete | Release, now: int) -> tuple[Record | None, FenceReply]:
     """Complete or release, fenced: the record to write (None: nothing changes) and the reply.
 
-    Repeated after a lost reply, the command finds its own mark and is done (C3).
+    If the command is repeated after a lost reply, the record shows that it is done already (C3).
     """
     if record is None or (record.nonce, record.token) != (command.nonce, command.token):
         return None, LOST
     if record.state is not State.IN_PROGRESS:
-        # A repeat of the command that settled it, or a late command of an attempt that settled otherwise.
+        # A repeat of the command that settled it, or a late command of an attempt that settled in another way.
         same = isinstance(command, Release) == (record.state is State.RELEASED)
         return None, DONE if same else LOST
     return _released(record, command, now) if isinstance(command, Release) else _completed(record, command, now), DONE
@@ -231,7 +237,7 @@ def _completed(record: Record, command: Complete, now: int) -> Record:
 
 
 def _released(record: Record, command: Release, now: int) -> Record:
-    """Retention starts where nothing is left unsettled; else the end is that of what died."""
+    """Retention starts now if nothing is unsettled; otherwise the record keeps the end that it has."""
     if command.settles:
         record = replace(record, attempt=1, deaths=0)
     released = replace(record, state=State.RELEASED, result=None, lease_until=now)
@@ -239,7 +245,7 @@ def _released(record: Record, command: Release, now: int) -> Record:
 
 
 def renew(record: Record | None, command: Renew, now: int) -> tuple[Record | None, FenceReply]:
-    """Extend the lease, fenced. A lease that is over but was not taken over is current and is extended."""
+    """Extend the lease, fenced. A lease that is over is extended too, if nobody has taken over."""
     if not _held(record, command):
         return None, LOST
     until = max(record.lease_until, now + microseconds(command.lease))
@@ -247,7 +253,7 @@ def renew(record: Record | None, command: Renew, now: int) -> tuple[Record | Non
 
 
 def checkpoint(record: Record | None, command: Checkpoint) -> tuple[Record | None, FenceReply]:
-    """Keep a step's result, fenced."""
+    """Store a step's result, fenced."""
     if not _held(record, command):
         return None, LOST
     return replace(record, checkpoints={**record.checkpoints, command.name: command.value}), DONE

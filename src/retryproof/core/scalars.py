@@ -1,4 +1,4 @@
-"""The values that converters start from: plain JSON and the scalars that are written as JSON strings."""
+"""The simplest values of converters: plain JSON, and scalars that are written as JSON strings."""
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from uuid import UUID
 
 
 class Unencodable(ValueError):
-    """The value cannot be given back as it is; the operation becomes a tombstone (C17)."""
+    """The value cannot be stored and given back unchanged; the operation becomes a tombstone (C17)."""
 
 
 class Unfit(ValueError):
@@ -50,12 +50,12 @@ def name_of(annotation: Any) -> str:
 
 
 MAX_DEPTH = 256
-"""Lists and objects in each other that plain JSON may have: what is written must be read anywhere, however deep in
-other calls the reader is."""
+"""How deep lists and objects of plain JSON may be nested: every reader must be able to read them, even with a deep call
+stack."""
 
 
 def _plain(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """Return a plain JSON value itself, or with lists in place of its tuples, as every caller is given it (C16).
+    """Return a plain JSON value as every caller gets it: unchanged, or with lists in place of its tuples (C16).
 
     Raises Unencodable for all others.
     """

@@ -1,17 +1,19 @@
-"""What a twin is told whose operation this very process still holds, before its claim may leave (C10). Pure.
+"""The answer to a twin whose operation this process still holds, before its claim is sent (C10). Pure.
 
-A claim that leaves while this process holds the operation can only do harm. Where the lease is live, the answer is
-known. Where the store was out of reach for longer than a lease, or hung with the claim in its queue, the claim would
-take over what this process still runs, or whose result it still holds. So the hold is heard first: what lingers is
-settled, a lease that may be over is renewed; and the claim leaves when the store has said that the hold is no more.
+If this process holds an operation, a claim of it can only do harm. If the lease is live, the answer is known. If the
+store was out of reach for longer than a lease, or hung with the claim in its queue, the claim would take over an
+operation that this process still runs, or whose result it still has. So the store is asked about the hold first: a
+result or failure that waits for the store is settled, and a lease that may be over is renewed. The claim is sent when
+the store has answered that this process does not hold the operation any more.
 
-    the hold           said first to the store    Done         Lost     no answer
-    lease live         nothing                    (told Running without a word to the store)
-    lease over         Renew                      Running      claim    Running: this process runs it, come what may
-    result lingers     Complete                   claim        claim    Finished, from memory
-    failure lingers    Release                    claim        claim    Unreachable: nothing was claimed
+    the hold           sent to the store first    Done         Lost     no answer
+    lease live         nothing                    (the twin gets Running without asking the store)
+    lease over         Renew                      Running      claim    Running: this process still runs it
+    result waits       Complete                   claim        claim    Finished, from memory
+    failure waits      Release                    claim        claim    Unreachable: nothing was claimed
 
-Other input is a Mismatch wherever the hold answers. Past `max_run` a hold that does not linger speaks no more (C6).
+If the hold answers and the input differs, the answer is Mismatch. After `max_run`, a hold without a waiting result or
+failure does not answer any more (C6).
 """
 
 from __future__ import annotations
@@ -20,25 +22,25 @@ from retryproof.core.commands import Claim, Complete, Finished, Mismatch, Releas
 from retryproof.core.hold import Hold
 
 Last = Complete | Release
-"""What lingers: the command that settles an attempt, for which the store gave no answer yet."""
+"""The command that settles an attempt and still waits for the store's answer."""
 
 
 def first(hold: Hold, last: Last | None, now: float) -> Last | Renew | None:
-    """What the store has to be told before a twin's claim may leave; None where `told` knows without it."""
+    """The command to send before a twin's claim may be sent; None if `told` decides without it."""
     if last is not None:
         return last
     return None if now < hold.deadline or not hold.speaks else hold.renew()
 
 
 def told(hold: Hold, last: Last | None, claim: Claim, heard: Reply, now: float) -> Reply:
-    """What the twin is told; None: its claim may leave.
+    """The answer to the twin; None: its claim may be sent.
 
-    heard: what the store said to `first`, or None where there was nothing to say.
+    heard: the store's answer to `first`, or None if there was no command.
     """
     if last is None:
         if not hold.speaks or (now >= hold.deadline and not isinstance(heard, Unreachable)):
             return None
-        # Not Unreachable, which a route that fails open takes for leave to run it beside itself.
+        # Not Unreachable: after that, a route that fails open would run the operation beside the running one.
         answer: Reply = Running(max(0.0, hold.deadline - now))
     elif not isinstance(heard, Unreachable):
         return None

@@ -1,4 +1,4 @@
-"""Values: dataclasses that type checkers take for frozen.
+"""Values: dataclasses that type checkers treat as frozen.
 
 Several are made for every operation, and a dataclass that is frozen at run time takes three times as long to make.
 """
@@ -22,6 +22,6 @@ def value(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def value(cls: type[T] | None = None, /, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
-    """A slotted dataclass whose instances nobody changes."""
+    """A slotted dataclass whose instances never change."""
     make: Callable[[type[T]], type[T]] = dataclass(slots=True, kw_only=kw_only, unsafe_hash=True)
     return make if cls is None else make(cls)
