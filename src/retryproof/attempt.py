@@ -304,6 +304,12 @@ class HeldAttempt(Generic[S, Op]):
             self._watched = False
             self._opened.background.unwatch(self.hold)
 
+    def interrupt(self, outcome: WorkOutcome) -> None:
+        """Leave what the work came to to the keeper, unless it is settled: the caller does not settle it any more."""
+        if self._watched:
+            leave_settling_to(self._opened.background, self.hold, outcome)
+            self._unwatch()
+
     def leave(self) -> None:
         """The work has ended, whatever came of it; called once."""
         if self._watched:
@@ -376,12 +382,6 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
         self._conclude(conclusion)
         return conclusion
 
-    def interrupt(self, outcome: WorkOutcome) -> None:
-        """Leave what the work came to to the keeper, unless it is settled: the caller does not settle it any more."""
-        if self._watched:
-            leave_settling_to(self._opened.background, self.hold, outcome)
-            self._unwatch()
-
 
 class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
     """An attempt that holds its claim and runs on an event loop."""
@@ -402,7 +402,8 @@ class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
     async def finish(self, outcome: WorkOutcome) -> Conclusion:
         """Store what came of the work, or give the operation back; the listeners are told.
 
-        A cancellation meanwhile does not lose it: `rest` goes on, and tells the listeners at its end.
+        A cancellation meanwhile does not lose it: `rest` goes on, and tells the listeners at its end. Nor does any
+        other interruption, by which the loop may end: the keeper goes on.
         """
         self.operation.refuses_transactions = ENDED
         hold, policy, opened = self.hold, self.policy, self._opened
@@ -427,7 +428,7 @@ class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
                 flow = ended(hold, outcome, policy, clock())
                 conclusion = await afinish(flow, hold, outcome, opened, policy.store_timeout, self._adopt)
         except BaseException:
-            self._unwatch()
+            self.interrupt(outcome)
             raise
         self._conclude(conclusion)
         return conclusion

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +13,12 @@ import pytest
 from retryproof import Policy, batches, errors
 from retryproof.attempt import Attempts, BlockingAttempt, LoopAttempt
 from retryproof.batches import Item, abegin_many, afinish_many, begin_many, finish_many
-from retryproof.core.commands import Claim, Raised, Returned, Stopped
+from retryproof.core.commands import Claim, FenceReply, Raised, Renew, Returned, Stopped
 from retryproof.core.flow import Busy, Completed, Down, Failed, Mismatched, Replayed, to_settle
 from retryproof.core.record import State
 from retryproof.stores.memory import MemoryStore
 from retryproof.stores.opened import AsyncOpened, Opened, open_blocking, open_on_loop
-from tests.engine.support import Events, OnLoop, Turnstile, in_thread, make_claim, make_id
+from tests.engine.support import SECONDS, Events, OnLoop, Turnstile, in_thread, make_claim, make_id
 
 POLICY = Policy(wait=30.0)
 FINGERPRINT = make_claim().fingerprint
@@ -231,6 +232,49 @@ def test_c4_an_interruption_before_anything_is_sent_leaves_the_results_to_the_ke
         one.leave()
     until(lambda: opened.background.idle)
     assert [record and record.result for record in opened.store.get([one.hold.id for one in begun])] == [b"done"] * 3
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, GeneratorExit])
+async def test_c4_an_interruption_of_the_loop_leaves_a_result_to_the_keeper(interruption: type[BaseException]) -> None:
+    """A coroutine is closed whose loop has ended; one is interrupted where the loop is."""
+    store = OnLoop()
+    opened, attempts = open_on_loop(store), Attempts(())
+    attempt = await attempts.abegin(opened, POLICY, make_id("a"), FINGERPRINT)
+    assert isinstance(attempt, LoopAttempt)
+    finishing = attempt.finish(Returned(b"done"))
+    finishing.send(None)
+    with pytest.raises(interruption):
+        finishing.throw(interruption())
+    attempt.leave()
+    await asyncio.to_thread(until, lambda: opened.background.idle)
+    [record] = store.store.get([make_id("a")])
+    assert record is not None
+    assert record.result == b"done"
+
+
+def test_c10_claims_whose_operations_this_process_holds_wait_for_the_store_together_not_one_after_another() -> None:
+    hanging = threading.Event()
+
+    class Hanging(Turnstile):
+        def renew(self, commands: Sequence[Renew]) -> Sequence[FenceReply]:
+            hanging.wait(SECONDS)
+            return super().renew(commands)
+
+    names = [f"{number}" for number in range(12)]
+    policy = Policy(store_timeout=0.3)
+    opened, attempts = open_blocking(Hanging()), Attempts(())
+    running = held(begin_many(attempts, opened, policy, items(*names)))
+    for one in running:
+        one.hold.deadline = 0.0  # by our own count its lease is over: the store is to say whether it stands
+    began = time.monotonic()
+    begun = begin_many(attempts, opened, policy, items(*names))
+    took = time.monotonic() - began
+    hanging.set()
+    assert [type(one) for one in begun] == [Busy] * len(names)
+    assert took < 1.2  # a third of what each in its turn would take
+    for one in running:
+        one.give_back()
+    until(lambda: opened.background.idle)
 
 
 def test_c10_what_lingers_twice_counts_once() -> None:

@@ -195,16 +195,18 @@ class Keeper:
 
     # Twins (C10)
 
-    def instead(self, claim: Claim, timeout: float) -> Reply:
-        """What a claim is told without leaving this process, within `timeout` seconds; None: it may leave."""
-        asked = self.ask(claim)
-        if asked is None:
-            return None
-        try:
-            heard = asked.result(timeout)
-        except TimeoutError:
-            heard = NO_ANSWER
-        return self.told(claim, heard)
+    def instead(self, claims: Sequence[Claim], timeout: float) -> list[Reply]:
+        """What each claim is told without leaving this process, after `timeout` seconds at most; None: it may leave."""
+        deadline = clock() + timeout
+        asked = [self.ask(claim) for claim in claims]  # before any is waited for
+        replies: list[Reply] = []
+        for claim, answer in zip(claims, asked, strict=True):
+            try:
+                heard = None if answer is None else answer.result(max(0.0, deadline - clock()))
+            except TimeoutError:
+                heard = NO_ANSWER
+            replies.append(None if answer is None else self.told(claim, heard))
+        return replies
 
     def ask(self, claim: Claim) -> Future[Reply] | None:
         """What the store says to the hold that stands in a claim's way; for `told`. None: there is none."""

@@ -81,19 +81,17 @@ class Opened:
     def perform(self, command: Any, timeout: float) -> Reply:
         """One command's reply, for a thread."""
         if type(command) is Claim and (command.id in self.background.holds or self.background.full):
-            instead = self.background.instead(command, timeout)
+            [instead] = self.background.instead([command], timeout)
             if instead is not None:
                 return instead
         return self._threads.perform(command, timeout) if self.capabilities.blocking else self.directly(command)
 
     def perform_many(self, commands: Sequence[Any], timeout: float) -> list[Reply]:
         """Each command's reply, in order, for a thread; what leaves this process travels together."""
-        replies: list[Reply] = [
-            self.background.instead(command, timeout)
-            if type(command) is Claim and (command.id in self.background.holds or self.background.full)
-            else None
-            for command in commands
-        ]
+        background = self.background
+        asks = [type(one) is Claim and (one.id in background.holds or background.full) for one in commands]
+        instead = iter(background.instead([one for one, ask in zip(commands, asks, strict=True) if ask], timeout))
+        replies = [next(instead) if ask else None for ask in asks]
         left = [command for command, reply in zip(commands, replies, strict=True) if reply is None]
         if self.capabilities.blocking:
             answers = iter(self._threads.perform_many(left, timeout) if left else ())
