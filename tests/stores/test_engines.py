@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -126,6 +127,22 @@ def test_hooks_and_creators_of_the_engine_make_the_connections(url: str, postgre
     assert isinstance(store.claim([new_claim()])[0], Acquired)
     store.close()
     engine.dispose()
+
+
+def test_a_psycopg_pool_behind_an_engine_gets_its_connection_back(postgres_url: str) -> None:
+    given_back: list[object] = []
+
+    def getconn() -> Any:
+        connection: Any = psycopg.connect(postgres_url)
+        connection._pool = SimpleNamespace(putconn=given_back.append)
+        return connection
+
+    store = open_store(create_engine("postgresql+psycopg://", creator=getconn, poolclass=NullPool))
+    with pytest.raises(ConfigurationError, match="from a psycopg pool"):
+        store.claim([new_claim()])
+    (connection,) = given_back
+    assert isinstance(connection, psycopg.Connection)
+    connection.close()
 
 
 @pytest.mark.parametrize("kind", [NullPool, StaticPool, SingletonThreadPool, AssertionPool])

@@ -166,6 +166,7 @@ def connect(host: str | Maker, deadline: float, settings: dict[str, str]) -> Dea
     if isinstance(host, str):
         return _ours(_connect_to(host, deadline, settings))
     made = _made(host, deadline)
+    _check_own(made)
     connection = _ours(made.pgconn)
     connection.made_by = made
     connection.deadline = deadline
@@ -260,6 +261,21 @@ def _made(make: Maker, deadline: float) -> psycopg.Connection[Any] | psycopg.Asy
         if isinstance(error, psycopg.Error | ConfigurationError) or not isinstance(error, Exception):
             raise
         raise not_made(error) from error
+
+
+def _check_own(made: Any) -> None:
+    """Refuse a connection that an engine's creator took from a pool, which would miss it."""
+    pool = getattr(made, "_pool", None)  # psycopg says so by no other name
+    if pool is None:
+        return
+    if isinstance(made, psycopg.Connection):
+        pool.putconn(made)
+    else:
+        made.pgconn.finish()
+    raise ConfigurationError(
+        "The engine's creator takes its connections from a psycopg pool, and the store keeps those that it is given. "
+        "Give the store the database's URL, or an engine that connects by itself."
+    )
 
 
 def _discard(coming: Future[psycopg.Connection[Any] | psycopg.AsyncConnection[Any]]) -> None:
