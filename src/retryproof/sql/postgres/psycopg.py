@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from functools import lru_cache
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -67,10 +68,22 @@ class DeadlineConnection(psycopg.Connection[Row]):
             return stop.value
 
 
-def _ready(socket: int, wanted: int, deadline: float) -> int:
-    """Wait for a socket; what it is ready for."""
+def _polled(socket: int, wanted: int, deadline: float) -> int:
+    """Wait for a socket; what it is ready for. What is the matter with it is told to whoever reads or writes."""
+    poller = select.poll()
+    poller.register(socket, _POLLED[wanted])
+    found = poller.poll(None if deadline == float("inf") else max(0.0, deadline - monotonic()) * 1_000)
+    if not found:
+        raise _OutOfTime
+    event = found[0][1]
+    read = selectors.EVENT_READ if event & ~select.POLLOUT else 0
+    return wanted & (read | (selectors.EVENT_WRITE if event & ~select.POLLIN else 0))
+
+
+def _selected(socket: int, wanted: int, deadline: float) -> int:
+    """`_polled`, where there is no poll."""
     seconds = None if deadline == float("inf") else max(0.0, deadline - monotonic())
-    with _Selector() as selector:
+    with selectors.SelectSelector() as selector:
         selector.register(socket, wanted)
         ready = selector.select(seconds)
     if not ready:
@@ -78,8 +91,9 @@ def _ready(socket: int, wanted: int, deadline: float) -> int:
     return ready[0][1]
 
 
-# Neither opens a descriptor of its own for each wait.
-_Selector = selectors.PollSelector if hasattr(selectors, "PollSelector") else selectors.SelectSelector
+# Neither opens a descriptor of its own for each wait. The selectors module's poll takes three times as long.
+_ready = _polled if hasattr(select, "poll") else _selected
+_POLLED = (0, select.POLLIN, select.POLLOUT, select.POLLIN | select.POLLOUT) if hasattr(select, "poll") else ()
 
 
 class _Bytes(list[Any]):
@@ -101,12 +115,15 @@ class _Texts(list[str]):
 _ARRAYS: dict[type, type] = {bytes: _Bytes, int: _Numbers, bool: _Flags, str: _Texts}
 
 
-def _typed(parameter: Any) -> Any:
+def _typed(parameter: list[Any]) -> list[Any]:
     """A list as an array of a known type, so that a statement is prepared once; psycopg would go by the values."""
-    if not isinstance(parameter, list):
-        return parameter
     kind = next((type(value) for value in parameter if value is not None), bytes)
-    return _ARRAYS[kind](parameter)
+    array: list[Any] = _ARRAYS[kind](parameter)
+    return array
+
+
+_encoded = lru_cache(maxsize=128)(str.encode)
+"""A statement as bytes, the same each time: psycopg looks it up by its hash, which bytes keep."""
 
 
 def _array(element: int, length: int, nulls: bool, body: bytes) -> bytes:
@@ -318,29 +335,23 @@ class PsycopgPool:
     def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """See Pool. A plan that is run twice is safe: what may have been done already is answered alike (C3)."""
         deadline = monotonic() + self._timeout
-        with self._place(deadline):
-            try:
-                while self._idle:
-                    try:
-                        return self._run(self._idle.pop(), plan(), deadline)
-                    except _Dead:
-                        self._discard_idle()
-                    except IndexError:  # another thread was faster
-                        break
-                return self._run(self._connect(deadline), plan(), deadline)
-            except _OutOfTime as error:
-                raise timed_out(self._timeout) from error
-            except _Dead as error:
-                raise explain(error.cause, None) from error.cause
-            except psycopg.Error as error:
-                raise explain(error, error.sqlstate) from error
-
-    @contextmanager
-    def _place(self, deadline: float) -> Iterator[None]:
-        if not self._places.acquire(timeout=max(0.0, deadline - monotonic())):
+        if not self._places.acquire(timeout=self._timeout):
             raise StoreUnavailable(f"all {self._target.pool_size} connections were in use for {self._timeout:g} s")
         try:
-            yield
+            while self._idle:
+                try:
+                    return self._run(self._idle.pop(), plan(), deadline)
+                except _Dead:
+                    self._discard_idle()
+                except IndexError:  # another thread was faster
+                    break
+            return self._run(self._connect(deadline), plan(), deadline)
+        except _OutOfTime as error:
+            raise timed_out(self._timeout) from error
+        except _Dead as error:
+            raise explain(error.cause, None) from error.cause
+        except psycopg.Error as error:
+            raise explain(error, error.sqlstate) from error
         finally:
             self._places.release()
 
@@ -377,8 +388,8 @@ class PsycopgPool:
 
     def _fetch(self, connection: DeadlineConnection, statement: Statement) -> Sequence[Row]:
         with RawCursor(connection) as cursor:
-            parameters = [_typed(parameter) for parameter in statement.parameters]
-            cursor.execute(statement.sql.encode(), parameters, prepare=self._target.statement_cache, binary=True)
+            parameters = [_typed(value) if type(value) is list else value for value in statement.parameters]
+            cursor.execute(_encoded(statement.sql), parameters, prepare=self._target.statement_cache, binary=True)
             return [()] * cursor.rowcount if statement.counted else cursor.fetchall()
 
     def _connect(self, deadline: float) -> DeadlineConnection:

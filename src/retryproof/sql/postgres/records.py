@@ -123,6 +123,11 @@ def _new(row: Row, asked: Sequence[Claim]) -> dict[bytes, ClaimReply]:
 def _claim(claims: Sequence[Claim], table: str, *, taking: bool) -> Statement:
     """A claim by plain values; many by an array a column, and more cheaply where they are alike, as nearly always."""
     first = claims[0]
+    if len(claims) == 1:
+        trace = _bytes(first.trace) if first.trace else b""
+        (key,) = _LOCK_KEY.unpack(first.id)
+        own = (first.id, first.fingerprint, first.nonce, first.tenant, trace, first.alone, key)
+        return Statement(statements.claim(table, Items.ONE, taking=taking), (*own, *_terms(first)))
     ids = [claim.id for claim in claims]
     strings = (
         ids,
@@ -133,9 +138,6 @@ def _claim(claims: Sequence[Claim], table: str, *, taking: bool) -> Statement:
     )
     alone = [claim.alone for claim in claims]
     keys = lock_keys(ids)
-    if len(claims) == 1:
-        values = (*(column[0] for column in strings), first.alone, keys[0], *_terms(first))
-        return Statement(statements.claim(table, Items.ONE, taking=taking), values)
     if all(map(_of_one_length, strings)) and all(_has_terms(claim, first) for claim in claims):
         values = (*map(b"".join, strings), bytes(alone), keys, *_terms(first))
         return Statement(statements.claim(table, Items.ALIKE, taking=taking), values)
