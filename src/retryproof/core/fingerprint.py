@@ -104,6 +104,7 @@ def seal(method: Method, digest: bytes) -> bytes:
 
 
 _RAW_SEAL = seal(Method.RAW, b"")
+_MULTIPART = b"multipart/"
 
 
 def canonical_media_type(content_type: bytes) -> bytes:
@@ -114,6 +115,19 @@ def canonical_media_type(content_type: bytes) -> bytes:
     multipart = media_type.startswith(b"multipart/")
     counted = sorted((name, value) for name, value in parameters if _counts(name, multipart))
     return _frame(media_type, *(part for parameter in counted for part in parameter))
+
+
+def fingerprint_of(
+    strategy: Strategy, method: str, path: bytes, query: bytes, content_type: bytes, body: bytes
+) -> bytes:
+    """Return the fingerprint of a request whose body is here in one part."""
+    if type(strategy) is Raw and content_type[:10].lower() != _MULTIPART:
+        hash = _raw_hash(method, path, query, content_type)
+        hash.update(body)
+        return _RAW_SEAL + hash.digest()
+    hasher = strategy.begin(method, path, query, content_type)
+    hasher.update(body)
+    return hasher.digest()
 
 
 def selected_fields(body: bytes, pointers: Sequence[str]) -> bytes | None:
@@ -137,7 +151,7 @@ class RequestFingerprint:
     __slots__ = ("_hash", "update")
 
     def __init__(self, method: str, path: bytes, query: bytes, content_type: bytes) -> None:
-        self._hash = _raw_hash(method, path, query, content_type).copy()
+        self._hash = _raw_hash(method, path, query, content_type)
         self.update = self._hash.update
 
     def digest(self) -> bytes:
@@ -235,7 +249,7 @@ class Raw:
 
     def begin(self, method: str, path: bytes, query: bytes, content_type: bytes) -> Hasher:
         """Return a hasher for the body of one request."""
-        if content_type[:10].lower() == b"multipart/":
+        if content_type[:10].lower() == _MULTIPART:
             boundary = _boundary(content_type)
             if boundary is not None:
                 return MultipartFingerprint(method, path, query, content_type, boundary)
@@ -331,16 +345,17 @@ def _tag(method: Method) -> bytes:
 
 
 def _raw_hash(method: str, path: bytes, query: bytes, content_type: bytes) -> "hashlib._Hash":
-    """Return the hash that raw fingerprints of a route begin with; to be copied, not updated.
+    """Return the hash that a raw fingerprint begins with.
 
-    It is cached if path, query and media type, which callers choose, are short.
+    It is a copy of one that is cached if path, query and media type, which callers choose, are short.
     """
     short = len(path) + len(query) + len(content_type) <= REMEMBERED
-    return (_raw_head if short else _raw_head.__wrapped__)(method, path, query, content_type)
+    return (_raw_head if short else _raw_head.__wrapped__)(method, path, query, content_type).copy()
 
 
 @lru_cache(maxsize=128)  # apps have few routes
 def _raw_head(method: str, path: bytes, query: bytes, content_type: bytes) -> "hashlib._Hash":
+    """The hash that raw fingerprints of a route begin with; to be copied, not updated."""
     return hashlib.sha256(_head(Method.RAW, method, path, query, content_type))
 
 

@@ -55,15 +55,16 @@ def parse_key(field_lines: Sequence[bytes], *, strict: bool = False, strength: S
         found = "has no Idempotency-Key line" if not field_lines else "has several Idempotency-Key lines"
         raise InvalidKey(f"The request {found}; send the header exactly once.")
     value = field_lines[0].strip(b" \t")
+    if not strict and _BARE.fullmatch(value) is not None:
+        key = value.decode("ascii")  # printable, as the pattern says
+        return key if strength == "any" and len(key) <= MAX_LENGTH else check_key(key, strength=strength)
     if value.startswith(b'"'):
         return check_key(_unquote(value), strength=strength)
     if not value:
         raise InvalidKey("The key is empty; send 1 to 255 printable ASCII characters, such as a UUIDv4.")
     if strict:
         raise InvalidKey('The key is not quoted; send it as a Structured Field String: "key", with the quotes.')
-    if _BARE.fullmatch(value) is None:
-        raise InvalidKey(_why_not_bare(value))
-    return check_key(value.decode("ascii"), strength=strength)
+    raise InvalidKey(_why_not_bare(value))
 
 
 def check_key(key: str, strength: Strength = "any") -> str:

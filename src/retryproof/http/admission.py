@@ -1,11 +1,10 @@
 """Whether a request may claim an operation, and which one (H2 to H6). Pure: it never waits.
 
     admission = Admission(options, request, policy)
-    refused = admission.begin()                 # None: it needs the body
-    refused = admission.take(chunk, more=…)     # for each part of the body
-    refused = admission.end()                   # None: it may claim `id` under `fingerprint`,
-    if admission.is_large:                      # which takes time where the body is large: a thread's work
-        admission.digest()
+    refused = admission.begin()              # None: it needs the body
+    refused = admission.take(chunk, more)    # for each part of the body; None after the last: it may claim `id`
+    if admission.is_large:                   # under `fingerprint`, which takes time where the body is large: a
+        admission.digest()                   # thread's work
 
 Whoever performs it reads the body, and calls `close` at the end. What a callable of the user's raises, it raises before
 anything is claimed.
@@ -17,18 +16,18 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from retryproof.core.errors import ConfigurationError, InvalidKey, Unreadable
-from retryproof.core.fingerprint import Hasher, comparable
+from retryproof.core.fingerprint import Hasher, comparable, fingerprint_of
 from retryproof.core.keys import Strength, record_id, short_digest, tenant_digest
 from retryproof.core.policy import Policy
 from retryproof.http import problem as problems
 from retryproof.http.body import BUDGET, SHARE, Body, OverBudget
-from retryproof.http.key_source import CallableKey, HeaderKey, JsonFieldKey
-from retryproof.http.options import Choice, Departure, HeadDeparture, Options
+from retryproof.http.key_source import JsonFieldKey
+from retryproof.http.options import Departure, HeadDeparture, Options
 from retryproof.http.problem import Problem
-from retryproof.http.request import HttpRequest
+from retryproof.http.request import HttpRequest, length_in
 from retryproof.http.scope import Anonymous, Identity, single_tenant
 from retryproof.http.semantics import traceparent
 
@@ -45,8 +44,6 @@ class NotCovered:
     read: bool
 
 
-_NAMES = frozenset({str, bytes})
-
 NotAdmitted = Problem | NotCovered
 """Why a request claims nothing."""
 
@@ -54,20 +51,21 @@ NotAdmitted = Problem | NotCovered
 class Admission:
     """One request on its way to a claim.
 
-    body: as it came; bytes where it came in one part. size: its bytes so far. weak_key: what is wrong with a key that
-    was refused only since it can be guessed; listeners are told, so that clients learn to make others.
+    announced: the body's length, where the request says it. body: as it came; bytes where it came in one part.
+    size: its bytes so far. weak_key: what is wrong with a key that was refused only since it can be guessed; listeners
+    are told, so that clients learn to make others.
     Known at the end: id, fingerprint, tenant, trace, where (the endpoint's pinned name), fails_open, on_departure; and
     is_large: the fingerprint is not known yet, since `digest` is a thread's work.
     """
 
     __slots__ = (
-        "_announced",
         "_hasher",
         "_identity",
         "_is_anonymous",
         "_key",
         "_options",
         "_strength",
+        "announced",
         "body",
         "fails_open",
         "fingerprint",
@@ -83,6 +81,7 @@ class Admission:
         "where",
     )
 
+    announced: int | None
     id: bytes
     fingerprint: bytes
     tenant: bytes
@@ -95,7 +94,6 @@ class Admission:
     _identity: str | bytes
     _is_anonymous: bool
     _strength: Strength
-    _announced: int | None
     _key: str | None
 
     def __init__(self, options: Options, request: HttpRequest, policy: Policy) -> None:
@@ -110,28 +108,25 @@ class Admission:
         """Look at everything but the body."""
         options, request = self._options, self.request
         identity: Any = options.scope(request.context)
-        if not identity or type(identity) not in _NAMES:  # nearly always it is one
-            identity = _identified(identity)
-        self._identity = identity or ""
-        anonymous = self._is_anonymous = identity is None or isinstance(identity, Anonymous)
-        strength = self._strength = "strong" if anonymous else options.strength
+        kind = type(identity)
+        if identity and (kind is bytes or kind is str):  # nearly always
+            self._identity, self._is_anonymous, self._strength = identity, False, options.strength
+        else:
+            named = _identified(identity)
+            self._identity, self._is_anonymous = named or "", named is None or isinstance(named, Anonymous)
+            self._strength = "strong" if self._is_anonymous else options.strength
         source = options.key
         if not isinstance(source, JsonFieldKey):
             try:
-                key = self._key = self._early_key(source, strength)
+                key = self._key = source.find(request, self._strength)
             except InvalidKey as error:
-                return self._invalid_key(error, partial(self._early_key, source, "any"))
+                return self._invalid_key(error, partial(source.find, request, "any"))
             if key is None:
                 return self._no_key()
-        announced = self._announced = request.announced
-        if announced is not None and announced > options.max_body:
-            return self._too_large()
-        self._hasher = options.fingerprint.begin(
-            request.method, request.raw_path, request.query, request.headers.get(b"content-type", b"")
-        )
-        return None
+        announced = self.announced = length_in(request.headers)
+        return self._too_large() if announced is not None and announced > options.max_body else None
 
-    def take(self, chunk: bytes, *, more: bool) -> NotAdmitted | None:
+    def take(self, chunk: bytes, more: bool) -> NotAdmitted | None:
         """Take the next part of the body; `more` says that others follow."""
         size = self.size = self.size + len(chunk)
         if size > self._options.max_body:
@@ -143,18 +138,21 @@ class Admission:
             if not isinstance(body, Body):
                 owner = None if self._options.scope is single_tenant else self._identity
                 body = self.body = Body(BUDGET, owner, max(SHARE, self._options.max_body))
+                self._hasher = self._options.fingerprint.begin(*self._head)
             try:
                 body.append(chunk)
             except OverBudget:
                 return Problem(problems.BUSY, "Try again in a moment, with the same key.", retry_after=1)
-        self._hasher.update(chunk)
-        announced = self._announced
-        if more or announced is None or announced == size:
+            self._hasher.update(chunk)
+        if more:
             return None
-        return Problem(
-            problems.BODY_MISMATCH,
-            f"Content-Length says {announced} bytes and {size} came. Nothing was done; send it again.",
-        )
+        announced = self.announced
+        if announced is not None and announced != size:
+            return Problem(
+                problems.BODY_MISMATCH,
+                f"Content-Length says {announced} bytes and {size} came. Nothing was done; send it again.",
+            )
+        return self._end()
 
     def stalled(self) -> Problem:
         """The refusal of a body that does not go on."""
@@ -163,33 +161,31 @@ class Admission:
             f"The body stalled after {self.size} bytes. Nothing was done; send it again with the same key.",
         )
 
-    def end(self) -> NotAdmitted | None:
+    def _end(self) -> NotAdmitted | None:
         """The body is whole: find out which operation it is."""
         options, request = self._options, self.request
         if isinstance(options.key, JsonFieldKey):
             refused = self._find_in_body(options.key)
             if refused is not None:
                 return refused
-        context, identity, pepper = request.context, self._identity, options.pepper
-        endpoint = options.endpoint.of(context)
-        self.tenant = b"" if self._is_anonymous else tenant_digest(identity, pepper=pepper)
-        who = "anonymous" if self._is_anonymous else "caller"
-        name = options.name
-        what = (
-            (name, who, identity, request.method, request.raw_path)
-            if endpoint is None
-            else (name, who, identity, endpoint)
-        )
-        self.id = record_id(what, self._key or "", pepper=pepper)
-        self.where = endpoint or ""
+        endpoint, self.fails_open, self.on_departure = options.fixed or options.settings(request.context)
+        identity, pepper = self._identity, options.pepper
+        if self._is_anonymous:
+            who, self.tenant = "anonymous", b""
+        else:
+            who, self.tenant = "caller", tenant_digest(identity, pepper=pepper)
+        if endpoint is None:
+            self.where = ""
+            scope = (options.name, who, identity, request.method, request.raw_path)
+            self.id = record_id(scope, self._key or "", pepper=pepper)
+        else:
+            self.where = endpoint
+            self.id = record_id((options.name, who, identity, endpoint), self._key or "", pepper=pepper)
         trace = request.headers.get(b"traceparent")
         self.trace = "" if trace is None else traceparent(trace)
-        self.fails_open = options.fail_open.of(context)
-        departure = options.on_departure
-        self.on_departure = cast("Departure", departure.of(context)) if isinstance(departure, Choice) else departure
         self.is_large = self.size >= OFF_LOOP_FROM
         if not self.is_large:
-            self.fingerprint = self._hasher.digest()
+            self.digest()
         return None
 
     def _find_in_body(self, source: JsonFieldKey) -> NotAdmitted | None:
@@ -197,14 +193,18 @@ class Admission:
         body = self.body
         whole = body.read() if isinstance(body, Body) else body or b""
         try:
-            self._key = source.find(whole, self._strength)
+            self._key = source.find_in(whole, self._strength)
         except InvalidKey as error:
-            return self._invalid_key(error, partial(source.find, whole, "any"))
+            return self._invalid_key(error, partial(source.find_in, whole, "any"))
         return self._no_key() if self._key is None else None
 
     def digest(self) -> None:
-        """Finish the fingerprint."""
-        self.fingerprint = self._hasher.digest()
+        """Take the fingerprint, or finish it."""
+        body = self.body
+        if isinstance(body, bytes):
+            self.fingerprint = fingerprint_of(self._options.fingerprint, *self._head, body)
+        else:
+            self.fingerprint = self._hasher.digest()
 
     def refingerprint(self, stored: bytes) -> bytes | None:
         """This request's fingerprint by the algorithm that made a stored one (C21)."""
@@ -214,10 +214,7 @@ class Admission:
             return None
         if strategy is None:
             return None
-        request = self.request
-        hasher = strategy.begin(
-            request.method, request.raw_path, request.query, request.headers.get(b"content-type", b"")
-        )
+        hasher = strategy.begin(*self._head)
         for chunk in self.chunks():
             hasher.update(chunk)
         return hasher.digest()
@@ -226,6 +223,12 @@ class Admission:
     def operation(self) -> str:
         """What stands for the operation in answers and logs."""
         return short_digest(self.id)
+
+    @property
+    def _head(self) -> tuple[str, bytes, bytes, bytes]:
+        """What the fingerprint begins with."""
+        request = self.request
+        return request.method, request.raw_path, request.query, request.headers.get(b"content-type", b"")
 
     def chunks(self) -> Iterable[bytes]:
         """The body in order."""
@@ -236,13 +239,6 @@ class Admission:
         """Let go of the body. May be called twice."""
         if isinstance(self.body, Body):
             self.body.close()
-
-    def _early_key(self, source: HeaderKey | CallableKey, strength: Strength) -> str | None:
-        """The key, where it is found without the body."""
-        request = self.request
-        if isinstance(source, HeaderKey):
-            return source.find(request.key_lines, strength) if request.key_lines else None
-        return source.find(request.context, strength)
 
     def _no_key(self) -> NotAdmitted:
         if not self._options.required.of(self.request.context):

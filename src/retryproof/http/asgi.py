@@ -50,19 +50,17 @@ class IdempotencyMiddleware(Layer[App, AsgiEngine]):
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http" or scope["method"] not in self._options.methods:
-            if scope["type"] == "lifespan":
-                send = self._closing(send)
-            await self.app(scope, receive, send)
-            return
         options = self._options
-        request = request_of(scope, options.key_header)
-        covered = options.key_header is None or request.key_lines or options.required.of(scope)
-        policy = options.policy.of(scope) if covered and COVERED not in scope else None
-        if policy is None:
-            await self.app(scope, receive, send)
-        else:
-            await respond(self._engine, scope, receive, send, request, policy)
+        if scope["type"] == "http" and scope["method"] in options.methods and COVERED not in scope:
+            request = request_of(scope, options.key_header)
+            if request.key_lines or options.key_header is None or options.required.of(scope):
+                policy = options.policy.fixed or options.policy.of(scope)
+                if policy is not None:
+                    await respond(self._engine, scope, receive, send, request, policy)
+                    return
+        elif scope["type"] == "lifespan":
+            send = self._closing(send)
+        await self.app(scope, receive, send)
 
     def _closing(self, send: Send) -> Send:
         """A `send` that closes the store when the app has shut down."""
@@ -82,7 +80,7 @@ class IdempotencyMiddleware(Layer[App, AsgiEngine]):
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + drain
-        running = {task for task in self._engine.running if task.get_loop() is loop}
+        running = {run.task for run in list(self._engine.runs.values()) if run.task.get_loop() is loop}
         if running:
             await asyncio.wait(running, timeout=drain)
         await self._engine.aclose(max(0.0, until - loop.time()))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
 from retryproof.core.errors import Unreadable
 from retryproof.core.flow import Conclusion, Replayed
+from retryproof.core.hold import Hold
 from retryproof.engine import AsyncIdempotency
 from retryproof.http.admission import Admission
 from retryproof.http.answers import Answer, Undoing, denied, problem_of, refusal, replay, undone_answer, unreadable
@@ -18,44 +19,62 @@ from retryproof.http.types import App, Send
 from retryproof.observe.events import Event, Kind
 
 
+class Running(Protocol):
+    """The app's run for one request."""
+
+    @property
+    def task(self) -> asyncio.Task[None]: ...
+
+    def overran(self) -> None:
+        """Its lease is not renewed any more; called from the keeper's thread."""
+
+
 class AsgiEngine(AsyncIdempotency):
-    """The engine of one layer, and the operations that it has running."""
+    """The engine of one layer, and the runs of its app, by what they hold."""
 
     def __init__(self, app: App, options: Options, **engine_options: Any) -> None:
         super().__init__(**engine_options, pepper=options.pepper)
         self.app = app
         self.options = options
-        self.running: set[asyncio.Task[None]] = set()
+        self.runs: dict[Hold, Running] = {}
         self.departed = Departed(options.max_departed)
+        self._tell_overrun = self.attempts.overran
+        self.attempts.overran = self._overran
+
+    def _overran(self, hold: Hold) -> None:
+        """A lease is not renewed any more; called from the keeper's thread."""
+        self._tell_overrun(hold)
+        run = self.runs.get(hold)
+        if run is not None:
+            run.overran()
 
 
 async def send_conclusion(engine: AsgiEngine, admission: Admission, conclusion: Conclusion, send: Send) -> None:
     """Send what a conclusion means to the caller."""
-    if isinstance(conclusion, Replayed):
-        await send_answer(await _replay(engine, admission, conclusion), send)
+    options = engine.options
+    if not isinstance(conclusion, Replayed):
+        answer = refusal(problem_of(conclusion, admission.policy, admission.operation), options)
+    elif options.authorize is not None and not await _is_allowed(options.authorize, admission.request.context):
+        answer = refusal(denied(admission.operation), options)
     else:
-        problem = problem_of(conclusion, admission.policy, admission.operation)
-        await send_answer(refusal(problem, engine.options), send)
+        try:
+            found = replay(conclusion.finished, admission.request, options)
+        except Unreadable as error:
+            digest = admission.operation
+            engine.tell(Event(kind=Kind.UNREADABLE, digest=digest, where=admission.where, error=error))
+            found = refusal(unreadable(error, digest), options)
+        answer = await _undone(found, options) if isinstance(found, Undoing) else found
+    await send_answer(answer, send)
 
 
 async def send_answer(answer: Answer, send: Send) -> None:
     """Send a whole response."""
-    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
-    await send({"type": "http.response.body", "body": answer.body})
+    status, headers, body = answer
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
-async def _replay(engine: AsgiEngine, admission: Admission, replayed: Replayed) -> Answer:
-    options = engine.options
-    if options.authorize is not None and not await _is_allowed(options.authorize, admission.request.context):
-        return refusal(denied(admission.operation), options)
-    try:
-        found = replay(replayed.finished, admission.request, options)
-    except Unreadable as error:
-        digest = admission.operation
-        engine.tell(Event(kind=Kind.UNREADABLE, digest=digest, where=admission.where, error=error))
-        return refusal(unreadable(error, digest), options)
-    if not isinstance(found, Undoing):
-        return found
+async def _undone(found: Undoing, options: Options) -> Answer:
     codings, body = found.codings, found.response.body
     plain = await asyncio.to_thread(undone, codings, body) if found.is_large else undone(codings, body)
     return undone_answer(found, plain, options)

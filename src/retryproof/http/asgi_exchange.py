@@ -7,6 +7,7 @@ response. The app's run is `asgi_run`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from retryproof.attempt import LoopAttempt
@@ -21,14 +22,15 @@ from retryproof.http.asgi_answers import AsgiEngine, send_answer, send_conclusio
 from retryproof.http.asgi_run import AsgiRun
 from retryproof.http.body import deadline
 from retryproof.http.client_link import DISCONNECT, ClientLink
+from retryproof.http.options import Departure, HeadDeparture
 from retryproof.http.problem import Problem
-from retryproof.http.request import HttpRequest, key_lines_in
+from retryproof.http.request import HttpRequest
 from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
 from retryproof.observe.events import Event, Kind
-from retryproof.stores.opened import AsyncOpened, AsyncView
 
 _HIDDEN_EXTENSIONS = ("http.response.pathsend", "http.response.zerocopysend")
 """Ways to send a file past everybody; without them an app sends its bytes, which can be kept."""
+_REPEATABLE = (list, tuple)
 
 
 class Gone:
@@ -51,10 +53,12 @@ async def respond(
             await _turn_away(engine, admission, refused, scope, receive, send)
             return
         scope[COVERED] = True
-        opened = _opened(engine, admission)
         begun: LoopAttempt | Conclusion
-        if isinstance(opened, Down):
-            begun = opened
+        try:
+            opened = engine.opened()
+        except IdempotencyError as error:  # out of reach, or not set up; the event has it
+            begun = Down(error)
+            engine.attempts.conclude(begun, admission.id, admission.where, clock(), fails_open=admission.fails_open)
         else:
             if policy.wait:  # who waits may leave meanwhile (C18)
                 link = ClientLink(receive, send, admission.body or b"")
@@ -71,10 +75,8 @@ async def respond(
                 stays=None if link is None else link.stays,
             )
             if isinstance(begun, LoopAttempt):
-                scope = _app_scope(scope, stops=admission.on_departure == "stop")
-                run = AsgiRun(
-                    engine, opened, admission, begun, scope, link or ClientLink(receive, send, admission.body or b"")
-                )
+                scope = _app_scope(scope, admission.on_departure)
+                run = AsgiRun(engine, opened, admission, begun, scope, receive, send, link)
                 try:
                     await run.over
                 except asyncio.CancelledError:
@@ -104,12 +106,9 @@ async def _admit(engine: AsgiEngine, admission: Admission, receive: Receive) -> 
         if message["type"] == DISCONNECT:
             return GONE
         more = message.get("more_body", False)
-        refused = admission.take(message.get("body", b""), more=more)
-        if refused is None and more:
+        refused = admission.take(message.get("body", b""), more)
+        if more and refused is None:
             refused = await _read_on(engine, admission, receive)
-        if refused is not None:
-            return refused
-        refused = admission.end()
         if refused is None and admission.is_large:
             await asyncio.to_thread(admission.digest)
     if admission.weak_key:
@@ -130,7 +129,7 @@ async def _read_on(engine: AsgiEngine, admission: Admission, receive: Receive) -
         if message["type"] == DISCONNECT:
             return GONE
         more = message.get("more_body", False)
-        refused = admission.take(message.get("body", b""), more=more)
+        refused = admission.take(message.get("body", b""), more)
         if refused is not None or not more:
             return refused
 
@@ -162,16 +161,6 @@ async def _turn_away(
 # The claim
 
 
-def _opened(engine: AsgiEngine, admission: Admission) -> AsyncOpened | AsyncView | Down:
-    """The opened store, or that it is out of reach, or not set up; the listeners were told."""
-    try:
-        return engine.opened()
-    except IdempotencyError as error:
-        down = Down(error)
-        engine.attempts.conclude(down, admission.id, admission.where, clock(), fails_open=admission.fails_open)
-        return down
-
-
 async def _run_unprotected(engine: AsgiEngine, scope: AsgiScope, receive: Receive, send: Send) -> None:
     """The route would rather double an effect than refuse (C10)."""
 
@@ -189,8 +178,13 @@ async def _run_unprotected(engine: AsgiEngine, scope: AsgiScope, receive: Receiv
 def request_of(scope: AsgiScope, key_header: bytes | None) -> HttpRequest:
     """The request in an ASGI scope. Callables of the user's are given the scope itself."""
     every = scope["headers"]
+    if not isinstance(every, _REPEATABLE):  # ASGI says an iterable, which may be good for one look
+        every = scope["headers"] = list(every)
     headers: dict[bytes, bytes] = dict(every)
-    lines = () if key_header is None else key_lines_in(headers, every, key_header)
+    lines: Sequence[bytes] = ()
+    if key_header in headers:
+        once = len(headers) == len(every)
+        lines = (headers[key_header],) if once else [value for name, value in every if name == key_header]
     raw = scope.get("raw_path")
     path = _quoted_path(scope) if raw is None else bytes(raw).partition(b"?")[0]
     return HttpRequest(scope["method"], path, scope.get("query_string", b""), headers, lines, scope)
@@ -202,17 +196,17 @@ def _quoted_path(scope: AsgiScope) -> bytes:
     return quote(whole, errors="surrogatepass").encode("ascii")
 
 
-def _app_scope(scope: AsgiScope, *, stops: bool) -> AsgiScope:
+def _app_scope(scope: AsgiScope, on_departure: Departure | HeadDeparture) -> AsgiScope:
     """The scope for the app: the same object, since what lies outside reads from it what routing put there.
 
     Ways to send a file past the layer are not offered. The app is told that sending to a client that has left is an
     error (ASGI HTTP 2.4), which the link sees to: so a framework has no reason to stop a response by itself. Where it
-    is to stop (`stops`), it is told what the server said.
+    is to stop, it is told what the server said.
     """
     extensions = scope.get("extensions")
     if extensions and any(name in extensions for name in _HIDDEN_EXTENSIONS):
         scope["extensions"] = {name: value for name, value in extensions.items() if name not in _HIDDEN_EXTENSIONS}
     asgi = scope.get("asgi", {})
-    if not stops and asgi.get("spec_version", "2.0") in ("2.0", "2.1", "2.2", "2.3"):
+    if on_departure != "stop" and asgi.get("spec_version", "2.0") in ("2.0", "2.1", "2.2", "2.3"):
         scope["asgi"] = {**asgi, "spec_version": "2.4"}
     return scope

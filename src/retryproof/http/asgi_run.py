@@ -7,12 +7,16 @@ What an end means stands in `settlement`, and the bookkeeping of the claim in `a
 
     RUNNING --max_run is over--> OVERDUE       a run without its client is stopped from here on
     RUNNING, OVERDUE --the last message, or the app has returned or raised--> SETTLING --> SETTLED
+
+Most responses are one head and one body, from an app that looks at nothing but its request: `plain_answer` decides
+these without a Settlement, and nothing is asked of the client's link. Both are made when they are first needed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable
 
 from retryproof import operation
@@ -20,7 +24,6 @@ from retryproof.attempt import LoopAttempt
 from retryproof.core.commands import Raised, WorkOutcome
 from retryproof.core.errors import IdempotencyError
 from retryproof.core.flow import Completed, Conclusion, Failed
-from retryproof.core.hold import Hold
 from retryproof.drive import clock
 from retryproof.http import ending as endings
 from retryproof.http.admission import Admission
@@ -29,8 +32,9 @@ from retryproof.http.asgi_answers import AsgiEngine, send_answer, send_conclusio
 from retryproof.http.client_link import ClientLink
 from retryproof.http.problem import Problem
 from retryproof.http.recorder import WRONG, is_interim
-from retryproof.http.settlement import FAIL_OPEN, Settlement
-from retryproof.http.types import AsgiMessage, AsgiScope
+from retryproof.http.semantics import ReadHeaders, read_headers
+from retryproof.http.settlement import FAIL_OPEN, Settlement, limit_of, plain_answer
+from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
 from retryproof.stores.opened import AsyncOpened, AsyncView
 
 logger = logging.getLogger("retryproof.http")
@@ -54,12 +58,15 @@ _TOO_LONG = "it ran past max_run, and its client has left"
 class AsgiRun:
     """The app's run for one request. Once made, `over` is to be waited for.
 
-    over: the end of the run, or the cut of its connection; raises what the app raised.
+    over: the end of the run, or the cut of its connection; raises what the app raised. task: the app's.
     """
 
     # What a run begins with: set where it is otherwise.
     _stopped = ""  # what happened, when we cancelled the app
     _streamed = 0  # parts
+    _unread = True  # the body
+    _settlement: Settlement | None = None
+    _read: ReadHeaders | None = None  # of a head that no Settlement has taken
     _rest: asyncio.Task[Conclusion] | None = None  # of a joined transaction
     _conclusion: Conclusion | None = None
 
@@ -70,28 +77,69 @@ class AsgiRun:
         admission: Admission,
         attempt: LoopAttempt,
         scope: AsgiScope,
-        link: ClientLink,
+        receive: Receive,
+        send: Send,
+        link: ClientLink | None = None,
     ) -> None:
         self._engine = engine
         self._admission = admission
         self._attempt = attempt
         self._scope = scope
-        self._link = link
+        self._server_receive = receive
+        self._server_send = send
+        self._link: ClientLink | None = None
+        self._limit = limit_of(attempt.policy, opened.capabilities.max_result)
         self._state = RUNNING
         self._deserted = False  # by its server: nobody waits for what the app raises
         self._head: AsgiMessage | None = None  # these two are held
         self._last: AsgiMessage | None = None
-        self._settlement = Settlement(attempt, engine.options, opened.capabilities.max_result)
         if admission.fails_open:
             attempt.operation.refuses_transactions = FAIL_OPEN
-        attempt.hold.on_overrun = self._on_overrun
-        link.on_left = self._on_left
-        departure = self._on_departure = admission.on_departure
-        link.stops = link.tells = departure == "stop"
-        loop = self._loop = opened.loop
+        if link is None and not isinstance(admission.body, bytes):
+            link = ClientLink(receive, send, admission.body or b"")
+        if link is not None:
+            self._use(link)
+        engine.runs[attempt.hold] = self
+        loop = opened.loop
         self.over: asyncio.Future[None] = loop.create_future()
-        task = self._task = loop.create_task(self._run())
-        engine.running.add(task)
+        self.task = loop.create_task(self._run())
+
+    # What is made when it is needed
+
+    @property
+    def link(self) -> ClientLink:
+        """The client's."""
+        link = self._link
+        if link is None:
+            link = ClientLink(self._server_receive, self._server_send, self._admission.body or b"")
+            link.unread = self._unread
+            self._use(link)
+        return link
+
+    def _use(self, link: ClientLink) -> None:
+        stops = self._admission.on_departure == "stop"
+        link.on_left = self._on_left
+        link.stops = stops and self._state in (RUNNING, OVERDUE)
+        link.tells = stops or self._state is SETTLED
+        self._link = link
+
+    @property
+    def _left(self) -> bool:
+        """Whether the client is known to have gone, or the server is."""
+        return self._deserted or (self._link is not None and self._link.left)
+
+    @property
+    def settlement(self) -> Settlement:
+        """What the run comes to, with what was held of the response."""
+        settlement = self._settlement
+        if settlement is None:
+            settlement = self._settlement = Settlement(self._attempt, self._engine.options, self._limit)
+            if self._head is not None:
+                settlement.take_head(self._head["status"], self._head["headers"])
+            if self._last is not None:  # and was being settled as what it says
+                settlement.part(self._last.get("body", b""), more=False)
+                settlement.end(endings.ANSWERED)
+        return settlement
 
     # The server's task
 
@@ -101,7 +149,7 @@ class AsgiRun:
         A second cancellation does not wait: the run goes on in the background, and nothing is sent any more.
         """
         self._deserted = True
-        if self._task.done():
+        if self.task.done():
             return
         logger.warning(
             "The server has cancelled operation %s, which goes on; if it is killed, its outcome is unknown.",
@@ -109,24 +157,24 @@ class AsgiRun:
         )
         self._on_left()
         try:
-            await asyncio.wait({self._task})
+            await asyncio.wait({self.task})
         except asyncio.CancelledError:
-            self._link.detached = True
+            self.link.detached = True
+            self._server_send = _say_nothing
 
     # What befalls it from outside
 
     def _on_lost(self) -> None:
         """Another attempt took over; called from the keeper's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._cancel, endings.LEASE_LOST)
+            self.task.get_loop().call_soon_threadsafe(self._cancel, endings.LEASE_LOST)
         except RuntimeError:  # the loop is closed, and the run has ended with it
             return
 
-    def _on_overrun(self, hold: Hold) -> None:
+    def overran(self) -> None:
         """Its lease is not renewed any more; called from the keeper's thread."""
-        self._engine.attempts.overran(hold)
         try:
-            self._loop.call_soon_threadsafe(self._run_over)
+            self.task.get_loop().call_soon_threadsafe(self._run_over)
         except RuntimeError:  # as above
             return
 
@@ -135,10 +183,10 @@ class AsgiRun:
         if self._state is not RUNNING:
             return
         self._state = OVERDUE
-        if self._link.left or self._deserted:
+        if self._left:
             self.stop(_TOO_LONG)
         else:
-            self._link.watch()
+            self.link.watch()
 
     def _on_left(self) -> None:
         """The client is gone, or the server is."""
@@ -154,15 +202,15 @@ class AsgiRun:
             logger.warning("The handler of operation %s was stopped: %s. Its outcome is unknown.", digest, why)
 
     def _cancel(self, happened: str) -> bool:
-        if self._state not in (RUNNING, OVERDUE) or self._stopped or self._task.done():
+        if self._state not in (RUNNING, OVERDUE) or self._stopped or self.task.done():
             return False
         self._stopped = happened
-        return self._task.cancel()
+        return self.task.cancel()
 
     # The app's task
 
     async def _run(self) -> None:
-        attempt, engine, link = self._attempt, self._engine, self._link
+        attempt, engine = self._attempt, self._engine
         hold = attempt.hold
         operation.enter(attempt.operation)
         error: BaseException | None = None
@@ -175,20 +223,20 @@ class AsgiRun:
                     if hold.lost:  # told meanwhile, in the keeper's thread
                         self._on_lost()
                 try:
-                    await engine.app(self._scope, link.receive, self._send)
+                    await engine.app(self._scope, self._receive, self._send)
                 except BaseException as of_app:  # noqa: BLE001  # raised again, as the table says
                     error = of_app
                 if self._state is SETTLED or await self._goes_on(error):
                     raised = error
         except BaseException as ours:  # noqa: BLE001  # handed to the server's task, which raises it
             raised = ours
-        hold.on_lost = link.on_left = None  # leaves no cycle to the garbage collector
-        hold.on_overrun = engine.attempts.overran
-        if link.left or self._deserted:
-            engine.departed.discard(self)
-        engine.running.discard(self._task)
+        hold.on_lost = None  # leaves no cycle to the garbage collector
+        del engine.runs[hold]
         attempt.leave()
-        link.close()
+        if self._deserted or self._link is not None:
+            engine.departed.discard(self)
+            self.link.on_left = None
+            self.link.close()
         if raised is None and not self.over.done():
             self.over.set_result(None)
         else:
@@ -211,7 +259,7 @@ class AsgiRun:
         if conclusion is None:
             return True
         self._state = SETTLING
-        self._settlement.end(endings.TOO_LATE)
+        self.settlement.end(endings.TOO_LATE)
         await self._conclude(conclusion)
         return False
 
@@ -222,69 +270,113 @@ class AsgiRun:
             await self._conclude(await asyncio.shield(rest))
         if self._state in (SETTLING, SETTLED):
             return True
-        settlement = self._settlement
+        settlement = self.settlement
         if error is None:
             await self._settle(settlement.answered())
             return settlement.raises
-        link = self._link
+        link = self.link
         cancelled = isinstance(error, asyncio.CancelledError)
         stopped = self._stopped if cancelled or self._stopped == endings.STOPPED else ""
         if self._stopped and cancelled:
-            self._task.uncancel()
+            self.task.uncancel()
         await self._settle(settlement.happened(error, stopped, told_to_stop=link.stops and link.left), error)
         return settlement.raises and not (self._stopped and cancelled)
 
     # The app's response
 
+    async def _receive(self) -> AsgiMessage:
+        if self._unread and self._link is None:
+            self._unread = False
+            return {"type": "http.request", "body": self._admission.body, "more_body": False}
+        return await self.link.receive()
+
     async def _send(self, message: AsgiMessage) -> None:
-        kind, link = message["type"], self._link
+        kind = message["type"]
         if self._state is not RUNNING and self._state is not OVERDUE:
             if self._conclusion is None or isinstance(self._conclusion, _OWN):
-                await link.send(message)  # after the end; the server knows what to say
+                await self.link.send(message)  # after the end; the server knows what to say
         elif self._head is None:
             if kind == "http.response.start" and not is_interim(message["status"]):
                 self._take_head(message)
             else:
-                await link.send(message)  # early hints, and what is out of order
+                await self.link.send(message)  # early hints, and what is out of order
+        elif kind == "http.response.body":
+            more = message.get("more_body", False)
+            if self._read is not None and not more:
+                await self._answer(self._head, self._read, message)
+            elif self.settlement.part(message.get("body", b""), more=more):
+                await self._settle_with(message)
+            else:
+                await self._stream(message)
         elif kind in _PARTS:
-            if self._take(kind, message):
-                self._last = message
-                await self._settle(self._settlement.answered())
+            if self._take_unseen(kind, message):
+                await self._settle_with(message)
             else:
                 await self._stream(message)
         elif kind == "http.response.start" and not is_interim(message["status"]):
             # In the words of servers, which would say so after the wrong head.
             raise RuntimeError("Unexpected ASGI message 'http.response.start': the response has started already.")
         else:
-            await link.send(message)  # pushes, debug, late hints
+            await self.link.send(message)  # pushes, debug, late hints
 
     def _take_head(self, message: AsgiMessage) -> None:
         headers = message.get("headers", ())
         if not isinstance(headers, _REPEATABLE):  # ASGI says an iterable, which may be good for one look
             headers = list(headers)
-        settlement = self._settlement
+        decides = self._admission.on_departure
+        if sys.exception() is None and not callable(decides) and not message.get("trailers"):
+            try:
+                pairs = list(map(tuple, headers))
+                self._read = read_headers(pairs, self._engine.options.not_kept)
+            except (TypeError, ValueError, AttributeError):  # the settlement says what that means
+                self._read = None
+            else:
+                self._head = {**message, "headers": pairs}
+                return
+        settlement = self.settlement
         handed = settlement.take_head(message["status"], headers, trailers=message.get("trailers", False))
         self._head = {**message, "headers": headers if handed is None else handed}
-        if callable(self._on_departure):
-            self._on_departure = settlement.departure(self._on_departure)
-            if self._on_departure == "stop":
-                self._link.stop_without_client()
+        if callable(decides) and settlement.departure(decides) == "stop":
+            self.link.stop_without_client()
 
-    def _take(self, kind: str, message: AsgiMessage) -> bool:
-        """Take a part of the response; whether it is the last."""
-        if kind == "http.response.body":
-            return self._settlement.part(message.get("body", b""), more=message.get("more_body", False))
+    async def _answer(self, head: AsgiMessage, read: ReadHeaders, message: AsgiMessage) -> None:
+        """The response is whole in one part: the straight way, where that is plain."""
+        attempt, body = self._attempt, message.get("body", b"")
+        outcome = plain_answer(attempt.operation, self._engine.options, head["status"], read, body, self._limit)
+        if outcome is None:
+            self.settlement.part(body, more=False)
+            await self._settle_with(message)
+            return
+        self._state, self._last = SETTLING, message
+        if self._link is not None or self._deserted:
+            self.link.stops = False
+            self._engine.departed.discard(self)
+        conclusion = await attempt.finish(outcome)
+        if self._link is None and type(conclusion) is Completed:
+            self._state, self._conclusion = SETTLED, conclusion
+            for held in (head, message):
+                try:
+                    await self._server_send(held)
+                except OSError:
+                    self.link.left = True
+            return
+        self.link.tell()
+        await self._conclude(conclusion)
+
+    def _take_unseen(self, kind: str, message: AsgiMessage) -> bool:
+        """Take what is no part of a body that can be kept; whether it is the last of the response."""
         if kind == "http.response.trailers":
-            return self._settlement.trailers(more=message.get("more_trailers", False))
-        return self._settlement.unseen(more=message.get("more_body", False))
+            return self.settlement.trailers(more=message.get("more_trailers", False))
+        return self.settlement.unseen(more=message.get("more_body", False))
 
     async def _stream(self, message: AsgiMessage) -> None:
         """Let go of a part that is not the last."""
-        link = self._link
-        if self._settlement.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
+        link, settlement = self.link, self.settlement
+        self._read = None
+        if settlement.reach is WRONG:  # what is too long is never whole: it is cut when the app ends
             await asyncio.sleep(0)
             return
-        if self._settlement.stream():
+        if settlement.stream():
             link.watch()
             if self._head is not None:
                 await link.send(self._head)
@@ -297,17 +389,22 @@ class AsgiRun:
 
     # The end
 
+    async def _settle_with(self, last: AsgiMessage) -> None:
+        """The last message of a response has come, and is held."""
+        self._last = last
+        await self._settle(self.settlement.answered())
+
     async def _settle(self, happened: str, error: BaseException | None = None) -> None:
         """Give the record what the table says, and send what it says."""
-        attempt, link = self._attempt, self._link
+        attempt, link, settlement = self._attempt, self.link, self.settlement
         self._state = SETTLING
         link.stops = False  # the app has nothing left to stop for
-        if link.left or self._deserted:
+        if self._left:
             self._engine.departed.discard(self)
-        outcome = self._settlement.end(happened, error)
-        if attempt.operation.joined:
+        outcome = settlement.end(happened, error)
+        if settlement.joined:
             # In a task of its own: no cancellation may part the commit from what follows.
-            self._rest = self._loop.create_task(self._end_transaction(outcome))
+            self._rest = asyncio.get_running_loop().create_task(self._end_transaction(outcome))
             _settling.add(self._rest)
             self._rest.add_done_callback(_settling.discard)
             conclusion = await asyncio.shield(self._rest)
@@ -318,7 +415,7 @@ class AsgiRun:
 
     async def _end_transaction(self, outcome: WorkOutcome) -> Conclusion:
         """Commit the handler's transaction with its response, or roll it back and call that no success (T1)."""
-        attempt, settlement = self._attempt, self._settlement
+        attempt, settlement = self._attempt, self.settlement
         settled, error = await operation.asettle(attempt.operation, Raised() if settlement.rolls_back else outcome)
         if error is not None:
             settlement.transaction_failed(settled, error)
@@ -329,8 +426,8 @@ class AsgiRun:
     def _conclude(self, conclusion: Conclusion) -> Awaitable[None]:
         """The operation is settled, by this run or by another; to be awaited: what that means is sent."""
         self._state, self._conclusion = SETTLED, conclusion
-        link, settlement = self._link, self._settlement
-        sending = settlement.sending(conclusion, gone=link.left or self._deserted)
+        link, settlement = self.link, self.settlement
+        sending = settlement.sending(conclusion, gone=self._left)
         if sending is endings.RESPONSE:
             head, last = self._head, self._last
             if head is None or settlement.streamed:
@@ -345,3 +442,7 @@ class AsgiRun:
         elif sending is not None:
             return send_conclusion(self._engine, self._admission, conclusion, link.send)
         return link.send()
+
+
+async def _say_nothing(message: AsgiMessage) -> None:
+    """Send to a server that is done with the request."""

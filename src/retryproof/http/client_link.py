@@ -31,7 +31,7 @@ class ClientLink:
     tells = True
     stops = False
     on_left: Callable[[], None] | None = None
-    _unread = True
+    unread = True
     _chunks: Iterator[bytes] | None = None
     _given = 0
 
@@ -46,10 +46,10 @@ class ClientLink:
 
     async def receive(self) -> AsgiMessage:
         """The body, then what the server has to say."""
-        if self._unread:
+        if self.unread:
             body = self.body
             if isinstance(body, bytes):
-                self._unread = False
+                self.unread = False
                 return {"type": "http.request", "body": body, "more_body": False}
             return self._next_chunk(body)
         watch = self.watch()
@@ -69,10 +69,10 @@ class ClientLink:
             self._chunks = body.chunks()
         chunk = next(self._chunks, b"")
         self._given += len(chunk)
-        self._unread = self._given < body.size
-        if not self._unread:
+        self.unread = self._given < body.size
+        if not self.unread:
             body.close()
-        return {"type": "http.request", "body": chunk, "more_body": self._unread}
+        return {"type": "http.request", "body": chunk, "more_body": self.unread}
 
     def watch(self) -> asyncio.Future[AsgiMessage]:
         """What the server has to say next, the departure of the client above all; asked for once, whoever waits."""

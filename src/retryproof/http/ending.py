@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from retryproof.http.recorder import COMPLETE, HELD, NO_HEAD, REACHES, STREAMING, WRONG
+from retryproof.http.semantics import StoreWhen
 
 # What happened. "Answered" and "declined" mean that the response came to its end, or that the app returned before.
 
@@ -176,3 +177,8 @@ def answer_of(status: int, *, kept: bool) -> str:
     if kept:
         return ANSWERED if status < 500 else ANSWERED_FAILURE
     return DECLINED if status >= 400 else DECLINED_SUCCESS
+
+
+def answers_of(store_when: StoreWhen) -> Mapping[int, str]:
+    """`answer_of` each status, where `store_when` looks at the status alone."""
+    return {status: answer_of(status, kept=store_when(status, ())) for status in range(100, 600)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
 
 from retryproof.core.errors import ConfigurationError, InvalidKey
 from retryproof.core.keys import Strength, check_key, parse_key
+from retryproof.http.request import HttpRequest
 
 FindKey: TypeAlias = Callable[[Mapping[str, Any]], str | None]
 """A callable of the ASGI scope that returns the key, or None where there is none."""
@@ -36,9 +37,10 @@ class HeaderKey:
         """Where clients put the key, in words."""
         return f"the header {self.name.decode()}"
 
-    def find(self, lines: Sequence[bytes], strength: Strength) -> str:
-        """The key in the header's lines; raises InvalidKey."""
-        return parse_key(lines, strict=self.strict, strength=strength)
+    def find(self, request: HttpRequest, strength: Strength) -> str | None:
+        """The key in the header's lines, None where it has none; raises InvalidKey."""
+        lines = request.key_lines
+        return parse_key(lines, strict=self.strict, strength=strength) if lines else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class JsonFieldKey:
         """Where clients put the key, in words."""
         return f"the field {self.field!r} of the body"
 
-    def find(self, body: bytes, strength: Strength) -> str | None:
+    def find_in(self, body: bytes, strength: Strength) -> str | None:
         """The key in the body, None where the body has no such field; raises InvalidKey."""
         if len(body) > MAX_DOCUMENT:
             if _OBJECT.match(body) is None:  # an upload, say
@@ -78,9 +80,9 @@ class CallableKey:
         """Where clients put the key, in words."""
         return "its place in the request"
 
-    def find(self, scope: Mapping[str, Any], strength: Strength) -> str | None:
+    def find(self, request: HttpRequest, strength: Strength) -> str | None:
         """The key, None where the callable finds none; raises InvalidKey."""
-        key = self.function(scope)
+        key = self.function(request.context)
         return None if key is None else check_key(key, strength=strength)
 
 

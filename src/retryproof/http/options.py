@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, iscoroutinefunction, signature
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 from retryproof.core.errors import ConfigurationError
 from retryproof.core.fingerprint import Strategy, strategy_for
 from retryproof.core.keys import Strength
 from retryproof.core.policy import Policy
+from retryproof.http.ending import answers_of
 from retryproof.http.key_source import FindKey, HeaderKey, JsonFieldKey, KeySource, key_source_for
 from retryproof.http.problem import check_docs_url
 from retryproof.http.scope import AsgiScope, Identify, check_scope
-from retryproof.http.semantics import Header, Preset, StoreWhen, covered_methods, store_when_for
+from retryproof.http.semantics import Header, Preset, StoreWhen, covered_methods, is_preset, store_when_for
 
 V = TypeVar("V")
 PerRequest: TypeAlias = V | Callable[[Any], V]
@@ -36,9 +37,12 @@ BODY_TIMEOUT = 30.0
 
 
 class Choice(Generic[V]):
-    """An option that is a value or a callable of the request."""
+    """An option that is a value or a callable of the request.
 
-    __slots__ = ("_function", "_kind", "_name", "_value")
+    fixed: the value, where it is one.
+    """
+
+    __slots__ = ("_function", "_kind", "_name", "fixed")
 
     def __init__(self, name: str, option: PerRequest[V], kind: Any) -> None:
         if isinstance(option, type) or iscoroutinefunction(option):
@@ -47,17 +51,22 @@ class Choice(Generic[V]):
             raise ConfigurationError(f"{name}={option!r} is neither a {name} nor a callable that returns one.")
         self._name = name
         self._kind = kind
-        self._value: Any = None
+        self.fixed: V | None = None
         self._function: Callable[[Any], V] | None = None
         if callable(option):
             self._function = option
         else:
-            self._value = option
+            self.fixed = option
+
+    @property
+    def varies(self) -> bool:
+        """Whether it is a callable."""
+        return self._function is not None
 
     def of(self, scope: AsgiScope) -> V:
         """Its value for this request; ConfigurationError where the callable returns something else."""
         if self._function is None:
-            return self._value  # type: ignore[no-any-return]  # V, by the constructor
+            return cast("V", self.fixed)
         value: V = self._function(scope)
         if isinstance(value, self._kind):
             return value
@@ -69,12 +78,22 @@ class Choice(Generic[V]):
         )
 
 
+class Settings(NamedTuple):
+    """What the options say of one request whose body is there."""
+
+    endpoint: str | None
+    fails_open: bool
+    on_departure: Departure | HeadDeparture
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What one layer was told; see IdempotencyMiddleware for the meaning of each.
 
-    key_header: the header that holds the key, where one does. not_kept: headers of responses that are left out of the
-    record by choice; the app may have handed on another service's mark of a replay.
+    key_header: the header that holds the key, where one does. answers: what `store_when` makes of a response by its
+    status, where it is a preset. fixed: the settings of all requests, where they do not vary.
+    not_kept: headers of responses that are left out of the record by choice; the app may have handed on another
+    service's mark of a replay.
     """
 
     scope: Identify
@@ -87,7 +106,9 @@ class Options:
     endpoint: Choice[str | None]
     fingerprint: Strategy
     store_when: StoreWhen
+    answers: Mapping[int, str]
     on_departure: Departure | Choice[str] | HeadDeparture
+    fixed: Settings | None
     max_departed: int
     authorize: Authorize | None
     max_body: int
@@ -98,6 +119,15 @@ class Options:
     docs_url: str
     pepper: bytes
     name: str
+
+    def settings(self, context: Any) -> Settings:
+        """What they say of one request."""
+        departure = self.on_departure
+        return Settings(
+            self.endpoint.of(context),
+            self.fail_open.of(context),
+            cast("Departure", departure.of(context)) if isinstance(departure, Choice) else departure,
+        )
 
 
 def check_options(
@@ -136,6 +166,13 @@ def check_options(
     _check_bytes_and_text(pepper, name)
     source = key_source_for(key, strict=strict)
     mark = _header_name("replay_header", replay_header)
+    pinned = Choice("endpoint", endpoint, str | None)
+    fails_open = Choice("fail_open", fail_open, bool)
+    departure = _departure(on_departure)
+    fixed = None
+    if not (pinned.varies or fails_open.varies or isinstance(departure, Choice)):
+        fixed = Settings(pinned.fixed, fails_open.of({}), departure)
+    settling = store_when_for(store_when)
     return Options(
         scope=check_scope(scope),
         policy=Choice("policy", policy, Policy | None),
@@ -144,15 +181,17 @@ def check_options(
         key=source,
         key_header=source.name if isinstance(source, HeaderKey) else None,
         strength=keys,
-        endpoint=Choice("endpoint", endpoint, str | None),
+        endpoint=pinned,
         fingerprint=strategy_for(fingerprint),
-        store_when=store_when_for(store_when),
-        on_departure=_departure(on_departure),
+        store_when=settling,
+        answers=answers_of(settling) if is_preset(settling) else {},
+        on_departure=departure,
+        fixed=fixed,
         max_departed=_count("max_departed", max_departed),
         authorize=authorize,
         max_body=max_body,
         body_timeout=body_timeout,
-        fail_open=Choice("fail_open", fail_open, bool),
+        fail_open=fails_open,
         replay_header=mark,
         not_kept=frozenset({mark} if keep_set_cookie else {mark, b"set-cookie"}),
         docs_url=check_docs_url(docs_url),

@@ -5,10 +5,8 @@ Each adapter makes one, in a single look at the headers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-_NONE: tuple[bytes, ...] = ()
 
 
 class HttpRequest:
@@ -38,20 +36,8 @@ class HttpRequest:
         self.key_lines = key_lines
         self.context = context
 
-    @property
-    def announced(self) -> int | None:
-        """The body's length by Content-Length, where that is one."""
-        value = self.headers.get(b"content-length", b"")
-        return int(value) if value.isdigit() and len(value) < 20 else None
 
-
-def key_lines_in(headers: dict[bytes, bytes], every: Iterable[tuple[bytes, bytes]], name: bytes) -> Sequence[bytes]:
-    """Each value of this header.
-
-    every: the pairs that `headers` was made of; they are looked at again only where a name came more than once.
-    """
-    value = headers.get(name)
-    if value is None:
-        return _NONE
-    pairs = every if isinstance(every, list | tuple) else list(every)
-    return (value,) if len(pairs) == len(headers) else [found for named, found in pairs if named == name]
+def length_in(headers: dict[bytes, bytes]) -> int | None:
+    """The body's length by Content-Length, where that is one."""
+    value = headers.get(b"content-length")
+    return None if value is None or not value.isdigit() or len(value) > 19 else int(value)

@@ -146,8 +146,12 @@ def by_header(name: str) -> Identify:
 
     def identify(scope: AsgiScope) -> Identity:
         name_here = dashed if dashed != wanted and "wsgi.version" in scope else wanted
-        # Several lines stay one identity of their own: a server may read either of them. Values hold no line breaks.
-        return b"\n".join([value for found, value in scope["headers"] if found == name_here]) or None
+        identity: bytes | None = None
+        for name, value in scope["headers"]:
+            if name == name_here:
+                # Several lines stay one identity of their own: a server may read either. Values hold no line breaks.
+                identity = value if identity is None else identity + b"\n" + value
+        return identity or None
 
     return identify
 

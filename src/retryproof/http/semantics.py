@@ -115,6 +115,11 @@ def settles_success(status: int, headers: Sequence[Header]) -> bool:
 _PRESETS: dict[str, StoreWhen] = {"default": settles, "stripe": settles_always, "success-only": settles_success}
 
 
+def is_preset(store_when: StoreWhen) -> bool:
+    """Whether it looks at the status alone, as all presets do."""
+    return store_when in _PRESETS.values()
+
+
 def store_when_for(option: Preset | StoreWhen) -> StoreWhen:
     """The predicate that a `store_when=` option names."""
     if isinstance(option, str) and option in _PRESETS:
@@ -154,11 +159,13 @@ def refused_before(error: BaseException) -> bool:
 # What is kept and what is replayed (H9, H10)
 
 
-def read_headers(
-    headers: Iterable[Header], unwanted: frozenset[bytes] = frozenset()
-) -> tuple[Headers, int | None, bool]:
-    """What a response's headers say, in one look: those that a replay repeats, in order, repeated names kept, names in
-    lower case; the Content-Length, -1 where there are two that differ; and whether it is `text/event-stream`.
+ReadHeaders: TypeAlias = tuple[Headers, int | None, bool]
+"""Headers that a replay repeats, in order, repeated names kept, names in lower case; the Content-Length, -1 where there
+are two that differ; and whether it is `text/event-stream`."""
+
+
+def read_headers(headers: Iterable[Header], unwanted: frozenset[bytes] = frozenset()) -> ReadHeaders:
+    """What a response's headers say, in one look.
 
     unwanted: names of others that a replay does not repeat.
     """

@@ -17,12 +17,14 @@ from dataclasses import replace
 from typing import Any, TypeAlias, assert_never
 
 from retryproof.attempt import HeldAttempt
+from retryproof.core.codec import Unencodable, pack_response
 from retryproof.core.commands import Cancelled, LeaseLost, Raised, Returned, WorkOutcome
 from retryproof.core.errors import IdempotencyError, OutcomeUnknown, StoreUnavailable
 from retryproof.core.failure import causes, outcome_of, unknown_in
 from retryproof.core.flow import Busy, Completed, Conclusion, Down, Failed, Foreign, Mismatched, Refused, Replayed
 from retryproof.core.hold import Hold
 from retryproof.core.keys import short_digest
+from retryproof.core.policy import Policy
 from retryproof.http import ending as endings
 from retryproof.http.departed import is_of_departure
 from retryproof.http.ending import ALONE, JOINED, TABLE, Ending, answer_of
@@ -35,9 +37,9 @@ from retryproof.http.problem import (
     Problem,
     render,
 )
-from retryproof.http.recorder import NO_HEAD, WRONG, Recorder
-from retryproof.http.semantics import Header, Headers, refused_before, settles, settles_always
-from retryproof.operation import ENDED, lease_lost
+from retryproof.http.recorder import COMPLETE, NO_HEAD, WRONG, Recorder
+from retryproof.http.semantics import Header, Headers, ReadHeaders, refused_before, settles, settles_always
+from retryproof.operation import ENDED, Operation, lease_lost
 
 logger = logging.getLogger("retryproof.http")
 
@@ -66,24 +68,57 @@ Sending: TypeAlias = str | Problem | Conclusion | IdempotencyError | None
 the connection; or nothing."""
 
 
+def limit_of(policy: Policy, own: int | None) -> int:
+    """Bytes that are kept of a response. own: the store's limit."""
+    most = policy.max_result
+    return most if own is None or most < own else own
+
+
+_PLAIN = frozenset(
+    happened
+    for (happened, reach, work), ending in TABLE.items()
+    if (reach, work) == (COMPLETE, ALONE) and ending == Ending(endings.COMPLETED, endings.RESPONSE, endings.RESPONSE)
+)
+"""What happens most: a whole response that is stored and sent."""
+
+
+def plain_answer(
+    operation: Operation, options: Options, status: int, read: ReadHeaders, body: bytes, limit: int
+) -> Returned | None:
+    """What the record gets of a whole response that came in one part, where that is plain; None: a Settlement decides.
+
+    The operation takes no transaction any more. read: its headers, as `read_headers` says.
+    """
+    headers, announced, is_events = read
+    if options.answers.get(status) not in _PLAIN or is_events or (announced is not None and announced != len(body)):
+        return None
+    if operation.end(_DONE) is not _DONE or (operation.joins is not None and operation.joined):
+        return None
+    try:
+        encoded = pack_response(status, headers, body)
+    except Unencodable:
+        return None
+    return Returned(encoded) if len(encoded) <= limit else None
+
+
 class Settlement(Recorder):
     """One run of an app under its claim, from the head of its response to what is sent last.
 
-    limit: bytes that the store keeps of a response; None where the policy's alone counts.
-    headed: the head was taken. begun: False where the app, a proxy, says that it began nothing. raises: whether what
-    the app raised goes on, once `end` and `sending` have said so.
+    headed: the head was taken. begun: False where the app, a proxy, says that it began nothing.
+    joined: the work is part of a transaction; known at the end. raises: whether what the app raised goes on, once `end`
+    and `sending` have said so.
     """
 
     headed = False
     begun = True
     raises = False
+    joined = False
     ending: Ending | None = None
     problem: Problem | None = None
     _refused_before = False
 
-    def __init__(self, attempt: HeldAttempt[Any, Any], options: Options, limit: int | None) -> None:
-        most = attempt.policy.max_result
-        super().__init__(most if limit is None or most < limit else limit, options.not_kept)
+    def __init__(self, attempt: HeldAttempt[Any, Any], options: Options, limit: int) -> None:
+        super().__init__(limit, options.not_kept)
         self._attempt = attempt
         self._options = options
 
@@ -153,8 +188,11 @@ class Settlement(Recorder):
         status = self.status
         if self._says_unknown():
             return endings.UNKNOWN if status < 400 else endings.UNKNOWN_ANSWERED
-        kept = self.reach is NO_HEAD or (not self._refused_before and self._is_final(status, self.headers or ()))
-        return answer_of(status, kept=kept)
+        happened = self._options.answers.get(status)
+        if happened is None or self._refused_before:
+            kept = self.reach is NO_HEAD or (not self._refused_before and self._is_final(status, self.headers or ()))
+            happened = answer_of(status, kept=kept)
+        return happened
 
     def happened(self, error: BaseException, stopped: str = "", *, told_to_stop: bool = False) -> str:
         """What it means that the app raised this.
@@ -200,7 +238,8 @@ class Settlement(Recorder):
         """Look up what this end means; what the record is to get. The operation takes no transaction any more."""
         operation = self._attempt.operation
         operation.refuses_transactions = ENDED  # before it is asked what was joined
-        ending = self.ending = TABLE[happened, self.reach, JOINED if operation.joined else ALONE]
+        joined = self.joined = operation.joined
+        ending = self.ending = TABLE[happened, self.reach, JOINED if joined else ALONE]
         if ending.there in _PROBLEMS:
             self.problem = self._problem_of(happened, error)
         match ending.record:

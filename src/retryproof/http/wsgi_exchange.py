@@ -69,10 +69,7 @@ def _admit(engine: WsgiEngine, admission: Admission, environ: WSGIEnvironment) -
     """Why the request may not claim its operation; None: it may."""
     refused = admission.begin()
     if refused is None:
-        unread = _read_body(admission, environ, engine.options.body_timeout)
-        if unread is not None:
-            return unread
-        refused = admission.end()
+        refused = _read_body(admission, environ, engine.options.body_timeout)
         if refused is None and admission.is_large:
             admission.digest()
     if admission.weak_key:
@@ -83,7 +80,7 @@ def _admit(engine: WsgiEngine, admission: Admission, environ: WSGIEnvironment) -
 def _read_body(admission: Admission, environ: WSGIEnvironment, patience: float) -> NotAdmitted | None:
     """Take the body. A server that waits for a client that stalls is not to be interrupted; it has a time-out."""
     source: Any = environ["wsgi.input"]
-    left = admission.request.announced
+    left = admission.announced
     if left is None and not environ.get("wsgi.input_terminated"):
         if environ.get("HTTP_TRANSFER_ENCODING"):
             detail = "The server cannot tell where a body without Content-Length ends. Nothing was done; send one."
@@ -100,11 +97,11 @@ def _read_body(admission: Admission, environ: WSGIEnvironment, patience: float) 
         if left is not None:
             left -= len(chunk)
             if left == 0 and admission.size == 0:  # nearly always
-                return admission.take(chunk, more=False)
-        refused = admission.take(chunk, more=True)
+                return admission.take(chunk, False)
+        refused = admission.take(chunk, True)
         if refused is not None:
             return refused
-    return admission.take(b"", more=False)
+    return admission.take(b"", False)
 
 
 def _give_again(environ: WSGIEnvironment, admission: Admission) -> None:

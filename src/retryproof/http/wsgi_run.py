@@ -36,7 +36,7 @@ from retryproof.http.options import Options
 from retryproof.http.problem import Problem
 from retryproof.http.recorder import WRONG
 from retryproof.http.semantics import undone
-from retryproof.http.settlement import FAIL_OPEN, Settlement
+from retryproof.http.settlement import FAIL_OPEN, Settlement, limit_of
 from retryproof.observe.events import Event, Kind
 
 logger = logging.getLogger("retryproof.http")
@@ -90,7 +90,8 @@ class WsgiRun:
         self._engine = engine
         self._admission = admission
         self._attempt = attempt
-        self._settlement = Settlement(attempt, engine.options, engine.opened().capabilities.max_result)
+        limit = limit_of(attempt.policy, engine.opened().capabilities.max_result)
+        self._settlement = Settlement(attempt, engine.options, limit)
         self._server_start = start_response
         self._server_write: Callable[[bytes], object] | None = None
         self._on_departure = admission.on_departure
