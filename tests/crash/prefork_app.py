@@ -11,14 +11,18 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
+from retryproof.stores.base import DatabaseEngine
 
 
 def append(file: Path, line: str) -> None:
@@ -42,7 +46,15 @@ def create_app() -> IdempotencyMiddleware:
         await asyncio.sleep(0.05)  # the work, so that twins come meanwhile
         return {"pid": os.getpid()}
 
-    return IdempotencyMiddleware(app, store=os.environ["PREFORK_STORE"], scope=single_tenant)
+    return IdempotencyMiddleware(app, store=_store(os.environ["PREFORK_STORE"]), scope=single_tenant)
+
+
+def _store(url: str) -> str | DatabaseEngine:
+    """The URL, or for one of SQLAlchemy's an engine."""
+    if "+" not in url:
+        return url
+    make: Callable[[str], DatabaseEngine] = create_async_engine if "+asyncpg" in url else create_engine
+    return make(url)
 
 
 async def use(app: IdempotencyMiddleware) -> None:

@@ -58,13 +58,16 @@ def two_workers(store: str, effects: Path, *, preload: bool) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("preload", [False, True], ids=["started", "forked"])
-@pytest.mark.parametrize("kind", ["sqlite", "redis", "postgres"])
+@pytest.mark.parametrize("kind", ["sqlite", "redis", "postgres", "an engine on psycopg", "an engine on asyncpg"])
 def test_c1_twins_at_two_processes_have_one_effect(
     kind: str, preload: bool, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    store = f"sqlite:///{tmp_path / 'keys.db'}" if kind == "sqlite" else request.getfixturevalue(f"{kind}_url")
-    if kind == "postgres":
+    server = "redis" if kind == "redis" else "postgres"
+    store = f"sqlite:///{tmp_path / 'keys.db'}" if kind == "sqlite" else request.getfixturevalue(f"{server}_url")
+    if kind not in ("sqlite", "redis"):
         migrate(store)
+    if kind.startswith("an engine"):
+        store = store.replace("://", f"+{kind.rpartition(' ')[2]}://", 1)
     keys, effects = [str(uuid4()) for _ in range(KEYS)], tmp_path / "effects"
     with two_workers(store, effects, preload=preload) as port, ThreadPoolExecutor(TWINS) as pool:
         for key in keys:
