@@ -241,7 +241,7 @@ class _Sending:
     def slow(self) -> list[Message]:
         """The messages that are still being sent."""
         begun = self._begun()
-        return [self.messages[position] for position in self.left if position in begun]
+        return [self.messages[position] for position in self.left if position in begun] if begun else []
 
 
 def _say_late(count: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from operator import attrgetter
 from types import MappingProxyType
 from uuid import UUID
@@ -29,6 +30,8 @@ from retryproof.sql.postgres.outbox_statements import STATEMENTS
 
 CHANNEL = "retryproof_outbox"
 _NUMBER = attrgetter("sequence")
+_HEADERS = 4
+"""Where the headers are in a message's row; in the first row of a claim, what the claim found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +212,11 @@ class PostgresOutbox:
                 slow=_numbers(slow),
                 **known,
             )
-        held, suspects, waiting, low, running, unlisted, own, started = rows[0][:8]
-        messages = [_message(row[8:]) for row in rows[1:]]
+        about, *taken = rows
+        held, suspects, waiting, low, running, unlisted, own, started = json.loads(about[_HEADERS])
+        messages = list(starmap(Message, taken))
+        for message in messages:
+            message.headers = json.loads(message.headers) if message.headers else {}  # type: ignore[arg-type]  # text
         return ClaimedBatch(held, suspects, messages, waiting or (), low, running, unlisted, own, started)
 
     def finish(self, relay: UUID, result: BatchResult, *, lease: int, strict: bool, passing: bool) -> Plan[bool]:

@@ -88,11 +88,14 @@ def _seen(xids: str, lows: str, server: str) -> str:
 
 
 def _answer(suspects: str, waiting: str) -> str:
-    """A row about the claim, and one for each message."""
-    return f"""SELECT EXISTS (SELECT FROM held) AS is_held, {suspects} AS suspects, {waiting} AS waiting,
-    low, running, unlisted, own, started, {", ".join(["NULL"] * len(_MESSAGE.split(",")))}, NULL
-FROM seen UNION ALL
-SELECT {", ".join(["NULL"] * 8)}, {_MESSAGE}, was_parked FROM taken"""
+    """A row about the claim, as JSON in the place of headers, and one for each message, with the columns of Message.
+
+    Columns of its own for the claim would be in each message's row, and would be read there.
+    """
+    about = f"""json_build_array(EXISTS (SELECT FROM held), {suspects}, {waiting}, low, running, unlisted, own, started
+)::text"""
+    columns = [about if column == "headers" else "NULL" for column in _MESSAGE.split(", ")]
+    return f"SELECT {', '.join(columns)}, NULL FROM seen UNION ALL SELECT {_MESSAGE}, was_parked FROM taken"
 
 
 _SUSPECTS = f"""EXISTS (SELECT FROM {{blocked}}) AND EXISTS (
