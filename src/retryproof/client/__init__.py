@@ -1,4 +1,4 @@
-"""The retrying client: one key an operation, and retries that cannot make a second effect."""
+"""The retrying client: one key for each operation, and retries that cannot cause a second effect."""
 
 from retryproof.client.budget import RetryBudget
 from retryproof.client.policy import RetryPolicy

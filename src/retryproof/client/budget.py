@@ -1,4 +1,4 @@
-"""A budget for retries across calls, so that an outage is not amplified (K3)."""
+"""A budget for the retries of all calls, so that retries do not make an outage worse (K3)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from retryproof.core.errors import ConfigurationError
 
 
 class RetryBudget:
-    """A bucket of tokens: a call puts `ratio` in, time puts `per_second` in, a retry takes one out.
+    """A bucket of tokens: each call adds `ratio`, each second adds `per_second`, each retry takes one.
 
-    It holds `burst` at most and starts full; `burst=math.inf` never says no. While a server is down, a client that
-    makes N calls a second sends no more than N * (1 + ratio) + per_second requests a second once the burst is spent.
-    One budget may be shared by transports, threads and loops. Times are monotonic seconds, given by the caller.
+    It holds at most `burst` tokens and starts full; `burst=math.inf` never refuses. While a server is down, a client
+    that makes N calls a second sends at most N * (1 + ratio) + per_second requests a second, once the burst is spent.
+    Transports, threads and loops may share one budget. Times are monotonic seconds, which the caller gives.
     """
 
     def __init__(self, *, ratio: float = 0.1, per_second: float = 1.0, burst: float = 20.0) -> None:
@@ -37,13 +37,13 @@ class RetryBudget:
             self._tokens = min(self._burst, self._tokens + self._ratio)
 
     def withdraw(self, now: float) -> bool:
-        """Take the token of one retry; False when there is none."""
+        """Take a token for one retry; False if there is none."""
         with self._lock:
             if self._refilled_at is not None:
                 grown = max(0.0, now - self._refilled_at) * self._per_second
                 self._tokens = min(self._burst, self._tokens + grown)
             self._refilled_at = now
-            # Ten deposits of a tenth sum to 0.99…; they are meant to buy a retry.
+            # Ten additions of 0.1 give 0.99…, but have to be enough for a retry.
             if self._tokens < 1 - 1e-9:
                 return False
             self._tokens = max(0.0, self._tokens - 1)

@@ -1,15 +1,15 @@
 """When a client retries: one generator, without I/O or clock (K1 to K3).
 
-`retrying` yields `Send`, `Pause` and at last `Stop`; the pump performs them and sends back what came of each:
+`retrying` yields `Send`, `Pause` and at last `Stop`. The caller performs each command, and sends back the reply:
 
     command         reply
     Send            Answered (an HTTP response) or Broken (no whole response)
     Wait           Resumed
     Stop            none: the last reply is the result
 
-What may be sent again is decided by how far the failed attempt came. An attempt that never reached the server
-(`Broken.sent` is False) had no effect. After that an attempt may have had its effect, and is repeated only where
-repeating is harmless: with a key, or with a method that is idempotent by RFC 9110.
+How far the failed attempt came decides whether the request may be sent again. An attempt that never reached the server
+(`Broken.sent` is False) had no effect. Any other attempt may have had its effect. It is repeated only if that is
+harmless: with a key, or with a method that is idempotent by RFC 9110.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from retryproof.client.policy import RetryPolicy
 
 IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
 
-# What a server says about its own answer: Stripe, Adyen.
+# A server's own advice about retries: Stripe, Adyen.
 ADVICE_HEADERS = ("stripe-should-retry", "transient-error")
 
 StopReason = Literal["final", "unsafe", "attempts", "deadline", "budget"]
@@ -49,7 +49,7 @@ class ClientCall:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send the request; `time_left` is what a retry may still take (None for the first attempt: its own limits)."""
+    """Send the request. `time_left`: how long a retry may take; None for the first attempt, which keeps its limits."""
 
     attempt: int
     time_left: float | None = None
@@ -57,7 +57,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Wait, holding nothing: the failed attempt's response and connection are given back first."""
+    """Wait. Before that, the response and the connection of the failed attempt are released."""
 
     seconds: float
 
@@ -117,14 +117,14 @@ def retrying(call: ClientCall, policy: RetryPolicy, budget: RetryBudget, random:
         pause = pause_before(attempt, policy, reply, random) if reason is None else 0.0
         if reason is None and reply.now + pause >= ends_at:
             reason = "deadline"
-        # Asked last, so that a retry which does not happen costs nothing.
+        # Last, so that a retry that does not happen takes no token.
         if reason is None and not budget.withdraw(reply.now):
             reason = "budget"
         if reason is not None:
             yield Stop(attempt, reason)
             return
         resumed = yield Wait(pause)
-        # A pause can take longer than asked (a busy loop, a suspended machine).
+        # A pause may take longer than planned (a busy loop, a suspended machine).
         if resumed.now >= ends_at:
             yield Stop(attempt, "deadline")
             return
@@ -147,10 +147,10 @@ def _refusal(call: ClientCall, policy: RetryPolicy, reply: Answered | Broken) ->
 
 
 def asks_for_retry(answer: Answered, policy: RetryPolicy) -> bool:
-    """Whether the answer is worth another attempt, were it safe to make one (K2)."""
+    """Whether another attempt makes sense after this answer, if it is safe (K2)."""
     if answer.status < 400:
         return False
-    # An operator has to settle it first; no advice from a layer in between changes that.
+    # An operator has to settle it first, whatever a server in between advises.
     if answer.code == "outcome-unknown":
         return False
     for name in ADVICE_HEADERS:
@@ -165,7 +165,7 @@ def asks_for_retry(answer: Answered, policy: RetryPolicy) -> bool:
 def pause_before(attempt: int, policy: RetryPolicy, reply: Answered | Broken, random: Callable[[], float]) -> float:
     """Seconds to wait after attempt number `attempt`: what the server asked for, plus full jitter.
 
-    The jitter comes on top of `Retry-After`, since a thousand clients are told the same number.
+    The jitter is added to `Retry-After`, since a thousand clients may get the same number.
     """
     asked = retry_after(reply.headers.get("retry-after"), reply.wall_clock) if isinstance(reply, Answered) else None
     # The exponent is bounded: 2.0 ** 1024 overflows.
@@ -189,7 +189,7 @@ def retry_after(value: str | None, wall_clock: float) -> float | None:
 
 
 def problem_code(content_type: str | None, body: bytes) -> str | None:
-    """The `code` of a problem document (RFC 9457), or None where there is none to read."""
+    """The `code` of a problem document (RFC 9457), or None if there is none."""
     if (content_type or "").partition(";")[0].strip().lower() != "application/problem+json":
         return None
     try:

@@ -1,14 +1,16 @@
-"""Transports for httpx that retry (K1 to K4); the code above them does not change.
+"""Transports for httpx that retry (K1 to K4). The code that uses the client does not change.
 
     client = httpx.Client(transport=RetryTransport())
     client.post("https://api.example/charges", json=charge)     # one key, up to five attempts, one charge
 
 Three things to know:
 
-- The server must honour the key. Mount the transport on the APIs that do (`httpx.Client(mounts=…)`).
-- An attempt counts only when its whole response is here, so bodies are read before the response is returned, still
-  encoded as they came. With `stream_responses=True` bodies below 400 flow, and a cut one is the caller's to handle.
-- `httpx.Client` hands `verify`, `proxy`, `http2`, … to its own transport only: give them to the one that is wrapped.
+- The server must support the key. Mount the transport on the APIs that do (`httpx.Client(mounts=…)`).
+- An attempt succeeds only when its whole response has arrived. So the body is read before the response is returned,
+still
+  encoded as it came. With `stream_responses=True`, bodies of responses below 400 are streamed, and the caller handles
+  cut ones.
+- `httpx.Client` passes `verify`, `proxy`, `http2`, … only to its own transport: give them to the wrapped transport.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ from retryproof.core.operation_key import current_operation_key
 
 __all__ = ["AsyncRetryTransport", "RetryTransport"]
 
-# Raised before a byte of the request can have left.
+# Raised before any byte of the request can have been sent.
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
-# The request itself is wrong: another attempt would be too.
+# The request itself is wrong, so another attempt would fail too.
 _HOPELESS = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
 
 _TIMEOUTS = ("connect", "read", "write", "pool")
@@ -59,7 +61,7 @@ ResponseOrError = httpx.Response | httpx.TransportError
 
 
 class _Exchange:
-    """One call under way, without its I/O."""
+    """One call, without its I/O."""
 
     def __init__(self, request: httpx.Request, transport: _Retrying) -> None:
         policy = _policy_of(request, transport.policy)
@@ -75,7 +77,7 @@ class _Exchange:
         self._flow = retrying(self.call, policy, transport.budget, transport.random)
 
     def _once(self, policy: RetryPolicy) -> RetryPolicy:
-        """The policy for a body that can be read only once, where it may be sent at all."""
+        """The policy for a body that can be read only once, if it may be sent at all."""
         if self.call.repeatable and policy.max_attempts > 1:
             raise ConfigurationError(
                 f"this {self.call.method} may have to be sent again, and its body is a stream that can be read only "
@@ -101,7 +103,7 @@ class _Exchange:
         return self._flow.send(Resumed(self._transport.monotonic()))
 
     def request_for(self, send: Send) -> httpx.Request:
-        """The request itself, or for a retry a copy whose time-outs fit in the time that is left."""
+        """The request itself; for a retry, a copy whose time-outs fit into the time left."""
         self._attempt = send.attempt
         if send.time_left is None or send.time_left == math.inf:
             return self._request
@@ -118,7 +120,7 @@ class _Exchange:
     def reads(self, response: httpx.Response) -> bool:
         """Whether the body belongs to the attempt.
 
-        Bodies of errors do even where others flow: they are small, and a retry lets go of the connection.
+        The body of an error does, also with `stream_responses`: it is small, and a retry releases the connection.
         """
         if not self.call.repeatable or response.status_code == 101:
             return False
@@ -137,7 +139,7 @@ class _Exchange:
         return outcome
 
     def name_key(self, error: BaseException) -> None:
-        """Put the key on whatever leaves: without it the caller cannot ask again for the same operation."""
+        """Add the key to an exception: the caller needs it to retry the same operation."""
         if self.call.key is None:
             return
         text = f"{self._policy.header}: {self.call.key}, attempts: {self._attempt}"
@@ -149,7 +151,7 @@ class _Exchange:
 
 
 class _Retrying:
-    """What both colours are made with."""
+    """The options of both transports."""
 
     def __init__(
         self,
@@ -171,9 +173,9 @@ class _Retrying:
 class RetryTransport(httpx.BaseTransport):
     """Retries over any sync transport (default: a new `httpx.HTTPTransport`), which it closes with itself.
 
-    `budget` may be shared between transports; by default each has its own, made from the policy. A request may bring
-    its own policy in `extensions={"retry_policy": …}`. The response's `extensions["retryproof"]` says `key`,
-    `attempts` and `reason`; exceptions keep their type, name the key and carry it as `idempotency_key`.
+    Transports may share a `budget`; by default each has its own, made from the policy. A request may have its own
+    policy in `extensions={"retry_policy": …}`. The response's `extensions["retryproof"]` has `key`, `attempts` and
+    `reason`. Exceptions keep their type; their message names the key, and `idempotency_key` has it.
     """
 
     def __init__(
@@ -320,10 +322,10 @@ def _policy_of(request: httpx.Request, default: RetryPolicy) -> RetryPolicy:
 
 
 def _key_of(request: httpx.Request, policy: RetryPolicy) -> str | None:
-    """The call's key, put on the request itself so that redirects, authentication and resends of it carry it on."""
+    """The call's key. It is set on the request itself, so that redirects, authentication and resends have it too."""
     given = request.headers.get(policy.header)
     if given is not None:
-        # An empty one protects nothing, and is still not ours to replace.
+        # An empty key protects nothing, but it is the caller's, so it is not replaced.
         return given.strip() or None
     if request.method not in policy.methods:
         return None
@@ -338,15 +340,15 @@ def _key_of(request: httpx.Request, policy: RetryPolicy) -> str | None:
 
 
 def _target(request: httpx.Request) -> str:
-    """Method and URL for people: what may hold a secret is left out."""
+    """Method and URL for people, without parts that may contain a secret."""
     return f"{request.method} {request.url.copy_with(userinfo=b'', query=None, fragment=None)}"
 
 
 def _digest(request: httpx.Request) -> bytes:
-    """SHA-256 over method, URL and body; a body that can be read only once is left to the server to compare."""
+    """SHA-256 over method, URL and body. If a body can be read only once, the server has to compare it."""
     body = request.read() if isinstance(request.stream, httpx.ByteStream) else b""
     if _is_multipart(request):
-        # A form that is built again has another boundary.
+        # A form that is built again has a different boundary.
         boundary = request.headers["content-type"].partition("boundary=")[2].partition(";")[0].strip(' "')
         body = body.replace(boundary.encode(), b"") if boundary else body
     digest = hashlib.sha256()
@@ -356,7 +358,7 @@ def _digest(request: httpx.Request) -> bytes:
 
 
 def _is_multipart(request: httpx.Request) -> bool:
-    """Forms are read into memory once: their files may not be readable, or not the same, a second time."""
+    """Read a form into memory once: a second time its files may be unreadable, or different."""
     content_type: str = request.headers.get("content-type", "")
     return content_type.lower().startswith("multipart/")
 
@@ -372,7 +374,7 @@ def _code_of(response: httpx.Response) -> str | None:
 
 
 def _whole(response: httpx.Response, raw: bytes) -> httpx.Response:
-    """The same response over bytes that are all here, content encoding untouched."""
+    """The same response with its complete body, still with its content encoding."""
     return httpx.Response(
         response.status_code,
         headers=response.headers,

@@ -17,10 +17,10 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: names of
 class RetryPolicy:
     """How often, how long and what to retry; all times in seconds.
 
-    `deadline` runs from the first attempt: no retry starts after it. `backoff` is the upper end of the first pause and
-    doubles up to `max_backoff`; the pause is drawn evenly between zero and that end. `Retry-After` comes on top, up to
-    `max_retry_after`. `retry_ratio`, `retry_floor` (a second) and `retry_burst` are the budget (RetryBudget).
-    Requests with one of `methods` are given a key in `header`, in quotes (a Structured Field String) with `quoted`.
+    `deadline` counts from the first attempt: no retry starts after it. `backoff` is the upper end of the first pause,
+    and doubles up to `max_backoff`; the pause is random between zero and that end. `Retry-After` is added, up to
+    `max_retry_after`. `retry_ratio`, `retry_floor` (a second) and `retry_burst` are the budget (RetryBudget). Requests
+    with one of `methods` get a key in `header`; with `quoted` it is in quotes (a Structured Field String).
     """
 
     max_attempts: int = 5

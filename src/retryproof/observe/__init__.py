@@ -1,4 +1,4 @@
-"""What happened to operations, told to whoever listens."""
+"""Events about operations, and their listeners."""
 
 from retryproof.observe.events import Event, Kind, Listener, Traces
 

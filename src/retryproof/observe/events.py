@@ -1,7 +1,7 @@
 """Events: one for every outcome of an operation (O3).
 
 A listener is a callable that takes an event. It is called where the outcome is known, possibly from the keeper's
-thread, must not block, and cannot change the outcome: what it raises is logged and goes no further.
+thread. It must not block, and it cannot change the outcome: an exception that it raises is only logged.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Kind(StrEnum):
     FRESH = "fresh"
     """An attempt ran and its result is stored."""
     REPLAYED = "replayed"
-    """A stored result was given again."""
+    """A stored result was returned again."""
     IN_PROGRESS = "in_progress"
-    """A duplicate met a running attempt."""
+    """A duplicate found a running attempt."""
     MISMATCH = "mismatch"
-    """A key came back with other input."""
+    """A key was used again with other input."""
     ABANDONED = "abandoned"
-    """An attempt had died, and the policy refuses another."""
+    """An attempt had died, and the policy refuses another one."""
     FAILED = "failed"
     """An attempt raised and was released."""
     UNKNOWN = "unknown"
@@ -39,21 +39,21 @@ class Kind(StrEnum):
     OVERRUN = "overrun"
     """An attempt ran past `max_run`; its lease is no longer renewed."""
     UNSTORED = "unstored"
-    """A result was given to its caller before it could be stored (C10); storing goes on in the background."""
+    """A caller got its result before it could be stored (C10); storing continues in the background."""
     STORED_LATE = "stored_late"
-    """A result that was unstored is stored."""
+    """A result that was unstored is stored now."""
     NEVER_STORED = "never_stored"
-    """A result that its caller has is not stored: another attempt took over meanwhile, or the record is gone."""
+    """A caller has a result that is not stored: another attempt took over meanwhile, or the record is gone."""
     STORE_ERROR = "store_error"
     """The store gave no answer."""
     UNPROTECTED = "unprotected"
-    """A handler ran without protection, since the store was out of reach and the route says `fail_open`."""
+    """A handler ran without protection, since the store was out of reach and the route has `fail_open`."""
     UNREADABLE = "unreadable"
     """A record in a format that this version cannot read."""
     WEAK_KEY = "weak_key"
     """A key was refused as too weak."""
     EVICTED = "evicted"
-    """A record was forgotten by an operator, or its unsettled retention ended."""
+    """An operator evicted a record, or its unsettled retention ended."""
     SETTLED = "settled"
     """An operator settled a record."""
 
@@ -81,7 +81,7 @@ Listener = Callable[[Event], None]
 
 @runtime_checkable
 class Traces(Protocol):
-    """A listener that knows the trace context of the code that runs now; a first claim records it."""
+    """A listener that knows the current trace context; a first claim records it."""
 
     def current_trace(self) -> str:
         """A W3C traceparent, or "" for none."""
@@ -93,7 +93,7 @@ def tracing(listeners: Sequence[object]) -> Traces | None:
 
 
 def recorded_trace(source: Traces, given: str) -> str:
-    """What a claim records: the current trace, else what the caller gave (a request's header)."""
+    """The trace that a claim records: the current one, or else the caller's (from a request's header)."""
     try:
         return source.current_trace() or given
     except Exception:
@@ -102,15 +102,15 @@ def recorded_trace(source: Traces, given: str) -> str:
 
 
 def wants_of(listeners: Sequence[Listener]) -> tuple[Callable[[Kind], bool] | None, ...]:
-    """What each listener says of the kinds that it wants; None for one that wants all of them.
+    """Which kinds of events each listener wants; None for a listener that wants all.
 
-    One that has `wants(kind)` is asked before an event is made.
+    If a listener has `wants(kind)`, it is called before an event is made.
     """
     return tuple(getattr(listener, "wants", None) for listener in listeners)
 
 
 def tell(listeners: Sequence[Listener], event: Event) -> None:
-    """Tell everybody; what a listener raises is logged."""
+    """Call all listeners; log their exceptions."""
     for listener in listeners:
         try:
             listener(event)

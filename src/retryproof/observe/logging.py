@@ -34,7 +34,7 @@ class LogListener:
     """Writes one line for an event; ordinary outcomes at DEBUG."""
 
     def wants(self, kind: Kind) -> bool:
-        """Whether the log is that fine."""
+        """Whether the logger's level lets this kind through."""
         return logger.isEnabledFor(LEVELS[kind])
 
     def __call__(self, event: Event) -> None:
@@ -56,4 +56,4 @@ class LogListener:
 
 
 log_event = LogListener()
-"""The listener that engines have by default."""
+"""The default listener of engines."""

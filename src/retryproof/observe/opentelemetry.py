@@ -3,9 +3,9 @@
     listener = OpenTelemetryListener()
     app.add_middleware(IdempotencyMiddleware, store=…, scope=…, events=[log_event, listener])
 
-The first claim records the trace context of its caller, which the engine asks this listener for. A retry, on whatever
-server and however much later, is a span in its caller's own trace with a link back to that first one: so the attempts
-at one operation are found from each other, and no trace grows for a day.
+The first claim records the trace context of its caller, which the engine gets from this listener. A retry, on any
+server and at any later time, is a span in its caller's own trace, with a link to the first one. So you can find the
+attempts at one operation from each other, and no trace grows for a day.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def current_traceparent() -> str:
-    """The current span's context as a W3C traceparent, or "" where there is none."""
+    """The current span's context as a W3C traceparent, or "" if there is none."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier)
     return carrier.get(_HEADER, "")
 
 
 class OpenTelemetryListener:
-    """Makes a span `retryproof <kind>` of each event, under the span that is current when the event is told.
+    """Makes a span `retryproof <kind>` for each event, below the span that is current at that moment.
 
     Attributes: `retryproof.kind`, `.digest`, `.where`, `.attempt`, `.note`; never the key (C11).
     """
@@ -48,11 +48,11 @@ class OpenTelemetryListener:
         self._tracer = trace.get_tracer("retryproof", tracer_provider=tracer_provider)
 
     def current_trace(self) -> str:
-        """What the engine records with a first claim."""
+        """The trace that the engine records with a first claim."""
         return current_traceparent()
 
     def __call__(self, event: Event) -> None:
-        """Make the span, of the event's own duration, ending now."""
+        """Make the span. It ends now, and has the event's duration."""
         end = time.time_ns()
         span = self._tracer.start_span(
             f"retryproof {event.kind}",
@@ -76,7 +76,7 @@ def _attributes(event: Event) -> dict[str, str | int]:
 
 
 def _links(recorded: str) -> Sequence[Link]:
-    """To the recorded span, unless that is the span which is current anyway: the first attempt's."""
+    """Links to the recorded span, unless it is the current span itself, as in the first attempt."""
     context = _span_context(recorded)
     if not context.is_valid or context.span_id == trace.get_current_span().get_span_context().span_id:
         return ()
@@ -84,6 +84,6 @@ def _links(recorded: str) -> Sequence[Link]:
 
 
 def _span_context(traceparent: str) -> SpanContext:
-    # A context of its own, so that what is malformed is no span, and not the one which is current.
+    # A separate context, so that a malformed trace gives no span, and not the current one.
     extracted = _PROPAGATOR.extract({_HEADER: traceparent}, context=trace.set_span_in_context(trace.INVALID_SPAN))
     return trace.get_current_span(extracted).get_span_context()

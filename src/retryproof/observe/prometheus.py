@@ -1,10 +1,10 @@
-"""Events to Prometheus: how many of each kind, and how long they took.
+"""Events to Prometheus: the number of each kind, and durations.
 
     listener = PrometheusListener()
     app.add_middleware(IdempotencyMiddleware, store=…, scope=…, events=[log_event, listener])
 
-Labels are `kind` and `where` (the endpoint's pinned name or the function's scope), never a key or a digest (C11). Names
-of endpoints should be few; past `max_where` of them the rest count as "other", so that no caller can fill the registry.
+Labels are `kind` and `where` (the endpoint's name or the function's scope), never a key or a digest (C11). Use few
+names of endpoints. After `max_where` names, all others count as "other", so that no caller can fill the registry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ except ModuleNotFoundError as missing:
 from retryproof.observe.events import Event
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
-"""Seconds: from a replay out of memory to an attempt that is renewed up to the default `max_run`."""
+"""Buckets in seconds: from a replay from memory to an attempt that runs for the default `max_run`."""
 OTHER = "other"
 
 

@@ -1,4 +1,4 @@
-"""Where a relay sends: the contract of a publisher, and what its kinds have in common."""
+"""Where a relay sends: the contract of publishers, and what they have in common."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from retryproof.core.errors import ConfigurationError
 from retryproof.core.message import Message
 
 CONCURRENCY = 32
-"""Chains that are sent at the same time by publishers that send one message at a time."""
+"""How many queues a publisher serves at the same time, if it sends one message of a queue at a time."""
 _OUT_OF_REACH = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 _DEEPEST = 10
-"""Causes of an exception that are looked at: a library wraps a connection's errors in its own."""
+"""How many causes of an exception are checked: libraries wrap the errors of connections in their own."""
 
 log = logging.getLogger("retryproof.relay")
 EMPTY_CHECK: Callable[[], bool] = lambda: True  # noqa: E731
@@ -27,20 +27,20 @@ EMPTY_CHECK: Callable[[], bool] = lambda: True  # noqa: E731
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The other side has it."""
+    """The receiver has the message."""
 
 
 FailureKind: TypeAlias = Literal["answer", "unreachable", "unsent"]
-"""Kinds of failure that may be tried again: an answer about the message itself (4xx, 500); nobody who could have said
-anything about it (no connection, no answer in time, 429, 502 to 504); not sent, for the relay's own reasons."""
+"""Kinds of failure that may be tried again: an answer about the message itself (4xx, 500); no answer about it (no
+connection, no answer in time, 429, 502 to 504); not sent, for a reason of the relay."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Not delivered, as far as is known.
+    """Not delivered, as far as the publisher knows.
 
-    permanent: trying again makes no sense; it goes to dead letters. retry_after: seconds the other side asked for.
-    kind: whether the failure says something about the message, which decides when it is given up.
+    permanent: do not try again; the message becomes a dead letter. retry_after: seconds that the receiver asked for.
+    kind: whether the failure says something about the message; this decides when the relay gives it up.
     """
 
     reason: str
@@ -50,13 +50,13 @@ class Failed:
 
     @property
     def counts_as(self) -> FailureKind | Literal["refusal"]:
-        """Its row in the relay's table of what a failure counts towards."""
+        """Its row in the relay's table of failures and limits."""
         return "refusal" if self.permanent else self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class Untried:
-    """Not sent: an earlier message of its queue failed, or the relay's lease is over. It counts no attempt."""
+    """Not sent: an earlier message of its queue failed, or the relay's lease is over. This is no attempt."""
 
 
 Outcome: TypeAlias = Delivered | Failed | Untried
@@ -65,9 +65,9 @@ UNTRIED = Untried()
 
 
 class Progress:
-    """How far a batch is: the positions of messages that are being sent, and what came of others.
+    """The state of a batch: the positions of messages that are being sent, and the outcomes of others.
 
-    A publisher that keeps it, on the event loop, is given other batches while some messages take long.
+    A publisher on the event loop that keeps this up to date gets other batches while some messages take long.
     """
 
     __slots__ = ("_changed", "ended", "under_way")
@@ -82,7 +82,7 @@ class Progress:
         self.under_way.add(position)
 
     def end(self, position: int, outcome: Outcome) -> None:
-        """What came of it."""
+        """Record the outcome of a message."""
         self.under_way.discard(position)
         self.ended[position] = outcome
         self._changed()
@@ -90,9 +90,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Messages to publish, those of a queue in their order.
+    """Messages to publish; those of a queue are in their order.
 
-    live: whether the relay may still publish; to be asked before each message that is sent by itself.
+    live: whether the relay may still publish; check it before each message that is sent alone.
     timeout: seconds for each such message. progress: kept by publishers that send one message at a time.
     """
 
@@ -103,19 +103,20 @@ class Batch:
 
 
 class Publisher(Protocol):
-    """Sends messages. `publish` may be a coroutine function; else it is called in a thread.
+    """Sends messages. `publish` may be a coroutine function; otherwise it is called in a thread.
 
-    It gives one outcome a message, in their order. After a message failed, later ones of its queue are not sent.
-    A message may come again, with the same id: after a crash, or when it was sent and the answer was lost.
-    An exception counts as the failure of everything in the batch. It must end by itself: what sends with `one_by_one`
-    does, after the batch's time-out for each message.
+    `publish` returns one outcome for each message, in order. After a message failed, it does not send later ones of the
+    same queue. A message may come again, with the same id: after a crash, or after a lost answer. An exception counts
+    as the failure of the whole batch. `publish` must end by itself. With `one_by_one` it does, after the batch's
+    time-out for each message.
 
-    Where it sends is part of the relay's routes: a text in its attribute `destination`, the same in every process and
-    without secrets. Without that attribute it is the name of its class, so that all of one class are the same route.
+    The relay's routes contain the publisher's attribute `destination`: a text without secrets, the same in every
+    process. Without that attribute, the name of its class is used, so that all publishers of one class are the same
+    route.
     """
 
     max_payload: int | None
-    """Bytes that a payload may have, or None."""
+    """The most bytes that a payload may have, or None."""
 
     def publish(self, batch: Batch) -> Sequence[Outcome] | Awaitable[Sequence[Outcome]]:
         """Send a batch."""
@@ -131,7 +132,7 @@ def destination_of(publisher: Publisher) -> str:
 
 
 async def handed(publisher: Publisher, batch: Batch) -> Sequence[Outcome]:
-    """Have a publisher of either colour send a batch: one outcome a message. An exception fails all of them."""
+    """Send a batch by a sync or async publisher; one outcome for each message. An exception fails all of them."""
     count = len(batch.messages)
     try:
         if inspect.iscoroutinefunction(publisher.publish):
@@ -164,7 +165,7 @@ def queues(messages: Sequence[Message]) -> list[list[int]]:
 async def one_by_one(
     batch: Batch, send: Callable[[Message], Awaitable[Outcome]], concurrency: int = CONCURRENCY
 ) -> Sequence[Outcome]:
-    """Send messages one at a time within a queue, queues side by side; a failure, or a time-out, ends its queue."""
+    """Send one message of a queue at a time, queues side by side. A failure or a time-out ends its queue."""
     outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
     room = asyncio.Semaphore(concurrency)
 
@@ -184,7 +185,7 @@ async def one_by_one(
 
 
 async def guarded(send: Callable[[Message], Awaitable[Outcome]], message: Message, timeout: float = inf) -> Outcome:
-    """Send, any exception as a failure, and no answer within so many seconds too."""
+    """Send a message. An exception is a failure, and so is no answer within the time-out (seconds)."""
     clock = asyncio.timeout(timeout if timeout < inf else None)
     try:
         async with clock:
@@ -193,19 +194,19 @@ async def guarded(send: Callable[[Message], Awaitable[Outcome]], message: Messag
         if being_cancelled():
             raise
         return Failed(described(error))
-    except Exception as error:  # noqa: BLE001 - whatever a publisher raises, the message was not delivered
+    except Exception as error:  # noqa: BLE001 - after any exception of a publisher, the message counts as not delivered
         reason = f"no answer within {timeout:g} s" if clock.expired() else described(error)
         return Failed(reason, kind="unreachable" if clock.expired() else kind_of(error))
 
 
 def being_cancelled() -> bool:
-    """Whether a CancelledError is meant for this task, and did not just come out of what it called."""
+    """Whether a CancelledError is for this task, and did not only come from the code that it called."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def kind_of(error: BaseException) -> FailureKind:
-    """Whether an exception, or one that it came from, says that the other side was out of reach."""
+    """Whether an exception, or one of its causes, says that the receiver was out of reach."""
     seen: BaseException | None = error
     for _ in range(_DEEPEST):
         if isinstance(seen, _OUT_OF_REACH):

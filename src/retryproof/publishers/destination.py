@@ -1,4 +1,4 @@
-"""Where a publisher sends, as a relay's routes name it: told apart from others, and the same with another password."""
+"""A publisher's destination in a relay's routes: different for each destination, independent of the password."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PORTS = {"http": 80, "https": 443, "smtp": 587, "smtps": 465, "redis": 6379, "r
 
 
 def identity(url: str, *, query: bool = True) -> str:
-    """Scheme, host, port, path and such options as seem to hold no secret; the same however the URL is spelled."""
+    """Scheme, host, port, path, and options that seem to contain no secret; all spellings of a URL give the same."""
     parts = urlsplit(url)
     scheme = parts.scheme.lower()
     options = [(name, value) for name, value in parse_qsl(parts.query) if query and not _SECRET.search(name)]

@@ -26,11 +26,12 @@ from retryproof.publishers.base import (
 class FunctionPublisher:
     """Calls a function with each message; an exception is a failure, as is a `Failed` that it returns.
 
-    Any other end is delivery. An exception that is a ConnectionError or TimeoutError, or came from one, says that the
-    other side is out of reach; any other one counts against the message.
+    Otherwise the message is delivered. A ConnectionError or TimeoutError, or an exception with one as its cause, means
+    that the receiver is out of reach. Any other exception counts against the message.
 
-    A coroutine function runs on the relay's loop, queues side by side; any other in a thread, one message at a time.
-    name: stands for it in a relay's routes, instead of its module and qualified name.
+    A coroutine function runs on the relay's event loop, queues side by side. Any other function runs in a thread, one
+    message at a time.
+    name: its name in a relay's routes, in place of its module and qualified name.
     """
 
     max_payload: int | None = None
@@ -59,14 +60,14 @@ class FunctionPublisher:
                     return outcomes
                 try:
                     outcomes[position] = _outcome(self._function(batch.messages[position]))
-                except Exception as error:  # noqa: BLE001 - whatever it raises, the message was not delivered
+                except Exception as error:  # noqa: BLE001 - after any exception, the message counts as not delivered
                     outcomes[position] = Failed(described(error), kind=kind_of(error))
                 if outcomes[position] is not DELIVERED:
                     break
         return outcomes
 
     def close(self) -> None:
-        """Nothing: the function is the caller's."""
+        """Do nothing: the function belongs to the caller."""
 
 
 def _outcome(returned: object) -> Outcome:
@@ -74,7 +75,7 @@ def _outcome(returned: object) -> Outcome:
 
 
 def _name(function: Callable[[Message], Any]) -> str:
-    """A function's module and qualified name; of a partial, those of its function; of another object, its class's."""
+    """Module and qualified name: of a function, of the function of a partial, or of the class of another object."""
     function = getattr(function, "func", function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"

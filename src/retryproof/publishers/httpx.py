@@ -1,11 +1,11 @@
-"""HTTP webhooks, signed as Standard Webhooks has it (https://www.standardwebhooks.com).
+"""HTTP webhooks, signed according to Standard Webhooks (https://www.standardwebhooks.com).
 
     webhook-id: the message's id, the same on every resend      webhook-timestamp: seconds, of this attempt
     webhook-signature: v1,base64(HMAC-SHA256(secret, id.timestamp.body)), one for each secret, with spaces between
 
-Redirects are not followed: a receiver must not send messages elsewhere. With `public_only` each name is resolved here,
-refused unless all its addresses are public, and one of those very addresses is connected to, so that a name cannot
-point elsewhere in between.
+Redirects are not followed: a receiver must not send messages elsewhere. With `public_only`, each host name is resolved
+here, and refused unless all its addresses are public. Then one of exactly these addresses is used for the connection,
+so that the name cannot point elsewhere in between.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SECRET_VARIABLE = "RETRYPROOF_WEBHOOK_SECRET"  # noqa: S105 - the name of a vari
 SECRET_PREFIX = "whsec_"  # noqa: S105 - what a secret begins with
 TIMEOUT = 10.0
 MAX_ANSWER = 65_536
-"""Bytes of an answer that are read, for the connection's sake; what it says is not used."""
+"""How many bytes of a response are read, so that the connection can be used again; its content is not used."""
 MAX_RETRY_AFTER = 86_400.0
 _OUT_OF_REACH = frozenset({429, 502, 503, 504})
 """Answers that say nothing about the message."""
@@ -43,12 +43,12 @@ _OWN = frozenset({"host", "content-length", "transfer-encoding", "connection", "
 
 
 class HttpPublisher:
-    """Posts each payload to one URL; 2xx is delivery, 410 is for good, all else is tried again.
+    """Posts each payload to one URL; 2xx is delivery, 410 a permanent refusal; after all others it tries again.
 
-    429 and 502 to 504 say that the receiver is out of reach; other answers are about the message.
+    429 and 502 to 504 mean that the receiver is out of reach; other answers are about the message.
 
-    secrets: those to sign with, several while they are rotated: base64, with `whsec_` before it or without, as Standard
-    Webhooks has it; or a key itself, as bytes. timeout: seconds for one message.
+    secrets: the secrets to sign with; there may be several during a rotation. Each is base64, with or without `whsec_`
+        before it, as in Standard Webhooks, or the key itself as bytes. timeout: seconds for one message.
     public_only: refuse loopback, private, link-local and other addresses that are not public.
     """
 
@@ -106,9 +106,9 @@ class HttpPublisher:
 
     def _opened(self) -> httpx.AsyncClient:
         if self._client is None:
-            # As many as are asked for: those that wait for a slow receiver must not take the others' connections.
+            # No limit: messages that wait for a slow receiver must not take the connections of others.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._concurrency)
-            # trust_env: no proxy of the environment, which would resolve names by itself.
+            # trust_env: use no proxy of the environment, since a proxy would resolve names by itself.
             self._client = httpx.AsyncClient(timeout=self._timeout, limits=limits, trust_env=False)
         return self._client
 
@@ -185,7 +185,7 @@ _SPECIAL = tuple(
         "192.88.99.0/24",  # 6to4 relays
     )
 )
-"""Networks that Python counts as global and that lead somewhere else, or may."""
+"""Networks that Python counts as global, but that lead to other addresses, or may."""
 
 
 def _is_public(address: str) -> bool:
@@ -232,6 +232,6 @@ async def _drain(response: httpx.Response) -> None:
 
 
 def from_url(url: str, *, public_only: bool = False, timeout: float = TIMEOUT) -> HttpPublisher:
-    """The publisher of a URL; its secrets are in RETRYPROOF_WEBHOOK_SECRET, with spaces between several."""
+    """The publisher of a URL; its secrets are in RETRYPROOF_WEBHOOK_SECRET, separated by spaces."""
     secrets = os.environ.get(SECRET_VARIABLE, "").split()
     return HttpPublisher(url, secrets=secrets, timeout=timeout, public_only=public_only)

@@ -1,6 +1,6 @@
-"""Redis Streams: each message is an entry with the fields id, topic, payload, and where given key, headers, …
+"""Redis Streams: each message is an entry with the fields id, topic, payload, and optionally key, headers, …
 
-The entry's own id is Redis's and differs on a resend; consumers go by the field `id`.
+Redis makes the entry's own id, which differs on a resend. Consumers have to use the field `id`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ABOUT_THE_ENTRY = ("WRONGTYPE", "ERR")
 
 
 class RedisStreamPublisher:
-    """Appends to a stream; a batch is one MULTI, so that it is there as a whole or not at all.
+    """Appends to a stream. A batch is one MULTI, so that all of it is appended, or nothing.
 
-    stream: its name, or None for one named as the topic. max_length: entries to keep, roughly.
+    stream: its name, or None for a stream with the name of the topic. max_length: entries to keep, approximately.
     """
 
     max_payload: int | None = 512 << 20
@@ -39,7 +39,7 @@ class RedisStreamPublisher:
         self._stream = stream
         self.destination = f"{identity(url, query=False)}{stream or ''}"
         self._max_length = max_length
-        # No retries of its own: whether a batch came through is the relay's business.
+        # The client does not retry: the relay decides whether a batch arrived.
         tls = {"ssl_check_hostname": True} if checks_hostname(url) else {}  # redis-py 5 does not by itself
         self._client = Redis.from_url(
             url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0), **tls
@@ -64,7 +64,7 @@ class RedisStreamPublisher:
 
 
 def checks_hostname(url: str) -> bool:
-    """Whether the server's certificate must be one of the URL's host: for TLS, unless the URL itself says how."""
+    """Whether to check that the server's certificate is for the URL's host: with TLS, unless the URL says otherwise."""
     options = dict(parse_qsl(urlsplit(url).query))
     return url.startswith("rediss://") and not {"ssl_check_hostname", "ssl_cert_reqs"} & set(options)
 
@@ -92,7 +92,7 @@ def fields(message: Message) -> dict[Any, Any]:
 
 
 def from_url(url: str, *, timeout: float = TIMEOUT, public_only: bool = False) -> RedisStreamPublisher:
-    """The publisher of redis://host:6379/stream or redis://host:6379/0/stream, with ?maxlen= where wanted."""
+    """The publisher of redis://host:6379/stream or redis://host:6379/0/stream, with an optional ?maxlen=."""
     if public_only:
         raise ConfigurationError("public_only is for webhooks; a stream's address is not looked at.")
     parts = urlsplit(url)

@@ -1,8 +1,8 @@
 """E-mail: each payload is a whole message (RFC 5322), as `EmailMessage.as_bytes()` gives it.
 
-Its Message-ID is made of the outbox's id, so that it is the same on every resend and mail systems that look at it keep
-one copy. SMTP has no other way to say that a message comes again: between the server's "250" and the relay's finish, a
-crash sends it twice.
+Its Message-ID is made from the message's id in the outbox. So it is the same on every resend, and mail systems that
+check it keep one copy. SMTP has no other way to mark a repeated message: if a relay crashes after the server's "250"
+and before it has recorded that, the message is sent twice.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from retryproof.publishers.base import DELIVERED, UNTRIED, Batch, Failed, Outcom
 
 TIMEOUT = 30.0
 _OUT_OF_REACH = (0, 421, 454)
-"""No answer at all, "service not available", and TLS or authentication that fail for the moment."""
+"""Codes for no answer, "service not available", and a temporary failure of TLS or authentication."""
 
 
 class SmtpPublisher:
-    """Hands messages to one SMTP server, over one connection a batch.
+    """Sends messages to one SMTP server, over one connection for each batch.
 
-    tls: "starttls" (asked of the server, and required), "implicit" or "off", which sends all in the clear.
-    domain: of Message-IDs. timeout: seconds for each step. context: for TLS, else the system's authorities.
+    tls: "starttls" (which the server must support), "implicit", or "off", which sends without encryption.
+    domain: of Message-IDs. timeout: seconds for each step. context: for TLS; by default, the system's authorities.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class SmtpPublisher:
         self._context = context
 
     def publish(self, batch: Batch) -> Sequence[Outcome]:
-        """Send the messages one after another; where the server cannot be reached, the first of each key fails.
+        """Send the messages one after another. If the server is out of reach, the first message of each key fails.
 
-        Where the connection is lost over a message, that one fails, and later ones are not tried.
+        If the connection is lost during a message, that message fails, and later ones are not tried.
         """
         outcomes: list[Outcome] = [UNTRIED] * len(batch.messages)
         order = queues(batch.messages)
@@ -78,10 +78,10 @@ class SmtpPublisher:
         return outcomes
 
     def close(self) -> None:
-        """Nothing: connections end with their batch."""
+        """Do nothing: connections end with their batch."""
 
     def _send_queue(self, server: smtplib.SMTP, batch: Batch, queue: list[int], outcomes: list[Outcome]) -> bool:
-        """Send until one fails; whether the connection is there still."""
+        """Send until a message fails; return whether the connection is still open."""
         for position in queue:
             if not batch.live():
                 break
@@ -133,16 +133,16 @@ def _parsed(message: Message, domain: str) -> EmailMessage:
     mail = BytesParser(policy=policy.SMTP).parsebytes(message.payload)
     del mail["Message-ID"]
     mail["Message-ID"] = message_id(message, domain)
-    if "Date" not in mail:  # when it was written, not when it was sent: the same on every attempt
+    if "Date" not in mail:  # the time of writing, not of sending: the same on every attempt
         mail["Date"] = format_datetime(datetime.fromtimestamp(message.created_at / 1e6, UTC))
     return mail
 
 
 def _envelope(mail: EmailMessage) -> tuple[str, list[str]]:
-    """The sender's and the recipients' addresses; raises ValueError where one is missing or malformed.
+    """The sender's and the recipients' addresses; raises ValueError if one is missing or malformed.
 
-    They are read from the fields as they stand: encoded words (RFC 2047) belong in names, and one that is decoded first
-    can hold an address that nobody wrote.
+    They are read from the fields without decoding: encoded words (RFC 2047) belong in names, and a decoded one could
+    contain an address that nobody wrote.
     """
     fields: dict[str, list[str]] = {}
     for name, value in mail.raw_items():
@@ -158,7 +158,7 @@ def _envelope(mail: EmailMessage) -> tuple[str, list[str]]:
 
 
 def _refused(error: OSError) -> Failed:
-    """A 5xx is for good; with several recipients, only where all of them are. A 421 or no code is from nobody."""
+    """A 5xx is permanent; with several recipients, only if all are 5xx. 421 or no code: out of reach."""
     codes = [getattr(error, "smtp_code", 0)]
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         codes = [code for code, _ in error.recipients.values()]

@@ -1,4 +1,4 @@
-"""Publishers by URL, for the command line; each is imported when it is asked for."""
+"""Publishers by URL, for the command line; each is imported when it is used."""
 
 from __future__ import annotations
 
