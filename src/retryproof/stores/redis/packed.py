@@ -47,9 +47,10 @@ def new_records(claims: Sequence[Claim]) -> Packed:
         if len(nonce) != _NONCE_BYTES:
             raise ValueError(f"a nonce has {_NONCE_BYTES} bytes, not {len(nonce)}")
         trace = claim.trace.encode("utf-8", _ODD) if claim.trace else b""
-        lengths = _LENGTHS.pack(len(fingerprint), 0, len(tenant), len(trace))
-        size = _NAMES_AT + len(fingerprint) + len(tenant) + len(trace)
-        parts += (HEADS[size], nonce, lengths, fingerprint, tenant, trace)
+        of_fingerprint, of_tenant, of_trace = len(fingerprint), len(tenant), len(trace)
+        lengths = _LENGTHS.pack(of_fingerprint, 0, of_tenant, of_trace)
+        before = HEADS[_NAMES_AT + of_fingerprint + of_tenant + of_trace]
+        parts += (before, nonce, lengths, fingerprint, tenant, trace)
     return Packed(len(claims), parts)
 
 

@@ -11,6 +11,7 @@ import re
 from binascii import hexlify
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar
@@ -36,7 +37,7 @@ from retryproof.core.errors import Unreadable
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 from retryproof.stores.base import Capabilities
 from retryproof.stores.redis import packed
-from retryproof.stores.redis.resp import Argument, Packed, pack
+from retryproof.stores.redis.resp import HEADS, Argument, Packed, pack
 
 CAPABILITIES = Capabilities(name="redis", native_ttl=True, concurrent=True)
 
@@ -113,10 +114,13 @@ class Protocol:
         if not claims:
             return []
         terms, of_keys = _terms(claims)
-        arguments: list[Argument] = [*self._keys(claims), len(terms)]
-        for one in terms:
-            arguments += _terms_arguments(one)
-        arguments += (of_keys, packed.new_records(claims))
+        arguments: list[Argument] = [
+            *self._keys(claims),
+            len(terms),
+            *map(_terms_arguments, terms),
+            of_keys,
+            packed.new_records(claims),
+        ]
         replies = yield RedisRequest(arguments, self._claim)
         return [
             Acquired(reply, 1, reply, claim.nonce, NOTHING, claim.trace)
@@ -276,10 +280,12 @@ def _terms(claims: Sequence[Claim]) -> tuple[Sequence[_Terms], bytes]:
     return list(places), of_claims
 
 
-def _terms_arguments(terms: _Terms) -> tuple[int, ...]:
+@lru_cache(maxsize=64)
+def _terms_arguments(terms: _Terms) -> Packed:
     lease, retention, unsettled_retention, on_abandoned, max_attempts, alone = terms
     durations = (microseconds(lease), microseconds(retention), microseconds(unsettled_retention))
-    return (*durations, int(on_abandoned == "refuse"), max_attempts, alone)
+    numbers = [b"%d" % number for number in (*durations, on_abandoned == "refuse", max_attempts, alone)]
+    return Packed(len(numbers), [part for number in numbers for part in (HEADS[len(number)], number)])
 
 
 def _claim_reply(claim: Claim, reply: RedisReply) -> ClaimReply | ItemError:

@@ -112,16 +112,16 @@ local function decide(key, born, term)
   if not record then
     return be_born(key, born, term)
   end
-  if not readable(record) then
+  local state = state_of(record)
+  if not state then
     return UNREADABLE
   end
-  local fingerprint = sub(record, NAMES, NAMES - 1 + byte(record, LENGTHS))
-  local other = fingerprint ~= sub(born, 24, 23 + byte(born, 17)) and fingerprint
-  local state, expires_at = parse('<Bd', record, 2)
-  if state >= COMPLETED and now < expires_at and not other then
+  local size = byte(record, LENGTHS)
+  local same = size == byte(born, 17) and find(record, sub(born, 24, 23 + size), NAMES, true) == NAMES
+  if state >= COMPLETED and same and now < parse('<d', record, 3) then
     return whole(key, record, hash)
   end
-  return reclaim(key, born, term, record, hash, other)
+  return reclaim(key, born, term, record, hash, not same and sub(record, NAMES, NAMES - 1 + size))
 end
 
 local replies = {}

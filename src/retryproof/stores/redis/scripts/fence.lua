@@ -9,10 +9,10 @@ local function fenced(look, change)
   for i, key in ipairs(KEYS) do
     local record, hash = look(key)
     local reply = '0'
-    if record and not readable(record) then
+    local state = record and state_of(record)
+    if record and not state then
       reply = 'E'
     elseif record and find(record, ARGV[2 * i - 1], FENCE, true) == FENCE then
-      local state = byte(record, 2)
       if hash and state == IN_PROGRESS then
         call('SET', key, record) -- so that it can be changed in place
       end

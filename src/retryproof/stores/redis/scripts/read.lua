@@ -4,10 +4,11 @@ local what = ARGV[1]
 
 local function head(key)
   local record, hash = read_head(key)
-  if not record or not readable(record) then
+  local state = record and state_of(record)
+  if not state then
     return record
   end
-  if byte(record, 2) < COMPLETED then
+  if state < COMPLETED then
     return (read(key)) -- with its checkpoints, of which depends whether it is settled
   end
   local last = tail(record) - 1
@@ -16,8 +17,9 @@ end
 
 local function over(key)
   local record = read_head(key)
-  if record and readable(record) then
-    local state, expires_at, lease_until = parse('<Bdd', record, 2)
+  local state = record and state_of(record)
+  if state then
+    local expires_at, lease_until = parse('<dd', record, 3)
     return now >= expires_at and (state ~= IN_PROGRESS or now >= lease_until) and read(key)
   end
 end

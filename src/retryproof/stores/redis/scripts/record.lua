@@ -16,9 +16,12 @@ local IN_PROGRESS, RELEASED, COMPLETED, TOMBSTONE = 1, 2, 3, 4
 local HEAD = '<BBddBI4I4ddd'
 local FENCE, NONCE, LENGTHS, NAMES, HEAD_END = 44, 52, 68, 75, '73'
 
-local function readable(record)
+-- Its state, or nothing where it is none of ours, or of a form that this version cannot read.
+local function state_of(record)
   local found, state = byte(record, 1, 2)
-  return #record >= NAMES - 1 and found == FORMAT and state >= IN_PROGRESS and state <= TOMBSTONE
+  if #record >= NAMES - 1 and found == FORMAT and state >= IN_PROGRESS and state <= TOMBSTONE then
+    return state
+  end
 end
 
 -- Where the result or the first checkpoint begins.
@@ -96,7 +99,7 @@ local function read_start(key)
   if type(record) == 'table' then
     return or_from_hash(key, record)
   end
-  if #record == START and readable(record) and tail(record) > START then
+  if #record == START and state_of(record) and tail(record) > START then
     return call('GET', key)
   end
   return record ~= '' and record

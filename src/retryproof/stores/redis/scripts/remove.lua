@@ -7,7 +7,7 @@ for i, key in ipairs(KEYS) do
   replies[i] = '0'
   if not record then
     replies[i] = ARGV[1] == 'any' and '1' or '0'
-  elseif readable(record) then
+  elseif state_of(record) then
     local state, expires_at, lease_until = parse('<Bdd', record, 2)
     local wanted = ARGV[1] == 'any' or now >= expires_at and sub(record, FENCE, LENGTHS - 1) == ARGV[i + 1]
     if wanted and (state ~= IN_PROGRESS or now >= lease_until) then
