@@ -116,7 +116,7 @@ def test_a_record_that_is_not_there_is_exit_code_1_and_says_what_to_look_at(run:
     missing = run("keys", "show", url, "--scope", "charge", "--key", "k")
 
     assert missing.code == 1
-    assert "scope is another one" in missing.err
+    assert "scope is different" in missing.err
 
 
 def test_o1_show_names_checkpoints_and_decodes_results_on_demand(run: Run, url: str, store: Store) -> None:

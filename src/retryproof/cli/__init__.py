@@ -1,1 +1,1 @@
-"""The command line, `retryproof`: one file a command, over the public library. `exits` lists the exit codes."""
+"""The command line, `retryproof`: one file for each command, on top of the library. `exits` has the exit codes."""

@@ -1,4 +1,4 @@
-"""Where the command starts: `retryproof`, or `python -m retryproof.cli`."""
+"""The entry point of the command: `retryproof`, or `python -m retryproof.cli`."""
 
 from __future__ import annotations
 

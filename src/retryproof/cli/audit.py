@@ -1,7 +1,7 @@
-"""The audit of what operators do to records: one JSON line a fact, on disk before anything is changed (O1).
+"""The audit of what operators do to records: one JSON line for each fact, on disk before a record changes (O1).
 
-A completed record has no room for who settled it, so the audit lies beside the store: in a file that is appended to
-and synced, or on standard error for whoever collects that.
+A completed record has no room for the name of the operator. So the audit is separate from the store: lines are appended
+to a file and synced, or written to standard error for a log collector.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ AUDIT_VARIABLE = "RETRYPROOF_AUDIT_FILE"
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Who acts, why, and where that is written: a file's path, or "-" for standard error."""
+    """Who acts, why, and where to write that: a file's path, or "-" for standard error."""
 
     file: str
     by: str
     why: str
 
     def write(self, what: str, record: Record, **more: Any) -> dict[str, Any]:
-        """Append one line and sync it; the entry. Raises Refused where it cannot be written."""
+        """Append one line, sync it, and return the entry. Raises Refused if the line cannot be written."""
         entry = {
             "what": what,
             "digest": record.id.hex()[:16],
@@ -96,5 +96,5 @@ def audit_of(options: dict[str, Any]) -> Audit:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # no name for this number, as in some containers
+    except (KeyError, OSError):  # the user's number has no name, as in some containers
         return f"uid {os.getuid()}"

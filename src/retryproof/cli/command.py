@@ -1,4 +1,4 @@
-"""What commands have in common: the store's URL, `--json`, and errors as messages and exit codes."""
+"""What all commands share: the store's URL, `--json`, and errors as messages and exit codes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Function = Callable[..., Any]
 
 
 class Refused(click.ClickException):
-    """What was asked is not there, or must not be done: exit code 1."""
+    """The object does not exist, or the action is refused: exit code 1."""
 
     exit_code = exits.FOUND
 
 
 class Usage(click.ClickException):
-    """What was asked makes no sense: exit code 2."""
+    """Wrong usage: exit code 2."""
 
     exit_code = exits.USAGE
 
@@ -41,7 +41,7 @@ class NoAnswer(click.ClickException):
 
 
 def json_option(function: Function) -> Function:
-    """`--json`, given to the function as an Output; and errors as messages with an exit code."""
+    """Add `--json`, which the function gets as an Output, and turn errors into messages with an exit code."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors included.")
     @functools.wraps(function)
@@ -75,7 +75,7 @@ def _url_of(options: dict[str, Any]) -> str:
 
 @contextmanager
 def messages(*, secret_url: str) -> Iterator[None]:
-    """The library's errors as the command line's, without the URL's password."""
+    """Turn the library's errors into those of the command line, without the URL's password."""
 
     def said(error: Exception) -> str:
         return printable(scrubbed(str(error), secret_url))
@@ -93,7 +93,7 @@ def messages(*, secret_url: str) -> Iterator[None]:
 
 
 def url_argument(function: Function) -> Function:
-    """The store's URL: an argument, or the environment's."""
+    """The store's URL, from an argument or the environment."""
     return click.argument("url", metavar="[URL]", required=False, envvar=STORE_VARIABLE, callback=_required_url)(
         function
     )
@@ -111,13 +111,13 @@ def _find_settings(url: str) -> None:
 
 
 def no_url() -> NoReturn:
-    """Refuse to guess which store is meant."""
+    """Raise UsageError, since the store's URL is missing."""
     raise click.UsageError(f"Give the store's URL, such as sqlite:///keys.db, or set {STORE_VARIABLE}.")
 
 
 @contextmanager
 def opened(url: str, timeout: float = 5.0) -> Iterator[Store]:
-    """The store of a URL, closed at the end."""
+    """Open the store of a URL, and close it at the end."""
     _find_settings(url)
     store = open_store(url, timeout=timeout)
     try:
@@ -127,6 +127,6 @@ def opened(url: str, timeout: float = 5.0) -> Iterator[Store]:
 
 
 def find_modules_here() -> None:
-    """Let MODULE:OBJECT name modules of the present directory, as under `python -m`."""
+    """Let MODULE:OBJECT name modules of the current directory, as with `python -m`."""
     if "" not in sys.path:
         sys.path.insert(0, "")

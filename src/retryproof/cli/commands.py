@@ -24,7 +24,7 @@ from retryproof.cli.relay import relay
 def retryproof() -> None:
     """Send it twice. It happens once.
 
-    Commands on a store take its URL as an argument, or from RETRYPROOF_STORE. Passwords in it are never printed.
+    Commands on a store take its URL as an argument, or from RETRYPROOF_STORE. They never print the URL's password.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
 

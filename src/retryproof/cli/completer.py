@@ -50,10 +50,10 @@ def completer(
     listing: bool,
     output: Output,
 ) -> None:
-    """Run phased operations on that died or failed, from their last recovery point, until SIGTERM or Ctrl-C.
+    """Continue phased operations that died or failed, from their last recovery point, until SIGTERM or Ctrl-C.
 
-    MODULE:OBJECT is a Phased or a BlockingPhased, a function that makes one, or one that gives an async context manager
-    over one. Run as many as you like. What is running is finished first.
+    MODULE:OBJECT is a Phased or a BlockingPhased, a function that makes one, or one that returns an async context
+    manager over one. Run as many as you like. Before it ends, it finishes the operations that it runs.
     """
     if listing:
         entries = asyncio.run(_entries(target))
@@ -95,7 +95,7 @@ async def _entries(target: str) -> list[WorklistEntry]:
 
 @asynccontextmanager
 async def _opened(target: str) -> AsyncIterator[Phased | BlockingPhased]:
-    """The Phased that is named, entered where it is a context manager, with its engine closed where it is not."""
+    """The named Phased. A context manager is entered; otherwise the engine is closed at the end."""
     found = _load(target)
     if callable(found):
         found = _made(target, found)

@@ -1,4 +1,4 @@
-"""`retryproof demo`: charges through a bad network and killed servers, without the layer and with it."""
+"""`retryproof demo`: charges over a bad network, with killed servers, without the middleware and with it."""
 
 from __future__ import annotations
 

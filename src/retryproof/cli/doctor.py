@@ -1,4 +1,4 @@
-"""`retryproof doctor`: what of a store silently breaks safety (O2)."""
+"""`retryproof doctor`: find what breaks a store's safety without an error (O2)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STYLES = {Verdict.OK: "", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
 @json_option
 def doctor(url: str, strict: bool, output: Output) -> None:
-    """Check what silently breaks the safety of the store at URL; each line says what to do.
+    """Check for what breaks the safety of the store at URL without an error; each line says what to do.
 
-    Checked are eviction, persistence, replicas, durability, isolation, schema, indexes, permissions and clocks, where
-    the store has them. Nothing is changed. Exits with 1 when a check FAILs.
+    It checks eviction, persistence, replicas, durability, isolation, schema, indexes, permissions and clocks, if the
+    store has them. It changes nothing. The exit code is 1 if a check FAILs.
     """
     with output.progress(f"looking at {redacted(url)}"):
         findings = diagnose(url)

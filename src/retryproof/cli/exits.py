@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 DONE = 0
-"""Done, and nothing was found."""
+"""Done, without problems."""
 FOUND = 1
-"""A check failed, a record is not there, or what was asked was refused; nothing was changed."""
+"""A check failed, a record does not exist, or the action was refused; nothing was changed."""
 USAGE = 2
-"""What was asked makes no sense: an unknown option or URL, a missing extra, a database that needs `migrate`."""
+"""Wrong usage or configuration: an option, a URL, a missing extra, a database that needs `migrate`."""
 UNREACHABLE = 3
-"""The store gave no answer; what was asked may have been done."""
+"""The store gave no answer; the action may have been done."""
 INTERRUPTED = 130
-"""Ended by Ctrl-C; every pass that was done stays done."""
+"""Interrupted by Ctrl-C; finished passes stay done."""
 
 HELP = (
     "Exit codes: 0 done · 1 a check failed, a record was not found or the action was refused · "

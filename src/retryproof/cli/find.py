@@ -1,4 +1,4 @@
-"""Which record is meant: by digest, or by key with its scope."""
+"""Find a record by its digest, or by its key and scope."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from retryproof.stores import Store
 PEPPER_VARIABLE = "RETRYPROOF_PEPPER"
 PAGE = 500
 CANDIDATES = 10
-"""Records that an ambiguous digest names at most."""
+"""How many records a message lists for an ambiguous digest."""
 
 _DIGEST = re.compile(r"[0-9a-f]{4,64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """What the options name. ids: the ids it may have, one of which has to exist; or a digest's start."""
+    """What the options name. ids: possible ids, one of which has to exist; or the start of a digest."""
 
     url: str
     digest: str = ""
@@ -63,7 +63,7 @@ def lookup_options(function: Function) -> Function:
 
 
 def lookup_of(options: dict[str, Any]) -> Lookup:
-    """Take the lookup options out of a command's; raises UsageError where they do not name one record."""
+    """Take the lookup options out of a command's; raises UsageError unless they name one record."""
     taken = {name: options.pop(name) for name in ("targets", "key", "scopes", "http", "endpoint", "caller")}
     taken |= {name: options.pop(name) for name in ("single_tenant", "anonymous", "app")}
     url, digest = _targets(taken["targets"])
@@ -92,7 +92,7 @@ def _targets(targets: Sequence[str]) -> tuple[str, str]:
 
 
 def _scopes(taken: dict[str, Any]) -> Sequence[Sequence[str | bytes]]:
-    """The scopes that the options may mean: an identity from a header is bytes, most others are text."""
+    """The scopes that the options may mean: an identity from a header is bytes, most others are strings."""
     if taken["scopes"]:
         return [taken["scopes"]]
     what = _what(taken)
@@ -118,21 +118,21 @@ def _what(taken: dict[str, Any]) -> tuple[str | bytes, ...] | None:
 
 
 def _read(given: str) -> str:
-    """What was given, or a line of standard input for "-"."""
+    """The value, or for "-" a line of standard input."""
     return sys.stdin.readline().rstrip("\r\n") if given == "-" else given
 
 
 def find(store: Store, wanted: Lookup) -> Record:
-    """The one record that is meant, whole; raises Refused where there is none or more than one."""
+    """The record that the options name, complete; raises Refused if there is none, or more than one."""
     ids = wanted.ids or [_by_digest(store, wanted.digest)]
     found = [record for record in store.get(ids) if record is not None]
     if len(found) == 1:
         return found[0]
     if found:
         digests = " and ".join(short_digest(record.id) for record in found)
-        raise Refused(f"Two records fit, since a caller may be text or bytes: {digests}. Name one by its digest.")
+        raise Refused(f"Two records match, since a caller may be text or bytes: {digests}. Name one by its digest.")
     raise Refused(
-        "There is no such record: it was never made, its retention is over, or the scope is another one. "
+        "There is no such record: it was never made, its retention is over, or the scope is different. "
         f"With a pepper, set {PEPPER_VARIABLE}."
     )
 
@@ -165,5 +165,5 @@ def pages(
 
 
 def named(record: Record) -> str:
-    """How messages name a record."""
+    """The name of a record in messages."""
     return f"operation {short_digest(record.id)}"

@@ -1,4 +1,4 @@
-"""`retryproof inbox`: look at an inbox, forget what is old, and decide about its dead letters."""
+"""`retryproof inbox`: show an inbox, delete old messages, and decide about dead letters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 @click.group(epilog=exits.HELP)
 def inbox() -> None:
-    """How an inbox stands, and its dead letters: messages that came under an id used before, with another payload."""
+    """Show an inbox and its dead letters: messages whose id was used before with another payload."""
 
 
 def with_inbox(url: str, work: Callable[[InboxOperator], Awaitable[T]]) -> T:
-    """Do something to the inbox of a database."""
+    """Run an action on the inbox of a database."""
 
     return closing(lambda: InboxOperator(url), work)
 
@@ -35,7 +35,7 @@ def with_inbox(url: str, work: Callable[[InboxOperator], Awaitable[T]]) -> T:
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @json_option
 def list_dead(url: str, consumer: str | None, limit: int, output: Output) -> None:
-    """Dead letters, the oldest first: whose they are, and why. Payloads are not shown."""
+    """List dead letters, the oldest first, with their consumers and reasons, without payloads."""
     letters = with_inbox(url, lambda operator: operator.dead(consumer=consumer, limit=limit + 1))
     shown, more = letters[:limit], len(letters) > limit
     rows = table("id", "consumer", "source", "message", "came", "reason")
@@ -62,7 +62,7 @@ def _as_document(letter: InboxDeadLetter) -> dict[str, Any]:
 @click.argument("targets", metavar="[URL] ID...", nargs=-1, envvar="RETRYPROOF_STORE")
 @json_option
 def drop(targets: Sequence[str], output: Output) -> None:
-    """Forget dead letters, by their ids as `inbox list` shows them; for all that are old take `inbox purge --dead`."""
+    """Delete dead letters by their ids, as `inbox list` shows them. For all old ones, use `inbox purge --dead`."""
     urls, names = split_targets(targets)
     if len(urls) > 1 or not names:
         raise click.UsageError("Give one URL at most, and the ids of dead letters.")
@@ -77,9 +77,9 @@ def drop(targets: Sequence[str], output: Output) -> None:
 @click.option("--dead", is_flag=True, help="Dead letters, instead of messages that were taken.")
 @json_option
 def purge(url: str, older_than: float, dead: bool, output: Output) -> None:
-    """Forget old messages, in bounded passes.
+    """Delete old messages from the inbox, in bounded passes.
 
-    A message that the broker delivers again after it was forgotten takes effect again: SECONDS must exceed the broker's
+    If the broker delivers a message again after that, it takes effect again. So SECONDS must exceed the broker's
     retention, and the age at which its dead letters may be replayed.
     """
 
@@ -95,7 +95,7 @@ def purge(url: str, older_than: float, dead: bool, output: Output) -> None:
 @url_argument
 @json_option
 def stats(url: str, output: Output) -> None:
-    """How an inbox stands: messages that were taken, and dead letters, with the age of the oldest of each."""
+    """Show how many messages and dead letters an inbox has, and the age of the oldest of each."""
     found = with_inbox(url, lambda operator: operator.stats())
     rows = facts(
         ("messages", found.messages),

@@ -1,4 +1,4 @@
-"""`retryproof keys`: the records of operations, found by key with its scope or by digest (O1)."""
+"""`retryproof keys`: the records of operations, by key and scope, or by digest (O1)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ LIVE = "it is running, or its row is locked. A live lease is never evicted; wait
 def keys() -> None:
     """List, show, settle and evict operations.
 
-    No store holds a key: a record is found by its digest (16 hexadecimal digits in logs and answers; a shorter start
-    will do) or by the key together with its scope. Where the app has a pepper, set RETRYPROOF_PEPPER.
+    Stores do not contain keys. Name a record by its digest (16 hexadecimal digits, as in logs and responses; the first
+    few are enough), or by its key and scope. If the app has a pepper, set RETRYPROOF_PEPPER.
     """
 
 
@@ -143,8 +143,8 @@ def _cell(name: str, value: Any) -> str:
 def settle(output: Output, **options: Any) -> None:
     """Settle an operation whose attempt died: with a result, as done without one, or as never happened.
 
-    Find out first, where the effect would be. Refused where the operation is settled, or its lease is live. The
-    decision is written to the audit, and synced, before the record is changed.
+    First find out whether the effect happened. An operation that is settled, or that has a live lease, is refused. The
+    decision is written to the audit, and synced, before the record changes.
     """
     settlement = _settlement(options)
     audit = audit_of(options)
@@ -197,9 +197,9 @@ def _how(settlement: Decision) -> str:
 @audit_options
 @json_option
 def evict(output: Output, **options: Any) -> None:
-    """Forget an operation, so that its key starts anew: a retry has its effect again.
+    """Delete an operation's record, so that its key is new: a retry has its effect again.
 
-    Refused while a lease is live. To end an operation whose attempt died, settle it instead.
+    An operation with a live lease is refused. To end an operation whose attempt died, settle it instead.
     """
     audit = audit_of(options)
     wanted = lookup_of(options)
@@ -216,7 +216,7 @@ def evict(output: Output, **options: Any) -> None:
 
 
 def _log(kind: Kind, record: Record, note: str) -> None:
-    """What an operator did is an event, as what attempts do is."""
+    """Send an event about an operator's action, as for attempts."""
     tell(
         [log_event],
         Event(kind=kind, digest=short_digest(record.id), attempt=record.attempt, trace=record.trace, note=note),

@@ -18,11 +18,11 @@ from retryproof.stores.url import entry_of, load
 @click.option("--check", is_flag=True, help="Only say what is missing; exit with 1 if anything is.")
 @json_option
 def migrate(url: str, check: bool, output: Output) -> None:
-    """Apply the migrations that the database at URL has not seen.
+    """Apply the migrations that the database at URL does not have yet.
 
-    Numbered and forward only, all in one transaction; safe to run beside the last release, and several times at once.
-    A SQLite file needs it only where it has an inbox or an outbox of an earlier release; what is not there is made at
-    its first use.
+    They are numbered, only go forward, and are applied in one transaction. The previous release works on the new
+    schema, and several processes may migrate at once. A SQLite file needs this only if it has an inbox or an outbox of
+    an earlier release; missing tables are created at their first use.
     """
     entry = entry_of(url)
     if entry.migrations is None:

@@ -1,4 +1,4 @@
-"""What the commands on an outbox and an inbox have in common: an operator by URL, purging, and what is said."""
+"""What the commands on an outbox and an inbox share: an operator by URL, purging, and messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from retryproof.core.address import redacted
 
 
 class Closing(Protocol):
-    """What is closed after its use."""
+    """An object that is closed after use."""
 
     async def aclose(self) -> None: ...
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def closing(make: Callable[[], C], work: Callable[[C], Awaitable[T]]) -> T:
-    """Do something with what is made and closed in an event loop of its own."""
+    """Make an object, use it and close it, in a new event loop."""
 
     async def run() -> T:
         made = make()
@@ -35,7 +35,7 @@ def closing(make: Callable[[], C], work: Callable[[C], Awaitable[T]]) -> T:
 
 
 def purge_all(url: str, output: Output, make: Callable[[], C], purge: Callable[[C], Awaitable[int]]) -> None:
-    """Purge in bounded passes until nothing is left, and say how many went."""
+    """Purge in bounded passes until nothing is left, and print the number of deleted rows."""
 
     async def work(operator: C) -> int:
         purged = 0
@@ -50,7 +50,7 @@ def purge_all(url: str, output: Output, make: Callable[[], C], purge: Callable[[
 
 
 def tell_of_letters(url: str, output: Output, word: str, count: int, names: Collection[object]) -> None:
-    """Say to how many dead letters something was done; refused where some of those that were named are not there."""
+    """Print how many dead letters were changed; raise Refused if some of the named ones do not exist."""
     output.answer({"store": redacted(url), word: count}, f"{word}: {count}")
     wanted = len(set(names))
     if count < wanted:

@@ -1,4 +1,4 @@
-"""`retryproof outbox`: look at an outbox, and decide about its dead letters."""
+"""`retryproof outbox`: show an outbox, and decide about its dead letters."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PAGE = 1_000
 
 @click.group(epilog=exits.HELP)
 def outbox() -> None:
-    """How an outbox stands, and its dead letters: messages that were given up."""
+    """Show an outbox and its dead letters: messages that were given up."""
 
 
 def with_operator(url: str, work: Callable[[Operator], Awaitable[T]], partitions: int = PARTITIONS) -> T:
-    """Do something to the outbox of a database."""
+    """Run an action on the outbox of a database."""
 
     return closing(lambda: Operator(url, partitions=partitions), work)
 
@@ -52,13 +52,13 @@ def act(
     action: Callable[[Operator, Sequence[UUID]], Awaitable[int]],
     word: str,
 ) -> None:
-    """Do something to the dead letters that are meant, and say to how many."""
+    """Run an action on the named dead letters, and print how many it changed."""
     urls, names = split_targets(targets)
     ids = _ids(names)
     if len(urls) > 1:
         raise click.UsageError("Give one URL at most.")
     if bool(ids) == everything or (topic is not None and not everything):
-        raise click.UsageError("Name dead letters by their ids, or all of them: --all, with --topic where wanted.")
+        raise click.UsageError("Name dead letters by their ids, or use --all (with --topic for one topic).")
     url = urls[0] if urls else no_url()
 
     async def work(operator: Operator) -> int:
@@ -67,7 +67,7 @@ def act(
         done, seen = 0, set[UUID]()
         while letters := await operator.dead(topic=topic, limit=PAGE):
             new = [letter.message.id for letter in letters if letter.message.id not in seen]
-            if not new:  # what comes last died again meanwhile
+            if not new:  # the last ones died again meanwhile
                 break
             seen.update(new)
             done += await action(operator, new)
@@ -92,7 +92,7 @@ def _ids(texts: Sequence[str]) -> list[UUID]:
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
 @json_option
 def list_dead(url: str, topic: str | None, limit: int, output: Output) -> None:
-    """Dead letters, the oldest first: when and why they were given up. Payloads are not shown."""
+    """List dead letters, the oldest first, with the time and reason, without payloads."""
     letters = with_operator(url, lambda operator: operator.dead(topic=topic, limit=limit + 1))
     shown, more = letters[:limit], len(letters) > limit
     rows = table("id", "topic", "attempts", "given up", "reason")
@@ -104,7 +104,7 @@ def list_dead(url: str, topic: str | None, limit: int, output: Output) -> None:
 
 
 def as_document(letter: DeadLetter) -> dict[str, Any]:
-    """What `--json` says of a dead letter."""
+    """A dead letter for `--json`."""
     message = letter.message
     return {
         "id": str(message.id),
@@ -122,7 +122,7 @@ def as_document(letter: DeadLetter) -> dict[str, Any]:
 @letters_argument
 @json_option
 def requeue(targets: Sequence[str], everything: bool, topic: str | None, output: Output) -> None:
-    """Have dead letters sent again, after what is pending; their ids stay the same."""
+    """Send dead letters again, after all pending messages; their ids stay the same."""
     act(targets, everything, topic, output, lambda operator, ids: operator.requeue(ids), "requeued")
 
 
@@ -130,7 +130,7 @@ def requeue(targets: Sequence[str], everything: bool, topic: str | None, output:
 @letters_argument
 @json_option
 def drop(targets: Sequence[str], everything: bool, topic: str | None, output: Output) -> None:
-    """Forget dead letters: they are never sent."""
+    """Delete dead letters: they are never sent."""
     act(targets, everything, topic, output, lambda operator, ids: operator.drop(ids), "dropped")
 
 
@@ -139,7 +139,7 @@ def drop(targets: Sequence[str], everything: bool, topic: str | None, output: Ou
 @click.option("--older-than", type=click.FloatRange(0.0), required=True, metavar="SECONDS", help="Since given up.")
 @json_option
 def purge(url: str, older_than: float, output: Output) -> None:
-    """Forget old dead letters, in bounded passes."""
+    """Delete old dead letters, in bounded passes."""
 
     purge_all(url, output, lambda: Operator(url), lambda outbox: outbox.purge(older_than))
 
@@ -148,7 +148,7 @@ def purge(url: str, older_than: float, output: Output) -> None:
 @url_argument
 @json_option
 def stats(url: str, output: Output) -> None:
-    """How an outbox stands: what is pending and for how long, what is held back, and how many relays are alive."""
+    """Show what is pending and for how long, what is held back, and how many relays are alive."""
     found = with_operator(url, lambda operator: operator.stats())
     rows = facts(
         ("pending", found.pending),
@@ -166,9 +166,10 @@ def stats(url: str, output: Output) -> None:
 @url_argument
 @json_option
 def adopt(url: str, output: Output) -> None:
-    """Have messages sent that came from a backup of another PostgreSQL cluster.
+    """Allow relays to send messages that came from a backup of another PostgreSQL cluster.
 
-    They may have been sent already, after the backup was made: receivers that go by ids see that, others do not.
+    The messages may have been sent already, after the backup was made. Receivers that check ids notice that, others do
+    not.
     """
 
     async def work(operator: Operator) -> int:

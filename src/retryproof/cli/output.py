@@ -1,4 +1,4 @@
-"""What commands print: tables and lines for people, one JSON document for programs, progress to standard error."""
+"""The output of commands: tables and lines for people, one JSON document for programs, progress on standard error."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 Tell = Callable[[str], None]
-"""Called with how far the work is."""
+"""Called with the progress of the work."""
 
 
 PIPED_WIDTH = 200
-"""Columns where there is no terminal: a log or a grep, which wants one line a row."""
+"""Columns without a terminal: in a log, or for grep, each row has to be one line."""
 
 
 class Output:
-    """Where a command's answer goes; `as_json` makes it one document on standard output."""
+    """The output of a command; with `as_json` it is one document on standard output."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -32,7 +32,7 @@ class Output:
         self._err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
     def answer(self, document: object, *lines: str | Table) -> None:
-        """The answer, in both forms."""
+        """Print the answer, as JSON or for people."""
         if self.as_json:
             click.echo(json_text(document))
             return
@@ -40,12 +40,12 @@ class Output:
             self._out.print(printable(line) if isinstance(line, str) else line)
 
     def note(self, line: str) -> None:
-        """A remark for people, beside the answer."""
+        """Print a remark for people."""
         self._err.print(printable(line))
 
     @contextmanager
     def progress(self, text: str) -> Iterator[Tell]:
-        """A line on standard error that says how far the work is; nothing where nobody looks."""
+        """A line on standard error that shows the progress; nothing without a terminal."""
         if not self._err.is_terminal:
             yield lambda line: None
             return
@@ -60,7 +60,7 @@ class Output:
 
 
 def table(*headings: str) -> Table:
-    """A plain table; what identifies a row comes first, and is never cut off."""
+    """A plain table; the first column identifies a row, and is never cut off."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, heading in enumerate(headings):
         made.add_column(heading, no_wrap=place == 0, overflow="fold")
@@ -77,17 +77,17 @@ def facts(*rows: tuple[str, object]) -> Table:
 
 
 def add_row(to: Table, cells: Sequence[Any], style: str = "") -> None:
-    """A row of plain text: what a store holds is never taken for markup."""
+    """A row of plain text: content of a store is never read as markup."""
     to.add_row(*(Text(printable(str(cell)).replace("\n", "\N{REPLACEMENT CHARACTER}")) for cell in cells), style=style)
 
 
 def printable(text: str) -> str:
-    """Without control characters (C0, C1, those that change the direction), which a terminal would obey."""
+    """The text without control characters (C0, C1, changes of direction), which a terminal would execute."""
     return "".join(_shown(character, "\N{REPLACEMENT CHARACTER}") for character in text)
 
 
 def json_text(document: object, indent: int | None = 2) -> str:
-    """A document on one terminal or in one program: text stays text, and control characters are escaped."""
+    """A JSON document in which control characters are escaped, safe for terminals and programs."""
     written = json.dumps(document, ensure_ascii=False, indent=indent, default=str)
     return "".join(_shown(character, json.dumps(character)[1:-1]) for character in written)
 
@@ -97,7 +97,7 @@ def _shown(character: str, instead: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 1.5 s, 3 min, 2 h, 5 d."""
+    """Seconds for people: 1.5 s, 3 min, 2 h, 5 d."""
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""`retryproof reap`: remove records whose time is over (C19)."""
+"""`retryproof reap`: delete records whose time is over (C19)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from retryproof.reaper import LIMIT, Totals, reap_all
 @click.option("--limit", type=click.IntRange(1, 100_000), default=LIMIT, show_default=True, help="Records a pass.")
 @json_option
 def reap(url: str, once: bool, limit: int, output: Output) -> None:
-    """Remove records of the store at URL that are past their retention, in bounded passes beside the traffic.
+    """Delete records of the store at URL that are past their retention, in bounded passes beside the traffic.
 
-    Operations that end without an outcome are listed, on standard error and each before it is removed, and are events:
-    whether they had their effect was never settled. Run it from a timer, in as many places as you like; Redis and
-    Valkey drop settled records by themselves.
+    An operation that ends without an outcome is listed on standard error, and reported as an event, before it is
+    deleted: nobody has settled whether it had its effect. Run this from a timer, in as many places as you like. Redis
+    and Valkey delete settled records by themselves.
     """
     ended: list[Record] = []
     with opened(url) as store, output.progress("reaping") as tell:

@@ -1,4 +1,4 @@
-"""`retryproof relay`: send what an outbox holds (T6)."""
+"""`retryproof relay`: send the messages of an outbox (T6)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def _seconds(name: str, default: float, words: str) -> Callable[[Function], Function]:
-    """An option of more than no seconds."""
+    """An option in seconds, which must be more than zero."""
     return click.option(name, type=click.FloatRange(0.0, min_open=True), default=default, show_default=True, help=words)
 
 
@@ -111,11 +111,12 @@ def relay(
     drain: float,
     output: Output,
 ) -> None:
-    """Send what the outbox in the database at URL holds to another place, until SIGTERM or Ctrl-C.
+    """Send the messages of the outbox in the database at URL, until SIGTERM or Ctrl-C.
 
-    What is in flight is finished first. Run as many as you like: messages of one key stay in order, none is lost, and
-    one that is sent twice has the same id. Relays on one outbox need the same destinations: one with others stands by
-    until those have left. Webhooks are signed with the secrets in RETRYPROOF_WEBHOOK_SECRET.
+    Before it ends, it finishes the messages in flight. Run as many relays as you like: messages of one key stay in
+    order, none is lost, and a message that is sent twice has the same id. All relays on one outbox need the same
+    destinations. A relay with other destinations stands by until the others have left. Webhooks are signed with the
+    secrets in RETRYPROOF_WEBHOOK_SECRET.
     """
     routes = _routes(destinations)
     policy = RelayPolicy(
@@ -136,7 +137,7 @@ def relay(
         drain=drain,
         partitions=partitions,
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a message, otherwise
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # otherwise there is a line for each message
     with output.progress("relaying") as tell:
         totals = asyncio.run(_run(url, routes, policy, public_only=public_only, once=once, tell=tell))
     to = {topic or "*": destination(to) for topic, to in routes.items()}
@@ -158,7 +159,7 @@ def _routes(destinations: Sequence[str]) -> dict[str, str]:
 
 
 def _apart(given: str) -> tuple[str, str]:
-    """Topic and URL; a URL has = in its query only, so that one before it ends a topic."""
+    """Topic and URL. A URL has "=" only in its query, so an earlier "=" ends the topic."""
     for place in (place for place, character in enumerate(given) if character == "="):
         topic, to = given[:place], given[place + 1 :]
         if "://" in topic:
@@ -184,14 +185,14 @@ async def _run(
     try:
         totals = await (working.run_until_idle() if once else working.run())
         if once and working.standing_by:
-            raise Refused("Relays with other destinations are at work on this outbox; nothing was sent.")
+            raise Refused("Relays with other destinations are working on this outbox; nothing was sent.")
         return totals
     finally:
         showing.cancel()
 
 
 def _check_file(url: str) -> None:
-    """Refuse a SQLite file that is not there: a relay would make it, and wait for messages that go to another."""
+    """Refuse a SQLite file that does not exist: the relay would create it, and wait there for nothing."""
     if scheme_of(url) == "sqlite" and not os.path.exists(path := parse_file(url).path):
         raise Usage(f"There is no file {path}. Is the path right? The app makes it with its first message.")
 

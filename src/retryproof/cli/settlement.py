@@ -1,7 +1,7 @@
-"""Settling an operation by hand that died or failed half-way, under the protocol's own fence.
+"""Settling an operation by hand that died or failed in the middle, with the protocol's own fence.
 
-The operator's claim takes the record over like any attempt does: it waits for no lease, it loses against a live one,
-and every earlier holder that wakes up is fenced off. Only then is the record completed or released.
+The operator's claim takes the record over as an attempt does: it does not wait for a lease, it is refused if a lease is
+live, and every earlier holder that wakes up is fenced off. Then the record is completed or released.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from retryproof.core.record import MICROSECONDS, SETTLED_BY_HAND, Record, State
 from retryproof.stores import Store
 
 LEASE = 15.0
-"""Seconds that the operator's own claim holds: a few calls of the store."""
+"""The lease of the operator's claim, in seconds: enough for a few calls of the store."""
 UNSETTLED_RETENTION = 2_592_000.0
-"""Should this process die in between, the record is as abandoned as before, for another 30 days."""
+"""If this process dies in the middle, the record stays abandoned as before, for another 30 days."""
 ANY_NUMBER = 1_000_000
 CHANGED = "it changed while you decided: look at it again (`keys show`), and decide again"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How: released as never happened, or done with a result; a result of None leaves a tombstone."""
+    """The decision: never happened (released), or done with a result; None as the result leaves a tombstone."""
 
     happened: bool
     result: bytes | None = None
 
 
 def check_settleable(record: Record) -> None:
-    """Refuse what is settled, and what is held."""
+    """Refuse an operation that is settled, or that has a live lease."""
     if record.settled:
         raise Refused(f"{named(record)} is {state_of(record)} already; a settled record never changes.")
     if record.live(record.read_at):
@@ -50,7 +50,7 @@ def check_settleable(record: Record) -> None:
 
 
 def settle(store: Store, record: Record, settlement: Decision, entry: dict[str, Any]) -> None:
-    """Take the record over and settle it; raises Refused where somebody was faster, StoreUnavailable."""
+    """Take the record over and settle it; raises Refused if another attempt was faster, or StoreUnavailable."""
     claim = Claim(
         id=record.id,
         fingerprint=record.fingerprint,
@@ -60,7 +60,7 @@ def settle(store: Store, record: Record, settlement: Decision, entry: dict[str, 
         unsettled_retention=UNSETTLED_RETENTION,
         on_abandoned="settle",
         max_attempts=ANY_NUMBER,
-        alone=0,  # the death of this process says nothing about the operation
+        alone=0,  # if this process dies, that says nothing about the operation
     )
     held = _take_over(store, record, claim)
     if settlement.happened:
@@ -84,7 +84,7 @@ def _take_over(store: Store, record: Record, claim: Claim) -> Acquired:
         case StoreUnavailable() | Unreadable():
             raise reply
         case Acquired() if reply.birth == claim.nonce:
-            # It was gone, and the claim made it anew; nobody has run under it.
+            # The record was gone, and this claim made a new one; nobody has run it.
             _must(store.release([Release(claim.id, claim.nonce, reply.token)]))
             store.evict([claim.id])
             raise Refused(f"{named(record)} is gone: evicted, or past its retention.")
@@ -99,7 +99,7 @@ def _take_over(store: Store, record: Record, claim: Claim) -> Acquired:
 
 
 def _expected(record: Record) -> tuple[bytes, int, Mapping[str, bytes]]:
-    """Birth, attempt and what was kept, as the operator's claim is to find them where nothing has changed."""
+    """Birth, attempt and checkpoints, which the operator's claim finds unchanged if nothing has happened."""
     return record.birth, record.attempt + (record.state is State.IN_PROGRESS), record.checkpoints
 
 

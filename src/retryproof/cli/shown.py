@@ -1,4 +1,4 @@
-"""Records as people and programs see them: never a key, which no record holds (C11)."""
+"""Records for people and programs: never with a key, which no record contains (C11)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def moment(microseconds: int) -> str:
-    """A time of the store's clock as ISO 8601 in UTC; one that no calendar has is a number."""
+    """A time of the store's clock as ISO 8601 in UTC; a time outside the calendar as a number."""
     try:
         time = EPOCH + timedelta(microseconds=microseconds)
     except OverflowError:
@@ -26,19 +26,19 @@ def moment(microseconds: int) -> str:
 
 
 def abandoned(record: Record) -> bool:
-    """Nobody holds it, and an attempt died or said that its outcome is unknown; a later one may have failed cleanly."""
+    """No attempt holds it, and one died or said that its outcome is unknown; a later one may have failed cleanly."""
     if record.state is State.RELEASED:
         return record.attempt > 1 or record.committed
     return record.state is State.IN_PROGRESS and not record.live(record.read_at)
 
 
 def state_of(record: Record) -> str:
-    """One word; `abandoned` says that whether it happened is unknown, and nobody is at it."""
+    """One word. `abandoned`: nobody knows whether it happened, and no attempt is running."""
     return "abandoned" if abandoned(record) else record.state.name.lower()
 
 
 def as_document(record: Record) -> dict[str, Any]:
-    """What `--json` says of a record; times in ISO 8601, durations in seconds."""
+    """A record for `--json`; times in ISO 8601, durations in seconds."""
     return {
         "digest": short_digest(record.id),
         "id": record.id.hex(),
@@ -56,7 +56,7 @@ def as_document(record: Record) -> dict[str, Any]:
 
 
 def algorithm(fingerprint: bytes) -> str:
-    """How the input was fingerprinted, without the fingerprint itself."""
+    """The method of the fingerprint, without the fingerprint itself."""
     try:
         version, method = version_of(fingerprint)
     except Unreadable:
@@ -65,7 +65,7 @@ def algorithm(fingerprint: bytes) -> str:
 
 
 def result_of(record: Record) -> dict[str, Any]:
-    """The stored result, decoded where it is a response or JSON, else as base64."""
+    """The stored result, decoded if it is a response or JSON, otherwise as base64."""
     data = record.result
     if data is None:
         return {"kind": "omitted" if record.state is State.TOMBSTONE else "none"}
@@ -97,5 +97,5 @@ def _text_or_base64(data: bytes, name: str) -> dict[str, str]:
 
 
 def pretty(document: object) -> str:
-    """JSON for people, in ASCII, so that a terminal obeys none of it."""
+    """JSON for people, in ASCII, so that a terminal executes none of it."""
     return json.dumps(document, indent=2, default=str)

@@ -1,7 +1,7 @@
 """The demo: a small payments API, a bad network, clients that retry, and a server that is killed again and again.
 
-`app` and `ledger` are the API, `server` runs it in a process of its own, `process` starts and kills that,
-`clients` are the customers, `report` counts in the ledger and prints, `runner` puts them together.
+`app` and `ledger` are the API, `server` runs it in a process of its own, `process` starts and kills that process,
+`clients` are the customers, `report` counts the charges in the ledger and prints, `runner` runs everything.
 """
 
 from importlib.util import find_spec

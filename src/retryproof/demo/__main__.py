@@ -20,7 +20,7 @@ def main() -> int:
             charges=options.charges, seconds=options.seconds, seed=options.seed, json=options.json, files=options.keep
         )
     except KeyboardInterrupt:
-        return 130  # as shells say it
+        return 130  # the exit code of shells
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
     uvicorn --factory retryproof.demo.app:create_app
 
-Two things make it so. The middleware runs a request with an `Idempotency-Key` once and replays its answer. The handler
-works in the operation's transaction (`writing`), which the middleware commits together with the answer: the ledger and
-the records are in one file. So a server that dies at any point has booked the charge and kept its answer, or neither.
+Two things make it safe. The middleware runs a request with an `Idempotency-Key` once, and replays its response. The
+handler works in the operation's transaction (`writing`), which the middleware commits together with the response: the
+ledger and the records are in one file. So a server that dies at any point has booked the charge and stored its
+response, or neither.
 
-The ids of rows are random: what a dead attempt wrote is gone with its transaction, so no later one can meet it. An id
-that every attempt derives alike, `operation.derive("charge")`, is for what no transaction covers, such as the key of a
-call to a card network.
+The ids of rows are random: the rows of a dead attempt are gone with its transaction, so no later attempt can find them.
+Use a derived id, `operation.derive("charge")`, for what no transaction covers, such as the key of a call to a card
+network.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from retryproof.http.asgi import IdempotencyMiddleware
 
 
 class NewCharge(BaseModel):
-    """What a client wants to pay, in cents; `order` is its own order number."""
+    """A payment that a client wants to make, in cents; `order` is the client's order number."""
 
     order: str
     customer: str
@@ -36,7 +37,7 @@ class NewCharge(BaseModel):
 
 
 class NewRefund(BaseModel):
-    """How much to give back, in cents; the whole charge by default."""
+    """The amount to give back, in cents; by default the whole charge."""
 
     amount: int | None = Field(default=None, gt=0)
 
@@ -50,8 +51,8 @@ async def database_of(request: Request) -> Database:
 async def database_in_turn(request: Request) -> AsyncIterator[Database]:
     """The app's database, for one request that writes at a time.
 
-    SQLite has one writer. The others wait here, on the event loop: a handler that waits in a thread takes one of those
-    that the writer needs to get to its end.
+    SQLite has one writer. The others wait here, on the event loop. If they waited in threads, they could take the
+    threads that the writer needs to finish.
     """
     async with request.app.state.turn:
         yield request.app.state.database
@@ -64,7 +65,7 @@ router = APIRouter(prefix="/charges")
 
 @contextmanager
 def writing(database: Database) -> Iterator[Ledger]:
-    """The ledger, in a transaction that is committed with the answer; without a key, at the end of the block."""
+    """The ledger, in a transaction that commits with the response; without a key, at the end of the block."""
     operation = current_operation(default=None)
     if operation is not None:
         yield database.ledger(operation.transaction(database.begin()))
@@ -119,7 +120,7 @@ def create_app(
 ) -> FastAPI:
     """The API over a ledger in the file `path`.
 
-    idempotent: False leaves the layer out, and every retry is a new charge.
+    idempotent: False leaves the middleware out, and every retry is a new charge.
     """
 
     @asynccontextmanager
@@ -131,6 +132,6 @@ def create_app(
     app = FastAPI(title="Payments", lifespan=lifespan)
     app.include_router(router)
     if idempotent:
-        # This API knows no users; with authentication before the layer it is scope=by_user.
+        # This API has no users. With authentication outside the middleware, use scope=by_user.
         app.add_middleware(IdempotencyMiddleware, store=f"sqlite:///{quote(path)}", scope=single_tenant, policy=policy)
     return app

@@ -1,4 +1,4 @@
-"""The customers: each wants one charge, and asks again until it has an answer."""
+"""The customers: each wants one charge, and retries until it has a response."""
 
 import asyncio
 import math
@@ -15,13 +15,13 @@ from retryproof.client.httpx import AsyncRetryTransport
 CONCURRENT = 64
 CUSTOMERS = ("ada", "alan", "barbara", "donald", "edsger", "frances", "grace", "leslie", "margaret", "tony")
 
-# No limit but time: here one outage follows the other.
+# Only the time is limited, since here one outage follows the other.
 PATIENT = RetryPolicy(max_attempts=1000, backoff=0.05, max_backoff=1.0, retry_burst=math.inf)
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One charge that somebody wants, once."""
+    """One charge that a customer wants, once."""
 
     number: str
     customer: str
@@ -30,7 +30,7 @@ class Order:
 
 @dataclass(slots=True)
 class Traffic:
-    """What the clients saw: requests sent, answers that were replays, and the charge each order was told it has."""
+    """What the clients saw: requests sent, replays, and for each order the charge on its receipt."""
 
     sent: int = 0
     replayed: int = 0
@@ -38,7 +38,7 @@ class Traffic:
 
 
 def orders(random: Random, count: int) -> list[Order]:
-    """So many orders."""
+    """A number of orders."""
     return [
         Order(f"order-{number}", random.choice(CUSTOMERS), random.randint(100, 20_000))
         for number in range(1, count + 1)
@@ -46,7 +46,7 @@ def orders(random: Random, count: int) -> list[Order]:
 
 
 class Counting(httpx.AsyncBaseTransport):
-    """Counts each attempt, beneath the transport that retries."""
+    """Counts each attempt, below the transport that retries."""
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
@@ -63,9 +63,9 @@ class Counting(httpx.AsyncBaseTransport):
 
 
 async def buy(url: str, wanted: Iterable[Order], *, seconds: float, advance: Callable[[], None]) -> Traffic:
-    """Ask the API for every order's charge, retrying for up to `seconds` in all, and say what was seen.
+    """Send every order to the API, retry for up to `seconds` in total, and return what the clients saw.
 
-    `advance` is called whenever a client is done, with or without a receipt.
+    `advance` is called when a client is done, with or without a receipt.
     """
     traffic = Traffic()
     turn = asyncio.Semaphore(CONCURRENT)
@@ -85,7 +85,7 @@ async def buy(url: str, wanted: Iterable[Order], *, seconds: float, advance: Cal
 
 
 async def charge(client: httpx.AsyncClient, order: Order, *, seconds: float) -> str | None:
-    """The id of the order's charge, or None when the client gave up. The transport makes the key."""
+    """The id of the order's charge, or None if the client gave up. The transport makes the key."""
     if seconds <= 0:
         return None
     body = {"order": order.number, "customer": order.customer, "amount": order.amount}

@@ -45,7 +45,7 @@ class Refund(BaseModel):
 
 
 class Ledger:
-    """What is booked, on a connection whose transaction is somebody else's to begin and to end."""
+    """Charges and refunds, on a connection whose transaction the caller begins and ends."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
@@ -57,7 +57,7 @@ class Ledger:
         return charge
 
     def add_refund(self, refund: Refund) -> bool:
-        """Book it, unless it is more than is left of the charge; whether it was booked."""
+        """Book a refund, unless it is more than is left of the charge; return whether it was booked."""
         return self.connection.execute(REFUND, refund.model_dump()).rowcount == 1
 
     def charge(self, id: str) -> Charge | None:
@@ -77,7 +77,7 @@ class Ledger:
 
 
 class Database:
-    """The file that ledgers are read from and written to."""
+    """The file that contains the ledger."""
 
     factory = sqlite3.Connection
 
@@ -89,9 +89,9 @@ class Database:
 
     @contextmanager
     def connect(self) -> Iterator[sqlite3.Connection]:
-        """A connection of one's own, for as long as the block; handed from thread to thread, as web frameworks do.
+        """A new connection for the block; web frameworks may pass it from thread to thread.
 
-        What a block leaves open is rolled back at its end.
+        A transaction that is still open at the end of the block is rolled back.
         """
         connection = sqlite3.connect(
             self._path, timeout=10, isolation_level=None, check_same_thread=False, factory=self.factory
@@ -101,7 +101,7 @@ class Database:
 
     @contextmanager
     def begin(self) -> Iterator[sqlite3.Connection]:
-        """The same, with a transaction open that writes."""
+        """The same, with an open write transaction."""
         with self.connect() as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection

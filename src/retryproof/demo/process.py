@@ -1,4 +1,4 @@
-"""Starts the server, lets it be killed, and starts it again, over the same files."""
+"""Starts the server, waits until it is killed, and starts it again with the same files."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MOMENTS: tuple[Moment, ...] = get_args(Moment)
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a server's life ends: around its nth charge, or at `any` moment, in seconds.
+    """When a server is killed: around its nth charge, or at `any` moment, in seconds.
 
-    `before` it is written, `within` its transaction, or `after` the commit and before the answer.
+    `before` the charge is written, `within` its transaction, or `after` the commit and before the response.
     """
 
     moment: Moment
@@ -37,7 +37,7 @@ class Death:
 
 
 def deaths(random: Random, charges: int) -> list[Death]:
-    """A plan of kills at random moments, of each sort at least once, that a run of so many charges lives through."""
+    """A plan of kills at random moments, at least one of each kind, for a run with this number of charges."""
     number = max(4, charges // 30)
     others = [*MOMENTS[1:], *random.choices(MOMENTS, k=number - len(MOMENTS))]
     random.shuffle(others)
@@ -46,7 +46,7 @@ def deaths(random: Random, charges: int) -> list[Death]:
         Death(moment, seconds=random.uniform(0.1, 0.5))
         if moment == "any"
         else Death(moment, count=random.randint(1, share))
-        # The first is the one that no retry can see through, so that even a short run has it.
+        # The first one is the kind that a retry cannot detect, so that even a short run has it.
         for moment in (MOMENTS[0], *others)
     ]
 
@@ -56,9 +56,9 @@ class ServerFailed(RuntimeError):
 
 
 class Server:
-    """A payments API that dies as planned and is started again each time.
+    """A payments API that is killed as planned, and started again each time.
 
-    files: a directory for its ledger. idempotent: whether the layer is in. moved: told the port of each new life.
+    files: a directory for its ledger. idempotent: whether to use the middleware. moved: called with each new port.
     """
 
     def __init__(self, files: Path, *, idempotent: bool, moved: Callable[[int], None]) -> None:
@@ -69,7 +69,7 @@ class Server:
         self.kills: Counter[Moment] = Counter()
 
     async def live(self, plan: Sequence[Death]) -> None:
-        """Go through the planned deaths, then stay up until cancelled, and leave no process behind."""
+        """Run through the planned kills, then stay up until cancelled; leave no process behind."""
         with self._log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "retryproof.demo.server", stdin=PIPE, stdout=PIPE, stderr=log
@@ -83,7 +83,7 @@ class Server:
             await stop(process)
 
     async def _live_once(self, process: Process, death: Death | None) -> None:
-        """One life, to its planned end; ServerFailed when it ends otherwise."""
+        """Run one server to its planned end; raise ServerFailed if it ends in another way."""
         life = {
             "database": str(self.database),
             "idempotent": self._idempotent,
@@ -98,7 +98,7 @@ class Server:
         self._moved(started["port"])
         if death is not None and death.moment == "any":
             await asyncio.sleep(death.seconds)
-            # The child is alive or, having failed, about to be waited for: its id is still its own.
+            # The child is alive, or has failed and was not waited for yet: nobody else can have its id.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(started["pid"], signal.SIGKILL)
         ended = await self._hear(process)
@@ -116,11 +116,11 @@ class Server:
 
 
 async def stop(process: Process) -> None:
-    """End its input, which asks it to go, and see to it that it does."""
+    """Close its input, which tells it to end, and make sure that it ends."""
     pipe(process.stdin).close()
     try:
         async with asyncio.timeout(STOP_TIMEOUT):
-            # What it still says is read, or it could not end.
+            # Its remaining output must be read; otherwise it could not end.
             await process.communicate()
     except TimeoutError:
         process.kill()
@@ -128,7 +128,7 @@ async def stop(process: Process) -> None:
 
 
 def pipe(stream: Stream | None) -> Stream:
-    """A stream that the process was started with."""
+    """A pipe of the process."""
     if stream is None:
         raise TypeError("the server was started without pipes")
     return stream

@@ -1,4 +1,4 @@
-"""What came of it, counted in the ledger, and how to try it by hand."""
+"""The results, counted in the ledger, and how to try it by hand."""
 
 import shlex
 import sqlite3
@@ -18,7 +18,7 @@ from retryproof.demo.process import Moment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One run's numbers. `twice` and `lost` count orders, `made` counts charges."""
+    """The numbers of one run. `twice` and `lost` count orders, `made` counts charges."""
 
     wanted: int
     made: int
@@ -33,16 +33,16 @@ class Figures:
 
     @property
     def harmed(self) -> bool:
-        """Whether anybody paid twice or has no charge."""
+        """Whether any order was charged twice, or not at all."""
         return self.made != self.wanted or self.twice > 0 or self.lost > 0
 
 
 def count(
     database: Path, wanted: Iterable[Order], traffic: Traffic, kills: Counter[Moment], faults: int, seconds: float
 ) -> Figures:
-    """Read the ledger's file, once everything is over.
+    """Read the ledger's file, when the run is over.
 
-    An order is lost when it has no charge, and also when the charge on its client's receipt is not in the ledger.
+    An order is lost if it has no charge, or if the charge on its client's receipt is not in the ledger.
     """
     with closing(sqlite3.connect(database)) as connection:
         booked = dict(connection.execute("SELECT id, order_number FROM charges"))
@@ -84,12 +84,12 @@ def table(without: Figures, layered: Figures) -> Table:
 
 
 def judged(number: int, good: bool) -> str:
-    """A figure in the colour of what it means."""
+    """A number, coloured by its meaning."""
     return f"[bold {'green' if good else 'red'}]{number}[/]"
 
 
 def verdict(without: Figures, layered: Figures) -> str:
-    """What it means, in a sentence."""
+    """The meaning of the results, in a sentence."""
     if layered.harmed:
         return (
             f"[bold red]Retryproof failed:[/] {layered.twice} orders were charged twice and {layered.lost} lost. "
@@ -104,7 +104,7 @@ def verdict(without: Figures, layered: Figures) -> str:
 
 
 def server_command(port: int) -> str:
-    """How to start the API by hand, with the Python that runs this."""
+    """The command that starts the API by hand, with this Python."""
     python = Path(sys.executable)
     try:
         shown = python.relative_to(Path.cwd())
@@ -114,7 +114,7 @@ def server_command(port: int) -> str:
 
 
 def curl_commands(url: str) -> list[tuple[str, str]]:
-    """What to try by hand, and what comes of it."""
+    """What to try by hand, and what happens."""
 
     def charge(amount: int) -> str:
         return (
@@ -140,5 +140,5 @@ def by_hand(console: Console, port: int = 8000) -> None:
 
 
 def say(console: Console, command: str) -> None:
-    """A command on a line of its own, whole and to be copied."""
+    """A command on a line of its own, complete, so that it can be copied."""
     console.print(command, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`retryproof demo`: the same orders through the same bad network, first without the layer, then with it."""
+"""`retryproof demo`: the same orders over the same bad network, first without the middleware, then with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAULTS = ("lose_reply", "delay", "duplicate", "cut_after", "reset")
 
 
 def make_unreliable(link: FaultLink) -> None:
-    """How bad the network is: about a third of all requests meet a fault."""
+    """Set the faults of the network: about a third of all requests have one."""
     link.delay(0.05, probability=0.1)
     link.lose_reply(probability=0.08)
     link.duplicate(after=0.02, probability=0.06)
@@ -46,17 +46,17 @@ def run_demo(
     json: bool = False,
     files: Path | None = None,
 ) -> int:
-    """Run both halves and print what came of it; returns the exit code.
+    """Run both halves, print the results, and return the exit code.
 
-    charges: how many are wanted. seconds: how long the clients of each half may take; what is not made by then is lost.
-    seed: draws the same orders, faults and kills again (their timing still differs). console: where people look.
-    json: the figures on standard output, the rest on standard error. files: an empty directory that keeps the ledgers.
-    0: nothing was charged twice or lost with the layer. 1: something was. 2: the layer passed, and so did doing
-    without it, so that nothing is proved. 3: the server did not start, or ended by itself.
+    charges: how many orders there are. seconds: how long the clients of each half may take; later orders are lost.
+    seed: gives the same orders, faults and kills again (their timing still differs). console: the output for people.
+    json: the numbers on standard output, the rest on standard error. files: an empty directory for the ledgers.
+    0: with the middleware, nothing was charged twice or lost. 1: something was. 2: the run with the middleware passed,
+    but so did the run without it, so that nothing is proved. 3: the server did not start, or ended by itself.
     """
     if charges < 1 or seconds <= 0:
         raise ValueError("charges and seconds must be more than zero")
-    # A line for each of a thousand requests would drown the rest, where the program logs at INFO.
+    # A line for each of a thousand requests would hide the rest, if the program logs at INFO.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     shown = console or Console(stderr=json)
@@ -84,7 +84,7 @@ def run_demo(
 def run_both(
     console: Console, files: Path | None, *, charges: int, seconds: float, seed: int
 ) -> tuple[report.Figures, report.Figures]:
-    """Without the layer, then with it."""
+    """Run without the middleware, then with it."""
     with progress_bar(console) as progress, ExitStack() as stack:
         directory = files or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retryproof-demo-")))
 
@@ -106,11 +106,11 @@ def run_both(
 async def run_half(
     files: Path, *, idempotent: bool, charges: int, seconds: float, seed: int, watch: Callable[[int, int], None]
 ) -> report.Figures:
-    """One run from an empty directory to its figures; `watch` is told of clients that are done and of kills."""
+    """One run from an empty directory to its numbers; `watch` learns of clients that are done, and of kills."""
     random = Random(seed)
     wanted = clients.orders(random, charges)
     plan = process.deaths(random, charges)
-    # Until a server listens the link leads nowhere, as after every kill.
+    # Until a server listens, the link has no target, as after every kill.
     with FaultLink("127.0.0.1", NOWHERE, random=random) as link:
         make_unreliable(link)
         up = asyncio.Event()
@@ -141,7 +141,7 @@ async def run_half(
 
 
 async def first_of(work: Coroutine[Any, Any, T], living: asyncio.Future[None]) -> T:
-    """The work's result; or the server's failure, should it end by itself, so that nobody waits for it."""
+    """The work's result, or the server's failure: if it ends by itself, nobody should wait for it."""
     working = asyncio.ensure_future(work)
     try:
         either: list[asyncio.Future[Any]] = [working, living]
@@ -155,7 +155,7 @@ async def first_of(work: Coroutine[Any, Any, T], living: asyncio.Future[None]) -
 
 
 def progress_bar(console: Console) -> Progress:
-    """Bars of clients that are done, and how often the server was killed."""
+    """Progress: clients that are done, and how often the server was killed."""
     return Progress(
         TextColumn("{task.description:>18}"),
         BarColumn(),

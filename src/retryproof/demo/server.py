@@ -1,11 +1,11 @@
-"""The payments API under uvicorn, in processes that may be told where to die.
+"""The payments API under uvicorn, in processes that kill themselves at a given point.
 
     python -m retryproof.demo.server
 
-Imports everything once and then forks, since a restart is to take no time: for each line on standard input, a JSON
-object with `database`, `idempotent`, `dies` and `count`, a child serves the API. On standard output come a line with
-`pid` and `port` once the child listens, and one with `exit` once it has ended. The end of the input ends everything in
-an orderly way, so that a demo which is gone leaves no server behind.
+This process imports everything once and then forks, so that a restart is fast. Each line on standard input is a JSON
+object with `database`, `idempotent`, `dies` and `count`; a child then serves the API. Standard output gets a line with
+`pid` and `port` when the child listens, and one with `exit` when it has ended. When the input ends, everything shuts
+down. So a demo that is gone leaves no server behind.
 """
 
 import itertools
@@ -26,13 +26,13 @@ from retryproof.demo.app import create_app
 from retryproof.demo.ledger import Charge, Database, Ledger
 
 LEASE = 2.0
-"""Seconds after which a dead server's operations are taken over; short, so that the demo is."""
+"""Seconds after which another server takes over a dead one's operations; short, to keep the demo short."""
 PATIENCE = 100
-"""Attempts that may die at one operation; this server is killed more often than any bug would."""
+"""How many attempts at an operation may die; this server dies more often than with any bug."""
 
 
 class DeadlyConnection(sqlite3.Connection):
-    """A connection whose process may be told to kill itself after the next commit, before anybody hears of it."""
+    """A connection whose process can kill itself right after the next commit, before anybody learns of it."""
 
     dies = False
 
@@ -43,7 +43,7 @@ class DeadlyConnection(sqlite3.Connection):
 
 
 class DeadlyLedger(Ledger):
-    """A ledger whose process kills itself at a charge: `before` it is written, `within` its transaction, or `after`."""
+    """A ledger that kills its process at a charge: `before` it is written, `within` its transaction, or `after`."""
 
     def __init__(self, connection: DeadlyConnection, dies: str) -> None:
         super().__init__(connection)
@@ -61,7 +61,7 @@ class DeadlyLedger(Ledger):
 
 
 class DeadlyDatabase(Database):
-    """A database whose nth transaction, of those that write charges, is its process's last."""
+    """A database that kills its process at the nth transaction that writes a charge."""
 
     factory = DeadlyConnection
 
@@ -77,18 +77,18 @@ class DeadlyDatabase(Database):
 
 
 def kill_me() -> None:
-    """`kill -9`: no handler, no clean-up, no goodbye."""
+    """`kill -9`: no handler, no clean-up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with_parent(server: uvicorn.Server) -> None:
-    """Shut down when standard input ends: nothing else comes while a child lives."""
+    """Shut down when standard input ends; it has no other content while a child lives."""
     os.read(sys.stdin.fileno(), 1)
     server.should_exit = True
 
 
 def serve(life: dict[str, Any]) -> None:
-    """Live that life to its end."""
+    """Serve until the planned end."""
     app = create_app(
         life["database"],
         idempotent=life["idempotent"],

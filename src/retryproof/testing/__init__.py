@@ -1,6 +1,6 @@
-"""For tests: the suite that every store passes, a link that loses and delays, and a clock that stands still.
+"""For tests: the suite that every store passes, a proxy for network faults, and a clock that a test moves.
 
-The suite needs pytest, which is imported only when the suite is; the demo uses the rest without it.
+The suite needs pytest, which is imported only with the suite. The demo uses the rest without pytest.
 """
 
 import sys
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     pytest = import_module("pytest")
-    # pytest warns of what was imported before.
+    # pytest warns about modules that were imported before.
     suite = ("retryproof.testing.bench", "retryproof.testing.cases")
     pytest.register_assert_rewrite(*(module for module in suite if module not in sys.modules))
     return getattr(import_module("retryproof.testing.conformance"), name)

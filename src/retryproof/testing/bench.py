@@ -1,7 +1,7 @@
-"""The bench that a store's cases run on: one vocabulary over stores that block and stores that are awaited.
+"""What a store's cases are written with: the same functions for blocking and for async stores.
 
-A case is written once, as a coroutine. Over an async store it is awaited; over a blocking one nothing in it ever
-suspends, so `run_blocking` runs it to its end without an event loop.
+A case is written once, as a coroutine. For an async store it is awaited. For a blocking store it never suspends, so
+`run_blocking` runs it to its end without an event loop.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ T = TypeVar("T")
 BenchCall = Callable[["Bench"], Awaitable[T]]
 
 LONG = 3_600.0
-"""Seconds that no test lives to see the end of."""
+"""Seconds that are longer than any test."""
 SHORT = 0.02
-"""Seconds that are over as soon as anybody looks; no case needs them to last."""
+"""Seconds that are over at the next look; no case needs them to last longer."""
 PATIENCE = 20.0
-"""Seconds to wait for something that is sure to happen."""
+"""Seconds to wait for an event that must happen."""
 LOOK_AGAIN = 0.003
 """Seconds between two looks at the store's clock."""
 
 
 class Bench(ABC):
-    """One store under test, and where there is one a rival over the same records.
+    """One store under test, and optionally a rival over the same records.
 
-    advance: moves the store's clock by so many seconds; without it the bench watches the clock until they are over.
+    advance: moves the store's clock by a number of seconds; without it, the bench waits until the clock has moved.
     """
 
     def __init__(self, capabilities: Capabilities, advance: Callable[[float], None] | None) -> None:
         self.capabilities = capabilities
         self._advance = advance
 
-    # What differs between the colours
+    # What differs between blocking and async stores
 
     @abstractmethod
     async def call(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -66,45 +66,45 @@ class Bench(ABC):
 
     @abstractmethod
     async def together(self, calls: Sequence[BenchCall[T]]) -> list[T]:
-        """All calls at once, from threads or tasks, shared out over the store and its rival."""
+        """Make all calls at once, from threads or tasks, half on the store and half on its rival."""
 
     # Commands
 
     async def one(self, command: StoreCommand) -> Any:
-        """The reply to a batch of one; a claim's or a fenced command's."""
+        """The reply to a batch of one: to a claim or a fenced command."""
         (reply,) = await self.batch([command])
         return reply
 
     async def batch(self, commands: Sequence[StoreCommand]) -> list[Any]:
-        """The replies to a batch of one kind, in order; a reply that is an exception is handed over as it is."""
+        """The replies to a batch of one kind, in order; a reply that is an exception is returned, not raised."""
         replies = list(await self.call(_METHODS[type(commands[0])], commands))
         assert len(replies) == len(commands), "a store answers each item of a batch, in order"
         return replies
 
     async def claim(self, claim: Claim) -> ClaimReply:
-        """What a claim finds."""
+        """The reply to a claim."""
         reply: ClaimReply = await self.one(claim)
         return reply
 
     async def fenced(self, command: Complete | Release | Renew | Checkpoint) -> FenceReply:
-        """What a fenced command is told."""
+        """The reply to a fenced command."""
         reply: FenceReply = await self.one(command)
         return reply
 
     async def get(self, id: bytes) -> Record | None:
-        """The record as it stands."""
+        """The record as it is now, or None."""
         found: Sequence[Record | None] = await self.call("get", [id])
         assert len(found) == 1, "get answers each id, in order"
         return found[0]
 
     async def record(self, id: bytes) -> Record:
-        """The record, which is there."""
+        """The record, which must exist."""
         record = await self.get(id)
         assert record is not None, "the record is gone"
         return record
 
     async def frozen(self, id: bytes) -> Record:
-        """The record without the time of reading, to be compared with an earlier look."""
+        """The record without the time of reading, to compare it with an earlier one."""
         return replace(await self.record(id), read_at=0)
 
     async def evict(self, id: bytes) -> bool:
@@ -114,7 +114,7 @@ class Bench(ABC):
         return gone
 
     async def reap(self) -> Reaped:
-        """All passes of reaping together, with what each found told and ended."""
+        """Do all passes of reaping, and in each report and end what it found."""
         settled = 0
         unsettled: list[Record] = []
         ended: list[bytes] = []
@@ -127,20 +127,20 @@ class Bench(ABC):
                 return Reaped(settled, unsettled, ended=ended)
 
     async def end(self, told: Sequence[Record]) -> Reaped:
-        """End unsettled records whose end was told."""
+        """End unsettled records whose end was reported."""
         reaped: Reaped = await self.call("reap", 0, told)
         return reaped
 
     # Situations
 
     async def held(self, claim: Claim) -> Acquired:
-        """Claim what is free to be claimed."""
+        """Claim an operation that is free."""
         reply = await self.claim(claim)
         assert isinstance(reply, Acquired), reply
         return reply
 
     async def dead(self, claim: Claim) -> Acquired:
-        """Claim, and leave the record behind with its lease over."""
+        """Claim, and leave the record in progress until its lease is over."""
         acquired = await self.held(claim)
         await self.outlive(claim.id)
         return acquired
@@ -155,7 +155,7 @@ class Bench(ABC):
         return await self.wait_past(id, lambda record: record.lease_until)
 
     async def wait_past(self, id: bytes, moment: Callable[[Record], int]) -> Record:
-        """Wait until a moment of the record has passed by the store's own clock."""
+        """Wait until a time of the record has passed, by the store's own clock."""
         record = await self.record(id)
         if self._advance is not None:
             self._advance(max(0.0, (moment(record) - record.read_at) / 1_000_000))
@@ -188,7 +188,7 @@ _METHODS: dict[type[Any], str] = {
 
 
 class BlockingBench(Bench):
-    """Over a store that blocks; rivals are threads."""
+    """For a blocking store; rivals are threads."""
 
     def __init__(
         self, store: Store, rival: Store | None = None, advance: Callable[[float], None] | None = None
@@ -218,7 +218,7 @@ class BlockingBench(Bench):
 
 
 class AsyncBench(Bench):
-    """Over a store that is awaited; rivals are tasks."""
+    """For an async store; rivals are tasks."""
 
     def __init__(
         self, store: AsyncStore, rival: AsyncStore | None = None, advance: Callable[[float], None] | None = None
@@ -252,7 +252,7 @@ def run_blocking(work: Awaitable[T]) -> T:
 
 
 def new_claim(**changes: Any) -> Claim:
-    """A claim for an operation that nobody knows, with a lease and retention of LONG."""
+    """A claim for a new operation, with a lease and retention of LONG."""
     claim = Claim(
         id=secrets.token_bytes(32),
         fingerprint=b"\1" + secrets.token_bytes(32),
@@ -281,7 +281,7 @@ def complete(claim: Claim, acquired: Acquired, result: bytes | None = b"result")
 
 
 def release(claim: Claim, acquired: Acquired) -> Release:
-    """The command that gives a held claim back."""
+    """The command that releases a held claim."""
     return Release(claim.id, claim.nonce, acquired.token)
 
 
@@ -291,5 +291,5 @@ def renew(claim: Claim, acquired: Acquired, lease: float = LONG, *, alone: bool 
 
 
 def checkpoint(claim: Claim, acquired: Acquired, name: str = "step", value: bytes = b"value") -> Checkpoint:
-    """The command that keeps a step's result."""
+    """The command that stores a step's result."""
     return Checkpoint(claim.id, claim.nonce, acquired.token, name, value)

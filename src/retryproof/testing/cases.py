@@ -1,4 +1,4 @@
-"""The cases that every store passes, each once, for both colours (see `conformance`).
+"""The cases that every store passes, written once for blocking and async stores (see `conformance`).
 
 The numbers in brackets are the project's rules (docs/reference/rules.md).
 """
@@ -41,7 +41,7 @@ from retryproof.testing.bench import (
 )
 
 CROWD = 100
-"""Threads or tasks that meet at one operation."""
+"""How many threads or tasks want one operation."""
 
 
 def _always(capabilities: Capabilities) -> bool:
@@ -50,7 +50,7 @@ def _always(capabilities: Capabilities) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that a store does. offered: whether a store with these capabilities claims to do it."""
+    """One behaviour of a store. offered: whether a store with these capabilities has it."""
 
     name: str
     run: Callable[[Bench], Awaitable[None]]
@@ -76,7 +76,7 @@ def case_where(offered: Callable[[Capabilities], bool]) -> Callable[[Any], Calla
     return add
 
 
-# The claim's table: nothing is there
+# The claim's table: no record
 
 
 @case
@@ -99,7 +99,7 @@ async def c9_times_are_the_stores_own(bench: Bench) -> None:
     acquired = await bench.held(claim)
     record = await bench.record(claim.id)
     assert acquired.first_seen == record.first_seen <= record.read_at
-    # A store may keep time to the millisecond.
+    # A store may keep times in milliseconds.
     assert abs(record.lease_until - record.first_seen - LONG * 1_000_000) <= 2_000
     assert abs(record.expires_at - record.first_seen - 2 * LONG * 1_000_000) <= 2_000
 
@@ -250,7 +250,7 @@ async def c12_what_was_released_with_something_kept_is_kept_as_long_as_what_died
 
 
 async def _failed_after_a_death(bench: Bench, **changes: Any) -> tuple[Claim, Acquired]:
-    """An attempt ended unknown, and the next one failed and said so: the first claim, and what the second one held."""
+    """An attempt ended unknown, and the next one failed cleanly: the first claim, and the hold of the second."""
     dead = new_claim(lease=SHORT, **changes)
     await bench.dead(dead)
     later = again(dead, **changes)
@@ -295,7 +295,7 @@ async def c12_a_disowned_claim_leaves_what_was_known_before_it(bench: Bench) -> 
     first = await bench.held(dead)
     assert await bench.fenced(checkpoint(dead, first)) == DONE
     await bench.outlive(dead.id)
-    for _ in range(3):  # each is applied, its caller has gone, and the keeper gives it back
+    for _ in range(3):  # each is applied, its caller has gone, and the keeper releases it
         unwanted = again(dead, retention=SHORT, unsettled_retention=2 * LONG)
         assert await bench.fenced(release(unwanted, await bench.held(unwanted))) == DONE
         await bench.reap()
@@ -428,7 +428,7 @@ async def the_nonce_of_the_holder_does_not_excuse_other_input(bench: Bench) -> N
     assert await bench.claim(replace(claim, fingerprint=b"\1other")) == Mismatch(claim.fingerprint)
 
 
-# Past retention
+# After the retention
 
 
 @case
@@ -442,7 +442,7 @@ async def settled_and_past_retention_is_fresh_even_for_other_input(bench: Bench)
         for next_claim in (again, other_input):
             claim = new_claim(retention=SHORT, tenant=bytes(16), trace="first")
             first = await bench.held(claim)
-            if settle is not release:  # what was released with something kept is not settled
+            if settle is not release:  # a released record with checkpoints is not settled
                 await bench.fenced(checkpoint(claim, first))
             assert await bench.one(settle(claim, first)) == DONE
             await bench.wait_gone(claim.id)
@@ -625,7 +625,7 @@ async def c2_tokens_only_grow(bench: Bench) -> None:
 
 
 async def _die(bench: Bench, claim: Claim, times: int, alone: int = 2) -> Claim:
-    """The last of so many attempts that died."""
+    """The last one of a number of attempts that died."""
     claim = replace(claim, lease=SHORT)
     for _ in range(times):
         claim = again(claim, lease=SHORT, alone=alone)
@@ -775,7 +775,7 @@ async def a_live_lease_is_never_evicted_and_all_else_is(bench: Bench) -> None:
 
 
 async def _scan_all(bench: Bench, **options: Any) -> list[Record]:
-    """All pages, each by itself in order, until an empty one."""
+    """All pages until an empty one; each must be in order."""
     found: list[Record] = []
     while True:
         page: Sequence[Record] = await bench.call("scan", after=found[-1].id if found else b"", **options)
@@ -881,7 +881,7 @@ async def c12_the_end_of_what_ended_unknown_and_then_failed_is_reported(bench: B
 
 
 async def _over(bench: Bench, **changes: Any) -> tuple[Claim, Record]:
-    """An operation whose attempt died and whose unsettled retention is over, as a pass of reaping hands it back."""
+    """An operation whose attempt died and whose unsettled retention is over, as a pass of reaping returns it."""
     dead = new_claim(lease=SHORT, unsettled_retention=SHORT, **changes)
     await bench.held(dead)
     await bench.wait_past(dead.id, lambda record: max(record.lease_until, record.expires_at))
@@ -895,7 +895,7 @@ async def _over(bench: Bench, **changes: Any) -> tuple[Claim, Record]:
 @case
 async def i7_an_unsettled_record_stays_until_its_end_was_told(bench: Bench) -> None:
     dead, over = await _over(bench)
-    for _ in range(3):  # a reaper that dies before it has told, as often as it likes
+    for _ in range(3):  # a reaper dies before it has reported, any number of times
         await bench.call("reap", 100_000)
     assert await bench.claim(again(dead, on_abandoned="refuse")) == Abandoned("refused", 1)
     assert list((await bench.end([over])).ended) == [dead.id]
@@ -986,7 +986,7 @@ async def c1_one_input_wins_of_a_crowd_with_two(bench: Bench) -> None:
     other = other_input(claim)
     replies = await bench.together([_claims(again(other if n % 2 else claim)) for n in range(CROWD)])
     kinds = [type(reply) for reply in replies]
-    # A rival that met a lock is told Running, whatever its input (T2).
+    # A rival that finds a lock gets Running, whatever its input (T2).
     assert kinds.count(Acquired) == 1
     assert set(kinds) <= {Acquired, Running, Mismatch}
     winner = (await bench.record(claim.id)).fingerprint
@@ -1053,7 +1053,7 @@ async def of_a_late_complete_and_a_take_over_one_wins(bench: Bench) -> None:
         later = again(dead)
         late: Complete = complete(dead, first, b"late")
         settled, claimed = await bench.together([_one(late), _one(later)])
-        if isinstance(claimed, Running):  # it met the lock of the other
+        if isinstance(claimed, Running):  # it found the lock of the other
             claimed = await bench.claim(later)
         match settled, claimed:
             case Done(), Finished(result):

@@ -1,4 +1,4 @@
-"""A clock that stands still until a test moves it."""
+"""A clock that moves only when a test moves it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class ManualClock:
-    """Microseconds since the epoch when called, as `MemoryStore(clock=…)` takes them; safe for threads.
+    """A clock for `MemoryStore(clock=…)`: when called, it gives microseconds since the epoch. Safe for threads.
 
-    start: where it begins; any time will do, as long as the test does not depend on it.
+    start: its first time; a test should not depend on it.
     """
 
     def __init__(self, start: datetime = _START) -> None:
@@ -30,7 +30,7 @@ class ManualClock:
         return self() / 1_000_000
 
     def advance(self, seconds: float) -> None:
-        """Move on by `seconds`, zero or more; a clock of this kind never goes back.
+        """Move the clock forward by `seconds`, zero or more.
 
         Raises ValueError for a negative duration.
         """

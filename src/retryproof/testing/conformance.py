@@ -7,12 +7,13 @@
             yield store
             store.close()
 
-All cases then run against it; each makes operations of its own, so that a server may be shared. Two more fixtures may
-be overridden: `rival`, a second store over the same records, which half of the threads or tasks of a race use; and
-`advance`, a function that moves the store's clock on by so many seconds. Without it the cases use leases of a few
-milliseconds and watch the store's clock until they are over; no case needs a short lease to last.
+Then all cases run over it. Each makes operations of its own, so tests may share a server. You may override two more
+fixtures: `rival`, a second store over the same records, which half of the threads or tasks of a race use; and
+    `advance`,
+a function that moves the store's clock forward by a number of seconds. Without `advance`, the cases use leases of a few
+milliseconds, and wait until they are over by the store's clock. No case needs a short lease to last.
 
-What a store can do it says in `capabilities`, and cases that ask for more are skipped.
+A store's `capabilities` say what it can do. Cases that need more are skipped.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ _each_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in C
 class _Conformance:
     @pytest.fixture
     def advance(self) -> Advance | None:
-        """Moves the store's clock; None: it moves by itself."""
+        """A function that moves the store's clock; None: the clock moves by itself."""
         return None
 
 
 class StoreConformance(_Conformance):
-    """The suite for a store that blocks; override `store`."""
+    """The suite for a blocking store; override the fixture `store`."""
 
     @pytest.fixture
     def store(self) -> Store:
-        """The store under test, closed by whoever overrides this."""
+        """The store under test. The fixture that overrides this one closes it."""
         raise NotImplementedError("override the fixture `store`")
 
     @pytest.fixture
     def rival(self) -> Store | None:
-        """Another store over the same records, as another process would have."""
+        """Another store over the same records, as in another process."""
         return None
 
     @_each_case
@@ -59,16 +60,16 @@ class StoreConformance(_Conformance):
 
 
 class AsyncStoreConformance(_Conformance):
-    """The suite for a store that is awaited; override `store`. Needs pytest-asyncio."""
+    """The suite for an async store; override the fixture `store`. It needs pytest-asyncio."""
 
     @pytest.fixture
     def store(self) -> AsyncStore:
-        """The store under test, closed by whoever overrides this."""
+        """The store under test. The fixture that overrides this one closes it."""
         raise NotImplementedError("override the fixture `store`")
 
     @pytest.fixture
     def rival(self) -> AsyncStore | None:
-        """Another store over the same records, as another process would have."""
+        """Another store over the same records, as in another process."""
         return None
 
     @pytest.mark.asyncio

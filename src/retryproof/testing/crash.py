@@ -1,15 +1,15 @@
-"""Crash points: places where a process kills itself with SIGKILL, when the environment says so.
+"""Crash points: places where a process kills itself with SIGKILL, if the environment says so.
 
     crash = CrashPoints.from_environment()                # RETRYPROOF_CRASH="after claim"
-    app = IdempotencyMiddleware(app, store=crash.wrap(open_async(url)), scope=single_tenant)
+    app = IdempotencyMiddleware(app, store=crash.wrap(open_store(url)), scope=single_tenant)
 
     def handler() -> None:
         crash.reach("before effect")
         …
 
-A store that is wrapped reaches `before claim`, `after claim`, `before complete`, `after complete` and so on for each
-call it gets; names of one's own are reached by `reach`. `"after claim:3"` is the third time. Nothing in the library
-knows of crash points: what is not wrapped pays nothing, and a wrapper that is not armed only counts.
+A wrapped store has the points `before claim`, `after claim`, `before complete`, `after complete`, and the same for its
+other calls. `reach` is for points of your own. `"after claim:3"` means the third time. The rest of the library does not
+know crash points: an unwrapped store has no cost, and a wrapper that is not armed only counts.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = ["CrashPoints"]
 
 VARIABLE = "RETRYPROOF_CRASH"
 CALLS = ("claim", "complete", "release", "renew", "checkpoint")
-"""The calls of a store that have a point before and one after them."""
+"""The calls of a store with a point before and after them."""
 
 T = TypeVar("T")
 
 
 def kill_this_process() -> NoReturn:
-    """`kill -9`: no handler, no clean-up, no goodbye."""
+    """`kill -9`: no handler, no clean-up."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a killed process went on")
 
 
 class CrashPoints:
-    """The points of one process, at most one of which is armed.
+    """The crash points of one process. At most one is armed: the process dies there.
 
-    armed: "", or a point's name, or "name:n" for the nth time that it is reached. die: what happens there.
+    armed: "", or a point's name, or "name:n" for the nth time that it is reached. die: what to do there.
     Safe to use from any thread.
     """
 
@@ -60,12 +60,12 @@ class CrashPoints:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> CrashPoints:
-        """As RETRYPROOF_CRASH says."""
+        """Arm the point that RETRYPROOF_CRASH names, if it is set."""
         return cls((os.environ if environment is None else environment).get(VARIABLE, ""))
 
     @property
     def reached(self) -> dict[str, int]:
-        """How often each point was reached."""
+        """How often the process has reached each point."""
         with self._lock:
             return dict(self._reached)
 
@@ -84,7 +84,7 @@ class CrashPoints:
     def wrap(self, store: AsyncStore) -> AsyncStore: ...
 
     def wrap(self, store: Store | AsyncStore) -> Store | AsyncStore:
-        """The same store, with a point before and one after each call."""
+        """Return the same store with a point before and after each call."""
         wrapper: Store | AsyncStore
         if asyncio.iscoroutinefunction(getattr(type(store), "claim", None)):
             wrapper = _AsyncWrapped(store, self.reach)
@@ -130,12 +130,12 @@ class _Wrapped:
         return self._call("checkpoint", commands)
 
     def commit_group(self) -> AbstractContextManager[None]:
-        """The store's own, where it has one: a point inside it is then before the commit."""
+        """The store's own, if it has one: a point inside it is before the commit."""
         return self._store.commit_group() if isinstance(self._store, HasCommitGroup) else nullcontext()
 
 
 class _AsyncWrapped:
-    """An async store whose calls reach points; its keeper's as well."""
+    """An async store whose calls reach points; also those of its keeper."""
 
     def __init__(self, store: Any, reach: Callable[[str], None]) -> None:
         self._store = store

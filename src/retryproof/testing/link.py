@@ -1,16 +1,16 @@
-"""A link that fails: a TCP proxy between client, app and store whose faults are switched while it runs.
+"""A TCP proxy with faults, between client, app and store. Its faults can be changed while it runs.
 
     with FaultLink("127.0.0.1", app_port, random=Random(7)) as link:
         link.lose_reply(probability=0.2)
         httpx.post(f"http://127.0.0.1:{link.port}/charges", …)
         link.heal()
 
-Most faults are drawn per **exchange**: it begins with the first bytes that a client sends on a connection, or sends
-after bytes came back. For protocols of question and answer (HTTP/1.1, Redis, PostgreSQL) that is one request or round
-trip, on kept-alive connections as well; pipelined requests are one exchange.
+Most faults happen to an **exchange**. It begins with the first bytes that a client sends on a connection, or sends
+after a reply. For protocols of request and reply (HTTP/1.1, Redis, PostgreSQL) that is one request or round trip, also
+on kept-alive connections; pipelined requests are one exchange.
 
-The link lives on an event loop in a thread of its own, so that sync tests, async tests and other processes can use it.
-With a seeded `random` the same order of exchanges meets the same faults.
+The link runs on an event loop in a thread of its own, so that sync tests, async tests and other processes can use it.
+With a seeded `random`, the same order of exchanges gets the same faults.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ T = TypeVar("T")
 
 _CHUNK = 65536
 _CONTROL_TIMEOUT = 10.0
-# How long the copy of a duplicated request waits for its answer before it hangs up.
+# How long the copy of a duplicated request waits for its answer before it closes the connection.
 _TWIN_TIMEOUT = 30.0
 
 
 @dataclass(slots=True)
 class _Rule:
-    """A fault, how likely it is, and how often it may still happen."""
+    """A fault, its probability, and how often it may still happen."""
 
     name: str
     probability: float
@@ -59,7 +59,7 @@ class _Rule:
 
 @dataclass(slots=True)
 class _Plan:
-    """What happens to one exchange, and how far it has come."""
+    """The faults of one exchange, and how far the exchange has come."""
 
     delay: float = 0.0
     reply_delay: float = 0.0
@@ -91,11 +91,12 @@ class _Plan:
 
 
 class FaultLink:
-    """Forwards `127.0.0.1:port` to a target, and fails as told. Use as a context manager, or `start` and `close`.
+    """Forwards `127.0.0.1:port` to a target, with faults. Use it as a context manager, or call `start` and `close`.
 
-    Each fault takes `probability` (of each exchange) and `times` (after which it stops); giving a fault again replaces
-    it, and `heal` ends them all. Several may meet one exchange. Probabilities are drawn in the order in which the
-    faults were given. Methods may be called from any thread but the link's own; they return once the fault is in force.
+    Each fault takes `probability` (for each exchange) and `times` (after which it stops). A second call of a fault
+    replaces the first one, and `heal` ends all faults. An exchange may have several faults. Random numbers are drawn in
+    the order in which the faults were set. You may call the methods from any thread but the link's own. They return
+    when the fault is active.
     """
 
     def __init__(
@@ -117,11 +118,11 @@ class FaultLink:
     # Faults.
 
     def refuse(self) -> None:
-        """Close the port: new connections are refused, open ones go on. `heal` opens the same port again."""
+        """Close the port: new connections are refused, open ones continue. `heal` opens the same port again."""
         self._call(self._stop_listening())
 
     def black_hole(self, *, probability: float = 1.0, times: float = math.inf) -> None:
-        """Take the request and forward nothing, now or later on this connection; the client waits."""
+        """Accept the request, and forward nothing more on this connection; the client waits."""
         self._inject(_Rule("black_hole", probability, times))
 
     def delay(
@@ -133,7 +134,7 @@ class FaultLink:
     def cut_after(
         self, size: int, *, direction: Direction = "reply", probability: float = 1.0, times: float = math.inf
     ) -> None:
-        """Forward `size` bytes of the request or of the reply, then close both sides. Shorter ones pass whole."""
+        """Forward `size` bytes of the request or of the reply, then close both sides. Shorter ones pass unchanged."""
         self._inject(_Rule("cut", probability, times, size, direction))
 
     def lose_reply(self, *, probability: float = 1.0, times: float = math.inf) -> None:
@@ -153,14 +154,14 @@ class FaultLink:
         self._call(self._reset_all())
 
     def heal(self) -> None:
-        """End all faults and open the port if it was closed. Black-holed connections stay black."""
+        """End all faults, and open the port if it was closed. A connection that forwards nothing stays so."""
         with self._lock:
             self._rules.clear()
         self._call(self._listen())
 
     @property
     def stats(self) -> dict[str, int]:
-        """A copy of the counts so far; what never happened counts zero.
+        """A copy of the counters; a fault that never happened counts zero.
 
         `connections`, `exchanges`, `twin_replies`, `bytes_to_target`, `bytes_to_client`, and the faults by the names
         of their methods: a fault counts when it is drawn, `cut_after` when it cuts.
@@ -182,7 +183,7 @@ class FaultLink:
     # Life.
 
     def start(self) -> Self:
-        """Start the thread and open the port; `port` is known afterwards."""
+        """Start the thread and open the port; then `port` is known."""
         if self._thread is not None:
             raise RuntimeError("this link was started before; make a new one")
         self._loop = asyncio.new_event_loop()
@@ -196,7 +197,7 @@ class FaultLink:
         return self
 
     def close(self) -> None:
-        """Reset what is open and end the thread. Harmless when repeated."""
+        """Reset open connections and end the thread. A second call does nothing."""
         if self._loop is None or self._thread is None or self._loop.is_closed():
             return
         self._call(self._shut_down())
@@ -212,10 +213,10 @@ class FaultLink:
     ) -> None:
         self.close()
 
-    # For the connections; on the link's loop.
+    # For the connections, on the link's event loop.
 
     def draw(self) -> _Plan:
-        """The faults of one more exchange."""
+        """Draw the faults of the next exchange."""
         with self._lock:
             self._stats["exchanges"] += 1
             drawn = [rule for rule in self._rules.values() if self._random.random() < rule.probability and rule.times]
@@ -233,7 +234,7 @@ class FaultLink:
             self._lock.notify_all()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a task that ends with the link at the latest."""
+        """Run a task that ends at the latest with the link."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -263,7 +264,7 @@ class FaultLink:
         self.count("connections")
         connection = _Connection(self, reader, writer)
         self._connections.add(connection)
-        # A task of ours, since those of start_server cannot be found to be cancelled.
+        # A task of our own, since the tasks of start_server cannot be found and cancelled.
         self.spawn(connection.run()).add_done_callback(lambda _: self._connections.discard(connection))
 
     async def _reset_all(self) -> None:
@@ -281,7 +282,7 @@ class FaultLink:
 
 @dataclass(eq=False, slots=True)
 class _Connection:
-    """A client's connection and the one to the target that stands behind it."""
+    """A client's connection, and its connection to the target."""
 
     link: FaultLink
     reader: asyncio.StreamReader
@@ -303,7 +304,7 @@ class _Connection:
                     way.cancel()
                 await asyncio.gather(*ways, return_exceptions=True)
         except OSError:
-            # The target is down: the client was let in, so a reset is what is left to say so.
+            # The target is down. The client is connected already, so only a reset can tell it.
             self.abort()
         finally:
             self._close()
@@ -320,7 +321,7 @@ class _Connection:
                 writer.close()
 
     async def _requests(self) -> None:
-        """Returns when the connection is to be closed."""
+        """Return when the connection has to be closed."""
         while data := await _read(self.reader):
             if self.replied:
                 await self._begin_exchange()
@@ -335,7 +336,7 @@ class _Connection:
             if cut:
                 return self.link.count("cut_after")
         if self.target is not None and not self.plan.black_hole:
-            # The client may close its half and still read.
+            # The client may close its side and still read.
             self.target.write_eof()
             await asyncio.Event().wait()
         return None
@@ -353,7 +354,7 @@ class _Connection:
             await asyncio.sleep(self.plan.delay)
 
     async def _replies(self, reader: asyncio.StreamReader) -> None:
-        """Returns when the connection is to be closed."""
+        """Return when the connection has to be closed."""
         while data := await _read(reader):
             plan = self.plan
             if plan.black_hole:
@@ -368,7 +369,7 @@ class _Connection:
             if cut:
                 return self.link.count("cut_after")
         if self.plan.black_hole:
-            # The target gave up on an idle connection; the client is to go on waiting.
+            # The target closed an idle connection; the client has to continue waiting.
             await asyncio.Event().wait()
         return None
 
@@ -380,7 +381,7 @@ class _Connection:
 
 
 async def _send_twin(link: FaultLink, chunks: asyncio.Queue[bytes], delay: float) -> None:
-    """Send what the queue brings on a connection of its own, until the target answers."""
+    """Send the bytes from the queue on a separate connection, until the target answers."""
     try:
         await asyncio.sleep(delay)
         reader, writer = await asyncio.open_connection(*link.target)
@@ -401,12 +402,12 @@ async def _send_twin(link: FaultLink, chunks: asyncio.Queue[bytes], delay: float
         pass
     finally:
         pouring.cancel()
-        writer.close()  # before anything that a cancellation could end
+        writer.close()  # first, so that no cancellation can prevent it
         await asyncio.gather(pouring, return_exceptions=True)
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:
-    """What came, or nothing at the end, however it ended."""
+    """The next bytes; none at the end of the connection, with or without an error."""
     try:
         return await reader.read(_CHUNK)
     except OSError:
@@ -414,14 +415,14 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
 
 
 def _limited(data: bytes, left: float) -> tuple[bytes, float, bool]:
-    """What of `data` fits in the bytes that are left, what is left then, and whether something did not fit."""
+    """The part of `data` within the remaining bytes, the remaining bytes after it, and whether data was cut."""
     if len(data) <= left:
         return data, left - len(data), False
     return data[: int(left)], 0, True
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a TCP reset instead of an orderly end."""
+    """Close with a TCP reset instead of a normal end."""
     sock = writer.get_extra_info("socket")
     if sock is not None and not writer.is_closing():
         # Linger on, for zero seconds: close sends RST (socket(7)).
