@@ -39,7 +39,7 @@ class Asyncpg(OnLoop):
         try:
             if connection.is_closed():
                 return CLOSED
-            if self._begun is not None and self._top() is not self._begun:
+            if self._begun is not None and connection._top_xact is not self._begun:
                 return NOT_OPEN
             return None if connection.is_in_transaction() else NOT_OPEN
         except asyncpg.InterfaceError:  # it is with its pool again
@@ -75,18 +75,20 @@ class Asyncpg(OnLoop):
         if not connection.is_in_transaction():
             await connection.transaction().start()
 
-    async def commit(self) -> None:
+    def commit(self) -> Awaitable[None]:
         """See BlockingConnection."""
         started = self._started()
-        await (self._connection.execute("COMMIT") if started is None else started.commit())
+        ending: Awaitable[None] = self._connection.execute("COMMIT") if started is None else started.commit()
+        return ending
 
-    async def rollback(self) -> None:
+    def rollback(self) -> Awaitable[None]:
         """See BlockingConnection."""
         started = self._started()
-        await (self._connection.execute("ROLLBACK") if started is None else started.rollback())
+        ending: Awaitable[None] = self._connection.execute("ROLLBACK") if started is None else started.rollback()
+        return ending
 
-    def _started(self) -> Transaction | None:
-        """The transaction that was started by hand, which has to be told of its end; a block forgives not being."""
+    def _started(self) -> Any:
+        """The transaction that was started by hand, which has to be told of its end; an `async with` block need not."""
         found = self._top()
         return None if found is None or getattr(found, "_managed", False) else found
 
