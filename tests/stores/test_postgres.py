@@ -25,6 +25,7 @@ from retryproof.core.commands import (
     Complete,
     FenceReply,
     Finished,
+    Mismatch,
     Release,
     Renew,
     Running,
@@ -426,6 +427,30 @@ class TestRoundTrips:
 
         assert await _transactions(url, postgres_url, work) == 2
         await rival.close()
+
+    async def test_a_batch_with_rows_to_take_takes_one_more_and_answers_every_kind(
+        self, url: str, postgres_url: str
+    ) -> None:
+        """C5, C6: what was given back and what was abandoned is taken by a second statement."""
+
+        async def work(store: AsyncpgStore) -> None:
+            finished, *_ = await _claim_and_complete(store, 2)
+            left = [new_claim(lease=0.0), new_claim(), new_claim()]
+            held = await store.claim(left)
+            assert await store.release([Release(left[1].id, left[1].nonce, token(held[1]))]) == [DONE]
+            other = new_claim(id=left[2].id, fingerprint=b"other")
+            claims = [new_claim(), again(left[0]), again(left[1]), other, again(finished), new_claim()]
+            replies = await store.claim(claims)
+            new, taken, retried, mismatch, replay, last = replies
+            acquired = [reply.attempt for reply in (new, taken, retried, last) if isinstance(reply, Acquired)]
+            assert acquired == [1, 2, 1, 1]
+            assert mismatch == Mismatch(b"same")
+            assert isinstance(replay, Finished)
+            assert token(taken) > token(held[0])
+            assert await store.claim(claims[:3]) == replies[:3]  # C3
+
+        before, mixed, repeated = 4, 2, 1
+        assert await _transactions(url, postgres_url, work) == before + mixed + repeated
 
 
 async def _claim_and_complete(store: AsyncpgStore, number: int) -> Sequence[Claim]:
