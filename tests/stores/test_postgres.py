@@ -33,6 +33,7 @@ from retryproof.core.commands import (
 from retryproof.core.errors import ConfigurationError, StoreUnavailable
 from retryproof.core.record import MICROSECONDS, Record, State, decide, microseconds
 from retryproof.sql.plan import Plan, Statement
+from retryproof.sql.postgres import asyncpg as on_asyncpg
 from retryproof.sql.postgres import joined as joining
 from retryproof.sql.postgres import records as postgres
 from retryproof.sql.postgres import statements as postgres_statements
@@ -679,6 +680,59 @@ class TestConnections:
             await store.aclose()
             assert await pool.fetchval("SELECT 1") == 1
         assert isinstance(reply, Acquired)
+
+    @pytest.mark.usefixtures("url")
+    async def test_a_connection_of_the_callers_pool_is_reset_once_for_batches_that_follow_each_other(
+        self, postgres_url: str, unique: str
+    ) -> None:
+        resets = 0
+
+        async def reset(connection: Any) -> None:
+            nonlocal resets
+            resets += 1
+
+        async with asyncpg.create_pool(
+            postgres_url, min_size=1, max_size=4, reset=reset, server_settings={"search_path": unique}
+        ) as pool:
+            store = AsyncpgStore(pool)
+            for connection_waits in (10.0, 0.0):
+                with pytest.MonkeyPatch.context() as patched:
+                    patched.setattr(on_asyncpg, "WAIT_FOR_NEXT", connection_waits)
+                    resets = 0
+                    for _ in range(3):
+                        await store.claim([new_claim()])
+                        await asyncio.sleep(0.01)
+                    await store.aclose()
+                    assert resets == (1 if connection_waits else 3)
+            assert pool.get_idle_size() == pool.get_size()
+
+    @pytest.mark.usefixtures("url")
+    async def test_the_last_connection_of_the_callers_pool_goes_back_at_once(
+        self, postgres_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(on_asyncpg, "WAIT_FOR_NEXT", 3_600.0)
+        settings = {"search_path": unique}
+        async with asyncpg.create_pool(postgres_url, min_size=1, max_size=1, server_settings=settings) as pool:
+            store = AsyncpgStore(pool)
+            assert isinstance((await store.claim([new_claim()]))[0], Acquired)
+            async with asyncio.timeout(5.0):
+                assert await pool.fetchval("SELECT 1") == 1
+
+    @pytest.mark.usefixtures("url")
+    async def test_c3_a_call_is_made_again_where_the_waiting_connection_of_a_callers_pool_was_dead(
+        self, postgres_url: str, unique: str, caller: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(on_asyncpg, "WAIT_FOR_NEXT", 3_600.0)
+        settings = {"search_path": unique, "application_name": unique}
+        async with asyncpg.create_pool(postgres_url, min_size=1, max_size=2, server_settings=settings) as pool:
+            store = AsyncpgStore(pool)
+            await store.claim([new_claim()])
+            ended = caller.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = %s", (unique,)
+            )
+            assert ended.fetchall() == [(True,)]
+            assert isinstance((await store.claim([new_claim()]))[0], Acquired)
+            await store.aclose()
 
     async def test_c6_a_keeper_renews_from_a_thread_with_either_driver(self, url: str) -> None:
         store = AsyncpgStore(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import asyncpg
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+WAIT_FOR_NEXT = 0.002
+"""Seconds that a connection of the caller's pool waits for the next call."""
 
 
 class AsyncpgPool:
@@ -51,8 +54,7 @@ class AsyncpgPool:
 
     async def aclose(self) -> None:
         """Close what is idle; what is in use is closed when its call ends. A caller's pool stays open."""
-        self._connections.close()
-        await asyncio.sleep(0)  # for the loop to take leave of the sockets
+        await self._connections.aclose()
 
     async def perform(self, plan: Callable[[], Plan[T]]) -> T:
         """See LoopPool. A plan that is run twice is safe: what may have been done already is answered alike (C3)."""
@@ -85,7 +87,7 @@ class AsyncpgPool:
             try:
                 result = await apump(plan(), line.execute)
             except DRIVER_ERRORS:
-                dead = line.connection.is_closed() and not _over(deadline)
+                dead = line.is_dead() and not _over(deadline)
                 await self._connections.drop(line)
                 if not (used and dead):
                     raise
@@ -130,17 +132,25 @@ class _Line:
             self._alarm.cancel()
             self._alarm = None
 
+    def is_dead(self) -> bool:
+        """Whether the connection is closed. One that was lent has gone back to its pool then, and tells nothing."""
+        try:
+            return self.connection.is_closed()
+        except asyncpg.InterfaceError:
+            return True
+
     def cut(self) -> None:
         """Cut the connection."""
         self.release()
-        self.connection.terminate()
+        with suppress(asyncpg.InterfaceError):  # as in `is_dead`
+            self.connection.terminate()
 
     def _ring(self) -> None:
         self._alarm = None
         if self._deadline is None:
             return
         if _over(self._deadline, self._loop):
-            self.connection.terminate()
+            self.cut()
         else:
             self._alarm = self._loop.call_at(self._deadline, self._ring)
 
@@ -202,7 +212,7 @@ class _Connections:
     async def put_back(self, line: _Line) -> None:
         """Keep it for the next call, after a clean end."""
         line.end()
-        if self._closed or line.connection.is_closed():
+        if self._closed or line.is_dead():
             line.cut()
         else:
             self._idle.append(line)
@@ -216,10 +226,11 @@ class _Connections:
         while self._idle:
             self._idle.pop().cut()
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Cut what is idle, and from now on whatever comes back."""
         self._closed = True
         self.discard()
+        await asyncio.sleep(0)  # for the loop to take leave of the sockets
 
     async def _connect(self, deadline: float) -> asyncpg.Connection[asyncpg.Record]:
         """A new connection to the first host that is a primary."""
@@ -276,17 +287,30 @@ async def _prepare(connection: asyncpg.Connection[asyncpg.Record], settings: dic
 
 
 class _Borrowed:
-    """The caller's pool: its connections, with its settings."""
+    """The caller's pool: its connections, with its settings.
+
+    A connection waits for the next call for a moment before it goes back, since asyncpg resets it then, which costs a
+    round trip. It does not wait where it is the last that the pool has.
+    """
 
     def __init__(self, pool: Pool, timeout: float, check: str) -> None:
         self._pool = pool
         self._check = check
         self._timeout = timeout
         self._checked = False
+        self._idle: list[_Line] = []
+        self._end_of_wait: asyncio.TimerHandle | None = None
+        self._going_back: set[asyncio.Task[None]] = set()
         self.places = asyncio.Semaphore(POOL_SIZE)
 
     async def take(self, deadline: float) -> _Line:
         """A connection until the deadline."""
+        while self._idle:
+            line = self._idle.pop()
+            if not line.is_dead():
+                line.begin(deadline)
+                return line
+            line.release()
         loop = asyncio.get_running_loop()
         line = _Line(await self._pool.acquire(timeout=max(0.0, deadline - loop.time())), loop)
         line.begin(deadline)
@@ -300,9 +324,15 @@ class _Borrowed:
         return line
 
     async def put_back(self, line: _Line) -> None:
-        """Give it back."""
-        line.release()
-        await self._release(line.connection)
+        """Keep it for a moment, then give it back."""
+        if self._pool.get_idle_size() == 0 and self._pool.get_size() >= self._pool.get_max_size():
+            line.release()
+            await self._release(line.connection)
+            return
+        line.end()
+        self._idle.append(line)
+        if self._end_of_wait is None:
+            self._end_of_wait = asyncio.get_running_loop().call_later(WAIT_FOR_NEXT, self.discard)
 
     async def _release(self, connection: Any) -> None:
         await self._pool.release(connection, timeout=self._timeout)
@@ -313,10 +343,26 @@ class _Borrowed:
         await self._release(line.connection)
 
     def discard(self) -> None:
-        """Nothing: a pool replaces dead connections itself."""
+        """Give back what is idle; a pool replaces dead connections itself."""
+        if self._end_of_wait is not None:
+            self._end_of_wait.cancel()
+            self._end_of_wait = None
+        while self._idle:
+            line = self._idle.pop()
+            line.release()
+            task = asyncio.get_running_loop().create_task(self._release(line.connection))
+            self._going_back.add(task)
+            task.add_done_callback(self._gone)
 
-    def close(self) -> None:
-        """Nothing: the pool is the caller's."""
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self._going_back.discard(task)
+        if not task.cancelled():
+            task.exception()  # of the reset: the pool has closed that connection
+
+    async def aclose(self) -> None:
+        """Give back what is idle; the pool is the caller's."""
+        self.discard()
+        await asyncio.gather(*self._going_back, return_exceptions=True)
 
 
 async def _check(connection: Connection, statement: str) -> None:
