@@ -1,6 +1,6 @@
-"""What a handler sees of the operation that it runs in, and the context variable that it is found by.
+"""The operation as its handler sees it, and the context variable that finds it.
 
-What steps and phases keep is `recovery`'s; the transactions that an operation takes part in are `joined`'s.
+`recovery` has the values of steps and phases; `joined` has the transactions that an operation takes part in.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class Phase(Protocol):
     """A phase of an operation, entered with `with` or `async with`.
 
-    pending: it is still to be done. result: what is kept with the recovery point; set it inside, None otherwise.
-    After the block, and where the phase is done, it is the value as every attempt sees it.
+    pending: whether the phase still has to be done. result: the value that is stored with the recovery point; set it
+        inside the block, otherwise it is None. After the block, or if the phase is done, it is the value as every
+        attempt sees it.
     """
 
     pending: bool
@@ -61,10 +62,10 @@ class Phase(Protocol):
 
     @property
     def connection(self) -> Any:
-        """The connection, in the phase's transaction; ConfigurationError where the phase is done."""
+        """The connection, in the phase's transaction; ConfigurationError if the phase is done."""
 
     def run(self, fn: Callable[[Any], T]) -> T:
-        """Do the phase unless it is done: fn is given the connection, and what it returns is the result."""
+        """Do the phase unless it is done: call fn with the connection; its return value is the result."""
 
     async def arun(self, fn: Callable[[Any], Awaitable[T]]) -> T:
         """`run` for a coroutine function."""
@@ -83,7 +84,7 @@ class Phase(Protocol):
 
 
 class Operation:
-    """The operation that is running: its identity, and what every attempt at it has in common.
+    """The operation that is running: its identity, and values that are the same on every attempt.
 
     Safe to use from the threads and tasks that a handler starts.
     """
@@ -102,43 +103,42 @@ class Operation:
 
     @property
     def key_digest(self) -> str:
-        """16 hex digits that stand for the operation in logs and find its record again."""
+        """16 hex digits that name the operation in logs, and find its record again."""
         return short_digest(self._hold.id)
 
     @property
     def token(self) -> int:
-        """The fencing token, greater than that of earlier attempts: hand it downstream, to refuse a late writer."""
+        """The fencing token, greater than in earlier attempts: store it with your writes, to refuse late writers."""
         return self._hold.token
 
     @property
     def attempt(self) -> int:
-        """1 for the first attempt, one more for each that was taken over from a dead one."""
+        """1 for the first attempt, and one more for each attempt that took over from a dead one."""
         return self._hold.attempt
 
     @property
     def first_seen(self) -> datetime:
         """When the operation was first claimed, by the store's clock, in UTC; the same on every attempt.
 
-        Use it instead of the clock: a handler that reads the clock writes something else on each attempt.
+        Use it instead of the clock: a handler that reads the clock writes another time on each attempt.
         """
         return EPOCH + timedelta(microseconds=self._hold.first_seen)
 
     def derive(self, name: str) -> UUID:
-        """The same random-looking UUID (version 4) on every attempt: for row ids, and for keys of calls downstream."""
+        """The same random-looking UUID (version 4) on every attempt: for row ids, and for keys of foreign calls."""
         label = name.encode("utf-8", "surrogatepass")
         digest = hashlib.sha256(b"retryproof derive 1\0" + self._hold.birth + label).digest()
         return UUID(bytes=digest[:16], version=4)
 
     def step(self, name: str, fn: Callable[[UUID], T], *, codec: Codec | None = None) -> T:
-        """Run `fn` once: its result is kept under the name, and a later attempt gets it back without running it.
+        """Run `fn` once: its result is stored under the name, and a later attempt gets it without running `fn`.
 
-        fn is given `derive(name)`, to pass as the idempotency key of what it calls: between fn and the keeping of its
-        result a crash lets a later attempt run it again. The value goes through the codec (JSON by default); one that
-        it cannot write, or that is over `Policy.max_result`, is returned and not kept: a later attempt does not run fn
-        either, and is raised ResultOmitted.
-        Raises ConfigurationError when the name was used before in this attempt, or the operation has ended; LeaseLost
-        when another attempt took over, or the lease has run out past `max_run`; StoreUnavailable when the result could
-        not be kept, or the lease has run out and could not be renewed.
+        fn gets `derive(name)`, to pass as the idempotency key of its call: after a crash between fn and storing its
+        result, a later attempt runs fn again. The value goes through the codec (JSON by default). If the codec cannot
+        write it, or it is over `Policy.max_result`, it is returned and not stored: a later attempt gets ResultOmitted,
+        and does not run fn either. Raises ConfigurationError if the name was used before in this attempt, or the
+        operation has ended; LeaseLost if another attempt took over, or the lease is over after `max_run`;
+        StoreUnavailable if the result could not be stored, or the lease is over and could not be renewed.
         """
         asking = self._asking()
         asking.check_blocking()
@@ -165,16 +165,16 @@ class Operation:
         return stepping(self._kept(), name, codec or PLAIN, self.derive(name), held=held)
 
     def outcome_unknown(self) -> None:
-        """Say that nobody knows whether this attempt had its effect: its record stays, for `on_abandoned` (C5).
+        """Say that nobody knows whether this attempt had its effect: the record stays for `on_abandoned` (C5).
 
-        Whatever the handler returns or raises afterwards is not kept and gives nothing back. For where raising
-        `errors.OutcomeUnknown` does not arrive: a framework, a middleware or the handler itself catches it and makes a
-        response of it. A function's caller is raised OutcomeUnknown unless the function raises.
+        Whatever the handler returns or raises afterwards is not stored, and does not release the operation. Use it if
+        an `errors.OutcomeUnknown` would not arrive, because a framework, a middleware or the handler itself catches it
+        and makes a response of it. A function's caller gets OutcomeUnknown, unless the function raises.
         """
         self._unknown = True
 
     def hear(self, error: BaseException) -> None:
-        """Hear what the handler raised, from a framework that makes a response of it (C5)."""
+        """Learn what the handler raised, from a framework that makes a response of it (C5)."""
         if outcome_of(error, self._policy.unknown_on) == Raised(unknown=True):
             self.outcome_unknown()
 
@@ -196,16 +196,15 @@ class Operation:
     def transaction(self, connection: T) -> T: ...
 
     def transaction(self, connection: Any) -> Any:
-        """Make the transaction of this connection the operation's: what is done in it commits with the result, or not.
+        """Join the transaction of this connection: the work in it commits together with the result, or not at all.
 
-        connection: of psycopg, SQLAlchemy, Django or sqlite3, to the database that the store is in, with its
-            transaction open and left open; or a context manager that gives one, such as `pool.connection()`, which is
-            entered now and left after the end. Returns the connection.
-        After the handler returns, its result is stored in this transaction, fenced, and the transaction is committed;
-        only then anybody sees the result. When the handler raises, when its result is not kept, or when another attempt
-        took over, it is rolled back.
-        Raises ConfigurationError for a connection without a transaction that could be used, or to another database,
-        LeaseLost when another attempt took over. Nothing was written then.
+        connection: of psycopg, SQLAlchemy, Django or sqlite3, to the store's database. Its transaction must be open,
+            and stay open. Or a context manager that gives such a connection, as `pool.connection()` does; it is entered
+            now, and left after the end. Returns the connection.
+        After the handler returns, its result is stored in this transaction, fenced, and the transaction is committed.
+        Only then anybody sees the result. The transaction is rolled back if the handler raises, if its result is not
+        stored, or if another attempt took over. Raises ConfigurationError for a connection without a usable
+        transaction, or to another database, and LeaseLost if another attempt took over. Nothing was written then.
         """
         return self._transactions().join(connection)
 
@@ -216,15 +215,15 @@ class Operation:
     async def atransaction(self, connection: T) -> T: ...
 
     async def atransaction(self, connection: Any) -> Any:
-        """`transaction` for a connection that is awaited: of psycopg, asyncpg, SQLAlchemy or aiosqlite."""
+        """`transaction` for an awaited connection: of psycopg, asyncpg, SQLAlchemy or aiosqlite."""
         return await self._transactions().ajoin(connection)
 
     def rollback(self) -> None:
-        """Undo what was done in the operation's transaction, which is over then: the result is stored without it.
+        """Roll back the work in the operation's transaction and end it; the result is stored without the work.
 
-        For a result that is to be kept and work that is not, such as the answer that a card was declined. Nothing is
-        done where there is no transaction, or where the operation has ended. Raises OutcomeUnknown where the handler
-        had committed it.
+        Use it to store a result without the work, such as the answer that a card was declined. It does nothing if there
+        is no transaction, or if the operation has ended. Raises OutcomeUnknown if the handler had committed the
+        transaction.
         """
         if self.joins is not None and not self._refuses:
             _, error = self.joins.settle(Raised())
@@ -232,7 +231,7 @@ class Operation:
                 raise error
 
     async def arollback(self) -> None:
-        """`rollback` for what runs on an event loop, whichever kind of connection it has."""
+        """`rollback` on an event loop, for every kind of connection."""
         if self.joins is not None and not self._refuses:
             _, cancellation = await self.joins.asettle(Raised())
             if cancellation is not None:  # or the error of work that was committed before
@@ -262,25 +261,25 @@ class Operation:
                     await phase.connection.execute("INSERT …")
                     phase.result = order_id
 
-        connection: as for `transaction` and `atransaction`; without one, what `Phased(connect=…)` gives.
-        The transaction is committed at the end of the block, fenced, and rolled back when the block raises. Foreign
-        calls belong between phases, under `derive` or in a `step`. The name is one that no step has either.
-        Raises ConfigurationError for a name used twice, a phase in a phase, a connection without a transaction that
-        could be used; LeaseLost when another attempt took over; StoreUnavailable when the lease could not be renewed,
-        or when the answer to the commit was lost and the record cannot be asked.
+        connection: as for `transaction` and `atransaction`; without one, the connection from `Phased(connect=…)`.
+        The transaction is committed at the end of the block, fenced, and rolled back if the block raises. Call foreign
+        APIs between phases, with a key from `derive` or in a `step`. Phases and steps must have different names. Raises
+        ConfigurationError for a name that is used twice, a phase in a phase, or a connection without a usable
+        transaction; LeaseLost if another attempt took over; StoreUnavailable if the lease could not be renewed, or if
+        the answer to the commit was lost and the record cannot be read.
         """
         return PhaseBlock(self._transactions(), name, connection, codec, self._phased)
 
     @property
     def principal(self) -> tuple[str, ...]:
-        """For whom a phased function runs: the parts of its scope. Raises NoOperation for any other operation."""
+        """The parts of a phased function's scope: for whom it runs. Raises NoOperation for any other operation."""
         if self._phased is None:
             raise NoOperation("Only functions of Phased have a principal.", digest=self.key_digest)
         principal: tuple[str, ...] = self._phased.principal
         return principal
 
     def _kept(self) -> Recovery:
-        """Made when it is first used: few operations need it."""
+        """It is made at its first use, since few operations need it."""
         if self._recovery is None:
             with _mutex:  # threads of one handler may be the first together
                 if self._recovery is None:

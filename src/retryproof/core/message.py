@@ -1,7 +1,7 @@
-"""An outgoing message: what an outbox keeps and a relay hands to a publisher (T5).
+"""An outgoing message, which an outbox stores and a relay gives to a publisher (T5).
 
-Messages of one ordering key are a **queue**: they are published in order, and one that fails holds the others back.
-A message without a key is a queue of its own. A queue belongs to one partition, and a partition to one relay at a time.
+The messages of one key are a **queue**: they are published in order, and a failed message holds back the later ones. A
+message without a key has a queue of its own. A queue belongs to one partition, and a partition to one relay at a time.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 PARTITIONS = 64
-"""Partitions of a new outbox; the number is kept in the database."""
+"""The number of partitions of a new outbox; it is stored in the database."""
 QUEUE_BYTES = 16
 _VERSION_7 = 0x7 << 76 | 0b10 << 62
 _RANDOM = (1 << 76) - 1 & ~(0b11 << 62)
-"""The bits of a UUIDv7's lower 80 that are random: all but version and variant."""
+"""The random bits among the lower 80 of a UUIDv7: all but version and variant."""
 UNCOUNTED = -1
-"""In place of a number of answers: the message waits, and keeps its age, its counts and its being tried alone."""
+"""In place of a number of answers: the message waits, and keeps its age, its counts, and whether it goes alone."""
 
 
-@dataclass(slots=True)  # not frozen, which makes it four times as slow to make: a relay makes them by the thousand
+@dataclass(slots=True)  # not frozen: a frozen one takes four times as long to make, and a relay makes thousands
 class Message:
-    """One message; `id` is the same however often it is sent. Not to be changed.
+    """One message. Its `id` stays the same on every resend. Do not change its fields.
 
-    attempts: how often publishing it failed before. failed_at: when it failed first, or None; a relay that died over it
-    counts as well. answers: failures in which its receiver answered about the message itself. deaths: relays that died
-    while they sent it alone. created_at: µs since the epoch, by the database's clock.
-    sequence: the number that orders it, drawn when it was added: who saw another's commit before has a higher one.
+    attempts: how often publishing it failed before. failed_at: when it failed first, or None; the death of its relay
+        counts too. answers: failures in which the receiver answered about the message itself. deaths: relays that died
+        while they sent it alone. created_at: µs since the epoch, by the database's clock.
+    sequence: the number for the order, drawn when the message was added. A transaction that saw another's commit before
+        that has a higher one.
     """
 
     id: UUID
@@ -52,7 +53,7 @@ class Message:
 
     @property
     def queue_id(self) -> tuple[int, bytes]:
-        """Its partition and queue: what is held back as one."""
+        """Its partition and queue, which are held back together."""
         return self.partition, self.queue
 
 
@@ -64,7 +65,7 @@ def queue_of(key: str | None, id: UUID) -> bytes:
 
 
 def partition_of(queue: bytes, partitions: int) -> int:
-    """The partition of a queue; by its last bytes, which are random in a UUIDv7 too."""
+    """The partition of a queue, by its last bytes, which are random in a UUIDv7 too."""
     return int.from_bytes(queue[-4:]) % partitions
 
 
@@ -77,7 +78,7 @@ def uuid7() -> UUID:
 class Failure:
     """A message that could not be published; delay: µs until it is tried again.
 
-    answers: its receiver's answers about it so far, or UNCOUNTED where it was not sent and nothing counts.
+    answers: the receiver's answers about it so far, or UNCOUNTED if it was not sent and nothing counts.
     """
 
     message: Message
@@ -89,11 +90,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """How a batch ended; what is in none of the three was not tried, and stays as it was.
+    """How a batch ended. A message that is in none of the three fields was not tried, and stays unchanged.
 
-    dead: to dead letters, each with its reason. freed: queues that were held back and whose messages of this batch
-    ended, so that they may go on. slow: messages that are being sent still, of this batch or of earlier ones: they stay
-    in flight, and their queues are held back until they end.
+    dead: messages that become dead letters, each with its reason. freed: queues that were held back and may continue,
+        since
+    their messages of this batch have ended. slow: messages of this or earlier batches that are still being sent: they
+    stay in flight, and their queues are held back until they end.
     """
 
     done: Sequence[Message] = ()
@@ -104,5 +106,5 @@ class BatchResult:
 
     @property
     def plain(self) -> bool:
-        """All is done, and nothing was or is held back."""
+        """Everything is done, and nothing was or is held back."""
         return not (self.dead or self.failed or self.freed or self.slow)

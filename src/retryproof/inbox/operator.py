@@ -1,4 +1,4 @@
-"""What people do to an inbox: look at it, forget what is old, and decide about its dead letters (O1)."""
+"""An operator's actions on an inbox: show it, delete old messages, decide about dead letters (O1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PURGE_BATCH = 1_000
 
 @dataclass(frozen=True, slots=True)
 class InboxStats:
-    """How an inbox stands, all consumers together. Ages are seconds: of the oldest message and dead letter."""
+    """The numbers of an inbox, for all consumers together. Ages of the oldest message and dead letter are seconds."""
 
     messages: int
     oldest: float
@@ -34,7 +34,7 @@ class InboxOperator:
         self._database: OwnDatabase = open_database(store, timeout=timeout)
 
     async def stats(self) -> InboxStats:
-        """How it stands."""
+        """The numbers of the inbox."""
         return InboxStats(*await self._database.perform(self._database.inbox.stats))
 
     async def dead(self, *, consumer: str | None = None, limit: int = 100) -> list[InboxDeadLetter]:
@@ -43,12 +43,12 @@ class InboxOperator:
         return [letter_of(row) for row in rows]
 
     async def drop(self, names: Sequence[str]) -> int:
-        """Forget dead letters by their names; how many there were. Raises ConfigurationError for what is no name."""
+        """Delete dead letters by their names; return how many there were. ConfigurationError for a wrong name."""
         starts = [_start(name) for name in names]
         return await self._database.perform(lambda: self._database.inbox.drop_named(starts))
 
     async def purge(self, older_than: float) -> int:
-        """Forget a bounded number of messages that came more than so many seconds ago; 0 when all are gone."""
+        """Delete a bounded number of messages that came more than so many seconds ago; 0 if there are no more."""
         age = microseconds(older_than)
         return await self._database.perform(lambda: self._database.inbox.purge(age, PURGE_BATCH))
 

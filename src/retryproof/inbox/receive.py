@@ -8,8 +8,8 @@
             inbox.keep(connection, received, result=b"invoice 7")
     # commit first, acknowledge afterwards
 
-A message is named by consumer, source and its own id. Its first transaction to commit takes it; one that rolls back
-takes nothing. The same id with another payload is a dead letter, with its reason.
+A message is identified by consumer, source and its own id. The first transaction that commits takes it; one that rolls
+back takes nothing. The same id with another payload is a dead letter, with its reason.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from retryproof.sql.plan import Plan
 
 REUSED = "the message's id was used before, with another payload"
 START = 8
-"""Bytes of an id, and of a fingerprint, that name a dead letter."""
+"""How many bytes of an id, and of a fingerprint, name a dead letter."""
 _SCHEMA = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What the inbox says of a message.
+    """The inbox's answer about a message.
 
-    status: `fresh`: run it; `duplicate`: it is done, `result` and `outgoing` are those of its first run; `dead`: the id
-        was used with another payload, and the message is among the dead letters: acknowledge it and do not run it.
+    status: `fresh`: run the message; `duplicate`: it is done, and `result` and `outgoing` are those of its first run;
+        `dead`: the id was used with another payload. The message is a dead letter: acknowledge it and do not run it.
     """
 
     status: Literal["fresh", "duplicate", "dead"]
@@ -58,7 +58,7 @@ class Received:
 
     @property
     def fresh(self) -> bool:
-        """Whether it is to be run."""
+        """Whether to run the message."""
         return self.status == "fresh"
 
 
@@ -77,7 +77,7 @@ class InboxDeadLetter:
 
     @property
     def name(self) -> str:
-        """What it is called on the command line: the beginnings of its id and fingerprint."""
+        """Its name on the command line: the beginnings of its id and fingerprint."""
         return (self.id[:START] + self.fingerprint[:START]).hex()
 
 
@@ -88,8 +88,8 @@ Incoming = tuple[str, bytes]
 class Inbox:
     """The messages that one consumer has taken.
 
-    consumer: its name; two consumers of one message each take it. schema: of the tables on PostgreSQL, unless the
-    search path finds them. On SQLite the tables are made at the first use, in the caller's transaction.
+    consumer: its name; each consumer takes a message once. schema: of the tables on PostgreSQL, unless the search path
+    finds them. On SQLite, the first use creates the tables, in the caller's transaction.
     """
 
     def __init__(self, consumer: str, *, schema: str | None = None) -> None:
@@ -102,9 +102,9 @@ class Inbox:
         self._plans_by_dialect = {name: dialect.inbox(prefix) for name, dialect in DIALECTS.items()}
 
     def receive(self, connection: Any, *, source: str, message_id: str, payload: bytes) -> Received:
-        """Take a message, first in the transaction that is open on a connection that blocks.
+        """Take a message, before other work, in the transaction that is open on a blocking connection.
 
-        Waits while a rival has it in a transaction that is not over. Raises ConfigurationError without an open
+        It waits while another open transaction has taken the message. Raises ConfigurationError without an open
         transaction.
         """
         return self.receive_many(connection, source, [(message_id, payload)])[0]
@@ -114,7 +114,7 @@ class Inbox:
         return (await self.areceive_many(connection, source, [(message_id, payload)]))[0]
 
     def receive_many(self, connection: Any, source: str, messages: Sequence[Incoming]) -> list[Received]:
-        """Take a batch by one statement, in the order of the ids; an answer for each, in the order given.
+        """Take a batch with one statement, in the order of the ids; return an answer for each, in the given order.
 
         A message that comes twice in the batch is fresh once.
         """
@@ -127,7 +127,7 @@ class Inbox:
     def keep(
         self, connection: Any, received: Received, *, result: bytes | None = None, outgoing: Sequence[Message] = ()
     ) -> None:
-        """Keep what a fresh message came to and sent, for its duplicates."""
+        """Store the result of a fresh message, and the messages that it sent, for its duplicates."""
         _IN_TRANSACTION.perform(connection, partial(self._keeping, received, result, outgoing), check=False)
 
     async def akeep(
@@ -143,10 +143,11 @@ class Inbox:
         messages: Sequence[Incoming],
         handle: Callable[[Any, Incoming], object],
     ) -> list[Received | Exception]:
-        """Handle a batch in one transaction; where a message fails, each in one of its own.
+        """Handle a batch in one transaction; if a message fails, handle each in a transaction of its own.
 
-        transaction: a context manager that gives a connection and commits at its end. handle: called with it and each
-        fresh message. An answer, or what it raised, for each message; acknowledge those without an exception.
+        transaction: a context manager that gives a connection and commits at its end. handle: called with the
+            connection and each fresh message. Returns an answer, or the exception, for each message. Acknowledge the
+            messages without an exception.
         """
 
         def in_one(batch: Sequence[Incoming]) -> list[Received]:
@@ -187,7 +188,7 @@ class Inbox:
         return await _IN_TRANSACTION.aperform(connection, partial(self._dead, limit), check=False)
 
     def drop(self, connection: Any, letter: InboxDeadLetter) -> bool:
-        """Forget a dead letter; whether it was there."""
+        """Delete a dead letter; return whether it existed."""
         return _IN_TRANSACTION.perform(connection, partial(self._dropping, letter), check=False)
 
     async def adrop(self, connection: Any, letter: InboxDeadLetter) -> bool:
@@ -195,9 +196,9 @@ class Inbox:
         return await _IN_TRANSACTION.aperform(connection, partial(self._dropping, letter), check=False)
 
     def purge(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
-        """Forget at most `limit` messages that came more than `older_than` seconds ago; how many.
+        """Delete at most `limit` messages that came more than `older_than` seconds ago; return how many.
 
-        older_than must exceed the time for which the broker may deliver a message again.
+        `older_than` must be longer than the time in which the broker may deliver a message again.
         """
         return _IN_TRANSACTION.perform(connection, partial(self._purging, older_than, limit), check=False)
 
@@ -206,14 +207,14 @@ class Inbox:
         return await _IN_TRANSACTION.aperform(connection, partial(self._purging, older_than, limit), check=False)
 
     def purge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
-        """Forget at most `limit` dead letters, of all consumers, older than so many seconds; how many."""
+        """Delete at most `limit` dead letters of all consumers that are older than so many seconds; return how many."""
         return _IN_TRANSACTION.perform(connection, partial(self._purging_dead, older_than, limit), check=False)
 
     async def apurge_dead(self, connection: Any, *, older_than: float, limit: int = 1_000) -> int:
         """`purge_dead` on a connection of the event loop."""
         return await _IN_TRANSACTION.aperform(connection, partial(self._purging_dead, older_than, limit), check=False)
 
-    # The plans, for either colour
+    # The plans, for blocking and awaited connections
 
     def _plans(self, dialect: str) -> InboxPlans:
         return self._plans_by_dialect[dialect_of(dialect, subject="The inbox is for", found="this connection").name]
@@ -266,7 +267,7 @@ class Inbox:
 def _together_or_singly(
     messages: Sequence[Incoming],
 ) -> Generator[Sequence[Incoming], list[Received], list[Received | Exception]]:
-    """Each step is a batch for one transaction: all messages, and where one of them fails, each by itself."""
+    """Yield batches, each for one transaction: all messages, and if one of them fails, each message alone."""
     try:
         return list((yield messages))
     except Exception:

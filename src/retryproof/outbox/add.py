@@ -1,4 +1,4 @@
-"""The outbox: what is to be sent is written in the caller's own transaction, and sent by a relay afterwards (T5)."""
+"""The outbox: messages are written in the caller's own transaction, and a relay sends them afterwards (T5)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from retryproof.sql.outbox import AddedRow, OutboxPlans
 from retryproof.sql.plan import Plan, Row, Straight
 
 MAX_PAYLOAD = 1 << 20
-"""Bytes that a payload may have unless the outbox says otherwise: what most brokers take."""
+"""The default limit of a payload in bytes, which most brokers accept."""
 MAX_TOPIC = 255
 FAILED_STATE = "25P02"  # in_failed_sql_transaction
 _BYTES = (bytes, bytearray, memoryview)
@@ -28,8 +28,9 @@ _SCHEMA = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 class Outbox:
     """Writes messages into the caller's transaction.
 
-    topics: those that may be used, or None for any. max_payload: bytes; give the broker's own limit.
-    partitions: must be the database's number. schema: of the tables on PostgreSQL, unless the search path finds them.
+    topics: the allowed topics, or None for any. max_payload: bytes; give the broker's own limit. partitions: must be
+        the
+    number in the database. schema: of the tables on PostgreSQL, unless the search path finds them.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Outbox:
         trace: str | None = None,
         id: UUID | None = None,
     ) -> Message:
-        """A message for `add_many`; raises ConfigurationError for what could not be sent."""
+        """Make a message for `add_many`; raises ConfigurationError for a message that could not be sent."""
         self._check(topic, payload, key, headers, content_type, trace)
         id = id or uuid7()
         queue = queue_of(key, id)
@@ -88,12 +89,12 @@ class Outbox:
         content_type: str | None = None,
         trace: str | None = None,
     ) -> UUID:
-        """Write a message into the transaction that is open on a connection that blocks; its id, a UUIDv7.
+        """Write a message in the transaction that is open on a blocking connection; return its id, a UUIDv7.
 
-        key: of two messages of one key, the one is sent first whose transaction had committed when the other was
-        added. So add after taking the lock that orders you. trace: a `traceparent`.
-        Refused before anything is written, by ConfigurationError: no open transaction, a failed one, autocommit, a
-        payload over the limit, a topic that was not declared.
+        key: messages of one key are sent in order: one whose transaction had committed when another was added is sent
+            first. So take the lock that orders your transactions before you add. trace: a `traceparent`.
+        Raises ConfigurationError, before anything is written, for no open transaction, a failed one, autocommit, a
+        payload over the limit, or a topic that is not allowed.
         """
         row = self._row(topic, payload, key, headers, content_type, trace)
         _IN_TRANSACTION.perform(connection, partial(self._adding, (row,)))
@@ -116,7 +117,7 @@ class Outbox:
         return row[0]
 
     def add_many(self, connection: Any, messages: Sequence[Message]) -> None:
-        """Write messages of `message`, in their order, by one statement."""
+        """Write messages from `message`, in order, with one statement."""
         if messages:
             _IN_TRANSACTION.perform(connection, partial(self._adding, list(map(_row_of, messages))))
 
@@ -126,9 +127,9 @@ class Outbox:
             await _IN_TRANSACTION.aperform(connection, partial(self._adding, list(map(_row_of, messages))))
 
     def notify(self, connection: Any) -> None:
-        """Wake relays as soon as this transaction commits, instead of at their next look.
+        """Wake relays when this transaction commits, so that they do not wait for their next poll.
 
-        PostgreSQL commits transactions that notify one after the other; busy systems are better off without.
+        PostgreSQL commits transactions that notify one after the other, so do not use it in busy systems.
         """
         _IN_TRANSACTION.perform(connection, lambda dialect: self._plans(dialect).notify(), check=False)
 

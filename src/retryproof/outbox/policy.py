@@ -22,7 +22,7 @@ from retryproof.publishers.base import DELIVERED, Delivered, Failed, Outcome, Un
 MAX_BATCH = 1_000
 _PARKED = attrgetter("parked")
 REMEMBERED = 86_400.0
-"""Seconds for which receivers are taken to remember a message's id; what comes later is new to them."""
+"""How long receivers are assumed to remember a message's id, in seconds; a later message is new to them."""
 _POSITIVE = (
     *(
         "batch",
@@ -43,7 +43,7 @@ _POSITIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a failure counts towards. at_once: it ends the message whatever was before."""
+    """The limits that a failure counts towards. at_once: it ends the message, whatever happened before."""
 
     at_once: bool = False
     age: bool = False
@@ -58,12 +58,12 @@ COUNTS: Mapping[str, Counts] = {
     "death": Counts(age=True, deaths=True),  # alone; beside others it counts towards the age only
     "unsent": Counts(),
 }
-"""By kind of failure; a death is counted where the dead relay is buried, all others where a batch ends."""
+"""By kind of failure. A death is counted when the dead relay is removed, all others when a batch ends."""
 
 
 @dataclass(slots=True)
 class RelayTotals:
-    """What a relay did. untried: claimed and not sent, since its queue failed, or the relay was to stop."""
+    """What a relay did. untried: claimed and not sent, since its queue failed or the relay had to stop."""
 
     delivered: int = 0
     failed: int = 0
@@ -81,7 +81,7 @@ class RelayTotals:
         return bool(self.delivered or self.failed or self.dead or self.untried)
 
     def add(self, other: RelayTotals) -> None:
-        """Count another's as well."""
+        """Add the numbers of another one."""
         self.delivered += other.delivered
         self.failed += other.failed
         self.dead += other.dead
@@ -92,21 +92,22 @@ class RelayTotals:
 class RelayPolicy:
     """How a relay works. Times are seconds.
 
-    batch: messages a claim. lease: how long messages wait that a dead relay had in flight.
-    give_up_after: age of a message, since its own first failure, at which it becomes a dead letter; 20 hours, below the
-    day that receivers remember. max_attempts: answers about the message itself (4xx, 500, an exception of a function)
-    until dead letters. max_deaths: relays that died while they sent it alone, until dead letters.
-    backoff, max_backoff: the longest pause after the first failure, doubled after each, and its limit; the pause is a
-    random part of it. With the defaults, max_attempts answers take about two hours.
-    on_failure: "block" holds later messages of the key back, "pass" sends them.
-    order: "key", or "strict": all messages, one relay at a time. The one goes first whose transaction had committed
-    when the other was added.
-    poll, max_poll: the pause after nothing was found, doubled up to the limit.
-    patience: how long a batch may keep other keys waiting. A message that takes longer goes on beside the next batches;
-    the more messages do, the shorter the relay waits for a batch.
-    timeout: for one message, where messages are sent one at a time; then it has failed.
-    listen: whether to be woken by `Outbox.notify`, over a connection of its own. On PostgreSQL only.
-    drain: how long a batch may go on once the relay is to stop. partitions: must be the database's number.
+    batch: how many messages a claim takes. lease: how long the messages in flight of a dead relay wait.
+    give_up_after: a message whose first failure is older than this becomes a dead letter; 20 hours, less than the day
+        for which receivers remember ids.
+    max_attempts: after this many answers about the message itself (4xx, 500, an exception of a function), it becomes a
+        dead letter. max_deaths: after this many relays died while they sent it alone, it becomes a dead letter.
+    backoff, max_backoff: the longest pause after the first failure, doubled after each failure, and its limit; the
+        pause is a random part of it. With the defaults, max_attempts answers take about two hours.
+    on_failure: "block" holds back later messages of the key, "pass" sends them.
+    order: "key", or "strict": all messages in order, one relay at a time. A message whose transaction had committed
+        when another was added is sent first.
+    poll, max_poll: the pause after a poll that found nothing, doubled up to the limit.
+    patience: how long a batch may keep other keys waiting. A slower message continues beside the next batches; the more
+        messages do so, the shorter the relay waits for a batch.
+    timeout: for one message, if messages are sent one at a time; after that the message has failed.
+    listen: whether `Outbox.notify` wakes the relay, over a connection of its own. On PostgreSQL only.
+    drain: how long a batch may continue when the relay has to stop. partitions: must be the number in the database.
     """
 
     batch: int = 100
@@ -127,7 +128,7 @@ class RelayPolicy:
     partitions: int = PARTITIONS
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Refuse values that cannot work."""
         wrong = [name for name in _POSITIVE if not getattr(self, name) > 0]
         if wrong or self.drain < 0 or self.batch > MAX_BATCH:
             raise ConfigurationError(
@@ -136,10 +137,10 @@ class RelayPolicy:
         if self.on_failure not in ("block", "pass") or self.order not in ("key", "strict"):
             raise ConfigurationError("on_failure= is 'block' or 'pass', order= is 'key' or 'strict'")
         if self.order == "strict" and self.on_failure == "pass":
-            raise ConfigurationError("order='strict' cannot pass a message over; leave on_failure='block'")
+            raise ConfigurationError("order='strict' cannot skip a failed message; leave on_failure='block'")
 
     def delay(self, attempts: int) -> float:
-        """Seconds to wait after so many failures: full jitter."""
+        """Seconds to wait after this many failures, with full jitter."""
         return random.uniform(0.0, min(self.max_backoff, self.backoff * 2.0 ** min(attempts - 1, 60)))
 
     def too_old(self, message: Message, now: int) -> str | None:
@@ -165,7 +166,7 @@ def conclude(
     *,
     now: int,
 ) -> tuple[BatchResult, RelayTotals]:
-    """What becomes of each message; only the first failure of a queue counts. slow: those that are sent still.
+    """The result for each message; only the first failure of a queue counts. slow: messages that are still being sent.
 
     now: µs by the store's clock.
     """
@@ -188,7 +189,7 @@ def conclude(
                     continue
                 failed.append(_failure(message, outcome, policy))
                 if policy.on_failure == "block" or failed[-1].answers == UNCOUNTED:
-                    closed.add(message.queue_id)  # what was not sent did not fail, and is not passed over
+                    closed.add(message.queue_id)  # a message that was not sent has not failed, and is not skipped
             case Untried():
                 pass
     ended = (*done, *(message for message, _, _ in dead), *(failure.message for failure in failed))
@@ -201,7 +202,7 @@ def conclude(
 def _failure(message: Message, outcome: Failed, policy: RelayPolicy) -> Failure:
     """A failure after which the message is tried again."""
     counts = COUNTS[outcome.counts_as]
-    if not counts.age:  # not sent: it waits for so long, and nothing is counted
+    if not counts.age:  # not sent: it waits for this time, and nothing is counted
         pause = microseconds(outcome.retry_after or policy.backoff)
         return Failure(message, message.attempts, outcome.reason, pause, UNCOUNTED)
     attempts, answers = message.attempts + 1, message.answers + counts.answers

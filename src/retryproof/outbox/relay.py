@@ -1,11 +1,11 @@
-"""The relay: takes what an outbox holds, publishes it outside of any transaction, and deletes what was delivered (T6).
+"""The relay: claims messages of an outbox, publishes them outside any transaction, deletes delivered ones (T6).
 
     join → balance partitions → claim a batch → send it → finish it → balance → …
 
-A claim and a finish are one transaction each. Both are fenced by the relay's own row. Where a relay dies, its lease
-runs out, another relay buries it, and what was in flight is sent again, with the same ids, one message at a time: so a
-message that kills its relay is found, and only that one (C15). Where a relay sleeps past its lease, it stops between
-two messages, and its finish changes nothing.
+A claim and a finish are one transaction each. Both are fenced by the relay's own row. If a relay dies, its lease ends,
+and another relay buries it. Then the messages that it had in flight are sent again, with the same ids, one at a time.
+So a message that kills its relay is found, and only that one (C15). If a relay was suspended past its lease, it stops
+between two messages, and its finish changes nothing.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from retryproof.sql.database import OwnDatabase, open_database
 from retryproof.sql.outbox import Stats
 
 LONGEST_PAUSE = 5.0
-"""Seconds between tries while the database gives no answer."""
+"""Seconds between attempts while the database gives no answer."""
 
 log = logging.getLogger("retryproof.relay")
 
 
 class Relay:
-    """Publishes what the outbox of a database holds.
+    """Publishes the messages of an outbox.
 
-    store: the database's URL. publisher: a Publisher, its URL, or a function of one message. routes: the same by topic,
-    for those that go elsewhere; without a publisher, messages of other topics wait, and the log says so.
-    Of one event loop; nothing is opened before `run` or `run_once`. Several may work on one database; where they have
-    other publishers or routes, the later ones stand by until the earlier ones have left.
+    store: the database's URL. publisher: a Publisher, its URL, or a function of one message. routes: publishers of
+        topics
+    that go elsewhere. Without a publisher, messages of other topics wait, and the log says so.
+    A relay belongs to one event loop, and opens nothing before `run` or `run_once`. Several may work on one database.
+    If a later one has other publishers or routes, it stands by until the earlier ones have left.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class Relay:
             )
 
     async def run(self) -> RelayTotals:
-        """Work until `stop` is called; what is in flight is finished first.
+        """Work until `stop` is called; then finish the messages in flight.
 
-        A database that gives no answer is tried again. Raises ConfigurationError for one that must not be worked on.
+        A database that gives no answer is tried again. Raises ConfigurationError for a database that it must not use.
         """
         pause = 0.0
         try:
@@ -97,14 +98,14 @@ class Relay:
         return self.totals
 
     def _listening(self) -> AbstractAsyncContextManager[None]:
-        """Being woken by notifications meanwhile, where there are any and it is wanted."""
+        """Listen to notifications meanwhile, if the database has them and the policy says so."""
         database = self._opened()
         if not (self.policy.listen and database.listens):
             return nullcontext()
         return Wakeups(database, self._woken.set).heard()
 
     async def _next_pause(self, pause: float) -> float:
-        """Do one batch; seconds to wait after it."""
+        """Do one batch; return how many seconds to wait after it."""
         try:
             totals = await self.run_once()
         except StoreUnavailable as error:
@@ -116,7 +117,7 @@ class Relay:
         return self._longer(pause) if totals is None else 0.0
 
     async def run_until_idle(self) -> RelayTotals:
-        """Work until nothing is due or `stop` is called; what waits for its next attempt stays."""
+        """Work until nothing is due or `stop` is called; messages that wait for their next attempt stay."""
         try:
             while not self._stopping:
                 if await self.run_once() is None:
@@ -128,15 +129,15 @@ class Relay:
         return self.totals
 
     def stop(self) -> None:
-        """Take no more messages; a batch that is in flight has `policy.drain` seconds to end. Safe in a handler."""
+        """Take no more messages; a batch in flight has `policy.drain` seconds to end. Safe in a signal handler."""
         self._stop_at = min(self._stop_at, monotonic() + self.policy.drain)
         self._stopping = True
         self._woken.set()
 
     async def run_once(self) -> RelayTotals | None:
-        """One batch, or None where there is nothing to be done.
+        """Do one batch; None if there is nothing to do.
 
-        Raises LeaseLost where the lease was lost, StoreUnavailable, ConfigurationError.
+        Raises LeaseLost if the lease was lost, StoreUnavailable, ConfigurationError.
         """
         self._woken.clear()
         self._looked_at = monotonic()
@@ -151,7 +152,7 @@ class Relay:
             raise
 
     async def _claim_send_finish(self, member: Membership) -> RelayTotals | None:
-        """Record what ended of earlier batches; then claim a batch, send it, and finish it."""
+        """Record messages of earlier batches that have ended; then claim a batch, send it, and finish it."""
         totals = await self._finish(member)
         await member.balance(self._in_flight.messages())
         if self._in_flight.full:
@@ -164,7 +165,7 @@ class Relay:
         return totals if claimed or totals.any or member.set_aside else None
 
     async def _claim(self, member: Membership) -> Sequence[Message]:
-        """A batch; none once the relay is to stop, or while all that it sends to is out of reach."""
+        """A batch; empty if the relay has to stop, or while all its destinations are out of reach."""
         if self._stopping and self._in_flight:
             return []
         most = self._screening.most()
@@ -174,10 +175,10 @@ class Relay:
         return await member.claim(self._in_flight.messages(), most=most)
 
     async def _send(self, member: Membership, claimed: Sequence[Message]) -> list[tuple[Message, Outcome]]:
-        """Send what may be sent, and wait for it for as long as the policy says; the others, with what becomes of them.
+        """Send the messages that may be sent, and wait as the policy says; return the others with their outcomes.
 
-        Where the order is strict nothing may overtake a batch. A message that is tried alone for the last time must
-        have nothing beside it. Both are waited for until they end.
+        In strict order, nothing may overtake a batch. A message that is tried alone for the last time must have nothing
+        beside it. In both cases the relay waits until the end.
         """
         messages, refused = self._screening.screen(claimed, now=member.now(), alone=member.alone)
         if not messages:
@@ -198,7 +199,7 @@ class Relay:
     async def _finish(
         self, member: Membership, refused: Sequence[tuple[Message, Outcome]] = (), *, batch: bool = False
     ) -> RelayTotals:
-        """Tell the database what became of messages: of a batch, or of what went on beside others."""
+        """Record the outcomes of messages: of a batch, or of messages that continued beside later batches."""
         messages, outcomes = self._in_flight.ended()
         if not (messages or refused or self._in_flight.unrecorded):
             return RelayTotals()
@@ -216,12 +217,12 @@ class Relay:
         return totals
 
     async def stats(self) -> Stats:
-        """How the outbox stands."""
+        """The numbers of the outbox."""
         database = self._opened()
         return await database.perform(database.plans.stats)
 
     async def aclose(self) -> None:
-        """Give the partitions back, and close what was opened here; what is being sent has until `policy.drain`."""
+        """Give the partitions back and close connections; messages that are being sent have until `policy.drain`."""
         member, self._member = self._member, None
         if member is not None:
             with contextlib.suppress(StoreUnavailable, LeaseLost, ConfigurationError):
@@ -242,18 +243,18 @@ class Relay:
 
     @property
     def standing_by(self) -> bool:
-        """Whether relays with other routes were at work at the last look, so that this one does nothing."""
+        """Whether this relay does nothing, because relays with other routes were working at the last check."""
         return self._standing_by_since is not None
 
     async def _joined(self) -> Membership:
-        """This relay's membership; raises ConfigurationError where it has to stand by."""
+        """This relay's membership; raises ConfigurationError if it has to stand by."""
         member = await self._membership()
         if member is None:
             raise ConfigurationError("Relays with other routes are at work on this outbox.")
         return member
 
     async def _membership(self) -> Membership | None:
-        """This relay's membership; None while relays with other routes are at work."""
+        """This relay's membership; None while relays with other routes are working."""
         if self._member is None:
             self._member = await Membership.join(
                 self._opened(), self.policy, self._routes.digest, again=self.standing_by
@@ -262,7 +263,7 @@ class Relay:
         return self._member
 
     def _tell_of_standing_by(self) -> None:
-        """Say that this relay stands by, at once and each minute, and that it does so no more."""
+        """Log that this relay stands by, at once and each minute, and when it stops standing by."""
         now, since = monotonic(), self._standing_by_since
         if self._member is not None:
             if since is not None:
@@ -283,7 +284,7 @@ class Relay:
         return min(self.policy.max_poll, max(self.policy.poll, 2 * pause))
 
     async def _idle(self, seconds: float) -> None:
-        """Wait, at most so long, until something may be there to do; the lease is kept meanwhile."""
+        """Wait at most this long until there may be something to do; the lease is renewed meanwhile."""
         if not seconds:
             return await asyncio.sleep(0)
         until = monotonic() + seconds
@@ -293,25 +294,25 @@ class Relay:
                 break
             if left > beat and await self._has_new_partitions():
                 break
-        if not self._stopping and not self._in_flight.any_ended:  # however many wake it, it looks once in so long
+        if not self._stopping and not self._in_flight.any_ended:  # it polls at most once in this time
             await asyncio.sleep(self._looked_at + self.policy.poll - monotonic())
 
     async def _wait(self, seconds: float) -> bool:
-        """Wait until woken: by `stop`, by a notification, by a message that ended."""
+        """Wait until `stop`, a notification, or the end of a message wakes the relay."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
         return self._woken.is_set()
 
     async def _has_new_partitions(self) -> bool:
-        """Keep the lease of an idle relay, and look after the others'; whether there are new partitions to look at."""
+        """Renew an idle relay's lease, and check the others'; return whether this relay has new partitions."""
         try:
             return self._member is not None and await self._member.balance(self._in_flight.messages())
         except (StoreUnavailable, LeaseLost):
-            return True  # the next look at the outbox says the same, and is where it is dealt with
+            return True  # the next claim raises the same, and handles it
 
     async def _until_any_ended(self, member: Membership, until: float = inf) -> None:
-        """Wait until a message ended that the database does not know of."""
+        """Wait until a message has ended whose outcome is not recorded yet."""
         async with self._renewed(member):
             while monotonic() < until and not self._in_flight.any_ended:
                 self._woken.clear()
@@ -320,7 +321,7 @@ class Relay:
                 await self._wait(min(member.heartbeat, max(0.0, until - monotonic())))
 
     async def _drained(self, member: Membership) -> None:
-        """Wait for what is in flight, for as long as the policy allows, and record what became of it."""
+        """Wait for the messages in flight, as long as the policy allows, and record their outcomes."""
         until = min(self._stop_at, monotonic() + self.policy.drain)
         self._in_flight.close()
         while self._in_flight:

@@ -3,15 +3,15 @@
     completer = Completer(phased)
     await completer.run()           # until `completer.stop()`; or `await completer.run_once()`
 
-It reads the worklist only, never the operations: an operation is in it from its first recovery point to its completion,
-and is looked at when its lease should be over. Any number may run: rows are taken with SKIP LOCKED, and what keeps an
-operation from being run twice is its claim, as for any other attempt.
+A completer reads only the worklist, never the operations. An operation is in the worklist from its first recovery point
+to its completion, and is due when its lease should be over. Any number of completers may run: they take rows with SKIP
+LOCKED, and the claim prevents that an operation runs twice, as for any other attempt.
 
-An operation that raises is tried again, later each time, up to an hour; after `give_up_after` it is left to an
-operator, and stays in the list with its reason until its record is settled, evicted or reaped. One that runs past
-`Policy.max_run` is cancelled, so that a call that hangs does not hold the others up for longer. One that a completer
-took and did not live to finish is run when nothing else is: should it kill this process, its death counts, and nobody
-else's does (C15).
+An operation that raises is tried again, with growing pauses up to an hour. After `give_up_after` it is left to an
+operator, and stays in the list with its reason until its record is settled, evicted or reaped. An operation that runs
+longer than `Policy.max_run` is cancelled, so that a call that hangs does not delay the others for longer. If a
+completer died while it ran an operation, that operation later runs alone: if it kills its process again, only its own
+death counts (C15).
 """
 
 from __future__ import annotations
@@ -52,20 +52,22 @@ FIRST_DELAY = 2.0
 """Seconds before an operation that raised is tried again; doubled each time."""
 LAST_DELAY = 3600.0
 NEVER = 10 * 365 * 86400.0
-"""Delay, in seconds, of an operation that we gave up on; longer than any record lives."""
+"""The delay, in seconds, of an operation that was given up; longer than any record lives."""
 SETTLED_BY_HAND = 60.0
-"""Seconds between looks at what only an operator can settle, or a completer of a later release run."""
+"""Seconds between checks of operations that only an operator, or a completer of a later release, can handle."""
 UNWANTED = 60.0
-"""Seconds past its due time after which a completer takes an operation whose function it does not know, to say so in
-the list. Every completer that knows the function has had its turn by then. Applications may share a database."""
+"""After this many seconds past its due time, a completer takes an operation whose function it does not know, to say so
+in
+the list. By then, every completer that knows the function has had its turn. Applications may share a database."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one look at the worklist came to.
+    """The result of one round over the worklist.
 
-    taken: rows that were due. completed: operations that have their result now. failed: those that raised, or that
-    nobody here knows how to run. running: those that somebody else is at. dropped: rows whose record is settled, gone.
+    taken: rows that were due. completed: operations that have their result now.
+    failed: operations that raised, or whose function is not known here. running: operations that another attempt runs.
+    dropped: rows whose record is settled or gone.
     """
 
     taken: int = 0
@@ -82,8 +84,8 @@ class TooLong(Exception):
 class Completer:
     """Finishes the operations of one Phased, on the event loop, or of one BlockingPhased, in threads.
 
-    batch: operations that are run at a time. poll: seconds between looks when nothing was due.
-    give_up_after: seconds since an operation was listed after which its failures are left to an operator.
+    batch: how many operations run at a time. poll: seconds between rounds if nothing was due.
+    give_up_after: seconds after an operation was listed; then its failures are left to an operator.
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class Completer:
         self._threads = ThreadPoolExecutor(batch, "retryproof-completer")  # starts none before one is needed
 
     async def run(self, on_round: Callable[[Round], None] = lambda found: None) -> None:
-        """Look, run what is due, and again, until `stop`; then the running operations are finished first.
+        """Run the due operations, round after round, until `stop`; then finish the running ones.
 
-        A database that cannot be reached is asked again. on_round: told what each look came to.
+        A database that is out of reach is tried again. on_round: called with the result of each round.
         """
         self._stopping = asyncio.Event()
         while not self._stopping.is_set():
@@ -119,12 +121,12 @@ class Completer:
                     await asyncio.wait_for(self._stopping.wait(), self._poll * random.uniform(0.75, 1.25))
 
     def stop(self) -> None:
-        """End `run` once what is running has ended. From the event loop's thread."""
+        """End `run` when the running operations have ended. Call it in the event loop's thread."""
         if self._stopping is not None:
             self._stopping.set()
 
     async def run_once(self) -> Round:
-        """One look: take what is due and run it, side by side but for suspects. Raises StoreUnavailable."""
+        """One round: take the due operations and run them side by side, suspects alone. Raises StoreUnavailable."""
         worklist, lease = self._worklist(), self._phased.engine.policy.lease
         functions = sorted(self._phased.functions)
         taken = await self._perform(lambda: worklist.take(self._batch, lease, functions, UNWANTED))
@@ -193,7 +195,7 @@ class Completer:
             async with timeout:
                 if isinstance(function, PhasedFunction):
                     return await function.complete(entry, beside=beside)
-                # Past the limit nobody renews its lease any more, and it is fenced off when another attempt begins.
+                # After the limit nobody renews its lease, and the next attempt fences it off.
                 work = partial(function.complete, entry, beside=beside)
                 return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except TimeoutError as error:
@@ -216,12 +218,12 @@ class Completer:
         return NEVER
 
     async def revive(self) -> int:
-        """Try again what was given up; how many. For when its cause is mended."""
+        """Try the given-up operations again, after their cause was repaired; return how many."""
         worklist = self._worklist()
         return await self._perform(lambda: worklist.revive(NEVER / 2))
 
     async def entries(self, limit: int = 100) -> list[WorklistEntry]:
-        """What is in the worklist, the longest due first."""
+        """The worklist, with the longest due first."""
         worklist = self._worklist()
         return await self._perform(lambda: worklist.entries(limit))
 
@@ -243,7 +245,7 @@ class Completer:
 
 
 async def _all(ends: Iterable[Awaitable[str]]) -> list[str]:
-    """What each came to. All have ended before the first that raised raises."""
+    """The result of each. If one raises, the exception is raised after all have ended."""
     found = await asyncio.gather(*ends, return_exceptions=True)
     for end in found:
         if isinstance(end, BaseException):
@@ -252,7 +254,7 @@ async def _all(ends: Iterable[Awaitable[str]]) -> list[str]:
 
 
 def _is_cancelled() -> bool:
-    """Whether somebody cancelled this task; else what it awaited was."""
+    """Whether this task itself was cancelled, and not only what it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

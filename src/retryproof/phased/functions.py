@@ -11,15 +11,15 @@
     outcome = await create_ride.run(key, Ride(…), scope=(tenant, user))
 
 `run` is `AsyncIdempotency.run` with an input. The transaction of the first phase also writes the input, the function's
-name and the scope into the completer's worklist; the completion removes them. A completer (`Completer`, or `retryproof
-completer module:phased`) runs what was abandoned or failed on from its last recovery point, and the result that it
-stores is the one that the client's retry is given. What fails before its first phase was committed is the client's to
-repeat: it had no local effect.
+name and the scope to the completer's worklist; completing the operation deletes them. A completer (`Completer`, or
+`retryproof completer module:phased`) continues abandoned and failed operations after their last recovery point, and the
+client's retry gets the result that it stores. If an operation fails before its first phase was committed, the client
+has to repeat it: it had no local effect.
 
 BlockingPhased is the same for plain functions.
 
-The input and the scope are kept as they are given, or sealed. Give no credentials: a function that needs one finds it
-by the principal.
+The input and the scope are stored as they are given, or sealed. Do not pass credentials: a function that needs one
+finds it by the principal.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ I = TypeVar("I")  # noqa: E741  # the input
 R = TypeVar("R")
 MAX_NAME = 255
 MAX_INPUT = 1 << 20
-"""Bytes that an input may have, as stored, before it is sealed."""
+"""The most bytes that an encoded input may have, before it is sealed."""
 
 
 class Sealer(Protocol):
-    """Encrypts what the worklist keeps, bound to its record."""
+    """Encrypts entries of the worklist, bound to their records."""
 
     def seal(self, data: bytes, id: bytes) -> bytes:
-        """The bytes to store; `id` is the record's, to be authenticated with them."""
+        """Return the bytes to store; authenticate the record's `id` with them."""
 
     def open(self, data: bytes, id: bytes) -> bytes:
-        """What was sealed; raises where that cannot be told."""
+        """Return the data that was sealed; raise if that is not possible."""
 
 
 class RecordGone(IdempotencyError):
-    """The record is not the one that was listed: it was settled, evicted or reaped since."""
+    """The record is not the listed one any more: it was settled, evicted or reaped."""
 
 
 class _Registry:
-    """What both kinds of Phased have: an engine, and what its functions share."""
+    """What both kinds of Phased share: an engine, and the options of its functions."""
 
     def __init__(self, connect: Callable[[], Any] | None, sealer: Sealer | None) -> None:
         self.connect = connect
@@ -71,9 +71,9 @@ class _Registry:
 class Phased(_Registry):
     """Functions by name, over one engine.
 
-    connect: makes what a phase without a connection of its own uses: a connection, or a context manager that gives one,
-        such as `pool.acquire` or `pool.connection`.
-    sealer: encrypts inputs; without one they are stored as they are.
+    connect: makes the connection of a phase that has none of its own, or a context manager that gives one, such as
+        `pool.acquire` or `pool.connection`.
+    sealer: encrypts inputs; without one they are stored unencrypted.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class Phased(_Registry):
     def function(
         self, name: str, *, policy: Policy | None = None, input_codec: Codec | None = None, codec: Codec | None = None
     ) -> Callable[[Callable[[I], Awaitable[R]]], PhasedFunction[I, R]]:
-        """Register a coroutine function of one argument under a name that stays when the code moves.
+        """Register a coroutine function of one argument under a name, which must not change when the code moves.
 
-        input_codec, codec: how input and result are kept; by default what the annotations say.
+        input_codec, codec: how input and result are encoded; by default the annotations decide.
         """
         _check_name(name, self.functions)
 
@@ -146,7 +146,7 @@ def _check_name(name: str, functions: Mapping[str, object]) -> None:
 
 
 class _Function(Generic[I]):
-    """What a registered function of either colour knows of itself."""
+    """What both kinds of registered functions share."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class _Function(Generic[I]):
         self._codec = codec or codec_for(hints.get("return", Any))
 
     def _given(self, key: str, input: I, scope: Scope) -> tuple[bytes, PhasedCall]:
-        """The record's id, and what a client gives; refused before anything is claimed."""
+        """The record's id and the client's input; wrong ones are refused before anything is claimed."""
         principal = (scope,) if isinstance(scope, str) else tuple(scope)
         if not all(isinstance(part, str) for part in principal):
             raise ConfigurationError(
@@ -187,14 +187,14 @@ class _Function(Generic[I]):
         return id, PhasedCall(self._registry, self.name, principal, data, sealed_fingerprint(data), tenant)
 
     def _listed(self, entry: WorklistEntry) -> PhasedCall:
-        """What the worklist gives."""
+        """The input from the worklist."""
         principal, data = _unpack(self._registry.sealer, entry)
         return PhasedCall(
             self._registry, self.name, principal, data, entry.fingerprint, entry.tenant, listed=entry.birth
         )
 
     def _begin(self, given: PhasedCall) -> I:
-        """Take note of the attempt; its input, as a later attempt sees it, so that the first one does nothing else."""
+        """Remember the attempt; return the input as a later attempt sees it, so that the first one gets the same."""
         operation = current_operation()
         given.begin(operation._hold)
         operation._phased = given
@@ -202,7 +202,7 @@ class _Function(Generic[I]):
         return input
 
     def _how(self, given: PhasedCall, beside: bool) -> dict[str, Any]:
-        """What `run_record` is told."""
+        """The arguments of `run_record`."""
         return {
             "where": self.name,
             "fingerprint": given.fingerprint,
@@ -214,7 +214,7 @@ class _Function(Generic[I]):
 
 
 class PhasedFunction(_Function[I], Generic[I, R]):
-    """A registered function. `fn` is the function itself, to be called in tests."""
+    """A registered function. `fn` is the function itself, for tests."""
 
     def __init__(
         self,
@@ -232,17 +232,17 @@ class PhasedFunction(_Function[I], Generic[I, R]):
         self._engine = phased.engine
 
     async def run(self, key: str, input: I, *, scope: Scope) -> Outcome[R]:
-        """Run the function unless the operation is done, or go on from its last recovery point.
+        """Run the function unless the operation is done, or continue after its last recovery point.
 
-        scope: as for `AsyncIdempotency.run`; its parts are the operation's `principal`. Another input under the same
-        key raises Mismatch. Raises what `AsyncIdempotency.run` does.
+        scope: as for `AsyncIdempotency.run`; its parts are the operation's `principal`. Another input with the same key
+        raises Mismatch. Raises the same errors as `AsyncIdempotency.run`.
         """
         return await self._run(*self._given(key, input, scope))
 
     async def complete(self, entry: WorklistEntry, *, beside: bool = False) -> Outcome[R]:
-        """Run an operation of the worklist on; for completers. Raises Gone where its record is another one now.
+        """Continue an operation of the worklist; for completers. Raises RecordGone if its record is another one now.
 
-        beside: others run side by side with it, so that its death would not count (C15).
+        beside: others run at the same time, so that its death would not count (C15).
         """
         return await self._run(entry.id, self._listed(entry), beside)
 
@@ -284,9 +284,9 @@ class BlockingPhasedFunction(_Function[I], Generic[I, R]):
 
 
 class PhasedCall:
-    """What a running phased operation knows, and what is written of it into the worklist.
+    """A running phased operation, and its row of the worklist.
 
-    listed: the birth nonce that its row has, where a completer runs it.
+    listed: the birth nonce of its row, if a completer runs it.
     """
 
     __slots__ = ("_function", "_listed", "_phased", "connect", "data", "fingerprint", "principal", "tenant")
@@ -311,20 +311,20 @@ class PhasedCall:
         self.tenant = tenant
 
     def begin(self, hold: Hold) -> None:
-        """Take note of the attempt; refuse a record that is not the one that was listed."""
+        """Remember the attempt; refuse a record that is not the listed one."""
         if self._listed and self._listed != hold.birth:
             raise RecordGone("The record was settled, evicted or reaped since.", digest=short_digest(hold.id))
         hold.listed = bool(self._listed or hold.checkpoints)
 
     def entry(self, hold: Hold) -> WorklistEntry | None:
-        """The row that the next recovery point is to write as well, if any."""
+        """The row that the next recovery point must write too, if any."""
         if self._listed:
             return None
         packed = _pack(self._phased.sealer, hold.id, self.principal, self.data)
         return WorklistEntry(hold.id, hold.birth, self.fingerprint, self.tenant, self._function, packed)
 
     def was_listed(self, hold: Hold) -> None:
-        """The row is there."""
+        """The row exists now."""
         self._listed = hold.birth
         hold.listed = True
 

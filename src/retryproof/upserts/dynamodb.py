@@ -1,14 +1,14 @@
 """DynamoDB's form of `insert_once`: an item is put unless one with its primary key is there (T8).
 
-One conditional PutItem does it, and a refusal brings the item that is there: one round trip either way.
+It is one conditional PutItem, and a refusal returns the existing item: one round trip in both cases.
 
-What is asked of the table. DynamoDB has one unique key, the table's primary key, and a request cannot name it: a
-condition on an attribute that is not of the key, as `attribute_not_exists(email)`, replaces an item that lacks it. So
-the condition names every string, number and binary of the item; the key's attributes are among them, and whatever item
-is there has them.
+The condition. DynamoDB has one unique key, the table's primary key, and a request cannot name it. A condition on an
+attribute outside the key, such as `attribute_not_exists(email)`, would replace an item that lacks this attribute. So
+the condition names every string, number and binary attribute of the item. The key's attributes are among them, and
+every existing item has those.
 
-Lost replies. botocore sends a request again whose reply is late or lost, and the second one finds what the first put.
-So each item carries the nonce of the call that put it, in an attribute of its own: a refusal by an item with this
+Lost replies. If a reply is late or lost, botocore sends the request again, and the second one finds the item of the
+first. So each item has the nonce of the call that put it, in a separate attribute. A refusal by an item with this
 call's nonce means that this call created it.
 """
 
@@ -24,17 +24,17 @@ from uuid import UUID, uuid4
 from retryproof.core.errors import ConfigurationError
 
 NONCE = "retryproof_nonce"
-"""The attribute that holds the nonce; it is left out of what is given back."""
+"""The attribute with the nonce; it is left out of the returned item."""
 MOST_SCALARS = 100
-"""An expression has 4,096 bytes at most, and each of these takes 30 of them."""
+"""An expression has at most 4,096 bytes, and each attribute takes 30 of them."""
 _NUMBER = Context(prec=38, Emin=-128, Emax=126, traps=[Clamped, Inexact, Overflow, Rounded, Underflow])
-"""DynamoDB's numbers: 38 digits, and never another than was given."""
+"""DynamoDB's numbers: 38 digits, without rounding."""
 _SCALARS = ("S", "N", "B")
 """The types that an attribute of a primary key can have."""
 
 
 class Client(Protocol):
-    """What is used of a client of boto3, aiobotocore or aioboto3."""
+    """The used part of a client of boto3, aiobotocore or aioboto3."""
 
     @property
     def put_item(self) -> Callable[..., Any]: ...
@@ -51,15 +51,16 @@ class Put:
 def put_once(
     client: Client, table: str, item: Mapping[str, Any], *, nonce: UUID | None = None, attribute: str = NONCE
 ) -> Put:
-    """Put an item unless one with its primary key is there; the item that is there, either way.
+    """Put an item unless one with its primary key exists; return the item that exists then.
 
-    client: `boto3.client("dynamodb")`. item: Python's values, as boto3's tables take them: no floats, no empty sets.
-    nonce: who creates; a new one for each call by default. Attempts that share one, as
-    `current_operation().derive("order")` gives, are all told that they created the item. attribute: where it is kept.
-    Two items with one key and other values are not told apart: compare the item that is given back.
-    Refused before anything is written, by ConfigurationError: a value that DynamoDB cannot keep, an item over 400 KB
-    or without the table's key, a missing table. What botocore raises when no answer came is passed on: call again,
-    with the same nonce.
+    client: `boto3.client("dynamodb")`. item: Python values, as boto3's tables take them: no floats, no empty sets.
+    nonce: identifies the creator; by default each call has a new one. If attempts share a nonce, such as
+        `current_operation().derive("order")`, all of them learn that they created the item.
+    attribute: the attribute that holds the nonce.
+    Two items with the same key and different values count as the same: compare the returned item with yours.
+    Raises ConfigurationError, before anything is written, for a value that DynamoDB cannot store, an item over 400 KB
+    or without the table's key, and a missing table. If no answer came, botocore's error is raised: call again, with the
+    same nonce.
     """
     if iscoroutinefunction(getattr(client, "close", None)):
         raise ConfigurationError("This client is awaited: use aput_once.")
@@ -86,7 +87,7 @@ async def aput_once(
 
 
 class _Putting:
-    """One put: what is sent, and what its answer means."""
+    """One put: the request, and the meaning of its answer."""
 
     def __init__(self, client: object, table: str, item: Mapping[str, Any], nonce: UUID | None, attribute: str) -> None:
         if hasattr(getattr(client, "meta", None), "client"):
@@ -113,11 +114,11 @@ class _Putting:
         }
 
     def created(self) -> Put:
-        """What a put comes to that was not refused."""
+        """The result of a put that was not refused."""
         return Put(True, _plain(self._item))
 
     def settled(self, error: Exception) -> Put:
-        """What a refusal comes to; raises what is none."""
+        """The result of a refusal; raises any other error."""
         response = getattr(error, "response", None)
         answer: Mapping[str, Any] = response if isinstance(response, Mapping) else {}
         said = answer.get("Error", {})
@@ -141,7 +142,7 @@ class _Putting:
 
 
 def encoded(value: object, path: str) -> dict[str, Any]:
-    """A value in DynamoDB's own form, as `{"S": "text"}`; ConfigurationError, with its path, for what has none."""
+    """A value in DynamoDB's form, as `{"S": "text"}`; ConfigurationError, with its path, if it has none."""
     match value:
         case None:
             return {"NULL": True}

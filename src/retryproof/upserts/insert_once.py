@@ -27,13 +27,13 @@ class Inserted:
 def insert_once(
     connection: Any, table: str, values: Mapping[str, Any], *, key: Sequence[str], returning: Sequence[str] = ()
 ) -> Inserted:
-    """Insert a row unless one with this key is there, in the transaction that is open; the row either way.
+    """Insert a row in the open transaction, unless one with this key exists; return the row that exists then.
 
     table: a name, or a schema and a name with a dot between. key: the columns of a primary key or unique constraint.
-    returning: the columns of the row that is given back; those of `values` by default.
-    Two rows with one key and other values are not told apart: compare the row that is given back.
-    Refused before anything is written, by ConfigurationError: no open transaction, a failed one, autocommit, a
-    savepoint, a key without a value. Another unique key in the way is the database's own error.
+    returning: the columns of the returned row; by default those of `values`.
+    Two rows with the same key and different values count as the same: compare the returned row with yours.
+    Raises ConfigurationError, before anything is written, for no open transaction, a failed one, autocommit, a
+    savepoint, or a key without a value. A conflict with another unique key raises the database's own error.
     """
     _check_key(key, values)
     return _IN_TRANSACTION.perform(connection, lambda dialect: _plan(dialect, table, values, key, returning))
@@ -53,7 +53,7 @@ _IN_TRANSACTION = InTransaction(
 
 
 def _check_key(key: Sequence[str], values: Mapping[str, Any]) -> None:
-    missing = [name for name in key if values.get(name) is None]  # to a unique key, NULLs are never the same
+    missing = [name for name in key if values.get(name) is None]  # for a unique key, NULLs always differ
     if not key or missing or isinstance(key, str):
         raise ConfigurationError(f"key={key!r} must name columns that have a value: a tuple such as ('id',).")
 
@@ -90,11 +90,11 @@ def _standard(
 
 
 def _mysql(table: str, values: Mapping[str, Any], key: Sequence[str], names: Sequence[str]) -> Plan[Inserted]:
-    """A plain INSERT: IGNORE would hide other errors, and ON DUPLICATE KEY would take any unique key for this one."""
+    """A plain INSERT: IGNORE would hide other errors, and ON DUPLICATE KEY does not distinguish unique keys."""
     into, places = quoted(table, "`", dots=True), ", ".join("?" * len(values))
     insert = f"INSERT INTO {into} ({_list(values, '`')}) VALUES ({places})"  # noqa: S608  # names are quoted
     where = " AND ".join(f"{quoted(name, '`')} = ?" for name in key)
-    # A locking read sees what is committed, whatever snapshot the transaction has.
+    # A locking read sees committed rows, whatever snapshot the transaction has.
     select = f"SELECT {_list(names, '`')} FROM {into} WHERE {where} LOCK IN SHARE MODE"  # noqa: S608  # as above
     for attempt in range(TRIES):
         in_the_way: Exception | None = None
@@ -112,7 +112,7 @@ def _mysql(table: str, values: Mapping[str, Any], key: Sequence[str], names: Seq
         if rows:
             return Inserted(in_the_way is None, dict(zip(names, rows[0], strict=True)))
         if in_the_way is None:
-            raise _vanished()  # the server stored another key than it was given
+            raise _vanished()  # the server stored a different key than the given one
         if attempt == TRIES - 1:
             raise in_the_way  # another unique key than this one
     raise _vanished()
@@ -131,7 +131,7 @@ def _vanished() -> ConfigurationError:
 
 
 def quoted(name: str, mark: str = '"', *, dots: bool = False) -> str:
-    """An identifier, safe in SQL whatever it is; with `dots`, each part of it."""
+    """A quoted identifier, safe in SQL; with `dots`, each part is quoted."""
     parts = name.split(".") if dots else [name]
     for part in parts:
         if not part or any(sign in part for sign in "\0?$%"):
