@@ -18,18 +18,18 @@ from retryproof.stores.redis.resp import Argument, Packed, pack
 def test_a_command_is_packed_as_hiredis_packs_it(size: int) -> None:
     nonce, result = os.urandom(16), os.urandom(size)
     command = Complete(os.urandom(32), nonce, 1_700_000_000_000_000, result)
-    release = Complete(os.urandom(32), nonce, 1_700_000_000_000_000, None)
+    tombstone = Complete(os.urandom(32), nonce, 1_700_000_000_000_000, None)
     plain: list[Any] = [
         "EVALSHA",
         "é" * size,
-        size,
-        *_plain_keys([command, release]),
+        2,
+        *_plain_keys([command, tombstone]),
         *_plain(command),
-        *_plain(release),
+        *_plain(tombstone),
         b"\3\4",
     ]
-    keys = packed.keys(b"p:", [command.id, release.id])
-    given: list[Argument] = ["EVALSHA", "é" * size, size, keys, packed.completions([command, release])]
+    keys = packed.keys(b"p:", [command.id, tombstone.id])
+    given: list[Argument] = ["EVALSHA", "é" * size, keys, packed.completions([command, tombstone])]
     assert pack(given) == hiredis.pack_command(cast("Any", tuple(plain)))
 
 

@@ -32,11 +32,13 @@ class NotReadable(Exception):
 
 
 def keys(prefix: bytes, ids: Sequence[bytes]) -> Packed:
-    """The names of records."""
+    """How many they are, and the names of records."""
     if list(map(len, ids)).count(_ID_BYTES) != len(ids):
         raise ValueError(f"an id has {_ID_BYTES} bytes")
+    count = b"%d" % len(ids)
     before = HEADS[len(prefix) + 2 * _ID_BYTES] + prefix
-    return Packed(len(ids), [before, hexlify(b"".join(ids), b"|", _ID_BYTES).replace(b"|", before)])
+    names = hexlify(b"".join(ids), b"|", _ID_BYTES).replace(b"|", before)
+    return Packed(1 + len(ids), [HEADS[len(count)], count, before, names])
 
 
 def new_records(claims: Sequence[Claim]) -> Packed:

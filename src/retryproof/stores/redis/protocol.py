@@ -36,8 +36,8 @@ from retryproof.core.commands import (
 from retryproof.core.errors import Unreadable
 from retryproof.core.record import MICROSECONDS, Record, State, microseconds
 from retryproof.stores.base import Capabilities
-from retryproof.stores.redis import packed
-from retryproof.stores.redis.resp import HEADS, Argument, Packed, pack
+from retryproof.stores.redis import packed, resp
+from retryproof.stores.redis.resp import Argument, Packed, pack
 
 CAPABILITIES = Capabilities(name="redis", native_ttl=True, concurrent=True)
 
@@ -58,12 +58,13 @@ RedisReply: TypeAlias = Any
 class Script:
     """A script and its digest, by which the server knows it after its first use."""
 
-    __slots__ = ("digest", "source")
+    __slots__ = ("by_digest", "source")
 
     def __init__(self, *names: str) -> None:
         folder = files("retryproof.stores.redis") / "scripts"
         self.source = "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in ("record", *names))
-        self.digest = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        digest = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        self.by_digest = resp.packed("EVALSHA", digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class RedisRequest:
         if self.script is None:
             yield pack(self.arguments)
         else:
-            yield pack(["EVALSHA", self.script.digest, *self.arguments])
+            yield pack([self.script.by_digest, *self.arguments])
             yield pack(["EVAL", self.script.source, *self.arguments])
 
 
@@ -115,9 +116,8 @@ class Protocol:
             return []
         terms, of_keys = _terms(claims)
         arguments: list[Argument] = [
-            *self._keys(claims),
-            len(terms),
-            *map(_terms_arguments, terms),
+            self._keys(claims),
+            _terms_arguments(terms),
             of_keys,
             packed.new_records(claims),
         ]
@@ -211,15 +211,15 @@ class Protocol:
             gone += (record.id for record, character in zip(batch, answer, strict=True) if character == ord("1"))
         return gone
 
-    def _keys(self, commands: Sequence[Claim] | Sequence[_Fenced]) -> tuple[int, Packed]:
-        return len(commands), packed.keys(self._prefix, [command.id for command in commands])
+    def _keys(self, commands: Sequence[Claim] | Sequence[_Fenced]) -> Packed:
+        return packed.keys(self._prefix, [command.id for command in commands])
 
     def _fenced(
         self, script: Script, commands: Sequence[_Fenced], items: Sequence[Argument]
     ) -> Plan[Batch[FenceReply]]:
         if not commands:
             return []
-        answer = yield RedisRequest([*self._keys(commands), *items], script)
+        answer = yield RedisRequest([self._keys(commands), *items], script)
         if answer.count(b"1") == len(commands):
             return [DONE] * len(commands)
         return [
@@ -270,22 +270,23 @@ _terms_of: Callable[[Claim], _Terms] = attrgetter(
 """What policies give, and so most claims of a batch have in common."""
 
 
-def _terms(claims: Sequence[Claim]) -> tuple[Sequence[_Terms], bytes]:
+def _terms(claims: Sequence[Claim]) -> tuple[tuple[_Terms, ...], bytes]:
     """Those that occur, and which of them each claim has, a byte each."""
     all_terms = list(map(_terms_of, claims))
     if all_terms.count(all_terms[0]) == len(all_terms):
-        return all_terms[:1], bytes(len(all_terms))
+        return (all_terms[0],), bytes(len(all_terms))
     places: dict[_Terms, int] = {}
     of_claims = bytes([places.setdefault(terms, len(places)) for terms in all_terms])
-    return list(places), of_claims
+    return tuple(places), of_claims
 
 
 @lru_cache(maxsize=64)
-def _terms_arguments(terms: _Terms) -> Packed:
-    lease, retention, unsettled_retention, on_abandoned, max_attempts, alone = terms
-    durations = (microseconds(lease), microseconds(retention), microseconds(unsettled_retention))
-    numbers = [b"%d" % number for number in (*durations, on_abandoned == "refuse", max_attempts, alone)]
-    return Packed(len(numbers), [part for number in numbers for part in (HEADS[len(number)], number)])
+def _terms_arguments(all_terms: tuple[_Terms, ...]) -> Packed:
+    arguments = [len(all_terms)]
+    for lease, retention, unsettled_retention, on_abandoned, max_attempts, alone in all_terms:
+        arguments += (microseconds(lease), microseconds(retention), microseconds(unsettled_retention))
+        arguments += (int(on_abandoned == "refuse"), max_attempts, alone)
+    return resp.packed(*arguments)
 
 
 def _claim_reply(claim: Claim, reply: RedisReply) -> ClaimReply | ItemError:

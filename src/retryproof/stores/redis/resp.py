@@ -31,17 +31,22 @@ class Packed:
 Argument: TypeAlias = bytes | str | int | Packed
 
 
+def packed(*arguments: bytes | str | int) -> Packed:
+    """These arguments."""
+    parts: list[bytes] = []
+    for argument in arguments:
+        data = argument if isinstance(argument, bytes) else str(argument).encode()
+        parts += (HEADS[len(data)], data)
+    return Packed(len(arguments), parts)
+
+
 def pack(arguments: Sequence[Argument]) -> bytes:
     """One command."""
-    count = len(arguments)
-    parts = [b""]
+    count, parts = 0, [b""]
     for argument in arguments:
-        if isinstance(argument, Packed):
-            count += argument.count - 1
-            parts += argument.parts
-        else:
-            data = argument if isinstance(argument, bytes) else str(argument).encode()
-            parts += (HEADS[len(data)], data)
+        several = argument if isinstance(argument, Packed) else packed(argument)
+        count += several.count
+        parts += several.parts
     parts[0] = b"*%d" % count
     parts.append(b"\r\n")
     return b"".join(parts)
