@@ -67,6 +67,20 @@ async def test_h11_receive_gives_the_body_once_then_the_disconnect_once_it_is_se
     ]
 
 
+@pytest.mark.needs("departures at once")
+async def test_h11_a_background_task_hears_of_the_disconnect_though_nobody_listened_before(layer: MakeLayer) -> None:
+    heard: list[str] = []
+
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+        heard.extend([(await receive())["type"], (await receive())["type"]])
+
+    for on_departure in ("finish", "stop"):
+        assert (await call(layer(app, on_departure=on_departure), key=new_key())).status == 201
+    assert heard == ["http.request", "http.disconnect"] * 2
+
+
 @pytest.mark.parametrize("size", [0, 1, 1_048_576, 1_048_577, 5_000_000])
 async def test_h11_the_body_arrives_byte_for_byte_from_memory_or_file(layer: MakeLayer, size: int) -> None:
     app = Counting()

@@ -200,3 +200,16 @@ async def test_c5_an_answer_that_is_raised_from_what_is_unknown_keeps_the_record
     app.post("/charges")(endpoint)
     answer, states = await charge_once(app)
     assert (answer.status, states) == (502, [state])
+
+
+async def test_c5_an_exception_that_comes_after_the_head_is_not_what_the_response_answers() -> None:
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            raise UNKNOWN
+        except errors.OutcomeUnknown:
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+
+    answer, states = await charge_once(app)
+    assert (answer.status, answer.body, states) == (200, b"ab", [State.COMPLETED])

@@ -80,7 +80,7 @@ class IdempotencyMiddleware(Layer[App, AsgiEngine]):
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + drain
-        running = {run.task for run in list(self._engine.runs.values()) if run.task.get_loop() is loop}
+        running = {run.task for run in list(self._engine.runs.values()) if run.loop is loop}
         if running:
             await asyncio.wait(running, timeout=drain)
         await self._engine.aclose(max(0.0, until - loop.time()))

@@ -23,6 +23,9 @@ class Running(Protocol):
     """The app's run for one request."""
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+
+    @property
     def task(self) -> asyncio.Task[None]: ...
 
     def overran(self) -> None:

@@ -58,7 +58,7 @@ _TOO_LONG = "it ran past max_run, and its client has left"
 class AsgiRun:
     """The app's run for one request. Once made, `over` is to be waited for.
 
-    over: the end of the run, or the cut of its connection; raises what the app raised. task: the app's.
+    over: the end of the run, or the cut of its connection; raises what the app raised. loop, task: the app's.
     """
 
     # What a run begins with: set where it is otherwise.
@@ -99,8 +99,8 @@ class AsgiRun:
             link = ClientLink(receive, send, admission.body or b"")
         if link is not None:
             self._use(link)
+        loop = self.loop = opened.loop
         engine.runs[attempt.hold] = self
-        loop = opened.loop
         self.over: asyncio.Future[None] = loop.create_future()
         self.task = loop.create_task(self._run())
 
@@ -135,7 +135,7 @@ class AsgiRun:
         if settlement is None:
             settlement = self._settlement = Settlement(self._attempt, self._engine.options, self._limit)
             if self._head is not None:
-                settlement.take_head(self._head["status"], self._head["headers"])
+                settlement.retake_head(self._head["status"], self._head["headers"])
             if self._last is not None:  # and was being settled as what it says
                 settlement.part(self._last.get("body", b""), more=False)
                 settlement.end(endings.ANSWERED)
@@ -167,14 +167,14 @@ class AsgiRun:
     def _on_lost(self) -> None:
         """Another attempt took over; called from the keeper's thread."""
         try:
-            self.task.get_loop().call_soon_threadsafe(self._cancel, endings.LEASE_LOST)
+            self.loop.call_soon_threadsafe(self._cancel, endings.LEASE_LOST)
         except RuntimeError:  # the loop is closed, and the run has ended with it
             return
 
     def overran(self) -> None:
         """Its lease is not renewed any more; called from the keeper's thread."""
         try:
-            self.task.get_loop().call_soon_threadsafe(self._run_over)
+            self.loop.call_soon_threadsafe(self._run_over)
         except RuntimeError:  # as above
             return
 
@@ -404,7 +404,7 @@ class AsgiRun:
         outcome = settlement.end(happened, error)
         if settlement.joined:
             # In a task of its own: no cancellation may part the commit from what follows.
-            self._rest = asyncio.get_running_loop().create_task(self._end_transaction(outcome))
+            self._rest = self.loop.create_task(self._end_transaction(outcome))
             _settling.add(self._rest)
             self._rest.add_done_callback(_settling.discard)
             conclusion = await asyncio.shield(self._rest)

@@ -136,6 +136,11 @@ class Settlement(Recorder):
             logger.debug("The headers of a response are no pairs of bytes, and are not kept.")
             return None
 
+    def retake_head(self, status: int, headers: Headers) -> None:
+        """Take a head that was sent before, while no exception was handled."""
+        self.headed = True
+        self.head(status, headers)
+
     def hear(self, answered: BaseException) -> None:
         """Hear the exception that the app answers with this response."""
         self._attempt.operation.hear(answered)
