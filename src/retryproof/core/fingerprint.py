@@ -121,13 +121,13 @@ def fingerprint_of(
     strategy: Strategy, method: str, path: bytes, query: bytes, content_type: bytes, body: bytes
 ) -> bytes:
     """Return the fingerprint of a request whose body is here in one part."""
-    if type(strategy) is Raw and content_type[:10].lower() != _MULTIPART:
-        hash = _raw_hash(method, path, query, content_type)
-        hash.update(body)
-        return _RAW_SEAL + hash.digest()
-    hasher = strategy.begin(method, path, query, content_type)
-    hasher.update(body)
-    return hasher.digest()
+    if type(strategy) is not Raw or content_type[:10].lower() == _MULTIPART:
+        hasher = strategy.begin(method, path, query, content_type)
+        hasher.update(body)
+        return hasher.digest()
+    hash = _raw_hash(method, path, query, content_type)
+    hash.update(body)
+    return _RAW_SEAL + hash.digest()
 
 
 def selected_fields(body: bytes, pointers: Sequence[str]) -> bytes | None:

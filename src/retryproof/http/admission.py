@@ -107,7 +107,8 @@ class Admission:
     def begin(self) -> NotAdmitted | None:
         """Look at everything but the body."""
         options, request = self._options, self.request
-        identity: Any = options.scope(request.context)
+        identify = options.identify
+        identity: Any = options.scope(request.context) if identify is None else identify(request)
         kind = type(identity)
         if identity and (kind is bytes or kind is str):  # nearly always
             self._identity, self._is_anonymous, self._strength = identity, False, options.strength
@@ -184,7 +185,14 @@ class Admission:
         trace = request.headers.get(b"traceparent")
         self.trace = "" if trace is None else traceparent(trace)
         self.is_large = self.size >= OFF_LOOP_FROM
-        if not self.is_large:
+        if self.is_large:
+            return None
+        if isinstance(self.body, bytes):
+            content_type = request.headers.get(b"content-type", b"")
+            self.fingerprint = fingerprint_of(
+                options.fingerprint, request.method, request.raw_path, request.query, content_type, self.body
+            )
+        else:
             self.digest()
         return None
 

@@ -84,7 +84,6 @@ class AsgiRun:
         self._engine = engine
         self._admission = admission
         self._attempt = attempt
-        self._scope = scope
         self._server_receive = receive
         self._server_send = send
         self._link: ClientLink | None = None
@@ -102,7 +101,7 @@ class AsgiRun:
         loop = self.loop = opened.loop
         engine.runs[attempt.hold] = self
         self.over: asyncio.Future[None] = loop.create_future()
-        self.task = loop.create_task(self._run())
+        self.task = loop.create_task(self._run(scope))
 
     # What is made when it is needed
 
@@ -209,7 +208,7 @@ class AsgiRun:
 
     # The app's task
 
-    async def _run(self) -> None:
+    async def _run(self, scope: AsgiScope) -> None:
         attempt, engine = self._attempt, self._engine
         hold = attempt.hold
         operation.enter(attempt.operation)
@@ -223,7 +222,7 @@ class AsgiRun:
                     if hold.lost:  # told meanwhile, in the keeper's thread
                         self._on_lost()
                 try:
-                    await engine.app(self._scope, self._receive, self._send)
+                    await engine.app(scope, self._receive, self._send)
                 except BaseException as of_app:  # noqa: BLE001  # raised again, as the table says
                     error = of_app
                 if self._state is SETTLED or await self._goes_on(error):

@@ -15,7 +15,8 @@ from retryproof.core.policy import Policy
 from retryproof.http.ending import answers_of
 from retryproof.http.key_source import FindKey, HeaderKey, JsonFieldKey, KeySource, key_source_for
 from retryproof.http.problem import check_docs_url
-from retryproof.http.scope import AsgiScope, Identify, check_scope
+from retryproof.http.request import HttpRequest
+from retryproof.http.scope import AsgiScope, ByHeader, Identify, Identity, check_scope
 from retryproof.http.semantics import Header, Preset, StoreWhen, covered_methods, is_preset, store_when_for
 
 V = TypeVar("V")
@@ -90,13 +91,15 @@ class Settings(NamedTuple):
 class Options:
     """What one layer was told; see IdempotencyMiddleware for the meaning of each.
 
-    key_header: the header that holds the key, where one does. answers: what `store_when` makes of a response by its
+    identify: what `scope` says of the request, where it need not look at all of it. key_header: the header that holds
+    the key, where one does. answers: what `store_when` makes of a response by its
     status, where it is a preset. fixed: the settings of all requests, where they do not vary.
     not_kept: headers of responses that are left out of the record by choice; the app may have handed on another
     service's mark of a replay.
     """
 
     scope: Identify
+    identify: Callable[[HttpRequest], Identity] | None
     policy: Choice[Policy | None]
     required: Choice[bool]
     methods: frozenset[str]
@@ -165,6 +168,7 @@ def check_options(
     _check_timeout("body_timeout", body_timeout)
     _check_bytes_and_text(pepper, name)
     source = key_source_for(key, strict=strict)
+    identify = check_scope(scope)
     mark = _header_name("replay_header", replay_header)
     pinned = Choice("endpoint", endpoint, str | None)
     fails_open = Choice("fail_open", fail_open, bool)
@@ -174,7 +178,8 @@ def check_options(
         fixed = Settings(pinned.fixed, fails_open.of({}), departure)
     settling = store_when_for(store_when)
     return Options(
-        scope=check_scope(scope),
+        scope=identify,
+        identify=identify.of if isinstance(identify, ByHeader) else None,
         policy=Choice("policy", policy, Policy | None),
         required=Choice("required", required, bool),
         methods=covered_methods(methods),

@@ -36,6 +36,14 @@ class HttpRequest:
         self.key_lines = key_lines
         self.context = context
 
+    def lines(self, name: bytes) -> Sequence[bytes]:
+        """Each value of this header."""
+        value = self.headers.get(name)
+        if value is None:
+            return ()
+        every = self.context["headers"]
+        return (value,) if len(every) == len(self.headers) else [found for named, found in every if named == name]
+
 
 def length_in(headers: dict[bytes, bytes]) -> int | None:
     """The body's length by Content-Length, where that is one."""

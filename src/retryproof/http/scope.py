@@ -13,12 +13,13 @@ can guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import iscoroutinefunction
 from typing import Any, Literal, TypeAlias, overload
 from urllib.parse import quote
 
 from retryproof.core.errors import ConfigurationError
+from retryproof.http.request import HttpRequest
 
 AsgiScope: TypeAlias = Mapping[str, Any]
 Identity: TypeAlias = str | bytes | None
@@ -141,19 +142,37 @@ def by_header(name: str) -> Identify:
     given: object = name
     if not isinstance(given, str) or not _FIELD_NAME.fullmatch(name):
         raise ConfigurationError(f"by_header({name!r}): not a header's name.")
-    wanted = name.lower().encode("ascii")
-    dashed = wanted.replace(b"_", b"-")  # as an environ has it, which cannot tell the two apart
+    return ByHeader(name.lower().encode("ascii"))
 
-    def identify(scope: AsgiScope) -> Identity:
-        name_here = dashed if dashed != wanted and "wsgi.version" in scope else wanted
-        identity: bytes | None = None
-        for name, value in scope["headers"]:
-            if name == name_here:
-                # Several lines stay one identity of their own: a server may read either. Values hold no line breaks.
-                identity = value if identity is None else identity + b"\n" + value
-        return identity or None
 
-    return identify
+class ByHeader:
+    """`by_header`, of the request as the layer has read it, or of its scope."""
+
+    __slots__ = ("_dashed", "_name")
+
+    def __init__(self, name: bytes) -> None:
+        self._name = name
+        self._dashed = name.replace(b"_", b"-")  # as an environ has it, which cannot tell the two apart
+
+    def __call__(self, scope: AsgiScope) -> Identity:
+        name = self._name_in(scope)
+        return _one_of([value for found, value in scope["headers"] if found == name])
+
+    def of(self, request: HttpRequest) -> Identity:
+        """The same, without a look at every header."""
+        name, headers, context = self._name, request.headers, request.context
+        if name != self._dashed:
+            name = self._name_in(context)
+        once = len(headers) == len(context["headers"])
+        return headers.get(name) or None if once else _one_of(request.lines(name))
+
+    def _name_in(self, scope: AsgiScope) -> bytes:
+        return self._dashed if "wsgi.version" in scope else self._name
+
+
+def _one_of(lines: Sequence[bytes]) -> bytes | None:
+    # Several lines stay one identity of their own: a server may read either of them. Values hold no line breaks.
+    return (lines[0] if len(lines) == 1 else b"\n".join(lines)) or None
 
 
 def by_host(identify: Identify) -> Identify:

@@ -279,6 +279,8 @@ def accepts(coding: bytes, accept_encoding: bytes) -> bool:
 
 def unaccepted_codings(headers: Iterable[Header], accept_encoding: bytes) -> list[bytes]:
     """The content codings of a stored response, in the order they were applied, if this caller may not take one."""
+    if not accept_encoding:
+        return []
     listed = [value for name, value in headers if name == b"content-encoding"]
     if not listed:
         return []
