@@ -181,13 +181,13 @@ def request_of(scope: AsgiScope, key_header: bytes | None) -> HttpRequest:
     if not isinstance(every, _REPEATABLE):  # ASGI says an iterable, which may be good for one look
         every = scope["headers"] = list(every)
     headers: dict[bytes, bytes] = dict(every)
+    once = len(headers) == len(every)
     lines: Sequence[bytes] = ()
     if key_header in headers:
-        once = len(headers) == len(every)
         lines = (headers[key_header],) if once else [value for name, value in every if name == key_header]
     raw = scope.get("raw_path")
     path = _quoted_path(scope) if raw is None else bytes(raw).partition(b"?")[0]
-    return HttpRequest(scope["method"], path, scope.get("query_string", b""), headers, lines, scope)
+    return HttpRequest(scope["method"], path, scope.get("query_string", b""), headers, once, lines, scope)
 
 
 def _quoted_path(scope: AsgiScope) -> bytes:

@@ -27,32 +27,42 @@ class EnvironContext(Mapping[str, Any]):
     `user` is what a layer further out has put into the environ under that name, or else `REMOTE_USER`, if it says one.
     """
 
-    __slots__ = ("_environ", "_made")
+    __slots__ = ("_environ", "_headers", "_made", "_raw_path")
 
     def __init__(self, environ: Mapping[str, Any], headers: Mapping[bytes, bytes], raw_path: bytes) -> None:
         self._environ = environ
-        self._made: dict[str, Any] = {
-            "type": "http",
-            "method": environ["REQUEST_METHOD"],
-            "scheme": environ.get("wsgi.url_scheme", "http"),
-            "path": _bytes(_path(environ)).decode("utf-8", "surrogateescape"),
-            "raw_path": raw_path,
-            "root_path": _bytes(environ.get("SCRIPT_NAME", "")).decode("utf-8", "surrogateescape"),
-            "query_string": _bytes(environ.get("QUERY_STRING", "")),
-            "headers": list(headers.items()),
-        }
-        if environ.get("REMOTE_USER"):
-            self._made["user"] = environ["REMOTE_USER"]
+        self._headers = headers
+        self._raw_path = raw_path
+        self._made: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> Any:
-        return self._environ[name] if name in self._environ else self._made[name]
+        return self._environ[name] if name in self._environ else self._names()[name]
 
     def __iter__(self) -> Iterator[str]:
         yield from self._environ
-        yield from (name for name in self._made if name not in self._environ)
+        yield from (name for name in self._names() if name not in self._environ)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def _names(self) -> dict[str, Any]:
+        """What an ASGI scope has, made when it is first asked for."""
+        made = self._made
+        if made is None:
+            environ = self._environ
+            made = self._made = {
+                "type": "http",
+                "method": environ["REQUEST_METHOD"],
+                "scheme": environ.get("wsgi.url_scheme", "http"),
+                "path": _bytes(_path(environ)).decode("utf-8", "surrogateescape"),
+                "raw_path": self._raw_path,
+                "root_path": _bytes(environ.get("SCRIPT_NAME", "")).decode("utf-8", "surrogateescape"),
+                "query_string": _bytes(environ.get("QUERY_STRING", "")),
+                "headers": list(self._headers.items()),
+            }
+            if environ.get("REMOTE_USER"):
+                made["user"] = environ["REMOTE_USER"]
+        return made
 
 
 def request_of(environ: Mapping[str, Any], key_header: bytes | None) -> HttpRequest:
@@ -70,7 +80,7 @@ def request_of(environ: Mapping[str, Any], key_header: bytes | None) -> HttpRequ
     lines = (headers[key_name],) if key_name in headers else ()
     query = _bytes(environ.get("QUERY_STRING", ""))
     context = EnvironContext(environ, headers, raw_path)
-    return HttpRequest(environ["REQUEST_METHOD"], raw_path, query, headers, lines, context)
+    return HttpRequest(environ["REQUEST_METHOD"], raw_path, query, headers, True, lines, context)
 
 
 def _path(environ: Mapping[str, Any]) -> str:

@@ -14,11 +14,12 @@ class HttpRequest:
 
     method, raw_path, query: as they were sent; the path without its query, and percent-encoded.
     headers: by name in lower case; of a name that came several times, the last value.
+    once: no header came several times.
     key_lines: every value of the header that holds the key; empty where the key is elsewhere.
     context: what callables of the user's are given, under the names of an ASGI scope.
     """
 
-    __slots__ = ("context", "headers", "key_lines", "method", "query", "raw_path")
+    __slots__ = ("context", "headers", "key_lines", "method", "once", "query", "raw_path")
 
     def __init__(
         self,
@@ -26,6 +27,7 @@ class HttpRequest:
         raw_path: bytes,
         query: bytes,
         headers: dict[bytes, bytes],
+        once: bool,
         key_lines: Sequence[bytes],
         context: Mapping[str, Any],
     ) -> None:
@@ -33,6 +35,7 @@ class HttpRequest:
         self.raw_path = raw_path
         self.query = query
         self.headers = headers
+        self.once = once
         self.key_lines = key_lines
         self.context = context
 
@@ -41,8 +44,7 @@ class HttpRequest:
         value = self.headers.get(name)
         if value is None:
             return ()
-        every = self.context["headers"]
-        return (value,) if len(every) == len(self.headers) else [found for named, found in every if named == name]
+        return (value,) if self.once else [found for named, found in self.context["headers"] if named == name]
 
 
 def length_in(headers: dict[bytes, bytes]) -> int | None:

@@ -160,11 +160,10 @@ class ByHeader:
 
     def of(self, request: HttpRequest) -> Identity:
         """The same, without a look at every header."""
-        name, headers, context = self._name, request.headers, request.context
+        name = self._name
         if name != self._dashed:
-            name = self._name_in(context)
-        once = len(headers) == len(context["headers"])
-        return headers.get(name) or None if once else _one_of(request.lines(name))
+            name = self._name_in(request.context)
+        return request.headers.get(name) or None if request.once else _one_of(request.lines(name))
 
     def _name_in(self, scope: AsgiScope) -> bytes:
         return self._dashed if "wsgi.version" in scope else self._name
