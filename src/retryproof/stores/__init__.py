@@ -1,4 +1,4 @@
-"""Where records are kept; by URL, or by the class of a store."""
+"""Stores of records, by URL or by their classes."""
 
 from retryproof.stores.base import AsyncStore, Capabilities, Reaped, Store
 from retryproof.stores.looped import InLoop

@@ -1,20 +1,29 @@
 """The store protocol: what every store does, and what third parties implement.
 
-A store keeps one record for each operation (`core.record.Record`) and changes it only through these calls. Each takes
-a batch that holds no id twice and answers each item in order, with a reply or with an exception for that item alone;
-an exception that is raised fails the whole batch, and what was asked may have been done. A batch is bounded by
-`capabilities.max_batch`. What a claim finds is decided by the table in `core.record`; fenced commands change nothing
-unless nonce and token are both current and the record is in progress, and say `Lost` then, except that a command
-repeated after a lost reply says `Done` (C3). A record that the store cannot read fails its item with
-`errors.Unreadable`; unlike `StoreUnavailable` it never lets a caller run without the store (C21).
+A store keeps one record for each operation (`core.record.Record`), and changes it only through these calls.
 
-Rules for authors: time is the store's own, read at the moment of the statement (C9). Nothing waits for a lock that
-somebody else holds for long: what is locked is answered `Running` (T2). Every call ends within the store's time-out.
-Drivers' own retries are off. One bad item must not fail its neighbours. `retryproof.testing.StoreConformance` and
-`AsyncStoreConformance` check all of this. One colour is enough: a sync store serves async callers through one thread.
+- A call takes a batch without duplicate ids, of at most `capabilities.max_batch` items. It answers each item in order,
+with
+  a reply, or with an exception for that item alone. If the call itself raises, the whole batch has failed, and the
+  commands may have been done.
+- The table in `core.record` decides what a claim finds.
+- A fenced command changes nothing unless nonce and token are both current and the record is in progress. Otherwise the
+  answer is `Lost`; but a command that is repeated after a lost reply gets `Done` (C3).
+- If the store cannot read a record, that item fails with `errors.Unreadable`. Unlike after `StoreUnavailable`, a caller
+  never runs without the store then (C21).
 
-A store need not be safe for concurrent calls of the same method from several threads unless it says so in
-`capabilities.concurrent`; the opened store (`stores.opened`) sees to it.
+Rules for authors:
+
+- Time is the store's own, read when the statement runs (C9).
+- No call waits for a lock that somebody else holds for long: a claim of a locked record gets `Running` (T2).
+- Every call ends within the store's time-out. The driver does not retry by itself.
+- A bad item must not fail the others.
+- A blocking or an async store is enough: a blocking store serves async callers through one thread.
+- A store need not be safe for concurrent calls of the same method from several threads, unless
+`capabilities.concurrent`
+  says so; the opened store (`stores.opened`) makes sure of it.
+
+`retryproof.testing.StoreConformance` and `AsyncStoreConformance` check all of this.
 """
 
 from __future__ import annotations
@@ -33,18 +42,18 @@ __all__ = ["AsyncStore", "Batch", "Capabilities", "DatabaseEngine", "HasCommitGr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a store can do and how much it can hold.
+    """What a store can do, and its limits.
 
     name: for events and messages, like "redis".
-    max_batch: items a call may have.
-    max_result: bytes a result may have, or None for no limit of the store's own.
-    native_ttl: settled records vanish by themselves at the end of their retention.
-    transactions: completion can be part of the caller's own transaction.
+    max_batch: how many items a call may have.
+    max_result: how many bytes a result may have, or None if the store has no limit of its own.
+    native_ttl: settled records disappear by themselves at the end of their retention.
+    transactions: completing can be part of the caller's own transaction.
     clock: whose clock counts, for people: "server", "host".
-    blocking: a call may block its thread; one that never does is called from the event loop itself.
+    blocking: a call may block its thread. A store that never blocks is called from the event loop itself.
     concurrent: calls may come from several threads at once. Otherwise they come one at a time.
-    batches_in_flight: batches of one kind that an async store is sent at a time. An engine that takes a batch in one
-        statement is fastest with one; one that takes it item by item wants more. No two hold the same id.
+    batches_in_flight: how many batches of one kind an async store gets at a time. An engine that takes a batch in one
+        statement is fastest with one; an engine that takes it item by item needs more. No two have the same id.
     """
 
     name: str
@@ -73,16 +82,16 @@ class Store(Protocol):
         """Settle each operation with its result; retention starts."""
 
     def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        """Give each operation back, keeping its row, token and checkpoints."""
+        """Release each operation; keep its row, token and checkpoints."""
 
     def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
         """Extend each lease; never shorten one."""
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        """Keep each value under its name."""
+        """Store each value under its name."""
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        """Each record as it stands, expired ones as None, with `read_at` the store's time."""
+        """Each record as it is now, with the store's time in `read_at`; None for an expired one."""
 
     def scan(
         self,
@@ -93,25 +102,25 @@ class Store(Protocol):
         after: bytes = b"",
         limit: int = 100,
     ) -> Sequence[Record]:
-        """A page of unexpired records in the order of their ids, from behind `after`; for operators, not for speed.
+        """A page of unexpired records in the order of their ids, after the id `after`; for operators, not for speed.
 
         An empty page is the end. Results may be left out.
         """
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        """Forget each record, unless its lease is live; whether it is gone."""
+        """Delete each record, unless its lease is live; return whether it is gone."""
 
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        """Remove records that are settled and past their retention, and find those that have no outcome, no live lease,
-        and are past their unsettled retention: these stay. Both together are at most `limit`.
+        """Delete settled records past their retention. Find records without an outcome and without a live lease that
+        are past their unsettled retention; these are not deleted yet. Both together are at most `limit`.
 
-        told: unsettled records that an earlier call handed back and whose end was told since. Each is removed if its
-            nonce and token are unchanged and its time is still over. A limit of 0 does no more than that.
-        Never blocks claims; any number of processes may do it, and then an end may be told twice, but never not at all.
+        told: unsettled records that an earlier call returned, and whose end was reported since. Each is deleted if its
+            nonce and token are unchanged and its time is still over. With a limit of 0, nothing else is done.
+        It never blocks claims. Any number of processes may do it; then an end may be reported twice, but never missed.
         """
 
     def close(self) -> None:
-        """Let go of connections that the store made. Called once; not after a fork."""
+        """Close connections that the store made. Called once; not after a fork."""
 
 
 @runtime_checkable
@@ -155,7 +164,7 @@ class HasKeeper(Protocol):
     """An async store that can renew from another thread, so that a blocked event loop loses no lease (C6)."""
 
     def keeper(self) -> Store:
-        """A blocking store over the same records with a connection of its own; made, used and closed in one thread.
+        """A blocking store over the same records with its own connection; it is made, used and closed in one thread.
 
         `renew`, `complete`, `release`, `get` and `close` are called.
         """

@@ -1,21 +1,22 @@
-"""Records on an engine that knows conditional writes of one item and nothing more, such as DynamoDB or MongoDB.
+"""Records on an engine that has only conditional writes of single items, such as DynamoDB or MongoDB.
 
-Theory. Every write gives an item a new stamp, which is never used again, and says which stamp it expects to replace, or
-that it expects nothing to be there. The engine does it or refuses it, in one step for each item. So what the table in
-`core.record` decided on an item is written only while the item is still that one; after a refusal the table decides
-again, on what is there now. A stamp is not a counter: an item that was removed and made anew has another one.
+Theory. Every write gives an item a new stamp, which is never used again. It also names the stamp that it expects to
+replace, or says that it expects no item. The engine performs or refuses the write, in one step for each item. So a
+decision of the table in `core.record` is written only if the item has not changed since. After a refusal, the table
+decides again on the current item. A stamp is not a counter: an item that was removed and created again has a different
+one.
 
-Round trips. What this process wrote last is remembered. A claim of an operation that nobody here has heard of is tried
-as a new one, and what follows a claim of this process is decided on what that wrote: one round trip each, for as long
-as nobody else writes the item. A guess that is wrong costs another round trip and never a wrong write; and nothing is
-answered on a guess alone: an answer that writes nothing is given on an item that was read.
+Round trips. The plans remember what this process wrote last. A claim of an operation that this process does not know is
+tried as a new one. A command after a claim of this process is decided on the item that the claim wrote. So each takes
+one round trip, as long as nobody else writes the item. A wrong guess costs another round trip, but never a wrong write.
+And no answer rests on a guess alone: an answer that writes nothing is based on an item that was read.
 
-A write whose answer is lost may have been done. Its caller is told so, sends the command again under its nonce, and the
-table finds its own mark (C3).
+If the answer to a write is lost, the write may have been done. The caller learns that, and sends the command again with
+its nonce; the table then finds that it is done (C3).
 
-`Plans` are generators of the steps below, which an engine's driver performs in either colour; the items of a step stand
-on their own. Time is the clock's that the plans are given: an engine that cannot compare with its own clock in a
-condition has only its callers' (C9), and its driver checks those against what the engine says.
+`Plans` are generators of the steps below. An engine's driver performs them, blocking or async; the items of a step are
+independent. Time is the clock that the plans are given: an engine that cannot compare with its own clock in a condition
+has only its callers' clocks (C9), and its driver checks those against the engine's.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from retryproof.stores.forwarding import AsyncForwardingStore, ForwardingStore
 T = TypeVar("T")
 
 ROUNDS = 10
-"""Times that a command is decided anew, since others wrote its item meanwhile; then its caller is told to try again."""
+"""How often a command is decided again because others wrote its item; after that, its caller has to try again."""
 REMEMBERED = 10_000
-"""Items of which a process remembers what it wrote last."""
+"""For how many items a process remembers what it wrote last."""
 
 
 @value
@@ -53,7 +54,7 @@ class Item:
     stamp: bytes
 
 
-# What an engine is asked to do
+# The steps of an engine
 
 
 @value
@@ -164,7 +165,7 @@ class Plans:
         return self._change(commands, table.settle)
 
     def release(self, commands: Sequence[Release]) -> Plan[Batch[FenceReply]]:
-        """Give each operation back."""
+        """Release each operation."""
         return self._change(commands, table.settle)
 
     def renew(self, commands: Sequence[Renew]) -> Plan[Batch[FenceReply]]:
@@ -172,7 +173,7 @@ class Plans:
         return self._change(commands, table.renew)
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Plan[Batch[FenceReply]]:
-        """Keep each value under its name."""
+        """Store each value under its name."""
         return self._change(commands, lambda record, command, now: table.checkpoint(record, command))
 
     def _change(self, commands: Sequence[Any], rule: Rule) -> Plan[list[Any]]:
@@ -221,7 +222,7 @@ class Plans:
         return pending
 
     def get(self, ids: Sequence[bytes]) -> Plan[Sequence[Record | None]]:
-        """Each record as it stands."""
+        """Each record as it is now."""
         items = yield Read(ids)
         now = self._clock()
         return [None if item is None or item.record.expired(now) else _as_read(item.record, now) for item in items]
@@ -241,11 +242,11 @@ class Plans:
         return found
 
     def evict(self, ids: Sequence[bytes]) -> Plan[Sequence[bool]]:
-        """Forget each record, unless its lease is live."""
+        """Delete each record, unless its lease is live."""
         return (yield from self._remove(ids, lambda record, now: not record.live(now), absent=True))
 
     def reap(self, limit: int, told: Sequence[Record]) -> Plan[Reaped]:
-        """Remove what is settled and over, find what is not settled and over, end what was told."""
+        """Delete settled records past their time, find unsettled ones, and delete those in `told`."""
         marks = {record.id: (record.nonce, record.token) for record in told}
         gone = yield from self._remove(
             list(marks), lambda record, now: record.over(now) and (record.nonce, record.token) == marks[record.id]

@@ -1,7 +1,7 @@
-"""Diagnosis: what of a store's server or file silently breaks safety (O2).
+"""Diagnosis: what breaks the safety of a store's server or file without an error (O2).
 
 A store's own doctor module gathers facts (`diagnose`) and judges them (`verdicts`, pure). `diagnose` here finds it by
-the URL's scheme (`stores.url.ENTRIES`). Nothing is changed: no file is made, no schema, no key.
+the URL's scheme (`stores.url.ENTRIES`). It changes nothing: it creates no file, no schema and no key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Finding", "Verdict", "clock_skew", "diagnose"]
 
 
 def diagnose(url: str, *, timeout: float = 2.0) -> Sequence[Finding]:
-    """Look at the store of a URL.
+    """Check the store of a URL.
 
     Raises StoreUnavailable, and ConfigurationError for an unknown scheme or a missing driver.
     """

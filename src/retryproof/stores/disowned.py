@@ -1,12 +1,13 @@
-"""Claims whose callers have gone without an answer: each is given back if it was applied, and may be applied late (C3).
+"""Claims whose callers have gone without an answer: each is released if it was applied, even if it is applied late
+(C3).
 
-A claim is looked for by its nonce, and released where it is found in progress. It may still be on its way, in the
-buffers of a server that hung or of a network that sends again; so it is looked for several times, ever later, for a
-minute of the store's being there. It is never sent again: that would write a record for a request that was told
-"nothing was done", and could take over an operation whose lease ended in the outage. One that arrives later still holds
-its operation for one lease, as any attempt does that dies.
+A claim is looked up by its nonce, and released if it is in progress. It may still be under way, in the buffers of a
+server that hung, or of a network that sends again. So it is looked up several times, with growing pauses, during a
+minute in which the store answers. It is never sent again: that would write a record for a request whose caller has
+learnt "nothing was done", and could take over an operation whose lease ended in the outage. If it arrives even later,
+it holds its operation for one lease, as every attempt that dies.
 
-The number is bounded, and so is the time: who gives up leaves what was known before, and says so in the log.
+The number and the time are bounded. A claim that is given up changes nothing that was known before, and is logged.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from retryproof.stores.base import Store
 logger = logging.getLogger("retryproof")
 
 FIRST_LOOK, LAST_LOOK = 0.05, 30.0
-"""Seconds from a claim's being disowned to the first look, and at most from one look to the next: each time doubled."""
+"""Seconds until the first look-up, and the longest pause between two look-ups; the pause is doubled each time."""
 PATIENCE = 600.0
-"""Seconds after which a claim is given up, whether the store was there or not."""
+"""Seconds after which a claim is given up, whether the store answered or not."""
 MAX_DISOWNED = 10_000
-"""Claims that are looked for at once; more are given up at once."""
+"""How many claims may wait; any more are given up at once."""
 LOOKS = 32
-"""Claims that are looked for in one call, since a record that is found may have a large result."""
+"""How many claims are looked up in one call, since a found record may have a large result."""
 
 
 class _Claim:
-    """One claim. token: where it is known that it was applied."""
+    """One claim. token: set if the claim is known to be applied."""
 
     __slots__ = ("delay", "due", "id", "nonce", "token", "until")
 
@@ -49,7 +50,7 @@ class _Claim:
 
 
 class Disowned:
-    """The claims to give back. Added to from any thread; all else is the keeper's."""
+    """The claims to release. Any thread may add one; everything else happens in the keeper's thread."""
 
     def __init__(self, max_batch: int) -> None:
         self._batch = min(max_batch, LOOKS)
@@ -62,7 +63,7 @@ class Disowned:
         return len(self._claims)
 
     def add(self, claim: Claim, reply: Reply, now: float) -> None:
-        """Give this claim back; `reply` is the store's answer, where one came that nobody reads."""
+        """Release this claim; `reply` is the store's answer, if one came that nobody read."""
         token = reply.token if isinstance(reply, Acquired) else None
         with self._mutex:
             if len(self._claims) >= MAX_DISOWNED:
@@ -72,18 +73,18 @@ class Disowned:
 
     @property
     def due(self) -> float:
-        """When the next is to be looked for."""
+        """When to look up the next one."""
         with self._mutex:
             return min((claim.due for claim in self._claims.values()), default=NEVER)
 
     def hurry(self) -> None:
-        """Look for all of them now."""
+        """Look all of them up now."""
         with self._mutex:
             for claim in self._claims.values():
                 claim.due, claim.delay = 0.0, FIRST_LOOK
 
     def give_up(self, now: float) -> None:
-        """Forget those whose time is over, and say how many."""
+        """Give up the claims whose time is over, and log how many."""
         with self._mutex:
             for claim in [claim for claim in self._claims.values() if now >= claim.until]:
                 del self._claims[claim.nonce]
@@ -96,7 +97,7 @@ class Disowned:
             )
 
     def work(self, store: Store, now: float, *, last: bool = False) -> bool:
-        """Look for those that are due; whether the store answered. last: and look for none again."""
+        """Look up the due claims; return whether the store answered. last: for the last time."""
         self.give_up(now)
         while True:
             with self._mutex:

@@ -1,8 +1,8 @@
-"""A store whose nine calls are all made in one way: over plans that a driver pumps, or over another store's methods.
+"""A store that makes its nine calls in one way: with plans that a driver runs, or with methods of another store.
 
-A driver's store says what it calls (`_calls`, an object with a function for each call of the protocol) and how
-(`_make`). Nothing else differs between a plan that is pumped over a connection, a blocking store in a thread, and an
-async store that is called through its event loop.
+A driver's store defines what it calls (`_calls`, an object with a function for each call of the protocol) and how
+(`_make`). Nothing else differs between a plan on a connection, a blocking store in a thread, and an async store that is
+called through its event loop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ForwardingStore(ABC):
         return self._make(self._calls.complete, commands)
 
     def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        """Give each operation back."""
+        """Release each operation."""
         return self._make(self._calls.release, commands)
 
     def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
@@ -44,11 +44,11 @@ class ForwardingStore(ABC):
         return self._make(self._calls.renew, commands)
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        """Keep each value under its name."""
+        """Store each value under its name."""
         return self._make(self._calls.checkpoint, commands)
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        """Each record as it stands."""
+        """Each record as it is now."""
         return self._make(self._calls.get, ids)
 
     def scan(
@@ -65,11 +65,11 @@ class ForwardingStore(ABC):
         return self._make(self._calls.scan, **wanted)
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        """Forget each record, unless its lease is live."""
+        """Delete each record, unless its lease is live."""
         return self._make(self._calls.evict, ids)
 
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        """Remove what is settled and over, find what is not settled and over, end what was told."""
+        """Delete settled records past their time, find unsettled ones, and delete those in `told`."""
         reaped: Reaped = self._make(self._calls.reap, limit, told)
         return reaped
 
@@ -92,7 +92,7 @@ class AsyncForwardingStore(ABC):
         return await self._make(self._calls.complete, commands)
 
     async def release(self, commands: Sequence[Release]) -> Batch[FenceReply]:
-        """Give each operation back."""
+        """Release each operation."""
         return await self._make(self._calls.release, commands)
 
     async def renew(self, commands: Sequence[Renew]) -> Batch[FenceReply]:
@@ -100,11 +100,11 @@ class AsyncForwardingStore(ABC):
         return await self._make(self._calls.renew, commands)
 
     async def checkpoint(self, commands: Sequence[Checkpoint]) -> Batch[FenceReply]:
-        """Keep each value under its name."""
+        """Store each value under its name."""
         return await self._make(self._calls.checkpoint, commands)
 
     async def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        """Each record as it stands."""
+        """Each record as it is now."""
         return await self._make(self._calls.get, ids)
 
     async def scan(
@@ -121,10 +121,10 @@ class AsyncForwardingStore(ABC):
         return await self._make(self._calls.scan, **wanted)
 
     async def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        """Forget each record, unless its lease is live."""
+        """Delete each record, unless its lease is live."""
         return await self._make(self._calls.evict, ids)
 
     async def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        """Remove what is settled and over, find what is not settled and over, end what was told."""
+        """Delete settled records past their time, find unsettled ones, and delete those in `told`."""
         reaped: Reaped = await self._make(self._calls.reap, limit, told)
         return reaped

@@ -1,11 +1,14 @@
-"""The keeper: what goes on beside the attempts of one opened store, in one thread of its own.
+"""The keeper: the background work for the attempts of one opened store, in a thread of its own.
 
-It renews the leases of running operations, in one batch, at a third of each lease; so a handler that blocks its event
-loop loses no lease, and a short operation costs nothing (C6). It goes on settling what could not be stored, and speaks
-for what this process holds before a twin's claim leaves (C10; `core.twin`). It takes back claims whose callers have
-gone without an answer (C3; `stores.disowned`). While the store is out of reach one call in a while asks whether it is
-back, and then everything goes on at once. The thread starts with the first operation and ends when there has been
-nothing to keep for a while.
+- It renews the leases of running operations, in one batch, after a third of each lease. So a handler that blocks its
+event
+  loop loses no lease, and a short operation costs nothing (C6).
+- It continues to settle operations whose results could not be stored. Before a twin's claim is sent, it asks the store
+  about the operations that this process holds (C10; `core.twin`).
+- It releases claims whose callers have gone without an answer (C3; `stores.disowned`).
+
+While the store is out of reach, one call from time to time checks whether it answers again, and then everything
+continues at once. The thread starts with the first operation, and ends after some time without work.
 """
 
 from __future__ import annotations
@@ -39,24 +42,24 @@ T = TypeVar("T")
 logger = logging.getLogger("retryproof")
 
 COMPANY = 1 / 6
-"""The part of a lease by which a renewal may come early, to travel with one that is due; then they stay together."""
+"""A renewal may come early by this part of a lease, to share the batch of one that is due."""
 RETRY_AT = 1 / 10
-"""The part of a lease after which a renewal that failed is tried again."""
+"""A failed renewal is tried again after this part of a lease."""
 IDLE_SECONDS = 10.0
-"""A thread with nothing to keep for so long ends; the next operation starts another."""
+"""A thread without work for this many seconds ends; the next operation starts another one."""
 FIRST_DELAY, LAST_DELAY = 0.25, 5.0
-"""Seconds from one look whether the store is back to the next: doubled each time."""
+"""Seconds between two checks whether the store answers again; doubled each time."""
 FRESH = 0.5
-"""Seconds for which a call that failed stands for the answer that a twin waits for."""
+"""For this many seconds, a failed call also answers twins that wait."""
 MAX_UNSTORED = 64 * 2**20
-"""Bytes of results that may wait for a store out of reach, by default."""
+"""The default limit of results that wait while the store is out of reach, in bytes."""
 OVERHEAD = 512
-"""Bytes that a result costs beside its own."""
+"""How many bytes a result costs in addition to its own."""
 NO_ANSWER = Unreachable(StoreUnavailable("The store does not answer; try again."), sent=False)
 
 
 class _Lingering:
-    """The last command of an attempt, which is repeated until the store answers it."""
+    """The last command of an attempt, repeated until the store answers it."""
 
     __slots__ = ("due", "hold", "last")
 
@@ -76,8 +79,8 @@ class Keeper:
 
     open_store: makes the store that the thread uses; called in the thread, at its start.
     owns: whether that store is closed at the end.
-    max_unstored: bytes of results that may wait for a store out of reach; past it claims are refused.
-    holds: what this process holds, by the operation's id.
+    max_unstored: bytes of results that may wait while the store is out of reach; above that, claims are refused.
+    holds: the holds of this process, by the operation's id.
     full: whether claims are refused, since too much waits to be stored.
     leave: an attempt has ended that began with `enter`.
     """
@@ -168,13 +171,13 @@ class Keeper:
     # What is left to do
 
     def disown(self, claim: Claim, reply: Reply = None) -> None:
-        """Release this claim if it was applied, or turns out to have been. reply: the answer that nobody reads."""
+        """Release this claim if it was, or later proves to be, applied. reply: the answer that nobody read."""
         self._disowned.add(claim, reply, clock())
         if self._thread is None or self._next_due() < self._wake_at:
             self._wake()
 
     def linger(self, hold: Hold, last: Complete | Release) -> None:
-        """Renew and settle until the store answers; the hold's `on_settled` hears whether it was stored."""
+        """Renew and settle until the store answers; call the hold's `on_settled` with whether it was stored."""
         lingering = _Lingering(hold, last, clock() + FIRST_DELAY)
         with self._mutex:
             before = self._lingering.get(hold)
@@ -190,13 +193,13 @@ class Keeper:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is held or left to settle."""
+        """Whether there is no hold and nothing to settle."""
         return not self.holds and not self._lingering and not self._disowned
 
     # Twins (C10)
 
     def instead(self, claims: Sequence[Claim], timeout: float) -> list[Reply]:
-        """What each claim is told without leaving this process, after `timeout` seconds at most; None: it may leave."""
+        """The answers to claims that this process can give, in at most `timeout` seconds; None: send the claim."""
         deadline = clock() + timeout
         asked = [self.ask(claim) for claim in claims]  # before any is waited for
         replies: list[Reply] = []
@@ -209,7 +212,7 @@ class Keeper:
         return replies
 
     def ask(self, claim: Claim) -> Future[Reply] | None:
-        """What the store says to the hold that stands in a claim's way; for `told`. None: there is none."""
+        """The store's answer about a hold that conflicts with a claim, for `told`; None: there is no such hold."""
         hold = self.holds.get(claim.id)
         if hold is None:
             return _known(None) if self.full else None
@@ -227,7 +230,7 @@ class Keeper:
         return asked
 
     def told(self, claim: Claim, heard: Reply) -> Reply:
-        """What a claim is told once the store was heard on what stands in its way; None: it may leave."""
+        """The answer to a claim after the store's answer about the conflicting hold; None: send the claim."""
         hold = self.holds.get(claim.id)
         if hold is not None:
             reply = twin.told(hold, self._last_of(hold), claim, heard, clock())
@@ -251,7 +254,7 @@ class Keeper:
     # The thread
 
     def _wake(self, by: float = 0.0) -> None:
-        """Have the thread look by this time. Whoever is content with a later time need not wake it again."""
+        """Make the thread check its work by this time. A caller with a later time need not wake it again."""
         with self._mutex:
             if self._thread is None and not self._closing:
                 self._start()
@@ -262,7 +265,7 @@ class Keeper:
         thread = threading.Thread(target=self._run, name="retryproof-keeper", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # what is kept is safe without it: a lease that is not renewed ends
+        except RuntimeError as error:  # without a thread nothing unsafe happens: a lease that is not renewed ends
             logger.error("The keeper's thread does not start; whoever comes next tries again: %s", error)
         else:
             self._thread = thread
@@ -303,7 +306,7 @@ class Keeper:
                     store = store or self._open_store()
                     self._work(store)
                 except Exception:
-                    # The thread must outlive whatever a store or a listener raises; it tries again.
+                    # The thread must survive every exception of a store or a listener; it tries again.
                     logger.exception("The keeper failed; it tries again.")
                     self._postpone()
         except BaseException:  # past every `except Exception`, as drivers in other languages may raise
@@ -315,11 +318,11 @@ class Keeper:
                 store.close()
 
     def _sleep(self) -> bool:
-        """Wait until something is due; False when it is time to end."""
+        """Wait until something is due; False if the thread has to end."""
         idle_since: float | None = None
         with self._mutex:
             while True:
-                # Infinity first: whoever adds something from here on sees it and wakes us.
+                # Infinity first: a caller that adds work from here on sees it, and wakes this thread.
                 self._wake_at = NEVER
                 now = clock()
                 due = self._next_due()
@@ -352,7 +355,7 @@ class Keeper:
         return min(min(holds, default=NEVER), max(min(chores), self._probe_at))
 
     def _postpone(self) -> None:
-        """After an error that no store should raise: look again in a while."""
+        """After an error that no store should raise: try again after a while."""
         later = clock() + 0.5
         for hold in list(self.holds.values()):
             hold.due, hold.end = max(hold.due, later), max(hold.end, later)
@@ -361,7 +364,7 @@ class Keeper:
     # One round
 
     def _work(self, store: Store) -> None:
-        """Do what is due: what lingers, leases, claims to take back; up to the first call that has no answer."""
+        """Do the due work: waiting results, leases, claims to release; stop at the first call without an answer."""
         now, asked = clock(), list(self._asked)
         self._end_overruns(now)
         reached = self._settle(store, now) and self._renew(store, now)
@@ -375,7 +378,7 @@ class Keeper:
             self._say(hold, LOST)
 
     def _fail(self) -> None:
-        """The store is out of reach: one call asks again in a while, and nobody waits for it."""
+        """The store is out of reach: one call checks again after a while, and nobody waits for it."""
         with self._mutex:
             self._troubled, self._failed_at = True, clock()
             if self._failed_at >= self._probe_at:  # a renewal that fails meanwhile puts nothing off
@@ -387,13 +390,13 @@ class Keeper:
         self._disowned.give_up(self._failed_at)
 
     def _reach(self) -> None:
-        """The store has answered a call: all go on."""
+        """The store has answered a call: everything continues."""
         if self._troubled:
             self._troubled, self._delay = False, 0.0
             self._try_all()
 
     def heard(self) -> None:
-        """The store has answered somebody else's call: what waits for it to be back is tried at once."""
+        """The store has answered another caller: try everything that waits for it at once."""
         if self._troubled and clock() - self._failed_at >= FIRST_DELAY / 2:
             with self._mutex:
                 self._try_all()
@@ -413,7 +416,7 @@ class Keeper:
                     hold.on_overrun(hold)
 
     def _settle(self, store: Store, now: float) -> bool:
-        """Settle what lingers, one alone while the store is out of reach; whether the store answered."""
+        """Settle waiting results, only one while the store is out of reach; return whether the store answered."""
         asked = set(self._asked)
         due = [one for one in list(self._lingering.values()) if one.due <= now or one.hold in asked]
         if self._troubled and self._probe_at > now and not any(one.hold in asked for one in due):
@@ -431,7 +434,7 @@ class Keeper:
             alone = {one.last.id: one for one in due if type(one.last) is kind}  # an id once in a batch
             for batch in chunks(list(alone.values()), self._max_batch):
                 replies = _replies(call, [one.last for one in batch])
-                # Behind the others, so that each asks in its turn; or for long, where it alone gets no answer.
+                # After the others, so that each gets its turn; or much later, if only this one gets no answer.
                 later = clock() + (0.0 if _nothing(replies) else LAST_DELAY)
                 for one, reply in zip(batch, replies, strict=True):
                     self._answer(one, reply, later)
@@ -455,7 +458,7 @@ class Keeper:
             hold.on_settled(hold, isinstance(reply, Done))
 
     def _renew(self, store: Store, now: float) -> bool:
-        """Renew what is due; whether the store answered."""
+        """Renew the due leases; return whether the store answered."""
         asked = set(self._asked)
         holds = list(self.holds.values())
         due: list[Hold] = []

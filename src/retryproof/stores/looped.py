@@ -16,13 +16,13 @@ from retryproof.stores.forwarding import ForwardingStore
 T = TypeVar("T")
 
 SECONDS = 60.0
-"""How long a call may take at most; every store ends it by itself, within its own time-out."""
+"""The longest time of a call; every store ends its calls earlier, within its own time-out."""
 
 
 class InLoop(ForwardingStore):
-    """A Store over an async one, for engines that a program without an event loop has.
+    """A blocking store over an async one, for programs without an event loop.
 
-    make: makes the store; called once in a process, in the loop that the store belongs to from then on.
+    make: makes the store; called once in a process, in the event loop that the store will belong to.
     The thread with the loop starts at the first call and ends at `close`. All calls share it, from any thread.
     """
 

@@ -20,7 +20,7 @@ class MemoryStore:
     """Every record in a dictionary under one lock; safe for threads and tasks, never blocks for long.
 
     clock: microseconds since the epoch; tests inject one.
-    Records past their retention are removed as claims come in, a few a claim, so that memory stays bounded.
+    Each claim also deletes a few records past their retention, so that memory stays bounded.
     """
 
     capabilities = Capabilities(name="memory", max_batch=1_024, clock="host", blocking=False, concurrent=True)
@@ -47,7 +47,7 @@ class MemoryStore:
         return self._settle(commands)
 
     def release(self, commands: Sequence[Release]) -> Sequence[FenceReply]:
-        """Give each operation back."""
+        """Release each operation."""
         return self._settle(commands)
 
     def _settle(self, commands: Sequence[Complete] | Sequence[Release]) -> Sequence[FenceReply]:
@@ -62,12 +62,12 @@ class MemoryStore:
             return [self._reply(*table.renew(self._records.get(command.id), command, now)) for command in commands]
 
     def checkpoint(self, commands: Sequence[Checkpoint]) -> Sequence[FenceReply]:
-        """Keep each value under its name."""
+        """Store each value under its name."""
         with self._lock:
             return [self._reply(*table.checkpoint(self._records.get(command.id), command)) for command in commands]
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
-        """Each record as it stands."""
+        """Each record as it is now."""
         with self._lock:
             now = self._clock()
             return [self._read(self._records.get(id), now) for id in ids]
@@ -97,13 +97,13 @@ class MemoryStore:
         return [replace(record, read_at=now) for record in page]
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
-        """Forget each record, unless its lease is live."""
+        """Delete each record, unless its lease is live."""
         with self._lock:
             now = self._clock()
             return [self._evict(id, now) for id in ids]
 
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
-        """Remove what is settled and over, find what is not settled and over, end what was told."""
+        """Delete settled records past their time, find unsettled ones, and delete those in `told`."""
         with self._lock:
             now = self._clock()
             ended = [record.id for record in told if self._end(record, now)]
@@ -115,7 +115,7 @@ class MemoryStore:
         return Reaped(len(settled), unsettled, more=len(over) > limit, ended=ended)
 
     def close(self) -> None:
-        """Nothing to let go of: a named store outlives the engine that opened it."""
+        """Do nothing: a named store outlives the engine that opened it."""
 
     def _evict(self, id: bytes, now: int) -> bool:
         record = self._records.get(id)
@@ -146,7 +146,7 @@ class MemoryStore:
         return replace(record, read_at=now)
 
     def _sweep(self, now: int, most: int) -> None:
-        """Look at the records written longest ago; retentions differ, so what is not over goes to the end."""
+        """Check the oldest records; since retentions differ, one whose time is not over goes to the end."""
         for _ in range(min(most, len(self._records))):
             id, record = next(iter(self._records.items()))
             if not record.expired(now):

@@ -1,13 +1,13 @@
 """The opened store: a store with its coalescer and its keeper, shared by everything that uses the store.
 
-One for a blocking store in a process; one for an async store, which belongs to its event loop. `Source` turns what a
-user passes, a URL or a store, into the opened store that is right for the present process and loop: a URL is opened
-at the first use, once per process, and for an async driver once per event loop. Who passes a URL has it closed by
-`close` or `aclose`; a store object belongs to its caller.
+A blocking store has one opened store in a process. An async store has one too, which belongs to its event loop.
+`Source` turns a user's URL or store into the opened store for the current process and loop. A URL is opened at the
+first use, once per process, and for an async driver once per event loop. `close` or `aclose` closes a store that was
+opened from a URL; a store object belongs to its caller.
 
-Over a fork: a URL is opened anew in the child, and a store object is refused there. What the child inherited is never
-used nor closed in it, not by the garbage collector or the interpreter's end either (`forks`). A SQLite file is
-closed before the fork, since to inherit it open would be enough to undo its locks.
+After a fork, the child opens a URL again, and refuses a store object. The child never uses or closes what it inherited;
+the garbage collector and the end of the interpreter do not close it either (`forks`). A SQLite file is closed before
+the fork, since inheriting it open would break its locks.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Opened:
         return self._threads.perform(command, timeout) if self.capabilities.blocking else self.directly(command)
 
     def perform_many(self, commands: Sequence[Any], timeout: float) -> list[Reply]:
-        """Each command's reply, in order, for a thread; what leaves this process travels together."""
+        """Each command's reply, in order, for a thread; the commands share batches."""
         background = self.background
         asks = [type(one) is Claim and (one.id in background.holds or background.full) for one in commands]
         instead = iter(background.instead([one for one, ask in zip(commands, asks, strict=True) if ask], timeout))
@@ -100,7 +100,7 @@ class Opened:
         return [next(answers) if reply is None else reply for reply in replies]
 
     def close(self, drain: float = 0.0) -> None:
-        """Wait for what runs and what lingers, for up to `drain` seconds, and end the threads; the store stays."""
+        """Wait up to `drain` seconds for running and unsettled operations, and end the threads; the store stays."""
         self.background.close(drain)
         self.bridge.close()
 
@@ -132,7 +132,7 @@ class AsyncView:
 
 
 class DirectView(AsyncView):
-    """The same for a store that never blocks: a task asks it by itself."""
+    """The same for a store that never blocks: a task calls it directly."""
 
     async def perform(self, command: Any, timeout: float) -> Reply:
         """See AsyncView. Without another coroutine in between: it would cost as much as the call."""
@@ -184,7 +184,7 @@ class AsyncOpened:
             )
 
     async def aclose(self, drain: float = 0.0) -> None:
-        """Wait for what runs and what lingers, for up to `drain` seconds, and end the thread; the store stays."""
+        """Wait up to `drain` seconds for running and unsettled operations, and end the thread; the store stays."""
         await self.loop.run_in_executor(None, self.background.close, drain)
 
     def _orphaned(self, claim: Claim, reply: Reply) -> None:
@@ -197,7 +197,7 @@ class AsyncOpened:
 async def _instead(
     background: Keeper, claim: Claim, timeout: float, perform: Callable[[Any, float], Awaitable[Reply]]
 ) -> Reply:
-    """What a claim is told whose operation this process still holds (C10)."""
+    """The answer to a claim whose operation this process still holds (C10)."""
     asked = background.ask(claim)
     if asked is not None:
         instead = background.told(claim, asked.result() if asked.done() else await _heard_of(asked, timeout))
@@ -228,7 +228,7 @@ async def _heard_of(asked: ConcurrentFuture[Reply], timeout: float) -> Reply:
 
 
 class _InTurn:
-    """A blocking store as its keeper uses it: in turn with the callers' batches, and in the same commits."""
+    """A blocking store for its keeper: between the callers' batches, and in the same commits."""
 
     SECONDS = 30.0
 
@@ -335,7 +335,7 @@ class Source:
 
     An engine is opened like a URL, once per process; it stays its caller's.
     timeout: seconds that one call of a store opened here may take.
-    max_unstored: bytes of results that may wait for a store out of reach; whoever opens the store first says it.
+    max_unstored: bytes of results that may wait while the store is out of reach; the first opener of the store decides.
     """
 
     def __init__(self, store: object, timeout: float, max_unstored: int = MAX_UNSTORED) -> None:
@@ -387,7 +387,7 @@ class Source:
         return opened
 
     def _forget_closed_loops(self) -> None:
-        """What belongs to a loop that is closed is of no use, and would keep it in memory."""
+        """Drop what belongs to a closed event loop: it is useless, and would keep the loop in memory."""
         for loop in [loop for loop in self._loops if loop.is_closed()]:
             del self._loops[loop]
 
@@ -442,7 +442,7 @@ class Source:
         return open_on_loop(cast(AsyncStore, self.given), self._max_unstored)
 
     def _forget(self) -> None:
-        """After a fork: what the parent opened is its own, and is neither used nor closed here."""
+        """After a fork: forget what the parent opened; it is neither used nor closed here."""
         with _opening:
             if self._generation == _fork_generation:  # another thread was first
                 return

@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class InThread(AsyncForwardingStore):
-    """An AsyncStore over a blocking one; calls are made one at a time in a thread of its own.
+    """An async store over a blocking one; it makes one call at a time, in a thread of its own.
 
-    An engine that is given it uses the blocking store beneath, with its batches.
+    An engine over it uses the blocking store directly, with its batches.
     """
 
     def __init__(self, blocking: Store) -> None:
