@@ -36,6 +36,10 @@ class Services:
             self._instances[name] = start_private(name, *_OPTIONS[name], run=self._run)
         return self._instances[name].url
 
+    def pid(self, name: str) -> int:
+        """The process of a server that was started, whose children serve."""
+        return self._instances[name].pid
+
     def versions(self) -> dict[str, str]:
         return {name: instance.version for name, instance in self._instances.items()}
 

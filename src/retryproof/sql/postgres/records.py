@@ -180,12 +180,12 @@ def _batch(sql: Callable[[bool], str], columns: Sequence[list[Any]]) -> Statemen
 def _claim_reply(row: Row) -> ClaimReply:
     _, case, token, attempt, first_seen, birth, trace, checkpoints, payload = row
     match case:
+        case ClaimCase.FINISHED:  # nearly always, and each comparison costs as much as the reply
+            return Finished(payload, attempt, first_seen, _text(trace))
         case ClaimCase.EXPIRED | ClaimCase.RELEASED | ClaimCase.TAKEN_OVER | ClaimCase.REPEATED:
             return Acquired(token, attempt, first_seen, birth, _checkpoints(checkpoints), _text(trace))
         case ClaimCase.RUNNING:
             return Running(token / MICROSECONDS)
-        case ClaimCase.FINISHED:
-            return Finished(payload, attempt, first_seen, _text(trace))
         case ClaimCase.MISMATCH:
             return Mismatch(payload)
         case ClaimCase.REFUSED:
