@@ -185,14 +185,7 @@ class Admission:
         trace = request.headers.get(b"traceparent")
         self.trace = "" if trace is None else traceparent(trace)
         self.is_large = self.size >= OFF_LOOP_FROM
-        if self.is_large:
-            return None
-        if isinstance(self.body, bytes):
-            content_type = request.headers.get(b"content-type", b"")
-            self.fingerprint = fingerprint_of(
-                options.fingerprint, request.method, request.raw_path, request.query, content_type, self.body
-            )
-        else:
+        if not self.is_large:
             self.digest()
         return None
 
@@ -209,10 +202,12 @@ class Admission:
     def digest(self) -> None:
         """Take the fingerprint, or finish it."""
         body = self.body
-        if isinstance(body, bytes):
-            self.fingerprint = fingerprint_of(self._options.fingerprint, *self._head, body)
-        else:
+        if isinstance(body, Body):
             self.fingerprint = self._hasher.digest()
+        else:
+            method, path, query, content_type = self._head
+            strategy = self._options.fingerprint
+            self.fingerprint = fingerprint_of(strategy, method, path, query, content_type, body or b"")
 
     def refingerprint(self, stored: bytes) -> bytes | None:
         """This request's fingerprint by the algorithm that made a stored one (C21)."""
