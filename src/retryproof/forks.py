@@ -1,10 +1,10 @@
-"""What a fork leaves to the child: which files were open, and clients whose connections are the parent's.
+"""What a child inherits by a fork: files that were open, and clients whose connections belong to the parent.
 
-SQLite keeps its table of locks in the process's memory, by file. A child inherits the table, but not the locks of the
-operating system that it stands for: on a file that was open in SQLite across the fork, the child's connections, new
-ones too, exclude nobody, and the others take the child for absent and delete the log that it writes. So the store
-closes its file before a fork (`stores.sql.sqlite`), and a child refuses a file that was open nevertheless: in a
-connection of the application, or in a store that was busy for too long.
+SQLite keeps a table of its locks, by file, in the process's memory. A child inherits this table, but not the locks of
+the operating system. If SQLite had a file open during the fork, all connections of the child to this file, new ones
+too, exclude nobody. Other processes do not notice the child, and delete the log that it writes. So the store closes its
+file before a fork (`stores.sql.sqlite`). If a file was open all the same, in a connection of the application or in a
+store that was busy for too long, the child refuses it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import weakref
 from retryproof.core.errors import ConfigurationError
 
 MOST_DESCRIPTORS = 65_536
-"""How many descriptors are looked at where the system does not list those that are open."""
+"""How many file descriptors are checked if the system does not list the open ones."""
 
 _inherited: set[tuple[int, int]] = set()
-"""Device and inode of each file that was open when a process forked of which this one descends."""
+"""Device and inode of each file that was open when an ancestor of this process forked."""
 
 _clients: weakref.WeakSet[object] = weakref.WeakSet()
 _abandoned: list[object] = []
 
 
 def has_inherited_files() -> bool:
-    """Whether this process was forked from one that had files open, so that `check_not_inherited` has to be asked."""
+    """Whether an ancestor forked with open files, so that `check_not_inherited` has to check."""
     return bool(_inherited)
 
 
@@ -54,7 +54,7 @@ def keep_from_children(client: object) -> None:
 
 
 def abandon(client: object) -> None:
-    """Never close this client, whose connections are the parent's: not when it is collected, nor at the end.
+    """Never close this client, whose connections belong to the parent, not even at garbage collection or exit.
 
     asyncpg, say, would take its socket from the event loop's epoll, which is the parent's as well.
     """

@@ -1,8 +1,8 @@
-"""Reaping: removing records whose time is over, in bounded passes beside the traffic (C19).
+"""Reaping: deleting records whose time is over, in bounded passes beside the traffic (C19).
 
-Any number of processes may do it at once. An operation that ends without an outcome is never dropped silently: each is
-an event, and is handed to `on_ended`, and only then it is removed. So its end may be told twice (two that reap at once,
-one that dies in between, a reply that is lost), but never not at all (C12, I7).
+Any number of processes may reap at once. An operation without an outcome is never deleted silently: it is reported as
+an event and to `on_ended`, and only then deleted. So its end may be reported twice (by two reapers at once, after a
+reaper died, after a lost reply), but it is never missed (C12).
 
     reap_all(store, events=[log_event])     # from a timer, a cron job, or `retryproof reap`
 """
@@ -19,13 +19,13 @@ from retryproof.observe.logging import log_event
 from retryproof.stores.base import AsyncStore, Reaped, Store
 
 LIMIT = 1_000
-"""Records that a pass removes at most: some tens of milliseconds, after which others have their turn."""
+"""The most records that a pass deletes: some tens of milliseconds, after which others have their turn."""
 ENDED = "its unsettled retention ended; whether it had its effect was never settled"
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What all passes removed. unsettled: operations that ended without an outcome. more: there is more to remove."""
+    """The results of all passes. unsettled: operations that ended without an outcome. more: there is more to delete."""
 
     passes: int = 0
     settled: int = 0
@@ -48,8 +48,8 @@ def reap_all(
 ) -> Totals:
     """Reap until there is nothing more, or for a number of passes of at most `limit` records each.
 
-    on_ended: called with each operation that ended without an outcome, before it is removed. Where it raises, those
-        told so far are removed, the others stay for the next time, and its exception is passed on.
+    on_ended: called with each operation that ended without an outcome, before it is deleted. If it raises, the
+        operations reported so far are deleted, the others stay for the next time, and its exception is raised.
     on_pass: called after each pass.
     Raises StoreUnavailable.
     """
@@ -76,7 +76,7 @@ async def areap_all(
     on_ended: OnEnded = lambda record: None,
     on_pass: OnPass = lambda totals: None,
 ) -> Totals:
-    """`reap_all` for a store of the event loop."""
+    """`reap_all` for an async store."""
     totals = Totals(more=True)
     while totals.more and (passes is None or totals.passes < passes):
         reaped, told = await store.reap(limit), list[Record]()
@@ -92,7 +92,7 @@ async def areap_all(
 
 
 def _tell(reaped: Reaped, told: list[Record], events: Sequence[Listener], on_ended: OnEnded) -> None:
-    """Tell of each end, and note who was told of, one by one."""
+    """Report each end, and record it as reported, one by one."""
     for record in reaped.unsettled:
         if not _is_settled_by_hand(record):
             event = Event(
@@ -119,6 +119,6 @@ def _add(totals: Totals, reaped: Reaped, ended: Sequence[bytes]) -> Totals:
 
 
 def _is_settled_by_hand(record: Record) -> bool:
-    """Whether an operator said that it never happened, nothing was kept beside, and no attempt ended unknown since."""
+    """Whether an operator said that it never happened, nothing else is stored, and no attempt ended unknown since."""
     released = record.state is State.RELEASED and record.attempt == 1
     return released and record.checkpoints.keys() == {SETTLED_BY_HAND}

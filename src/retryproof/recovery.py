@@ -1,6 +1,6 @@
-"""What an attempt leaves for those after it: the names that its steps and phases use, and the values kept (T3). No I/O.
+"""What an attempt leaves for later ones: the names and stored values of its steps and phases (T3). No I/O.
 
-`stepping` is a step as a generator: it yields what the store or the caller is to do, and is pumped in either colour.
+`stepping` is a step as a generator: it yields what the store or the caller has to do, blocking or awaited.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STEP_BESIDE = (
 
 @dataclass(frozen=True, slots=True)
 class StepCall:
-    """Call the step's function. key: what it passes on as an idempotency key."""
+    """Call the step's function. key: its idempotency key for foreign calls."""
 
     key: UUID
 
@@ -48,8 +48,8 @@ Stepping: TypeAlias = Generator[Renew | Checkpoint | Look | StepCall, Any, Any]
 class Recovery:
     """The recovery points of one attempt, for its steps and its phases. Safe to use from threads.
 
-    limit: bytes that the store keeps of all values together, if it has such a limit.
-    refuses: why the operation takes no transaction any more; ENDED once it has ended.
+    limit: how many bytes the store keeps of all values together, if it has a limit.
+    refuses: why the operation accepts no transaction any more; ENDED after its end.
     """
 
     __slots__ = ("_limit", "_names", "hold", "policy", "refuses")
@@ -63,11 +63,11 @@ class Recovery:
 
     @property
     def digest(self) -> str:
-        """16 hex digits that stand for the operation."""
+        """16 hex digits that name the operation."""
         return short_digest(self.hold.id)
 
     def begin(self, name: str, codec: Codec) -> tuple[bool, Any]:
-        """Use a name: whether an earlier attempt kept a value under it, and the value.
+        """Use a name; return whether an earlier attempt stored a value under it, and the value.
 
         Raises ConfigurationError for a name that was used before, or after the end; LeaseLost.
         """
@@ -98,11 +98,11 @@ class Recovery:
         )
 
     def forget(self, name: str) -> None:
-        """It was not used after all."""
+        """Mark a name as unused again."""
         self._names.discard(name)
 
     def check_revivable(self, name: str) -> None:
-        """Refuse to extend a lease past `max_run` (C6)."""
+        """Refuse to extend a lease after `max_run` (C6)."""
         if clock() >= self.hold.stops:
             self.forget(name)
             raise LeaseLost(
@@ -112,9 +112,9 @@ class Recovery:
             )
 
     def encoded(self, codec: Codec, value: Any) -> tuple[bytes, Any]:
-        """A value of a step or a phase, as it is kept and as every attempt sees it (C16).
+        """A value of a step or a phase, as it is stored and as every attempt sees it (C16).
 
-        Raises Unencodable for one that cannot be kept, for its kind or its size.
+        Raises Unencodable for a value that cannot be stored, because of its type or its size.
         """
         data, seen = encode_and_replay(codec, value)
         too_much = len(data) > self.policy.max_result
@@ -125,15 +125,15 @@ class Recovery:
         return data, seen
 
     def kept(self, name: str, data: bytes) -> None:
-        """The value is in the record."""
+        """Remember that the value is in the record."""
         self.hold.checkpoints = {**self.hold.checkpoints, name: data}
 
 
 def stepping(recovery: Recovery, name: str, codec: Codec, key: UUID, *, held: bool) -> Stepping:
-    """Take a step: renew a lease that has run out by our own count (C6), call the function, keep its result.
+    """Do a step: renew the lease if it is over by our own count (C6), call the function, store its result.
 
-    A result that cannot be kept is handed on as it is: what made it must not run again (C14).
-    held: a transaction that was joined holds the record, so that nothing could be kept.
+    If the result cannot be stored, the caller gets it all the same, and the function must not run again (C14).
+    held: a joined transaction holds the record, so that nothing could be stored.
     """
     hold = recovery.hold
     known, value = recovery.begin(name, codec)
@@ -172,9 +172,9 @@ def _renewed(recovery: Recovery, name: str, reply: Reply, sent: float) -> None:
 
 
 def _keeping(recovery: Recovery, name: str, data: bytes) -> Generator[Checkpoint | Look, Any, None]:
-    """Store a step's result, fenced; ask again for as long as a completion may take while the store gives no answer.
+    """Store a step's result, fenced; repeat it as long as a completion may take while the store gives no answer.
 
-    Where the record is gone nobody took over, and the attempt goes on (C10).
+    If the record is gone, nobody took over, and the attempt continues (C10).
     """
     hold, began = recovery.hold, clock()
     while True:
@@ -202,7 +202,7 @@ def _keeping(recovery: Recovery, name: str, data: bytes) -> Generator[Checkpoint
 
 
 def lease_lost(hold: Hold) -> LeaseLost:
-    """The error of an attempt that another one took over."""
+    """The error for an attempt that was overtaken."""
     return LeaseLost(
         "Another attempt took this operation over while this one ran past its lease; what this one does is not "
         "recorded any more. Stop, and let the other one answer.",
@@ -211,4 +211,4 @@ def lease_lost(hold: Hold) -> LeaseLost:
 
 
 _mutex = threading.Lock()
-"""Held while a name is taken: a handler's threads use names as well."""
+"""Held while a name is reserved, since threads of a handler use names too."""

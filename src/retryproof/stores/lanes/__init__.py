@@ -1,15 +1,17 @@
-"""Coalescing: what arrives while a batch is on its way travels in the next one.
+"""Coalescing: commands that arrive while a batch is under way are sent in the next batch.
 
-No timers and no waiting for company: an idle system sends a batch of one at once, a busy one pays one round trip, one
-script, one commit for many operations. An operation's id stands once in a batch. A twin of a claim that has not
-left yet is decided by that claim's answer; any other command for the same id travels in the next batch.
+There are no timers, and a command never waits for others to come. An idle system sends a batch of one at once. A busy
+system pays one round trip, one script or one commit for many operations. An operation's id is only once in a batch. If
+a claim has not been sent yet, its answer also decides its twins; any other command for the same id goes into the next
+batch.
 
-`TaskCoalescer` serves the tasks of one event loop over an async store, one lane a kind of command, with one batch on
-its way, or several where the store says so; no two hold the same id. `ThreadCoalescer` is the line of all who use a
-blocking store: the thread that finds nobody sending sends the batch for all that have come meanwhile, and the first
-in line takes over. `Bridge` puts the tasks of every event loop in the same line and sends for them in a thread of its
-own; there a batch waits for those who were just answered, for one round of their loop, since a commit costs more than
-that.
+- `TaskCoalescer` serves the tasks of one event loop over an async store. Each kind of command has a queue (a lane),
+with
+  one batch under way, or several if the store says so; no two batches have the same id.
+- `ThreadCoalescer` is the queue of all callers of a blocking store. A thread that finds nobody sending becomes the leader:
+  it sends the batch for all commands in the queue, and then the first one in the queue takes over.
+- `Bridge` puts the commands of tasks, from every event loop, into the same queue, and sends them in one thread. There, a
+  batch waits for tasks that just got an answer, for one round of their loop, since a commit costs more than that.
 """
 
 from retryproof.stores.lanes.bridge import Bridge, BridgeEnd

@@ -9,14 +9,14 @@ from retryproof.stores.lanes.replies import clock
 
 NEVER = float("inf")
 _AFTER = 0.001
-"""Seconds that it rings late, so that what it rings for is due by then on a coarser clock as well."""
+"""It rings this many seconds late, so that the deadline is over on a coarser clock too."""
 
 
 class Alarm:
-    """Calls `ring` in the loop, which tells who has waited for too long and returns the next deadline.
+    """Calls `ring` in the loop, which answers callers that have waited too long, and returns the next deadline.
 
-    Nearly every command's deadline lies behind those of the commands before it, and costs one comparison with `due`;
-    but callers who share a store need not have the same time-out.
+    Nearly every command has a later deadline than the commands before it, and costs one comparison with `due`. But
+    callers that share a store may have different time-outs.
     """
 
     __slots__ = ("_loop", "_ring", "_timer", "due")

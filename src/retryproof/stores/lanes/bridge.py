@@ -1,4 +1,4 @@
-"""The bridge over which the tasks of any event loop use a blocking store: their commands stand in the threads' line."""
+"""The hand-off by which tasks of any event loop use a blocking store: their commands join the threads' queue."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from retryproof.stores.lanes.replies import Orphaned, as_reply, clock, is_orphan
 from retryproof.stores.lanes.threads import Entry, ThreadCoalescer
 
 IDLE_SECONDS = 10.0
-"""A thread with nothing to do for so long ends; the next command starts another."""
+"""A thread without work for this many seconds ends; the next command starts another one."""
 MOST_BOARDING = 0.01
-"""Seconds that a batch waits for tasks which were just answered, at most; a commit takes one to ten milliseconds."""
+"""The most seconds that a batch waits for tasks that just got an answer; a commit takes one to ten milliseconds."""
 LAST_LOOK = 0.05
-"""Seconds until a thread that is to end looks again, while another one sends what tasks wait for."""
+"""Seconds until a thread that has to end checks again, while another one sends the tasks' commands."""
 
 
 class _TaskEntry(Entry):
@@ -41,7 +41,7 @@ class _TaskEntry(Entry):
         self.twins = None
 
     def is_gone(self) -> bool:
-        """See Entry. Whatever is not a claim travels although its caller was cancelled."""
+        """See Entry. Only a claim is not sent after its caller was cancelled."""
         return self.gone or (self.future.done() and type(self.command) is Claim)
 
     def answered(self) -> None:
@@ -54,7 +54,7 @@ class _TaskEntry(Entry):
 
 
 class Bridge:
-    """The thread that leads for the tasks of all event loops.
+    """The thread that sends batches for the tasks of all event loops.
 
     It starts with the first command and ends when there has been none for a while.
     """
@@ -75,11 +75,11 @@ class Bridge:
         threads.after_batch = self._deliver
 
     def end(self) -> BridgeEnd:
-        """The running event loop's end."""
+        """The part for the running event loop."""
         return BridgeEnd(self, asyncio.get_running_loop())
 
     def send(self, entry: _TaskEntry) -> None:
-        """Put a command on its way. Raises RuntimeError where there is no thread and none can be started."""
+        """Put a command into the queue. Raises RuntimeError if there is no thread and none can be started."""
         self.line.put(entry)
         if self._thread is None:  # looked at behind the line, as the thread does when it ends
             self._start_for(entry)
@@ -109,7 +109,7 @@ class Bridge:
             self._ready.release()
 
     def close(self) -> None:
-        """End the thread, after what is waiting."""
+        """End the thread after the waiting commands."""
         with self.line.mutex:
             self._closing = True
             self.wake()
@@ -135,7 +135,7 @@ class Bridge:
             raise
 
     def _wait(self) -> bool:
-        """Wait for the lead; False when the thread is to end."""
+        """Wait until this thread is the leader; False if it has to end."""
         while self.line.leader is not self:
             if self._ready.acquire(timeout=LAST_LOOK if self._closing else IDLE_SECONDS) and not self._closing:
                 continue
@@ -148,7 +148,8 @@ class Bridge:
         return True
 
     def _let_board(self) -> None:
-        """Let tasks that were just answered ask what they ask next, so that one commit serves them and who waits.
+        """Let tasks that just got an answer send their next command, so that one commit serves them and the waiting
+        ones.
 
         It takes one round of their loop, and no longer than the last batch took: a loop may be busy, or blocked.
         """
@@ -162,18 +163,18 @@ class Bridge:
         self._boarding.clear()
 
     def round_over(self, end: BridgeEnd) -> None:
-        """Every task of this end that was answered has had its turn. Called in the end's loop."""
+        """Every task of this loop that got an answer has had its turn. Called in that loop."""
         self._boarding.pop(end, None)
         if self._lets_board and not self._boarding:
             with self.line.mutex:
                 self.wake()
 
     def ask(self, end: BridgeEnd) -> None:
-        """Have this end's replies delivered. Under the mutex."""
+        """Schedule the delivery of this loop's replies. Under the mutex."""
         self._ends[end] = self._boarding[end] = None
 
     def _deliver(self) -> None:
-        """Have loops hand out replies. Those that are closed do not: their callers have gone. Under the mutex."""
+        """Let loops deliver replies. Closed loops do not: their callers have gone. Under the mutex."""
         for end in list(self._ends):
             end.deliver()
             while end.is_closed and end.underway:
@@ -189,24 +190,24 @@ class Bridge:
 
 
 class BridgeEnd:
-    """One event loop's end of the bridge. What the sending thread may use says so; the rest is the loop's."""
+    """The part for one event loop. The sending thread may use only what says so; the loop uses the rest."""
 
     def __init__(self, bridge: Bridge, loop: asyncio.AbstractEventLoop) -> None:
         self.bridge = bridge
         self._line = bridge.line
         self._loop = loop
         self.waiting: dict[_TaskEntry, None] = {}
-        """Commands that have no reply: whatever becomes of the line. The sending thread removes them."""
+        """Commands without a reply yet, whether in the queue or sent. The sending thread removes them."""
         self.collected: list[_TaskEntry] = []
         """Commands that have replies, for `deliver`. Under the mutex."""
         self.underway: deque[Sequence[_TaskEntry]] = deque()
-        """Commands whose replies the loop was given and has not handed out."""
+        """Commands whose replies the loop has received and not delivered yet."""
         self._alarm = Alarm(loop, self._expire)
 
     def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """One command's reply; Unreachable when there was none in time.
 
-        A claim whose caller is cancelled does not leave, or is released when its reply arrives. Other commands travel.
+        A claim whose caller is cancelled is not sent, or is released when its reply arrives. Other commands are sent.
         """
         future: asyncio.Future[Reply] = self._loop.create_future()
         if self._line.is_full:
@@ -234,7 +235,7 @@ class BridgeEnd:
         return self._loop.is_closed()
 
     def deliver(self) -> None:
-        """Have replies handed out in the loop. Under the mutex; the bridge sees to those that a closed loop leaves."""
+        """Schedule the delivery of replies in the loop. Under the mutex; the bridge handles those of a closed loop."""
         if self.collected:
             self.underway.append(self.collected)
             self.collected = []
@@ -253,7 +254,7 @@ class BridgeEnd:
         self._loop.call_soon(self.bridge.round_over, self)
 
     def _expire(self) -> float:
-        """Tell everybody who has waited for too long; when the next is due."""
+        """Answer all callers that have waited too long; return the next deadline."""
         now = clock()
         earliest = NEVER
         with self._line.mutex:

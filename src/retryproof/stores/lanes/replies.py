@@ -1,4 +1,4 @@
-"""What coalescers of every colour tell their callers."""
+"""The replies of all coalescers to their callers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from retryproof.core.commands import Acquired, Claim, Finished, Mismatch, Reply,
 from retryproof.core.errors import IdempotencyError, StoreUnavailable
 
 MAX_WAITING = 10_000
-"""Commands of a kind that may wait for a slow store; more are refused at once."""
+"""How many commands of a kind may wait for a slow store; any more are refused at once."""
 
 Orphaned = Callable[[Claim, Reply], None]
-"""Called with a claim that nobody waits for, and with its answer, or None where there was none."""
+"""Called with a claim that nobody waits for, and its answer, or None if there was none."""
 Heard = Callable[[], None]
 """Called when the store has answered a batch."""
 clock = time.monotonic
 
 
 def overdue(name: str, timeout: float, *, sent: bool) -> Unreachable:
-    """The store did not answer in time; or what was asked did not leave in time, and never will."""
+    """The store did not answer in time; or the command was not sent in time, and never will be."""
     return Unreachable(StoreUnavailable(f"The {name} store did not answer within {timeout:g} s; try again."), sent)
 
 
@@ -30,14 +30,14 @@ def overfull(name: str) -> Unreachable:
 
 
 def interrupted(name: str) -> Unreachable:
-    """The call was broken off; what was asked may have been done."""
+    """The call was aborted; the command may have been done."""
     return Unreachable(StoreUnavailable(f"A call of the {name} store was interrupted; try again."))
 
 
 def is_orphan(command: object, reply: Reply) -> bool:
-    """Whether this is a claim that stands or may stand, for a caller who has gone without a word.
+    """Whether this is a claim that was or may have been applied, and whose cancelled caller got no answer.
 
-    Not one who was told that the time was over: that one asks again under the same nonce, or disowns the claim itself.
+    A caller that learnt of a time-out does not count: it asks again with the same nonce, or disowns the claim itself.
     """
     if isinstance(reply, Unreachable):
         return reply.sent and isinstance(command, Claim)
@@ -45,7 +45,7 @@ def is_orphan(command: object, reply: Reply) -> bool:
 
 
 def not_heard() -> None:
-    """Nobody wants to know that the store has answered."""
+    """Do nothing when the store has answered."""
 
 
 def as_reply(name: str, answer: Any) -> Reply:
@@ -68,7 +68,7 @@ def as_replies(name: str, answers: Sequence[Any]) -> Sequence[Reply]:
 
 
 def twin_reply(reply: Reply, lease: float) -> Reply | None:
-    """What a twin of a claim is told when that claim was answered so; None: it must ask for itself."""
+    """The answer to a twin of a claim with this answer; None: the twin must ask for itself."""
     match reply:
         case Acquired():
             return Running(lease)
@@ -79,5 +79,5 @@ def twin_reply(reply: Reply, lease: float) -> Reply | None:
 
 
 def are_twins(one: object, other: object) -> bool:
-    """Whether two commands for one id are claims for the same input, so that one answer decides both."""
+    """Whether two commands for one id are claims of the same input, so that one answer decides both."""
     return isinstance(one, Claim) and isinstance(other, Claim) and one.fingerprint == other.fingerprint

@@ -28,20 +28,21 @@ from retryproof.stores.lanes.replies import (
 )
 
 PORTION = 32
-"""Replies that are handed out at once where there are many; larger portions leave client or server idle."""
+"""How many replies are delivered at a time if there are many; larger portions leave client or server idle."""
 WORTH_SPLITTING = 2 * PORTION
-"""Replies from which on they are handed out in portions, so that client and server work at the same time. Each portion
+"""From this number on, replies are delivered in portions, so that client and server work at the same time. Each portion
 makes the next call smaller, and a call costs the client as much as the commands of some ten operations."""
 
 _Waiter: TypeAlias = tuple[asyncio.Future[Reply], Any, float, float]
-"""A task's command on its way: the future of its reply, the command, its deadline, and the time-out that set it.
+"""A task's command: the future of its reply, the command, its deadline, and the time-out that set it.
 
-Before its answer comes, the future is done only where its caller has left (cancelled) or was told that it is too late.
-It is a tuple, since one is made for every command; its twins stand in a table of the lane."""
+Before the answer comes, the future is done only if the caller was cancelled, or got the answer that it is too late.
+This
+is a tuple, since there is one for every command; its twins are in a table of the lane."""
 
 
 class _Lane:
-    """All commands of one kind for one async store: what waits, and the senders that carry it off in batches."""
+    """The queue of one kind of command for one async store, and the senders that send it in batches."""
 
     __slots__ = (
         "_aside",
@@ -74,11 +75,11 @@ class _Lane:
         self._senders = [_Sender(self) for _ in range(coalescer.batches_in_flight)]
         self._idle = list(self._senders)
         self._ready = True  # a sender is idle, and none is about to fetch what waits
-        # Ids on their way, which do not leave again before they have landed. One sender needs no such thing.
+        # Ids under way: they are not sent again before their answers. A single sender does not need this.
         self._flying: set[bytes] | None = set() if len(self._senders) > 1 else None
 
     def submit(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
-        """Put a command on its way."""
+        """Put a command into the queue."""
         future: asyncio.Future[Reply] = self._create_future()
         pending = self.pending
         if len(pending) + self._aside >= MAX_WAITING:
@@ -101,7 +102,7 @@ class _Lane:
             self._set_aside(standing, waiter)
 
     def _set_aside(self, standing: _Waiter, waiter: _Waiter) -> None:
-        """Its id is in line already: it shares that command's answer, or travels later."""
+        """Its id is in the queue already: it gets that command's answer, or is sent later."""
         self._aside += 1
         if are_twins(standing[1], waiter[1]):
             self._twins.setdefault(standing[0], []).append(waiter)
@@ -112,10 +113,10 @@ class _Lane:
         self._ready = False
         self._idle.pop().start()
 
-    # What a sender asks for
+    # For senders
 
     def next_batch(self) -> Sequence[_Waiter]:
-        """What is to leave now, each id once; nothing, where nothing waits or all that waits is on its way already."""
+        """The next batch, with each id once; empty if nothing waits, or if the ids that wait are under way already."""
         while taken := self._take():
             if self._later:
                 self._queue_later()
@@ -130,7 +131,7 @@ class _Lane:
         return ()
 
     def _queue_later(self) -> None:
-        """What stood back for its id's sake has its turn, once."""
+        """Give commands that waited for their id one more turn."""
         for _ in range(len(self._later)):
             self._aside -= 1
             self._queue(self._later.popleft())
@@ -144,8 +145,8 @@ class _Lane:
         return [pending.pop(id) for id in list(islice((id for id in pending if id not in flying), self._size))]
 
     def _taken_back(self, waiter: _Waiter) -> bool:
-        """Whether this, which is answered, does not leave any more: a claim whose caller has left, or what its caller
-        was told has not left in time. A twin takes its place."""
+        """Whether this answered command must not be sent any more: a claim whose caller has left, or a command whose
+        caller got a time-out before it was sent. A twin takes its place."""
         if not isinstance(waiter[1], Claim):
             return not waiter[0].cancelled()
         for twin in self._twins_of(waiter):
@@ -153,12 +154,12 @@ class _Lane:
         return True
 
     def landed(self, batch: Sequence[_Waiter]) -> None:
-        """These are on their way no more."""
+        """These are not under way any more."""
         if self._flying is not None:
             self._flying.difference_update(waiter[1].id for waiter in batch)
 
     def deliver(self, waiters: Sequence[_Waiter], replies: Sequence[Reply]) -> None:
-        """Hand replies out."""
+        """Deliver replies."""
         if self._twins:
             for waiter, reply in zip(waiters, replies, strict=True):
                 self._deliver(waiter, reply)
@@ -188,18 +189,18 @@ class _Lane:
                 twin[0].set_result(told)
 
     def _twins_of(self, waiter: _Waiter) -> Sequence[_Waiter]:
-        """Its twins, which from now on are on their own."""
+        """Return its twins, which from now on are independent."""
         twins = self._twins.pop(waiter[0], ())
         self._aside -= len(twins)
         return twins
 
     def rest(self, sender: _Sender) -> None:
-        """It has nothing to carry."""
+        """A sender has nothing to send."""
         self._idle.append(sender)
         self._ready = True
 
     def abandon(self, sender: _Sender) -> None:
-        """The loop shuts down: who still waits gets a definite answer, and may ask again."""
+        """The loop shuts down: waiting callers get a definite answer, and may ask again."""
         self.landed(sender.flying)
         waiters = [*sender.flying, *sender.answered, *self.pending.values(), *self._later]
         self._aside -= len(self._later)
@@ -218,7 +219,7 @@ class _Lane:
     # In time
 
     def _expire(self) -> float:
-        """Tell everybody who has waited for too long, and break off what hangs; when the next is due."""
+        """Answer all callers that have waited too long, and abort calls that hang; return the next deadline."""
         now = clock()  # not the loop's time, which on uvloop is that of the round's beginning
         earliest = self._expire_all([*self.pending.values(), *self._later], now, sent=False)
         for sender in self._senders:
@@ -245,9 +246,9 @@ class _Lane:
 
 
 class _Sender:
-    """Carries a lane's batches off, one after the other, in a task that ends when nothing waits.
+    """Sends a lane's batches, one after the other, in a task that ends when nothing waits.
 
-    flying: what is on its way. answered: whose replies are here and are handed out next: not overdue any more.
+    flying: commands under way. answered: commands whose replies have come and are delivered next: not overdue any more.
     """
 
     __slots__ = ("_broken_off", "_hangs_at", "_lane", "_task", "answered", "flying")
@@ -261,7 +262,7 @@ class _Sender:
         self._broken_off = False
 
     def start(self) -> None:
-        """Fetch what waits in the loop's next round, when more may have come."""
+        """Take the waiting commands in the loop's next round, when more may have come."""
         self._broken_off = False
         self._task = self._lane.coalescer.loop.create_task(self._run())
         self._task.add_done_callback(self._ended)
@@ -287,7 +288,7 @@ class _Sender:
                 else:
                     await self._deliver_in_portions(batch, replies)
                 self.answered = ()
-                if lane.requeued:  # by a store that may answer without ever giving way to the loop
+                if lane.requeued:  # by a store that may answer without ever yielding to the loop
                     lane.requeued = False
                     await asyncio.sleep(0)
         except BaseException:  # it is cancelled as its loop ends
@@ -318,7 +319,7 @@ class _Sender:
         return answers
 
     def expire(self, now: float) -> float:
-        """Break the call off if it hangs; when that is due."""
+        """Abort the call if it hangs; return when that is due."""
         if self._hangs_at > now or self._task is None:
             return self._hangs_at
         self._hangs_at, self._broken_off = NEVER, True
@@ -333,9 +334,9 @@ class _Sender:
         return self._task.uncancel() == 0
 
     async def _deliver_in_portions(self, batch: Sequence[_Waiter], replies: Sequence[Reply]) -> None:
-        """What the callers of a portion ask next is under way while the others still work.
+        """Let the callers of a portion send their next commands while the others still work.
 
-        What waits is sent before that: a pause would merge all callers into one crowd that works or waits in step.
+        Waiting commands are sent before that: a pause would make all callers work or wait at the same time.
         """
         lane = self._lane
         for start in range(0, len(batch), PORTION):
@@ -373,7 +374,7 @@ class TaskCoalescer:
     def perform(self, command: Any, timeout: float) -> asyncio.Future[Reply]:
         """One command's reply; Unreachable when there was none in time.
 
-        A claim whose caller is cancelled does not leave, or is released when its reply arrives. Other commands travel.
+        A claim whose caller is cancelled is not sent, or is released when its reply arrives. Other commands are sent.
         """
         return self.submit[type(command)](command, timeout)
 

@@ -1,4 +1,4 @@
-"""Batches over a blocking store: the line of what waits, whose turn it is to send, and threads that wait in it."""
+"""Batches over a blocking store: the queue of commands, the leader that sends them, and threads that wait."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from retryproof.stores.lanes.replies import (
 
 
 class Leader(Protocol):
-    """Whoever may send the line's batches: a thread that waits in it, or the thread that sends for tasks."""
+    """A thread that may send the queue's batches: one that waits in the queue, or the thread that sends for tasks."""
 
     def wake(self) -> None:
-        """Let it look whether it has the lead. Called under the mutex."""
+        """Let it check whether it is the leader. Called under the mutex."""
 
 
 class Entry(ABC):
-    """A command in line or on its way.
+    """A command in the queue or under way.
 
-    leader: who leads when this is the first in line. sent: it has left. gone: its caller does not wait any more, and
-    what has not left does not leave.
+    leader: who becomes the leader if this is the first in the queue. sent: it was sent. gone: its caller does not wait
+        any
+    more; if it was not sent, it never will be.
     """
 
     __slots__ = ("command", "gone", "leader", "reply", "sent", "twins")
@@ -52,15 +53,15 @@ class Entry(ABC):
 
     @abstractmethod
     def is_gone(self) -> bool:
-        """Whether nobody waits for it, so that it need not leave. Under the mutex."""
+        """Whether nobody waits for it, so that it need not be sent. Under the mutex."""
 
     @abstractmethod
     def answered(self) -> None:
-        """Its reply is there. Called under the mutex, once."""
+        """Its reply has come. Called once, under the mutex."""
 
 
 class _Caller:
-    """A thread that waits for its commands; `ready` is released when a reply is there or when it is to lead."""
+    """A thread that waits for its commands; `ready` is released when a reply has come, or it becomes the leader."""
 
     __slots__ = ("ready",)
 
@@ -77,7 +78,7 @@ class _Caller:
 class _ThreadEntry(Entry):
     """A thread's command.
 
-    done: it has its reply. left: its caller was interrupted, and has not been told anything.
+    done: it has its reply. left: its caller was interrupted, and got no answer.
     """
 
     __slots__ = ("_orphaned", "caller", "done", "left")
@@ -108,11 +109,11 @@ _ByKind = dict[type, dict[bytes, Entry]]
 
 
 class ThreadCoalescer:
-    """Batches over a blocking store, for threads and for whoever else leads.
+    """Batches over a blocking store, for threads and for other leaders.
 
-    The thread that finds nobody sending becomes the leader: it sends one batch of what is in line, hands out the
-    replies, and passes the lead to the next in line. So there is no thread of its own, and no hand-over while one
-    thread is alone. Different kinds of command go in one commit where the store can do that.
+    A thread that finds nobody sending becomes the leader. It sends one batch of the queue, delivers the replies, and
+    makes the first in the queue the next leader. So there is no extra thread, and no hand-off while a thread is alone.
+    Different kinds of commands share one commit, if the store can do that.
 
     after_batch: called under the mutex when a batch has its replies.
     """
@@ -134,11 +135,11 @@ class ThreadCoalescer:
             Claim: store.claim,
             Look: self._look,
         }
-        self._pending: deque[Entry] = deque()  # whoever appends without the mutex looks at the leader afterwards
+        self._pending: deque[Entry] = deque()  # a caller that appends without the mutex checks the leader afterwards
         self._flying: Sequence[Entry] = ()
         self.mutex = threading.Lock()
         self.leader: Leader | None = None
-        """Whose turn it is to send. One reference, so that an interruption at any point leaves it with somebody."""
+        """The current leader. It is one reference, so that after an interruption at any point somebody still has it."""
         self.after_batch: Callable[[], None] | None = None
 
     def perform(self, command: Any, timeout: float) -> Reply:
@@ -185,7 +186,7 @@ class ThreadCoalescer:
         return entry.reply
 
     def _give_up(self, entry: _ThreadEntry) -> bool:
-        """After a time-out: whether neither the reply nor the lead came in the last moment."""
+        """After a time-out: whether neither the reply nor the leadership came at the last moment."""
         with self.mutex:
             if entry.done or self.leader is entry.caller:
                 return False
@@ -198,7 +199,7 @@ class ThreadCoalescer:
             self._pending.remove(entry)
 
     def _quit(self, entries: Sequence[_ThreadEntry], caller: _Caller) -> None:
-        """The caller was interrupted: what is on its way goes on without it, the rest does not leave."""
+        """The caller was interrupted: sent commands continue without it, the others are not sent."""
         with self.mutex:
             for entry in entries:
                 if not entry.done:
@@ -211,7 +212,7 @@ class ThreadCoalescer:
             elif self.leader is not None:
                 self.leader.wake()  # the interruption may have come just before we did that
 
-    # Others who stand in line
+    # Other callers in the queue
 
     @property
     def is_full(self) -> bool:
@@ -224,7 +225,7 @@ class ThreadCoalescer:
         return len(self._pending) >= self._size
 
     def put(self, entry: Entry) -> None:
-        """Put a command in line, from any thread, and have it sent by whoever leads."""
+        """Put a command into the queue, from any thread; the leader sends it."""
         self._pending.append(entry)
         if self.leader is None:
             with self.mutex:
@@ -232,25 +233,25 @@ class ThreadCoalescer:
                     self._pass_on()
 
     def withdraw(self, entry: Entry) -> None:
-        """Take a command out of the line, whose leader cannot lead. Under the mutex."""
+        """Remove a command whose leader cannot lead from the queue. Under the mutex."""
         self._drop(entry)
         if self.leader is entry.leader:
             self._pass_on()
 
     def waits_for(self, leader: Leader) -> bool:
-        """Whether this one has the lead, or may get it from what is in line. Under the mutex."""
+        """Whether this one is the leader, or may become it by a command in the queue. Under the mutex."""
         return self.leader is leader or any(entry.leader is leader for entry in self.unanswered())
 
     def unanswered(self) -> Iterator[Entry]:
-        """All that is on its way or in line. Under the mutex."""
+        """All commands under way or in the queue. Under the mutex."""
         for entry in [*self._flying, *self._pending]:
             yield entry
             yield from entry.twins or ()
 
-    # The lead
+    # The leader
 
     def lead(self) -> None:
-        """Send one batch, then pass the lead on."""
+        """Send one batch, then make the next one the leader."""
         try:
             self._send(self._next_batch())
         finally:
@@ -259,14 +260,14 @@ class ThreadCoalescer:
                 self._pass_on()
 
     def _pass_on(self) -> None:
-        """Hand the lead to the first in line; without one it lies where the next to come finds it."""
+        """Make the first in the queue the leader; if there is none, the next caller finds that nobody leads."""
         self.leader = None
         if self._pending:  # looked at once nobody leads: who comes later sees that
             self.leader = leader = self._pending[0].leader
             leader.wake()
 
     def _next_batch(self) -> _ByKind:
-        """What is in line, bounded, each id once a kind; twins go with their claim, the rest stays in line."""
+        """The next batch, bounded, with each id once a kind; twins go with their claim, the rest stays in the queue."""
         batch: _ByKind = {}
         left: list[Entry] = []
         flying: list[Entry] = []
@@ -324,7 +325,7 @@ class ThreadCoalescer:
             self.after_batch()
 
     def _tell_twins(self, entry: Entry, twins: Sequence[Entry]) -> None:
-        """A twin of a claim that nobody waits for asks for itself: that claim is given back."""
+        """A twin of a claim that nobody waits for is sent for itself, since that claim is released."""
         gone = entry.is_gone()
         entry.twins = None
         for twin in twins:
