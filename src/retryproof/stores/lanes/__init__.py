@@ -6,12 +6,11 @@ a claim has not been sent yet, its answer also decides its twins; any other comm
 batch.
 
 - `TaskCoalescer` serves the tasks of one event loop over an async store. Each kind of command has a queue (a lane),
-with
-  one batch under way, or several if the store says so; no two batches have the same id.
-- `ThreadCoalescer` is the queue of all callers of a blocking store. A thread that finds nobody sending becomes the leader:
-  it sends the batch for all commands in the queue, and then the first one in the queue takes over.
-- `Bridge` puts the commands of tasks, from every event loop, into the same queue, and sends them in one thread. There, a
-  batch waits for tasks that just got an answer, for one round of their loop, since a commit costs more than that.
+  with one batch under way, or several if the store says so. No two batches have the same id.
+- `ThreadCoalescer` is the queue of all callers of a blocking store. A thread that finds nobody sending becomes the
+  leader. It sends the batch for all commands in the queue, and then the first one in the queue takes over.
+- `Bridge` puts the commands of tasks, from every event loop, into the same queue, and sends them in one thread. There,
+  a batch waits for tasks that just got an answer, for one round of their loop, since a commit costs more than that.
 """
 
 from retryproof.stores.lanes.bridge import Bridge, BridgeEnd
