@@ -55,11 +55,11 @@ Refingerprint = Callable[[bytes], bytes | None]
 class CountingBackground(Background, Protocol):
     """A background that counts the attempts of its process (C15)."""
 
-    def enter(self) -> int:
-        """An attempt begins; says how alone it is, as a claim does."""
+    def enter(self, nonce: bytes) -> int:
+        """The attempt with this nonce begins; says how alone it is, as a claim does."""
 
-    def leave(self) -> None:
-        """An attempt has ended."""
+    def leave(self, nonce: bytes) -> None:
+        """It has ended; called once more where an interruption came."""
 
 
 class BlockingStore(Performer, Protocol):
@@ -123,10 +123,12 @@ class Attempts(Listening):
         reply: Reply = None
         try:
             reply = opened.perform(claim, policy.store_timeout)
-        finally:
-            if reply is None:  # interrupted
-                opened.background.leave()
-        return self.begun(opened, policy, claim, began, reply, where, refingerprint, fails_open=fails_open)
+            return self.begun(opened, policy, claim, began, reply, where, refingerprint, fails_open=fails_open)
+        except BaseException:  # an interruption: nothing has begun, and nobody may hold it
+            opened.background.leave(claim.nonce)
+            if type(reply) is Acquired:  # any other is seen to where the store, or the machine, was interrupted
+                opened.background.disown(claim, reply)
+            raise
 
     def begun(
         self,
@@ -140,8 +142,10 @@ class Attempts(Listening):
         *,
         fails_open: bool = False,
     ) -> BlockingAttempt | Conclusion:
-        """`begin` once the claim, which was sent at this time, has its first reply."""
-        attempt: BlockingAttempt | None = None
+        """`begin` once the claim, which was sent at this time, has its first reply.
+
+        Where it is interrupted, the caller leaves the background, and disowns a claim that was acquired.
+        """
         step: Hold | Conclusion | None = None
         try:
             step = after_claim(claim, reply, began, began, policy)
@@ -153,17 +157,12 @@ class Attempts(Listening):
                     )
                 )
             if isinstance(step, Hold):
-                attempt = BlockingAttempt(self, opened, policy, step, began, where)
-                return attempt
-        except BaseException:  # an interruption: nothing has begun, and nobody may hold it
+                return BlockingAttempt(self, opened, policy, step, began, where)
+        except BaseException:
             if isinstance(step, Hold):
                 opened.background.unwatch(step)
-            if type(reply) is Acquired:  # any other is seen to where the machine was interrupted
-                opened.background.disown(claim, reply)
             raise
-        finally:
-            if attempt is None:
-                opened.background.leave()
+        opened.background.leave(claim.nonce)
         self.conclude(step, claim.id, where, began, fails_open=fails_open)
         return step
 
@@ -207,7 +206,7 @@ class Attempts(Listening):
                 return attempt
         finally:
             if attempt is None:
-                background.leave()
+                background.leave(claim.nonce)
         self.conclude(step, id, where, began, fails_open=fails_open)
         return step
 
@@ -222,20 +221,25 @@ class Attempts(Listening):
         beside: bool,
     ) -> Claim:
         """A claim with a nonce of its own, whose attempt has entered the background, and is to leave it."""
-        alone = background.enter()
-        return Claim(  # in the order of its fields: by name it takes twice as long
-            id,
-            fingerprint,
-            os.urandom(16),
-            policy.lease,
-            policy.retention,
-            policy.unsettled_retention,
-            policy.on_abandoned,
-            policy.max_attempts,
-            tenant,
-            self.trace_of(trace),
-            0 if beside else alone,
-        )
+        nonce = os.urandom(16)
+        try:
+            alone = background.enter(nonce)
+            return Claim(  # in the order of its fields: by name it takes twice as long
+                id,
+                fingerprint,
+                nonce,
+                policy.lease,
+                policy.retention,
+                policy.unsettled_retention,
+                policy.on_abandoned,
+                policy.max_attempts,
+                tenant,
+                self.trace_of(trace),
+                0 if beside else alone,
+            )
+        except BaseException:
+            background.leave(nonce)
+            raise
 
     async def _decide(
         self,
@@ -301,8 +305,8 @@ class HeldAttempt(Generic[S, Op]):
 
     def _unwatch(self) -> None:
         if self._watched:
-            self._watched = False
             self._opened.background.unwatch(self.hold)
+            self._watched = False
 
     def interrupt(self, outcome: WorkOutcome) -> None:
         """Leave what the work came to to the keeper, unless it is settled: the caller does not settle it any more."""
@@ -311,11 +315,11 @@ class HeldAttempt(Generic[S, Op]):
             self._unwatch()
 
     def leave(self) -> None:
-        """The work has ended, whatever came of it; called once."""
+        """The work has ended, whatever came of it; called once more where an interruption came."""
         if self._watched:
             self.operation.refuses_transactions = ENDED
             self._unwatch()
-        self._opened.background.leave()
+        self._opened.background.leave(self.hold.nonce)
 
 
 class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):

@@ -73,11 +73,11 @@ def begin_many(
         for one, claim, reply in zip(items, claims, replies, strict=True):
             begun.append(attempts.begun(opened, policy, claim, began, reply, one.where, one.refingerprint))
     except BaseException:
+        for claim in claims[len(begun) :]:
+            background.leave(claim.nonce)
         for claim, reply in list(zip(claims, replies, strict=False))[len(begun) :]:
             if may_stand(reply):
                 background.disown(claim, reply)
-        for _ in claims[len(begun) + (1 if replies else 0) :]:  # the one at which it was interrupted has left
-            background.leave()
         _give_back(begun)
         raise
     return begun

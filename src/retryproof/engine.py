@@ -150,16 +150,20 @@ class Idempotency(Engine):
         error: BaseException | None = None
         final: commands.WorkOutcome | None = None
         attempt: BlockingAttempt | Conclusion | None = None
+        held: BlockingAttempt | None = None
+        begun = False
         try:
             attempt = self.attempts.begin(opened, policy, id, fingerprint, where, tenant, beside=beside)
             if not isinstance(attempt, BlockingAttempt):
                 return _answer(attempt, codec, id)
+            held = attempt
             # Asked in the same step that calls the work (C6).
             conclusion = None if attempt.hold.may_begin(clock()) else attempt.renew()
             if conclusion is None:
                 outer = current_operation(None)
                 try:
                     enter(attempt.operation)
+                    begun = True
                     value = fn()
                     if inspect.iscoroutine(value):
                         value.close()
@@ -171,18 +175,28 @@ class Idempotency(Engine):
                 outcome: commands.WorkOutcome
                 if error is None:
                     outcome, value = _encoded(value, codec, policy, opened)
-                else:
+                elif begun:
                     outcome = outcome_of(error, policy.unknown_on)
+                else:
+                    raise error
                 final, undone = settle(attempt.operation, outcome)
                 conclusion = attempt.finish(final)
                 error = undone or error
-        except BaseException:
-            if final is not None and isinstance(attempt, BlockingAttempt):
-                attempt.interrupt(final)
+        except BaseException:  # an interruption
+            if isinstance(attempt, BlockingAttempt):
+                held = attempt
+                if final is not None:
+                    attempt.interrupt(final)
+                elif not begun:
+                    attempt.give_back()
             raise
         finally:
-            if isinstance(attempt, BlockingAttempt):
-                attempt.leave()
+            if held is not None:
+                try:
+                    held.leave()
+                except BaseException:  # an interruption: once more
+                    held.leave()
+                    raise
         return _answer(conclusion, codec, id, value, error)
 
     def opened(self) -> Opened:

@@ -95,7 +95,6 @@ def test_an_interruption_while_a_batch_is_claimed_gives_back_what_was_acquired()
     class Interrupting(Attempts):
         def begun(self, *given: Any, **more: Any) -> Any:
             if given[2].id == make_id("b"):
-                given[0].background.leave()
                 raise KeyboardInterrupt
             return super().begun(*given, **more)
 
@@ -104,7 +103,7 @@ def test_an_interruption_while_a_batch_is_claimed_gives_back_what_was_acquired()
     opened.close(5.0)
     states = [record.state for record in store.get([make_id("a"), make_id("c")]) if record is not None]
     assert states == [State.RELEASED, State.RELEASED]
-    assert opened.background._active == []
+    assert not opened.background._active
 
 
 def test_an_interruption_while_a_batch_is_settled_leaves_it_to_the_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +166,7 @@ async def test_a_batch_that_is_cancelled_while_it_is_claimed_leaves_nothing_clai
             if [record and record.state for record in found] == [State.RELEASED] * 2 and opened.background.idle:
                 break
             await asyncio.sleep(0.01)
-    assert opened.background._active == []
+    assert not opened.background._active
     await opened.aclose()
 
 

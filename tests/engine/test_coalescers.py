@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import uvloop
@@ -18,6 +18,8 @@ from retryproof.stores.base import Capabilities
 from retryproof.stores.lanes import Bridge, TaskCoalescer, ThreadCoalescer, tasks, threads
 from retryproof.stores.lanes.bridge import MOST_BOARDING
 from tests.engine.support import SECONDS, OnLoop, Turnstile, in_thread, make_claim
+
+T = TypeVar("T")
 
 
 class Interrupted(BaseException):
@@ -128,9 +130,8 @@ def test_c4_an_interrupted_commit_is_nobodys_answer() -> None:
     gate = Gate()
 
     class Grouped(Turnstile):
-        @contextmanager
-        def commit_group(self) -> Iterator[None]:
-            yield
+        def commit_group(self, calls: Callable[[], T]) -> T:
+            return calls()
 
     store = Grouped()
     held = store.claim([make_claim()])[0]

@@ -88,14 +88,15 @@ class Background:
     def __init__(self) -> None:
         self.left: list[Disown | Linger] = []
         self.answers: list[Reply] = []
-        self.watched = self.entered = 0
+        self.watched = 0
+        self.entered: set[bytes] = set()
 
-    def enter(self) -> int:
-        self.entered += 1
+    def enter(self, nonce: bytes) -> int:
+        self.entered.add(nonce)
         return 2
 
-    def leave(self) -> None:
-        self.entered -= 1
+    def leave(self, nonce: bytes) -> None:
+        self.entered.discard(nonce)
 
     def watch(self, hold: Hold) -> None:
         self.watched += 1
@@ -146,8 +147,9 @@ class Named(straight.Attempts):
         self.caller = caller
 
     def claim(self, background: straight.CountingBackground, *rest: Any) -> Claim:
-        background.enter()
-        return self.caller.claim()
+        claim = self.caller.claim()
+        background.enter(claim.nonce)
+        return claim
 
 
 async def by_attempt(way: Way) -> flow.Conclusion:

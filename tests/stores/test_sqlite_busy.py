@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -207,9 +207,12 @@ def test_c2_what_somebody_elses_triggers_write_makes_no_batch_done(tmp_path: Pat
         )
     stale = Complete(claims[1].id, b"z" * 16, tokens[1] - 1, b"2")
     assert store.complete([Complete(claims[0].id, claims[0].nonce, tokens[0], b"1"), stale]) == [DONE, LOST]
-    with store.commit_group():
+
+    def complete_and_claim() -> Sequence[object]:
         store.complete([Complete(claims[2].id, claims[2].nonce, tokens[2], b"3")])
-        replies = store.claim([again(claims[1]), new_claim()])
+        return store.claim([again(claims[1]), new_claim()])
+
+    replies = store.commit_group(complete_and_claim)
     assert [type(reply) for reply in replies] == [Running, Acquired]
     [alone] = store.claim([new_claim()])  # so that the next one is expected to be new, and is inserted
     [twin] = store.claim([again(claims[1])])

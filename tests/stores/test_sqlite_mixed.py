@@ -131,17 +131,19 @@ def test_an_in_memory_database_groups_and_rolls_back(path: str) -> None:
     [acquired] = store.claim([claim])
     assert isinstance(acquired, Acquired)
 
-    def fail_in_a_group() -> None:
-        with store.commit_group():
-            store.complete([complete(claim, acquired, b"undone")])
-            raise OSError("gone")
+    def fail() -> None:
+        store.complete([complete(claim, acquired, b"undone")])
+        raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        fail_in_a_group()
+        store.commit_group(fail)
     assert isinstance(store.claim([again(claim)])[0], Running)
-    with store.commit_group():
+
+    def replay() -> object:
         store.complete([complete(claim, acquired, b"done")])
-        assert isinstance(store.claim([again(claim)])[0], Finished)
+        return store.claim([again(claim)])[0]
+
+    assert isinstance(store.commit_group(replay), Finished)
     assert isinstance(store.claim([again(claim)])[0], Finished)
 
 

@@ -28,16 +28,17 @@ Rules for authors:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from retryproof.core.batch import Batch, Reaped
 from retryproof.core.commands import Checkpoint, Claim, ClaimReply, Complete, FenceReply, Release, Renew
 from retryproof.core.record import Record, State
 
 __all__ = ["AsyncStore", "Batch", "Capabilities", "DatabaseEngine", "HasCommitGroup", "HasKeeper", "Reaped", "Store"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +175,11 @@ class HasKeeper(Protocol):
 class HasCommitGroup(Protocol):
     """A store that can commit calls of several kinds together."""
 
-    def commit_group(self) -> AbstractContextManager[None]:
-        """All calls inside are one commit; a failure inside fails them all."""
+    def commit_group(self, calls: Callable[[], T]) -> T:
+        """Make calls of this store that are one commit; a failure among them fails them all.
+
+        A function and no context manager: an interruption may come where that is entered or left.
+        """
 
 
 class DatabaseEngine(Protocol):

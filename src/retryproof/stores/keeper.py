@@ -82,7 +82,7 @@ class Keeper:
     max_unstored: bytes of results that may wait while the store is out of reach; above that, claims are refused.
     holds: the holds of this process, by the operation's id.
     full: whether claims are refused, since too much waits to be stored.
-    leave: an attempt has ended that began with `enter`.
+    leave: the attempt with this nonce has ended, which began with `enter`; called once more where it was interrupted.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Keeper:
         self._asked: dict[Hold, Future[Reply]] = {}
         self._troubled = False
         self._failed_at = self._probe_at = self._delay = 0.0
-        self._active: list[None] = []
-        self.leave: Callable[[], None] = self._active.pop
-        self._suspects = 0
-        self._counting = threading.Lock()
-        self._mutex = threading.Condition()
+        self._active: set[bytes] = set()  # by nonce: it needs no lock, and can be taken from twice
+        self.leave: Callable[[bytes], None] = self._active.discard
+        self._suspects: dict[Hold, None] = {}  # those that were taken over
+        self._lock = threading.RLock()  # entered by itself: the condition's own way in may be interrupted
+        self._mutex = threading.Condition(self._lock)
         self._wake_at = 0.0  # when the thread looks next; 0 while it is looking
         self._called = NEVER  # when it was asked to look, though whoever asked may have ended
         self._thread: threading.Thread | None = None
@@ -113,10 +113,10 @@ class Keeper:
 
     # How many are at work (C15)
 
-    def enter(self) -> int:
+    def enter(self, nonce: bytes) -> int:
         """An attempt begins; says how alone it is: 2 nobody else, 1 nobody else that was taken over, 0 neither."""
         active = self._active
-        active.append(None)  # a list counts without a lock, whose two uses cost more than the rest of this
+        active.add(nonce)
         if len(active) == 1:
             return 2
         return 0 if self._suspects else 1
@@ -127,8 +127,8 @@ class Keeper:
         """Renew this hold until `unwatch`, for its `max_run` seconds at most."""
         before = self.holds.get(hold.id)
         self.holds[hold.id] = hold
-        if before is not None and before.attempt > 1:  # one of this process that this one overtook
-            self._part()
+        if before is not None:  # one of this process that this one overtook
+            self._suspects.pop(before, None)
         if hold.attempt > 1:
             self._meet(hold)
         if hold.due < self._wake_at or self._thread is None:
@@ -140,27 +140,20 @@ class Keeper:
             self._forget(hold)
 
     def _forget(self, hold: Hold) -> None:
+        self._suspects.pop(hold, None)
         watched = self.holds.pop(hold.id, None)
-        if watched is not hold:
-            if watched is not None:  # the one that overtook it
-                self.holds.setdefault(hold.id, watched)
-        elif hold.attempt > 1:
-            self._part()
+        if watched is not hold and watched is not None:  # the one that overtook it
+            self.holds.setdefault(hold.id, watched)
         if self._asked:
             self._say(hold, LOST)
         if self._closing:
             self._wake()
 
-    def _part(self) -> None:
-        with self._counting:
-            self._suspects -= 1
-
     def _meet(self, newcomer: Hold) -> None:
         """Operations that were taken over and now run side by side: no death of theirs counts until they part."""
-        with self._counting:
-            self._suspects += 1
-            if self._suspects < 2:
-                return
+        self._suspects[newcomer] = None
+        if len(self._suspects) < 2:
+            return
         for hold in list(self.holds.values()):
             if hold.attempt > 1 and not hold.demoted:
                 hold.demoted = True
@@ -179,7 +172,7 @@ class Keeper:
     def linger(self, hold: Hold, last: Complete | Release) -> None:
         """Renew and settle until the store answers; call the hold's `on_settled` with whether it was stored."""
         lingering = _Lingering(hold, last, clock() + FIRST_DELAY)
-        with self._mutex:
+        with self._lock:
             before = self._lingering.get(hold)
             if before is not None:
                 self._unstored -= before.size
@@ -218,7 +211,7 @@ class Keeper:
             return _known(None) if self.full else None
         if twin.first(hold, self._last_of(hold), clock()) is None:
             return _known(None)
-        with self._mutex:
+        with self._lock:
             if self._troubled and clock() - self._failed_at < FRESH:
                 return _known(NO_ANSWER)
             asked = self._asked.get(hold)
@@ -246,7 +239,7 @@ class Keeper:
         return None if lingering is None else lingering.last
 
     def _say(self, hold: Hold, heard: Reply) -> None:
-        with self._mutex:
+        with self._lock:
             asked = self._asked.pop(hold, None)
         if asked is not None:
             asked.set_result(heard)
@@ -255,7 +248,7 @@ class Keeper:
 
     def _wake(self, by: float = 0.0) -> None:
         """Make the thread check its work by this time. A caller with a later time need not wake it again."""
-        with self._mutex:
+        with self._lock:
             if self._thread is None and not self._closing:
                 self._start()
             self._wake_at, self._called = min(self._wake_at, by), min(self._called, by)
@@ -274,7 +267,7 @@ class Keeper:
         """Wait for what runs and settle what lingers, for up to `drain` seconds, then end the thread; what is left is
         said in the log.
         """
-        with self._mutex:
+        with self._lock:
             self._closing = True
             self._drain_until = clock() + drain
             self._disowned.hurry()
@@ -310,7 +303,7 @@ class Keeper:
                     logger.exception("The keeper failed; it tries again.")
                     self._postpone()
         except BaseException:  # past every `except Exception`, as drivers in other languages may raise
-            with self._mutex:
+            with self._lock:
                 self._thread = None  # whoever comes next starts another
             raise
         finally:
@@ -320,7 +313,7 @@ class Keeper:
     def _sleep(self) -> bool:
         """Wait until something is due; False if the thread has to end."""
         idle_since: float | None = None
-        with self._mutex:
+        with self._lock:
             while True:
                 # Infinity first: a caller that adds work from here on sees it, and wakes this thread.
                 self._wake_at = NEVER
@@ -379,7 +372,7 @@ class Keeper:
 
     def _fail(self) -> None:
         """The store is out of reach: one call checks again after a while, and nobody waits for it."""
-        with self._mutex:
+        with self._lock:
             self._troubled, self._failed_at = True, clock()
             if self._failed_at >= self._probe_at:  # a renewal that fails meanwhile puts nothing off
                 self._delay = min(max(FIRST_DELAY, 2 * self._delay), FIRST_DELAY if self._closing else LAST_DELAY)
@@ -398,7 +391,7 @@ class Keeper:
     def heard(self) -> None:
         """The store has answered another caller: try everything that waits for it at once."""
         if self._troubled and clock() - self._failed_at >= FIRST_DELAY / 2:
-            with self._mutex:
+            with self._lock:
                 self._try_all()
                 self._mutex.notify()
 
@@ -448,7 +441,7 @@ class Keeper:
             lingering.due = later
             self._say(lingering.hold, NO_ANSWER)
             return
-        with self._mutex:
+        with self._lock:
             self._lingering.pop(lingering.hold, None)
             self._unstored -= lingering.size
             self.full = self._unstored >= self._max_unstored

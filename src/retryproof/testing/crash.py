@@ -20,7 +20,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeVar, overload
 
 from retryproof.core.errors import ConfigurationError
@@ -129,9 +128,9 @@ class _Wrapped:
     def checkpoint(self, commands: Sequence[Any]) -> Any:
         return self._call("checkpoint", commands)
 
-    def commit_group(self) -> AbstractContextManager[None]:
+    def commit_group(self, calls: Callable[[], T]) -> T:
         """The store's own, if it has one: a point inside it is before the commit."""
-        return self._store.commit_group() if isinstance(self._store, HasCommitGroup) else nullcontext()
+        return self._store.commit_group(calls) if isinstance(self._store, HasCommitGroup) else calls()
 
 
 class _AsyncWrapped:

@@ -67,11 +67,10 @@ class SqliteFile:
         with _forking:
             _files.add(self)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other threads out."""
-        with self._lock:
-            yield
+    @property
+    def held(self) -> threading.RLock:
+        """What keeps other threads out. Taken by `with` alone: no interruption leaves it with its thread."""
+        return self._lock
 
     @property
     def is_writing(self) -> bool:
@@ -111,9 +110,10 @@ class SqliteFile:
                 if not self._grouped:
                     self._execute(_COMMIT)
                 return result
-            finally:
-                if not self._grouped:
-                    self._roll_back()
+            finally:  # without a call of ours, at whose begin an interruption might come
+                connection = self._connection
+                if not self._grouped and connection is not None and connection.in_transaction:
+                    connection.rollback()
 
     def write_batch(self, commands: Sequence[object], plan: Callable[[], Plan[Sequence[R]]]) -> Batch[R]:
         """The plan's replies. In a group that gets no write lock, errors: what travels with it may only read (T2)."""
@@ -132,18 +132,20 @@ class SqliteFile:
             return error
         return None
 
-    @contextlib.contextmanager
-    def commit_group(self) -> Iterator[None]:
-        """All calls inside are one commit."""
+    def commit_group(self, calls: Callable[[], T]) -> T:
+        """Make calls of this file that are one commit."""
         with self._lock:
-            self._grouped, self._shut_out = True, None
             try:
-                yield
+                self._grouped, self._shut_out = True, None
+                result = calls()
                 if self._connected().in_transaction:
                     self._execute(_COMMIT)
-            finally:
+                return result
+            finally:  # as in `write`
                 self._grouped = False
-                self._roll_back()
+                connection = self._connection
+                if connection is not None and connection.in_transaction:
+                    connection.rollback()
 
     def close(self) -> None:
         """Close the file."""
@@ -181,7 +183,7 @@ class SqliteFile:
     def _begin(self, patience: float) -> None:
         """Take the write lock, however many others want it, unless one of them stays for longer than the patience."""
         began = stays_since = time.monotonic()
-        naps = _naps()
+        naps: Iterator[float]
         version: object = None
         while True:
             try:
@@ -196,10 +198,6 @@ class SqliteFile:
                 version, stays_since = seen, now
                 naps = _naps()
             time.sleep(next(naps))
-
-    def _roll_back(self) -> None:
-        if self._connection is not None and self._connection.in_transaction:
-            self._connection.rollback()
 
     def _execute(self, statement: Statement) -> Sequence[Row]:
         connection = self._connected()

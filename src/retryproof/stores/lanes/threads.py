@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from retryproof.core.commands import Checkpoint, Claim, Complete, Found, Look, Release, Renew, Reply
@@ -103,7 +103,6 @@ class _ThreadEntry(Entry):
         self.caller.wake()
 
 
-_ALONE = nullcontext()
 _ByKind = dict[type, dict[bytes, Entry]]
 """A batch by kind of command and id."""
 
@@ -124,9 +123,7 @@ class ThreadCoalescer:
         self._orphaned = orphaned
         self._store = store
         self._size = store.capabilities.max_batch
-        self._group: Callable[[], AbstractContextManager[None]] = (
-            store.commit_group if isinstance(store, HasCommitGroup) else nullcontext
-        )
+        self._commit_group = store.commit_group if isinstance(store, HasCommitGroup) else None
         self._calls: dict[type, Callable[[Any], Sequence[Any]]] = {
             Complete: store.complete,
             Release: store.release,
@@ -153,6 +150,10 @@ class ThreadCoalescer:
             return as_reply(self.name, answer) if isinstance(answer, Exception) else answer
         except Exception as error:  # noqa: BLE001 - whatever a store raises, the caller gets a definite answer
             return as_reply(self.name, error)
+        except BaseException:  # interrupted
+            if isinstance(command, Claim):
+                self._orphaned(command, None)
+            raise
 
     # Threads
 
@@ -202,14 +203,15 @@ class ThreadCoalescer:
         """The caller was interrupted: sent commands continue without it, the others are not sent."""
         with self.mutex:
             for entry in entries:
+                self._drop(entry)
                 if not entry.done:
                     entry.left = True
-                    self._drop(entry)
                 elif is_orphan(entry.command, entry.reply):
                     self._orphaned(entry.command, entry.reply)
-            if self.leader is caller:
+            if self.leader is None or self.leader is caller:  # what the lead left undone
+                self._hand_out()
                 self._pass_on()
-            elif self.leader is not None:
+            else:
                 self.leader.wake()  # the interruption may have come just before we did that
 
     # Other callers in the queue
@@ -262,9 +264,13 @@ class ThreadCoalescer:
     def _pass_on(self) -> None:
         """Make the first in the queue the leader; if there is none, the next caller finds that nobody leads."""
         self.leader = None
-        if self._pending:  # looked at once nobody leads: who comes later sees that
-            self.leader = leader = self._pending[0].leader
-            leader.wake()
+        while self._pending:  # looked at once nobody leads: who comes later sees that
+            first = self._pending[0]
+            if first.reply is None:
+                self.leader = first.leader
+                first.leader.wake()
+                return
+            self._pending.popleft()  # it has been sent, by a leader who was interrupted
 
     def _next_batch(self) -> _ByKind:
         """The next batch, bounded, with each id once a kind; twins go with their claim, the rest stays in the queue."""
@@ -276,35 +282,35 @@ class ThreadCoalescer:
         of_kind: dict[bytes, Entry] = {}
         with self.mutex:
             self._flying = flying
-            while pending and len(flying) < size:
-                entry = pending.popleft()
-                if entry.is_gone():
-                    continue
-                command = entry.command
-                if type(command) is not kind:  # most are of one kind
-                    kind = type(command)
-                    of_kind = batch.setdefault(kind, {})
-                standing = of_kind.setdefault(command.id, entry)
-                if standing is entry:
-                    entry.sent = True
-                    flying.append(entry)
-                elif not are_twins(standing.command, command):
-                    left.append(entry)
-                elif standing.twins is None:
-                    standing.twins = [entry]
-                else:
-                    standing.twins.append(entry)
-            pending.extendleft(reversed(left))
+            try:
+                while pending and len(flying) < size:
+                    entry = pending[0]  # it leaves the line once it is elsewhere: an interruption loses nobody
+                    if entry.reply is None and not entry.is_gone():
+                        command = entry.command
+                        if type(command) is not kind:  # most are of one kind
+                            kind = type(command)
+                            of_kind = batch.setdefault(kind, {})
+                        standing = of_kind.setdefault(command.id, entry)
+                        if standing is entry:
+                            entry.sent = True
+                            flying.append(entry)
+                        elif not are_twins(standing.command, command):
+                            left.append(entry)
+                        elif standing.twins is None:
+                            standing.twins = [entry]
+                        else:
+                            standing.twins.append(entry)
+                    pending.popleft()
+            finally:
+                pending.extendleft(reversed(left))
         return batch
 
     def _send(self, batch: _ByKind) -> None:
-        replies: list[tuple[Entry, Any]] = []  # nobody's before the group is committed
         try:
-            with self._group() if len(self._flying) > 1 else _ALONE:
-                for kind in batch if len(batch) == 1 else [kind for kind in self._calls if kind in batch]:
-                    entries = batch[kind].values()
-                    answers = self._calls[kind]([entry.command for entry in entries])
-                    replies += zip(entries, answers, strict=True)
+            if self._commit_group is None or len(self._flying) < 2:
+                replies = self._call(batch)
+            else:
+                replies = self._commit_group(partial(self._call, batch))
         except Exception as error:  # noqa: BLE001 - whatever a store raises, each caller gets a definite answer
             replies = [(entry, error) for entry in self._flying]
         else:
@@ -313,21 +319,29 @@ class ThreadCoalescer:
         for entry, answer in replies:
             entry.reply = as_reply(self.name, answer) if isinstance(answer, Exception) else answer
 
+    def _call(self, batch: _ByKind) -> list[tuple[Entry, Any]]:
+        """What the store answers to each; nobody's reply before the group is committed."""
+        replies: list[tuple[Entry, Any]] = []
+        for kind in batch if len(batch) == 1 else [kind for kind in self._calls if kind in batch]:
+            entries = batch[kind].values()
+            replies += zip(entries, self._calls[kind]([entry.command for entry in entries]), strict=True)
+        return replies
+
     def _hand_out(self) -> None:
-        flying, self._flying = self._flying, ()
-        for entry in flying:
+        """Tell everybody what has come of the batch; called again where it was interrupted."""
+        for entry in self._flying:
             if entry.reply is None:  # the leader was interrupted
                 entry.reply = interrupted(self.name)
             if entry.twins is not None:
                 self._tell_twins(entry, entry.twins)
             entry.answered()
+        self._flying = ()
         if self.after_batch is not None:
             self.after_batch()
 
     def _tell_twins(self, entry: Entry, twins: Sequence[Entry]) -> None:
         """A twin of a claim that nobody waits for is sent for itself, since that claim is released."""
         gone = entry.is_gone()
-        entry.twins = None
         for twin in twins:
             if twin.is_gone():
                 continue
@@ -336,6 +350,7 @@ class ThreadCoalescer:
                 self._pending.append(twin)
             else:
                 twin.answered()
+        entry.twins = None
 
     def _look(self, looks: Sequence[Look]) -> Sequence[Found]:
         return [Found(record) for record in self._store.get([look.id for look in looks])]

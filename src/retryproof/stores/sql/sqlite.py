@@ -10,7 +10,6 @@ sit in the tree that every claim descends. It has no other index: reaping reads 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from retryproof.clock import wall_clock
@@ -64,7 +63,7 @@ class SqliteStore:
             now = self._clock()
             if self._file.changes_one(records.insertion(claims[0], now)):
                 return [records.inserted(claims[0], now)]
-        with self._file.held():
+        with self._file.held:
             if self._file.is_writing:  # and nothing is gained by looking first
                 return self._file.write_batch(claims, lambda: records.claim(claims, self._clock()))
             replies: list[ClaimReply | ItemError | None] = [*self._file.read(records.peek(claims, self._clock()))]
@@ -99,7 +98,7 @@ class SqliteStore:
 
     def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
         """Each record as it stands."""
-        with self._file.held():
+        with self._file.held:
             return self._file.read(records.get(ids, self._clock()))
 
     def scan(
@@ -112,7 +111,7 @@ class SqliteStore:
         limit: int = 100,
     ) -> Sequence[Record]:
         """A page of records in the order of their ids."""
-        with self._file.held():
+        with self._file.held:
             return self._file.read(records.scan(prefix, state, tenant, after, limit, self._clock()))
 
     def evict(self, ids: Sequence[bytes]) -> Sequence[bool]:
@@ -126,7 +125,7 @@ class SqliteStore:
     def reap(self, limit: int = 1_000, told: Sequence[Record] = ()) -> Reaped:
         """End what was told, remove what is settled and over; what is over is found without the write lock."""
         ended = self._file.write(lambda: records.end(told, self._clock())) if told else []
-        with self._file.held():
+        with self._file.held:
             settled, unsettled, more = (
                 self._file.read(records.find_over(limit, self._clock())) if limit else ([], [], False)
             )
@@ -137,9 +136,9 @@ class SqliteStore:
         """Run a plan over other tables than the records', in one transaction that holds the write lock."""
         return self._file.write(plan)
 
-    def commit_group(self) -> AbstractContextManager[None]:
-        """All calls inside are one commit."""
-        return self._file.commit_group()
+    def commit_group(self, calls: Callable[[], T]) -> T:
+        """Make calls of this store that are one commit."""
+        return self._file.commit_group(calls)
 
     def close(self) -> None:
         """Close the file."""
