@@ -1,10 +1,10 @@
-"""Many attempts at once, as a consumer has them: one round trip to claim a batch, and one to settle it.
+"""Many attempts at once, for consumers: one round trip to claim a batch, and one to settle it.
 
-Each item has its own answer, as if it were alone: an attempt that may run, or a conclusion. An operation that comes
-twice in one batch runs once; its twin is told Busy where the first one runs, and the same as the first where that is
-done. A batch does not wait for duplicates that run elsewhere, whatever `Policy.wait` says: its other items hold their
-leases meanwhile. The items run beside each other, so that a process that dies with them counts against none (C15): to
-find the one that kills, run by itself what was taken over (`hold.attempt` above 1).
+Each item has its own answer, as if it were alone: an attempt that may run, or a conclusion. If an operation is twice in
+a batch, it runs once. Its twin gets Busy if the first one runs, or the same conclusion if the first one is done. A
+batch does not wait for duplicates that run elsewhere, whatever `Policy.wait` says, since its other items hold leases
+meanwhile. The items run at the same time, so the death of the process counts against none of them (C15). To find an
+item that kills its process, run items that were taken over (`hold.attempt` above 1) alone.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class BatchStore(BlockingStore, Protocol):
 def begin_many(
     attempts: Attempts, opened: BatchStore, policy: Policy, items: Sequence[Item]
 ) -> list[BlockingAttempt | Conclusion]:
-    """`Attempts.begin` for each item, in order; all claims travel together.
+    """`Attempts.begin` for each item, in order; all claims share a batch.
 
-    Interrupted, it gives back what it has claimed.
+    If it is interrupted, it releases its claims.
     """
     policy, background = _without_waiting(policy), opened.background
     began = clock()

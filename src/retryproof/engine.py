@@ -1,7 +1,7 @@
 """Engines: a store, a policy, a codec and listeners, behind one call that runs a function once.
 
-`run` is what people call: a key and a function in, an `Outcome` out, or an error that says what to do. Adapters build
-on `attempts`.
+Applications call `run` with a key and a function, and get an `Outcome`, or an error that says what to do. Adapters use
+`attempts`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger("retryproof")
 
 
 class Outcome(Generic[T]):
-    """A function's value, and how it came about.
+    """A function's value, and where it came from.
 
     replayed: the value was stored by an earlier call. attempt: which attempt made it.
     """
@@ -65,7 +65,7 @@ class Outcome(Generic[T]):
 
 
 class Engine:
-    """What the engines of both colours have in common, and what adapters build on."""
+    """What both engines share, and what adapters use."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class Idempotency(Engine):
 
     store: a URL, which is opened at the first call and closed by `close`, or a store, which belongs to its caller; or a
         SQLAlchemy engine, which is used like a URL and stays its caller's.
-    codec: how results are kept; JSON by default. events: listeners; the log by default.
-    pepper: a secret mixed into every record's id, the same in every process that shares the store.
+    codec: how results are encoded; by default JSON. events: listeners; by default the log.
+    pepper: a secret that is mixed into every record's id, the same in every process that shares the store.
     """
 
     def run(
@@ -119,12 +119,13 @@ class Idempotency(Engine):
         policy: Policy | None = None,
         codec: Codec | None = None,
     ) -> Outcome[T]:
-        """Run `fn` unless the operation is done; its value, fresh or replayed.
+        """Run `fn` unless the operation is done; return its value, fresh or replayed.
 
-        scope: what the key is unique in: a name, or parts from the tenant down. fingerprint: of the input; a key that
-        comes back with another raises Mismatch.
+        scope: where the key is unique: a name, or parts from the tenant down. fingerprint: of the input; the same key
+            with
+        another fingerprint raises Mismatch.
         Raises InProgress, Mismatch, OutcomeUnknown, LeaseLost, StoreUnavailable, ResultOmitted, InvalidKey, Unreadable,
-        and what `fn` raises, after which it may run again.
+        and the exceptions of `fn`, after which it may run again.
         """
         if inspect.iscoroutinefunction(fn):
             raise errors.ConfigurationError("Idempotency runs plain functions; use AsyncIdempotency for a coroutine.")
@@ -204,7 +205,7 @@ class Idempotency(Engine):
         return self._source.opened()
 
     def close(self, drain: float = 5.0) -> None:
-        """Wait for what runs and lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
+        """Wait up to `drain` seconds for running and unsettled operations; close a store that was opened from a URL."""
         self._source.close(drain)
 
     def __enter__(self) -> Self:
@@ -253,8 +254,8 @@ class AsyncIdempotency(Engine):
     ) -> Coroutine[Any, Any, Outcome[Any]]:
         """`Idempotency.run`, awaited; `fn` may be a plain function or a coroutine function.
 
-        Cancelled while `fn` runs, it cancels `fn`, and the record stays in progress unless the policy says
-        `release_on_cancel`. Cancelled while the result is being stored, it first stores it.
+        If it is cancelled while `fn` runs, it cancels `fn`, and the record stays in progress unless the policy says
+        `release_on_cancel`. If it is cancelled while the result is being stored, it first stores the result.
         """
         return self._run(fn, policy, codec, None, scope, key, fingerprint)
 
@@ -335,7 +336,7 @@ class AsyncIdempotency(Engine):
         return self._source.aopened()
 
     async def aclose(self, drain: float = 5.0) -> None:
-        """Wait for what runs and lingers, for up to `drain` seconds, and close a store that was opened from a URL."""
+        """Wait up to `drain` seconds for running and unsettled operations; close a store that was opened from a URL."""
         await self._source.aclose(drain)
 
     async def __aenter__(self) -> Self:
@@ -348,9 +349,10 @@ class AsyncIdempotency(Engine):
 def _encoded(
     value: Any, codec: Codec, policy: Policy, opened: Opened | AsyncOpened | AsyncView
 ) -> tuple[Returned, Any]:
-    """A result as it is stored, and as every caller is to see it (C16).
+    """A result as it is stored, and as every caller gets it (C16).
 
-    One that cannot be encoded or is over the limit becomes a tombstone, and its caller gets the real value (C17).
+    A result that cannot be encoded, or is over the limit, becomes a tombstone, and its caller gets the real value
+    (C17).
     """
     try:
         data, seen = encode_and_replay(codec, value)
@@ -368,7 +370,7 @@ def _encoded(
 def _answer(
     conclusion: Conclusion, codec: Codec, id: bytes, value: Any = None, error: BaseException | None = None
 ) -> Outcome[Any]:
-    """What the caller gets; raises what the function raised, or the error that the conclusion is.
+    """The outcome for the caller; raises the function's exception, or the error of the conclusion.
 
     value, error: what came of the function in this attempt.
     """

@@ -2,13 +2,13 @@
 
     attempt = attempts.begin(Foreground(opened, policy.store_timeout), policy, id, fingerprint)
 
-No lease is renewed: the policy's lease has to cover the work. Nothing is left to a thread that may not run: what the
-keeper would do later is done once, before `begin` and `finish` return (on an event loop, before `settled` returns).
+No lease is renewed, so the policy's lease has to cover the work. No work is left to a thread that may not run: the work
+of the keeper is done once, before `begin` and `finish` return (on an event loop, before `settled` returns).
 
-Where the store does not answer in that time, it is given up, and the log says so. A result that could not be stored
-goes to its caller all the same (`Completed`, `stored` False, and the event UNSTORED): its record stays in progress
-until its lease ends, and then `on_abandoned` decides, as after a crash. So `refuse` is the policy for work that must
-not happen twice even then. A claim without an answer may stand: it holds its operation for one lease.
+If the store does not answer in that time, this work is given up and logged. A caller gets a result that could not be
+stored all the same (`Completed`, `stored` False, and the event UNSTORED). Its record stays in progress until its lease
+ends, and then `on_abandoned` decides, as after a crash. So choose `refuse` for work that must not happen twice even
+then. A claim without an answer may have been applied: then it holds its operation for one lease.
 """
 
 from __future__ import annotations

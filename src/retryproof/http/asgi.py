@@ -2,7 +2,7 @@
 
     app.add_middleware(IdempotencyMiddleware, store="sqlite:///keys.db", scope=by_user)
 
-It needs nothing but ASGI, and what it does not cover passes through it untouched (H1).
+It needs only ASGI. A request that it does not cover passes through unchanged (H1).
 """
 
 from __future__ import annotations
@@ -18,31 +18,34 @@ from retryproof.http.options import Options
 from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 
 DRAIN = 10.0
-"""Seconds that a shutdown waits for operations whose servers have left them."""
+"""Seconds that a shutdown waits for operations whose requests the server has cancelled."""
 
 
 class IdempotencyMiddleware(Layer[App, AsgiEngine]):
     """Lets requests with an idempotency key take effect once, and replays their responses.
 
     store: a URL, opened at the first covered request and closed at `lifespan.shutdown`, or a store of the caller's.
-    scope: whom a key belongs to: `by_user`, `by_header(…)`, `single_tenant`, or a callable of the ASGI scope;
+    scope: who owns a key: `by_user`, `by_header(…)`, `single_tenant`, or a callable of the ASGI scope;
     `by_host(…)` around one of them adds the host.
     policy, required, endpoint, fail_open: a value or a callable of the ASGI scope. A policy of None: not covered.
     required: refuse requests without a key. endpoint: a name that stands for method and path in the key's scope.
     key: the header with the key, `json_field(…)`, or a callable. keys: "strong" refuses keys that can be guessed.
-    strict: only the quoted spelling. fingerprint: what makes two requests the same; every byte by default.
-    store_when: "default", "stripe", "success-only", or a callable of status and headers: which responses settle it.
-    on_departure: "finish" runs a handler, and the stream that it produces, to its end when its client leaves; "stop"
-    tells it, and a stream ends there, with an unknown outcome. Or a callable of the ASGI scope, or of a response's
-    status and headers, that returns one of them.
-    max_departed: how many may run at once without their clients; over it, the one that has done so for longest is
-    stopped, with an unknown outcome.
-    authorize: asked before each replay whether this caller may have it.
-    max_body: bytes. body_timeout: seconds that a body may stall, and that it may take beside one for every 16 KiB.
-    fail_open: run without protection when the store is down, and say so in the answer.
+    strict: accept only the quoted form. fingerprint: what makes two requests the same; by default every byte.
+    store_when: "default", "stripe", "success-only", or a callable of status and headers: which responses are stored.
+    on_departure: what happens when a client leaves. "finish": the handler, and the stream that it produces, runs to its
+    end. "stop": the app sees the disconnect, and a stream ends there, with an unknown outcome. Or a callable of the
+    ASGI scope, or of a response's status and headers, that returns one of them.
+    max_departed: how many handlers may run at once without their clients; above that, the one that has run so for
+        longest
+    is stopped, with an unknown outcome.
+    authorize: called before each replay; it says whether this caller may have the response.
+    max_body: bytes. body_timeout: seconds for which a body may stall; a whole body may take these and one second for
+        every
+    16 KiB.
+    fail_open: run without protection while the store is down, and say so in the response.
     replay_header: marks a replay. keep_set_cookie: whether replays repeat cookies. docs_url: for problem documents.
-    events: listeners; the log by default. pepper: a secret mixed into record ids. name: tells apps that share a store
-    apart.
+    events: listeners; by default the log. pepper: a secret that is mixed into record ids. name: a name for this app, if
+    several apps share a store.
     """
 
     def _make_engine(self, app: App, options: Options, **engine_options: Any) -> AsgiEngine:
@@ -73,10 +76,10 @@ class IdempotencyMiddleware(Layer[App, AsgiEngine]):
         return send_and_close
 
     async def aclose(self, drain: float = DRAIN) -> None:
-        """Wait for operations that still run, for up to `drain` seconds, and close a store that was opened from a URL.
-        What is left is said in the log.
+        """Wait up to `drain` seconds for operations that still run, and close a store that was opened from a URL.
+        Operations that are left are logged.
 
-        Done at `lifespan.shutdown`; for servers without lifespan.
+        `lifespan.shutdown` does this; call it yourself on servers without lifespan.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + drain

@@ -1,9 +1,8 @@
-"""Django inside of a layer, ASGI or WSGI: what a view raises, before Django makes a response of it.
+"""Django inside the middleware, ASGI or WSGI: the exception of a view, before Django makes a response of it.
 
-Django answers an exception with a 500 of its own, so that the layer never sees it. Where Django is loaded, the layer
-imports this file, and Django's signal then says what was raised: `OutcomeUnknown` keeps the record as it does anywhere
-(C5). A middleware or a view that answers the exception itself sends no signal, and has to call
-`operation.outcome_unknown()`.
+Django answers an exception with a 500 of its own, so the middleware never sees it. If Django is loaded, the middleware
+imports this file, and Django's signal reports the exception: `OutcomeUnknown` keeps the record, as everywhere (C5). If
+a middleware or a view answers the exception itself, there is no signal: it has to call `operation.outcome_unknown()`.
 """
 
 from __future__ import annotations

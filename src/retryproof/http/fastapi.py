@@ -5,8 +5,8 @@ Charging = Annotated[AsyncSession, Depends(transaction(async_sessionmaker(engine
 @app.post("/charges")
 async def charge(session: Charging) -> Receipt: ...
 
-What raises is rolled back, an HTTPException too, though its response may be kept: from outside of the app it is a
-response like any other, but a dependency sees it.
+If the handler raises, the work is rolled back, also after an HTTPException, whose response may be stored: outside the
+app it is a normal response, but a dependency sees the exception.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from retryproof.operation import Operation, current_operation
 S = TypeVar("S")
 
 WAITING = 16
-"""Threads of a dependency that open sessions, or wait for a connection; what waits behind them does so without one."""
+"""How many threads of a dependency open sessions or wait for connections; further requests wait without a thread."""
 _NO_OPERATION = (
     "This route works in the operation's transaction, and its request has no operation. Give the middleware "
     "required=True for it, so that a request without a key is refused before it gets here."
@@ -32,17 +32,17 @@ _NO_OPERATION = (
 
 
 def transaction(make: Callable[[], AbstractAsyncContextManager[S]]) -> Callable[[], AsyncIterator[S]]:
-    """A dependency: what `make` opens, in a transaction that is committed with the response before it is sent.
+    """A dependency: the session or connection from `make`, in a transaction that commits with the response.
 
-    make: `async_sessionmaker(engine)`, `engine.connect`, `pool.acquire`, `pool.connection`; called once a request,
-        and what it opens is closed after the commit or the roll-back.
-    The handler leaves commit and roll-back alone; what it raises is rolled back. Raises NoOperation for a request that
-    has none.
+    make: `async_sessionmaker(engine)`, `engine.connect`, `pool.acquire`, `pool.connection`; called once for each
+        request. What it opens is closed after the commit or the rollback.
+    The transaction commits before the response is sent. The handler must not commit or roll back; if it raises, the
+    work is rolled back. Raises NoOperation for a request without an operation.
     """
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[S]:
-        # A session is a connection itself; inside a block of ours it is closed with it.
+        # A session is a connection itself; our block closes it.
         async with make() as session:
             yield session
 
@@ -59,10 +59,10 @@ def transaction(make: Callable[[], AbstractAsyncContextManager[S]]) -> Callable[
 
 
 def blocking_transaction(make: Callable[[], AbstractContextManager[S]]) -> Callable[[], AsyncIterator[S]]:
-    """`transaction` for what blocks, such as `sessionmaker(engine)`, and handlers that FastAPI runs in threads.
+    """`transaction` for blocking makers, such as `sessionmaker(engine)`, and handlers that run in threads.
 
-    It is opened in threads of its own: who waits for a connection in one of FastAPI's takes it from a handler that has
-    one, and needs a thread to get to its end.
+    It opens sessions in threads of its own. A request that waits for a connection in one of FastAPI's threads would
+    take this thread from a handler that has a connection, and needs a thread to finish.
     """
     threads = ThreadPoolExecutor(WAITING, thread_name_prefix="retryproof-session")
 
@@ -80,7 +80,7 @@ def blocking_transaction(make: Callable[[], AbstractContextManager[S]]) -> Calla
         try:
             session: S = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            await asyncio.wait({opening})  # what it opens is the operation's, which sees to its end
+            await asyncio.wait({opening})  # the operation closes what it opens
             raise
         try:
             yield session

@@ -32,9 +32,10 @@ def document_idempotency(
     replay_header: str = "Idempotency-Replayed",
     paths: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """Add the layer to every operation it covers, in place; returns the document. Calling it again changes nothing.
+    """Add the middleware to every operation that it covers, in place; return the document. A second call changes
+    nothing.
 
-    retention: seconds, as in the policy. paths: the covered ones as the document spells them; None for all.
+    retention: seconds, as in the policy. paths: the covered paths, as in the document; None for all.
     """
     chosen = {method.lower() for method in covered_methods(methods)}
     described = document.get("paths", {})

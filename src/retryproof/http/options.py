@@ -1,4 +1,4 @@
-"""The options of an HTTP layer, checked when it is made; shared by every server interface. Pure."""
+"""The options of the HTTP middleware, checked when it is made; the same for every server interface. Pure."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PerRequest: TypeAlias = V | Callable[[Any], V]
 """A value, or a callable of the ASGI scope that returns it."""
 
 Authorize: TypeAlias = Callable[[Any], bool | Awaitable[bool]]
-"""Whether this caller may have the stored response, asked before each replay (H13)."""
+"""Says before each replay whether this caller may have the stored response (H13)."""
 
 Departure: TypeAlias = Literal["finish", "stop"]
-"""What becomes of a handler whose client has left (H11)."""
+"""What happens to a handler whose client has left (H11)."""
 HeadDeparture: TypeAlias = Callable[[int, Sequence[Header]], Departure]
 """That, by the status and headers of its response."""
 OnDeparture: TypeAlias = PerRequest[Departure] | HeadDeparture
@@ -73,7 +73,7 @@ class Choice(Generic[V]):
             return value
         if isinstance(value, Coroutine):
             value.close()
-        # Not taken for true or false: a coroutine is true, and would open a route that was to fail closed.
+        # Do not use its truth value: a coroutine is true, and would open a route that has to fail closed.
         raise ConfigurationError(
             f"The callable {self._name}= returned {type(value).__name__}, which is no {self._name}."
         )
@@ -157,7 +157,7 @@ def check_options(
     pepper: bytes,
     name: str,
 ) -> Options:
-    """The options as they are used; ConfigurationError names the first that makes no sense."""
+    """The checked options; ConfigurationError names the first one that cannot work."""
     if keys not in get_args(Strength):
         raise ConfigurationError(f"keys={keys!r} must be one of {', '.join(map(repr, get_args(Strength)))}.")
     if authorize is not None and not callable(authorize):

@@ -1,13 +1,13 @@
-"""Who a key belongs to: the choice that every app makes once, so that no caller meets another's record (H5).
+"""Who owns a key: every app makes this choice once, so that no caller sees another's record (H5).
 
-    scope=by_user                   what the authentication before the layer established
+    scope=by_user                   the user that authentication outside the middleware has set
     scope=by_header("x-api-key")    a long-lived credential
     scope=single_tenant             one caller, or callers that may see each other's responses
     scope=lambda scope: …           an identity, or None for a caller that has none
-    scope=by_host(by_user)          any of these, apart for each host that the app serves
+    scope=by_host(by_user)          any of these, separately for each host that the app serves
 
-A caller without an identity is anonymous: apart from all that have one, and only with strong keys, which nobody else
-can guess.
+A caller without an identity is anonymous: separate from all callers with one, and only with strong keys, which nobody
+else can guess.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from retryproof.http.request import HttpRequest
 AsgiScope: TypeAlias = Mapping[str, Any]
 Identity: TypeAlias = str | bytes | None
 Identify: TypeAlias = Callable[[Any], Identity]
-"""A callable of the request (the ASGI scope) that returns who is calling; None is nobody in particular."""
+"""A callable of the request (the ASGI scope) that returns the caller's identity; None is anonymous."""
 
 CHOICES = (
     "scope= says whom a key belongs to, and has no default, so that no caller ever meets another's record. Choose: "
@@ -63,16 +63,16 @@ def by_user(*, absent: Literal["error", "anonymous"]) -> Identify: ...
 def by_user(
     scope: AsgiScope | None = None, /, *, absent: Literal["error", "anonymous"] = "error"
 ) -> Identity | Identify:
-    """The user in `scope["user"]`, as Starlette's and most other authentication middleware leave it there.
+    """The user in `scope["user"]`, where Starlette's and most other authentication middleware put it.
 
-    Read from it are, first found: the user itself when it is a string, `identity`, `id`, `pk`, `sub`, `username`, as
-    attributes or names in a mapping. What is not the user itself counts with its class and its type, as in
-    "shop.models.Customer int 42": a member of the staff with the number 42 is somebody else, and so is "42". Renaming
-    the class makes keys of before unseen; a callable of your own can name users as you like.
-    A user of None, or one that is not authenticated, is anonymous.
-    absent: a request in which nothing set a user, signed in or not, is an error: the authentication is missing, or lies
-    inside the layer, and all callers would be one. `by_user(absent="anonymous")` says that this is meant.
-    Raises ConfigurationError for that, and for a user that has none of these: two users would look alike.
+    The identity is the first of these: the user itself if it is a string, or its `identity`, `id`, `pk`, `sub` or
+    `username`, as attributes or names in a mapping. If it is not the user itself, the user's class and the value's type
+    belong to it, as in "shop.models.Customer int 42": a member of the staff with the number 42 is another user, and so
+    is "42". If you rename the class, earlier keys count as new; a callable of your own can name users as you like. A
+    user of None, or one that is not authenticated, is anonymous.
+    absent: if nothing has set a user, signed in or not, this is an error: the authentication is missing, or inside the
+    middleware, and all callers would be the same. `by_user(absent="anonymous")` allows it.
+    Raises ConfigurationError in that case, and for a user without an identity, since two users would be the same.
     """
     if scope is None:
         given: object = absent
@@ -134,10 +134,9 @@ def _attribute(user: Any, name: str) -> Any:
 
 
 def by_header(name: str) -> Identify:
-    """The value of a header that holds a long-lived credential, such as an API key; without it, anonymous.
+    """The value of a header with a long-lived credential, such as an API key; without it, the caller is anonymous.
 
-    A token that rotates makes a retry under the new token unseen: it would run again. Use `by_user` or a callable
-    there.
+    If tokens rotate, a retry with a new token counts as new, and would run again. Use `by_user` or a callable then.
     """
     given: object = name
     if not isinstance(given, str) or not _FIELD_NAME.fullmatch(name):
@@ -175,10 +174,10 @@ def _one_of(lines: Sequence[bytes]) -> bytes | None:
 
 
 def by_host(identify: Identify) -> Identify:
-    """Another choice, apart for each host: for an app that serves several, whose users are not the same.
+    """Another choice, separately for each host: for an app that serves several hosts with different users.
 
-    The host is that of the `Host` header, in lower case, without a final dot and without the scheme's own port. Behind
-    a proxy that rewrites it, read the host that the proxy hands on in a callable of your own.
+    The host is in the `Host` header; it is used in lower case, without a final dot and without the scheme's default
+    port. If a proxy rewrites this header, use a callable that reads the host from where the proxy puts it.
     """
     inner = check_scope(identify)
 
@@ -205,7 +204,7 @@ def _host(scope: AsgiScope) -> str:
 
 
 def single_tenant(scope: AsgiScope) -> Identity:
-    """Everybody is the same caller: whoever knows a key gets its response."""
+    """All callers are the same one: everyone who knows a key gets its response."""
     return "single tenant"
 
 

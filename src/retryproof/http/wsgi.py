@@ -2,8 +2,8 @@
 
     app.wsgi_app = IdempotencyMiddleware(app.wsgi_app, store="sqlite:///keys.db", scope=by_user)
 
-It needs nothing but WSGI, and what it does not cover passes through it untouched (H1). Its rules and its options are
-those of the layer for ASGI: callables are given the environ as a mapping, under the names of an ASGI scope as well.
+It needs only WSGI. A request that it does not cover passes through unchanged (H1). Its rules and options are those of
+the ASGI middleware; callables get the environ as a mapping, which also has the names of an ASGI scope.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from retryproof.http.wsgi_run import WsgiEngine
 class IdempotencyMiddleware(Layer[WSGIApplication, WsgiEngine]):
     """Lets requests with an idempotency key take effect once, and replays their responses.
 
-    The options are those of `retryproof.http.asgi.IdempotencyMiddleware`, but for these:
-    callables of the request are given the environ as a mapping, which has the names of an ASGI scope as well (`path`,
-    `headers`, `user`, …). authorize: not async. on_departure: a client's departure shows when the server closes what it
-    was given; "stop" then closes what the app returned.
-    body_timeout: a read that the server does not return from is ended by the server's own time-out alone.
-    store: a URL is closed by `close`. A handler runs in the server's thread and cannot be cancelled: one that lost its
-    lease learns it from its steps, and its caller gets the winner's response.
+    The options are those of `retryproof.http.asgi.IdempotencyMiddleware`, except for these:
+    callables of the request get the environ as a mapping, which also has the names of an ASGI scope (`path`, `headers`,
+    `user`, …). authorize: not async. on_departure: a client's departure is noticed when the server closes the response
+    iterable; "stop" then closes the app's iterable.
+    body_timeout: if a read hangs in the server, only the server's own time-out ends it.
+    store: `close` closes a URL's store. A handler runs in the server's thread and cannot be cancelled. If it lost its
+    lease, its steps raise an error, and its caller gets the winner's response.
     """
 
     def _make_engine(self, app: WSGIApplication, options: Options, **engine_options: Any) -> WsgiEngine:
@@ -52,7 +52,7 @@ class IdempotencyMiddleware(Layer[WSGIApplication, WsgiEngine]):
         return respond(self._engine, environ, start_response, request, policy)
 
     def close(self, drain: float = 5.0) -> None:
-        """Wait for operations that still run, for up to `drain` seconds, and close a store that was opened from a URL.
-        What is left is said in the log. To be called when the process ends: WSGI has no word for that.
+        """Wait up to `drain` seconds for operations that still run, and close a store that was opened from a URL.
+        Operations that are left are logged. Call it when the process ends, since WSGI has no event for that.
         """
         self._engine.close(drain)
