@@ -1,7 +1,7 @@
-"""Work that commits with its operation's record: the transactions of callers that an attempt takes part in (T1, T3).
+"""Work that commits with its operation's record: callers' transactions that an attempt has joined (T1, T3).
 
-An attempt has one transaction for all that it does (`transaction`), or one for each phase (`phases`), and never two at
-once.
+An attempt has one transaction for all its work (`transaction`), or one for each phase (`phases`), and never two at the
+same time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ANOTHER = "This operation has a transaction already; all that it does commits i
 class Joined:
     """What one attempt has joined.
 
-    asking: how the store is asked from the attempt's code. transaction: the one that all of it commits in.
-    phase: the open phase, in words. part: that phase's transaction.
+    asking: how the attempt's code sends commands to the store. transaction: the one that all its work commits in.
+    phase: the open phase, in words. part: the transaction of that phase.
     """
 
     __slots__ = ("_joining", "_store", "asking", "part", "phase", "recovery", "transaction")
@@ -41,7 +41,7 @@ class Joined:
 
     @property
     def holds(self) -> bool:
-        """Whether a transaction holds the record, so that nothing can be kept beside it."""
+        """Whether a transaction holds the record, so that no step can be stored."""
         open_one = self.part or self.transaction
         return open_one is not None and open_one.held
 
@@ -83,7 +83,7 @@ class Joined:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else joins or begins a phase meanwhile: one of the two would be neither committed nor rolled back."""
+        """Prevent another join or phase meanwhile: one of the two would be neither committed nor rolled back."""
         with _mutex:
             self._refuse_beside_phase()
             if self._joining or self.transaction is not None:
@@ -101,7 +101,7 @@ class Joined:
             )
 
     def refuse_phase(self, name: str) -> None:
-        """Raise ConfigurationError where a phase cannot begin, since the attempt has a transaction or enters one."""
+        """Raise ConfigurationError if a phase cannot begin, since the attempt has a transaction or joins one."""
         if self.phase is not None or self.transaction is not None or self._joining:
             raise ConfigurationError(
                 f"The phase {name!r} is inside of {self.phase or 'the transaction of the operation'}; each phase is a "
@@ -110,7 +110,7 @@ class Joined:
             )
 
     def begin_phase(self, name: str) -> None:
-        """From here on the attempt has this phase, until its end; raises as `refuse_phase` does."""
+        """Begin this phase of the attempt; raises as `refuse_phase` does."""
         with _mutex:
             self.refuse_phase(name)
             self.phase = f"the phase {name!r}"
@@ -123,10 +123,10 @@ class Joined:
         return pump(transaction.settle(outcome), transaction.perform)
 
     async def asettle(self, outcome: WorkOutcome) -> Settled:
-        """`settle` on the event loop, whichever kind of connection it has.
+        """`settle` on the event loop, for every kind of connection.
 
-        A cancellation does not part the result from its commit: it is handed back as the error, after the end. A second
-        one does not wait.
+        A cancellation does not separate the result from its commit: it is returned as the error, after the end. A
+        second cancellation does not wait.
         """
         transaction, self.transaction = self.transaction, None
         if transaction is None:
@@ -143,4 +143,4 @@ class Joined:
 
 _mutex = threading.Lock()
 _settling: set[asyncio.Task[Settled]] = set()
-"""Tasks that the loop must not lose."""
+"""References to tasks, so that the loop does not lose them."""

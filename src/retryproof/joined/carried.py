@@ -1,6 +1,6 @@
-"""Which connection carries which operation: one at a time, or one would commit the other's unfinished work.
+"""Which connection carries which operation: one at a time. Otherwise one would commit the other's unfinished work.
 
-By the driver's own connection, whatever stands for it, and for as long as who joined it is there.
+The key is the driver's own connection, also if another object wraps it, for as long as the joined attempt exists.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _mutex = threading.Lock()
 
 
 def take(transaction: Carried, driver: object) -> None:
-    """From here on the connection carries this operation; ConfigurationError where it has another."""
+    """Let the connection carry this operation; ConfigurationError if it carries another one."""
     with _mutex:
         found = _carried.get(id(driver))
         other = None if found is None else found()
@@ -41,7 +41,7 @@ def take(transaction: Carried, driver: object) -> None:
 
 
 def let_go(transaction: Carried, driver: object) -> None:
-    """It carries that operation no more; once or more."""
+    """The connection does not carry that operation any more; may be called repeatedly."""
     with _mutex:
         found = _carried.get(id(driver))
         if found is not None and found() is transaction:

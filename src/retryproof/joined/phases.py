@@ -8,20 +8,19 @@
 
     order_id = await operation.phase("create_order", pool.acquire()).arun(create_order)    # the same, as a call
 
-Theory. A phase is a transaction that also writes its name and result into the operation's record, fenced: the
-statement waits for the record's row, compares token and nonce under its lock, and keeps the lock until the commit that
-follows at once. So the work and its recovery point are there together or not at all, no later attempt repeats a phase
-that was committed, and a holder that another attempt took over cannot commit one. Until then the transaction holds no
-lock that the store needs, however long the phase takes: its own lease and everybody else's are renewed as ever.
+Theory. A phase is a transaction that also writes its name and result to the operation's record, fenced. The statement
+waits for the record's row, compares token and nonce with the row locked, and keeps the lock until the commit, which
+follows at once. So the work and its recovery point are committed together or not at all, no later attempt repeats a
+committed phase, and an overtaken holder cannot commit one. Before that statement, the transaction holds no lock that
+the store needs, however long the phase takes: all leases are renewed as usual.
 
-A `with` block cannot be skipped, so a phase that is done says so (`pending` is False), has its result, and gives no
-connection to work with.
+Python cannot skip a `with` block. So a phase that is done has `pending` False and its result, and gives no connection.
 
-A phase whose transaction we begin and commit ourselves has its marker all the same, which costs it a round trip. Nobody
-can keep a handler from a COMMIT of its own inside, in SQL or by a driver's method. Without the marker such work would
-be done again: after the error that tells of it, and after a crash in between without a word.
+A phase writes a marker too, although we begin and commit its transaction ourselves; this costs a round trip. Nobody can
+prevent a handler from a COMMIT of its own inside the phase, in SQL or by a driver's method. Without the marker, such
+work would be repeated: after the error that reports it, and silently after a crash in between.
 
-A commit whose answer is lost is settled by the record: a renewal passes over a locked row, so once it is done the
+If the answer to a commit is lost, the record decides. A renewal skips a locked row. So when a renewal is done, the
 transaction has ended, and the record either has the recovery point or never will.
 """
 
@@ -51,21 +50,21 @@ logger = logging.getLogger("retryproof")
 
 
 class Listing(Protocol):
-    """What a phased operation has beside its phases: its row of the completer's worklist."""
+    """A phased operation's row of the completer's worklist."""
 
     @property
     def connect(self) -> Callable[[], Any] | None:
-        """Makes what a phase without a connection of its own uses."""
+        """Makes the connection of a phase that has none of its own."""
 
     def entry(self, hold: Hold) -> WorklistEntry | None:
-        """The row that the next recovery point is to write as well, if any."""
+        """The row that the next recovery point must write too, if any."""
 
     def was_listed(self, hold: Hold) -> None:
-        """The row is there."""
+        """The row exists now."""
 
 
 class PhaseBlock:
-    """What `operation.phase` gives; see `operation.Phase`."""
+    """The result of `operation.phase`; see `operation.Phase`."""
 
     def __init__(
         self,
@@ -141,7 +140,7 @@ class PhaseBlock:
             await _together(apump(self._leave(transaction, error), transaction.perform))
 
     def _begin(self) -> bool:
-        """Whether there is something to do; the name is used from now on."""
+        """Return whether the phase has to be done; its name is used from now on."""
         joined, recovery = self._joined, self._recovery
         joined.refuse_phase(self.name)
         known, self.result = recovery.begin(self.name, self._codec)
@@ -178,7 +177,7 @@ class PhaseBlock:
         return self._listing.connect()
 
     def _leave(self, transaction: Transaction, error: BaseException | None) -> Steps[None]:
-        """The steps of the end: commit the phase, or roll it back because of what its block raised."""
+        """The steps at the end: commit the phase, or roll it back because its block raised."""
         self._transaction = self._joined.part = None
         try:
             broken = transaction.broken()
@@ -190,7 +189,7 @@ class PhaseBlock:
     def _commit(self, transaction: Transaction, broken: str | None) -> Steps[None]:
         """Commit the work with its recovery point, or roll it back and raise.
 
-        broken: why the transaction is of no use any more.
+        broken: why the transaction cannot be used any more.
         """
         recovery, hold, listing = self._recovery, self._recovery.hold, self._listing
         try:
@@ -234,10 +233,10 @@ class PhaseBlock:
         self.result = seen
 
     def _renewed(self, transaction: Transaction) -> Steps[float | None]:
-        """Renew a lease that has run out by our own count (C6), or raise; the time to count it from, once committed.
+        """Renew a lease that is over by our own count (C6), or raise; return the time to count from after the commit.
 
-        Where the caller's transaction may hold the record, as on SQLite always, the renewal is part of it: from nowhere
-        else could it be written.
+        If the caller's transaction may hold the record, as always on SQLite, the renewal is part of it: nobody else
+        could write it.
         """
         hold = self._recovery.hold
         if hold.lost:
@@ -305,7 +304,7 @@ class PhaseBlock:
 
 
 async def _together(work: Coroutine[Any, Any, None]) -> None:
-    """Do it to its end; a cancellation does not part the work from its recovery point, and goes on afterwards."""
+    """Run to completion despite a cancellation, so that work and recovery point stay together; then raise it."""
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
     over: asyncio.Future[None] = loop.create_future()  # as asyncio.shield does, with half of its callbacks

@@ -1,29 +1,29 @@
 """Transactional mode: the caller's own transaction, which an operation's work and result commit with (T1).
 
-Theory. The claim was committed ahead, by the store. The handler works in a transaction of its own; its result is stored
-by a fenced statement in that very transaction, which waits for the record's row and holds it until the commit. So a
-crash leaves both or neither, and a holder that another attempt took over cannot commit: token and nonce are compared
-under the row's lock, and the lease needs no renewal for that.
+Theory. The store has committed the claim before. The handler works in a transaction of its own. A fenced statement
+stores its result in this transaction: it waits for the record's row, and locks it until the commit. So a crash leaves
+both or neither. An overtaken holder cannot commit: token and nonce are compared with the row locked, and this needs no
+renewed lease.
 
-A commit whose answer is lost is settled by a fenced release: it can only be done when the record is in progress and not
-locked, so the transaction has not committed and never will; when it is lost, the record says whether we committed.
-Nothing is ever completed outside the transaction, since that could record an effect that was rolled back.
+If the answer to a commit is lost, a fenced release decides. If it is done, the record was in progress and not locked,
+so the transaction has not committed and never will. If it is `Lost`, the record says whether we committed. A completion
+is never written outside the transaction, since it could record an effect that was rolled back.
 
-The handler must leave the transaction open. It is marked when it is joined: on PostgreSQL with a setting that ends with
-it, on SQLite with a savepoint (SQLAlchemy knows its own transactions). Another one on the same connection, be it of
-whoever got that from its pool, is not taken for it, and is neither committed nor rolled back.
+The handler must leave the transaction open. Joining marks the transaction: on PostgreSQL with a setting that ends with
+it, on SQLite with a savepoint (SQLAlchemy knows its own transactions). So another transaction on the same connection,
+perhaps of a caller that got the connection from its pool, is recognised, and is neither committed nor rolled back.
 
-A marker, a row of the joined transaction that the completion deletes, tells what became of work that we did not commit:
-who else can see it knows that the work was committed without its result (the handler's own `commit`, a block that
-commits by itself, a crash right after). No claim takes such an operation over; where there is none, it was rolled back.
-What remains: a holder that lost its lease and then commits by itself is seen by the attempt that took over when that
-joins or completes in a transaction, and not by one that works in none, or had ended before.
+A marker is a row of the joined transaction that the completion deletes. It shows what happened to work that we did not
+commit. If another connection can see the marker, the work was committed without its result (by the handler's own
+`commit`, by a block that commits by itself, or before a crash). No claim takes such an operation over. If there is no
+marker, the work was rolled back. One case remains: a holder lost its lease and then commits by itself. The attempt that
+took over sees the marker when it joins or completes in a transaction; it does not see it if it works in none, or had
+ended before.
 
-A connection carries one operation at a time, or one would commit the other's unfinished work. `_carried` knows which,
-by the driver's own connection, for as long as who joined it is there.
+A connection carries one operation at a time; otherwise one would commit the other's unfinished work (`carried`).
 
-The steps are generators: they yield what is to be done on the connection or in the store, and are pumped in either
-colour. What a database does is in `fence`, which connection carries which operation in `carried`.
+The steps are generators: they yield what has to be done on the connection or in the store, blocking or awaited. `fence`
+has what the databases do.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ T = TypeVar("T")
 logger = logging.getLogger("retryproof")
 
 Settled: TypeAlias = tuple[WorkOutcome, BaseException | None]
-"""What came of the work once its transaction is over, and what its caller is raised."""
+"""The outcome of the work when its transaction is over, and the exception for its caller."""
 ANOTHER = "another transaction is open on it than the one that was joined"
 
 
 Do: TypeAlias = Literal["begin", "check_open", "driver", "commit", "rollback"]
-"""What the steps ask of the connection beside statements: the adapter's method."""
+"""A step on the connection that is no statement: the adapter's method."""
 
 
 @dataclass(slots=True)  # not frozen, which makes them four times as slow to make
@@ -109,11 +109,11 @@ Steps: TypeAlias = Generator[Step, Any, T]
 
 
 class Transaction:
-    """One transaction of a caller's that an attempt takes part in, for all of it or for a phase.
+    """One caller's transaction that an attempt has joined, for all its work or for a phase.
 
     given: a connection, or a context manager that gives one, which is entered and left again.
-    on_loop: the colour, which is checked as the connection is joined. ask: gives the store a command, in that colour.
-    held: nobody but this transaction can write the record before its end.
+    on_loop: whether the connection must be awaited; checked when it is joined. ask: sends the store a command, blocking
+        or awaited. held: only this transaction can write the record before its end.
     """
 
     __slots__ = (
@@ -174,9 +174,9 @@ class Transaction:
         return asyncio.sleep(step.seconds) if self._on_loop else time.sleep(step.seconds)
 
     async def asettle(self, outcome: WorkOutcome, ask: Callable[[Any], Any]) -> Settled:
-        """Pump `settle` on an event loop, whichever kind of connection it is.
+        """Run `settle` on an event loop, for every kind of connection.
 
-        What blocks is done in a thread, or here when the handler blocked here too. ask: gives the store a command.
+        Blocking calls run in a thread, or here if the handler blocked here too. ask: sends the store a command.
         """
         if self._on_loop:
             return await apump(self.settle(outcome), self.perform)
@@ -196,7 +196,7 @@ class Transaction:
     # Joining
 
     def enter(self) -> Steps[None]:
-        """Take the connection's transaction for the attempt, or raise. Nothing was written then."""
+        """Join the connection's transaction, or raise; then nothing was written."""
         fence = self.fence = fence_of(self._store, self._hold)
         given = connection = self.given
         if adapter_of(type(given)) is None:
@@ -213,7 +213,7 @@ class Transaction:
                 yield "begin"
             if adapted.ASKS:
                 yield "check_open"
-            # Any other block than the one that we leave would commit by itself.
+            # Any block but the one that we leave would commit by itself.
             reason = adapted.unusable(to_commit=True) or (None if lent else adapted.block())
             if reason is not None:
                 raise refused(reason, adapted.ADVICE)
@@ -239,7 +239,7 @@ class Transaction:
             raise
 
     def _check(self, adapted: BlockingConnection | LoopConnection, fence: Fence) -> None:
-        """Refuse a connection of the other colour, or to another kind of database."""
+        """Refuse a connection that is awaited instead of blocking, or vice versa, or to another kind of database."""
         if adapted.on_loop is not self._on_loop:
             call = "await operation.atransaction" if adapted.on_loop else "use operation.transaction"
             raise ConfigurationError(f"This connection {'is awaited' if adapted.on_loop else 'blocks'}: {call} for it.")
@@ -274,24 +274,24 @@ class Transaction:
     # Its end
 
     def broken(self) -> str | None:
-        """Why the transaction is of no use any more; from here on it may be committed."""
+        """Why the transaction cannot be used any more; from here on it may be committed."""
         self._adapted.unguard()
         reason: str | None = self._adapted.unusable(to_commit=True)
         return reason
 
     def let_go(self) -> None:
-        """The connection carries this operation no more; before its end, after which a pool may have lent it again."""
+        """The connection stops carrying this operation, before its end, since a pool may lend it again after that."""
         driver, self._driver = self._driver, None
         if driver is not None:
             carried.let_go(self, driver)
 
     def roll_back(self) -> Steps[None]:
-        """Undo the work, whatever the connection makes of it."""
+        """Roll the work back, whatever the connection raises."""
         self.let_go()
         try:
             yield "rollback"
         except Exception as error:  # noqa: BLE001  # whatever the driver raises
-            # The connection is of no use then, and the server rolls back what it leaves behind.
+            # The connection is unusable then, and the server rolls back its transaction.
             logger.debug("A transaction could not be rolled back: %s", error)
 
     def leave(self, last: Steps[T]) -> Steps[T]:
@@ -309,7 +309,7 @@ class Transaction:
         return result
 
     def settle(self, outcome: WorkOutcome) -> Steps[Settled]:
-        """Commit the work with its result, or roll it back; what came of it, and the error that says why not."""
+        """Commit the work with its result, or roll it back; return the outcome, and the error that says why not."""
         try:
             return (yield from self._settled(outcome, self.broken()))
         finally:
@@ -322,7 +322,7 @@ class Transaction:
                     logger.warning("The connection of operation %s could not be closed.", digest, exc_info=error)
 
     def _settled(self, outcome: WorkOutcome, broken: str | None) -> Steps[Settled]:
-        """broken: why the transaction that was joined is of no use any more."""
+        """broken: why the joined transaction cannot be used any more."""
         if not isinstance(outcome, Returned):
             return (yield from self._undone(outcome, broken))
         if broken is not None:
@@ -352,8 +352,8 @@ class Transaction:
     def _undone(self, outcome: WorkOutcome, broken: str | None) -> Steps[Settled]:
         """Roll the work back; OutcomeUnknown where it had been committed before.
 
-        Unless the library knows, the connection is asked first whether its transaction is still ours, in place of the
-        store afterwards: a pool may have lent it to somebody else meanwhile.
+        Unless the library knows it, the connection is asked first whether its transaction is still ours (instead of
+        asking the store afterwards), since a pool may have lent it to another caller meanwhile.
         """
         if broken is None and self.fence.dialect.tells_joined and not self._identified:
             joined = True
@@ -368,18 +368,18 @@ class Transaction:
                 return outcome, None
         if isinstance(outcome, LeaseLost) or not (yield from self._committed()):
             return outcome, None
-        # Who was cancelled, or said that the outcome is unknown, is raised that.
+        # A cancelled caller gets the cancellation, and one that said "unknown" gets that.
         return Raised(unknown=True), self.committed_alone() if outcome == Raised() else None
 
     def _committed(self) -> Steps[bool | None]:
-        """Whether work of this operation was committed without its result; None where the store does not say."""
+        """Whether work of this operation was committed without its result; None if the store gives no answer."""
         found = yield Ask(Look(self._hold.id))
         if not isinstance(found, Found):
             return None
         return found.record is not None and found.record.committed
 
     def _ended(self, reason: str) -> Steps[Settled]:
-        """The transaction that was joined is over, and we have not ended it: what became of the work."""
+        """The joined transaction is over, and we did not end it: find out what happened to the work."""
         found = yield Ask(Look(self._hold.id))
         if not isinstance(found, Found):
             return Raised(unknown=True), self._not_open(reason, "Whether its work was committed is not known")
@@ -433,7 +433,7 @@ class Transaction:
     # What the record says
 
     def ours(self, found: Any, *states: State) -> bool:
-        """Whether that is this attempt's record, in one of these states."""
+        """Whether this is the attempt's record, in one of these states."""
         record = found.record if isinstance(found, Found) else None
         return (
             record is not None
@@ -442,7 +442,7 @@ class Transaction:
         )
 
     def committed_alone(self) -> OutcomeUnknown:
-        """The error of work that was committed without its result."""
+        """The error for work that was committed without its result."""
         return OutcomeUnknown(
             "The work of this operation was committed without its result: the handler, or a block around its work, "
             "ended the transaction that it had joined. Leave it open: it is committed after the handler returns "

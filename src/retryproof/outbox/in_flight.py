@@ -1,18 +1,19 @@
-"""What a relay has in flight: the batch that it sends, and messages of earlier batches that take longer (T6).
+"""A relay's messages in flight: the batch that it sends, and slow messages of earlier batches (T6).
 
-The relay waits for a batch for as long as its patience, or less while messages of earlier batches are in flight. After
+The relay waits for a batch as long as its patience, or less while messages of earlier batches are in flight. After
 that:
 
-- A message that is being sent goes on beside the next batches, and its queue is held back until it ends: so each queue
-  has one message in flight at most.
-- A message that was not begun is given back as untried, and a later claim takes it again.
+- A message that is being sent continues beside the next batches, and its queue is held back until it ends. So each
+queue
+  has at most one message in flight.
+- A message that was not begun is returned as untried, and a later claim takes it again.
 
-A message that a dead relay left is sent alone at first: what kills a relay does so at once, as a rule. Where it takes
-longer than the patience, other messages are sent beside it; should the relay die then, each of them is tried alone.
-Its last attempt is waited for until it ends, with nothing beside it, so that no message is given up for what another
-one did (C15).
+A message that a dead relay left is sent alone at first, since a message that kills a relay usually does so at once. If
+it takes longer than the patience, other messages are sent beside it. If the relay dies then, each of them is tried
+alone. The relay waits for the last attempt until its end, with nothing beside it. So no message is given up because of
+another one (C15).
 
-What ended stays here until the database knows of it, so a lost answer of the database costs nothing.
+A message that has ended stays here until its outcome is recorded, so a lost answer of the database costs nothing.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from retryproof.core.message import Message
 from retryproof.publishers.base import UNTRIED, Batch, Outcome, Progress, Publisher, handed
 
 SLOW = 256
-"""Messages that may be in flight beside a batch; with more, the relay waits for one to end."""
+"""How many messages may be in flight beside a batch; with more, the relay waits until one ends."""
 
 LATE = 60.0
-"""Seconds with a batch after which the log names a publisher that does not say how far it is."""
+"""After this many seconds with a batch, the log names a publisher that does not report its progress."""
 SHORTEST = 16
-"""A batch is waited for at least this fraction of the patience (1/16) after the last of its messages ended."""
+"""The relay waits at least this fraction of the patience (1/16) after the last message of the batch that ended."""
 LOOK = 0.25
-"""Seconds between two looks at whether the relay is to stop, while a batch is waited for."""
+"""While it waits for a batch, the relay checks after this many seconds whether it has to stop."""
 LETTING_GO = 1.0
 """Seconds that a cancelled call of a publisher has to end."""
 
@@ -43,9 +44,9 @@ log = logging.getLogger("retryproof.relay")
 
 
 class Pace:
-    """How long a batch is waited for: the patience, and less while messages of earlier batches are in flight.
+    """How long to wait for a batch: the patience, and less while messages of earlier batches are in flight.
 
-    Where one message in a hundred hangs, each batch has one. With the whole patience for each, all keys would wait.
+    If one message in a hundred hangs, each batch has one. With the whole patience for each, all keys would wait.
     """
 
     def __init__(self, patience: float, others: int) -> None:
@@ -76,13 +77,13 @@ class InFlight:
         self._sendings: list[_Sending] = []
 
     def __bool__(self) -> bool:
-        """Whether there is a message whose end the database does not know."""
+        """Whether there is a message whose outcome is not recorded."""
         return bool(self._sendings)
 
     async def begin(
         self, messages: Sequence[Message], live: Callable[[], bool], timeout: float, *, as_one_queue: bool = False
     ) -> bool:
-        """Begin to send a batch; whether it ended at once. as_one_queue: one message after another."""
+        """Begin to send a batch; return whether it ended at once. as_one_queue: one message after another."""
         sent = [replace(message, queue=b"") for message in messages] if as_one_queue else list(messages)
         sending = _Sending(messages, sent, self._changed)
         batch = Batch(sent, lambda: live() and not sending.closed, timeout, sending.progress)
@@ -92,9 +93,9 @@ class InFlight:
         return sending.task.done()
 
     async def wait(self, patience: float, over: Callable[[], bool]) -> None:
-        """Wait for the batch that was begun last: until it ended, the patience is over, or `over` says so.
+        """Wait for the last batch until it has ended, the patience is over, or `over` says so.
 
-        A publisher that does not say which messages it has begun is waited for until it ends.
+        If a publisher does not say which messages it has begun, wait until it ends.
         """
         *others, sending = self._sendings
         pace = Pace(patience, sum(len(other.left) for other in others))
@@ -110,14 +111,14 @@ class InFlight:
         self.close()
 
     def close(self) -> None:
-        """Begin no more messages; what may have been begun goes on."""
+        """Begin no more messages; messages that may have begun continue."""
         for sending in self._sendings:
             if not (sending.continues or sending.task.done()):
                 sending.close()
                 sending.task.add_done_callback(lambda task: self._changed())
 
     def ended(self) -> tuple[list[Message], list[Outcome]]:
-        """The messages that ended, with what became of them, in order; the same again until `recorded`."""
+        """The messages that have ended, with their outcomes, in order; the same ones again until `recorded`."""
         if len(self._sendings) == 1:
             return self._sendings[0].ended()
         messages: list[Message] = []
@@ -129,34 +130,34 @@ class InFlight:
         return messages, outcomes
 
     def slow(self) -> list[Message]:
-        """The messages that go on beside the next batches."""
+        """The messages that continue beside the next batches."""
         return [message for sending in self._sendings for message in sending.slow()]
 
     def messages(self) -> list[Message]:
-        """All messages whose end the database does not know."""
+        """All messages whose outcomes are not recorded."""
         return [sending.messages[position] for sending in self._sendings for position in sending.left]
 
     @property
     def any_ended(self) -> bool:
-        """Whether a message ended that the database does not know of."""
+        """Whether a message has ended whose outcome is not recorded."""
         return bool(self.ended()[0])
 
     @property
     def unrecorded(self) -> bool:
-        """Whether the database does not know yet of a message that goes on."""
+        """Whether a message continues that is not recorded as slow yet."""
         return any(not sending.known for sending in self._sendings)
 
     @property
     def full(self) -> bool:
-        """Whether no other batch is to be begun."""
+        """Whether no other batch may begin."""
         return len(self.messages()) >= SLOW
 
     def recorded(self) -> None:
-        """The database knows what `ended` said last, and what goes on."""
+        """The outcomes that `ended` returned last are recorded, and so are the messages that continue."""
         self._sendings = [sending for sending in self._sendings if sending.recorded()]
 
     async def abandon(self) -> None:
-        """Cancel everything: another relay has it by now, or will have it."""
+        """Cancel everything: another relay has these messages now, or will have them."""
         tasks = [sending.task for sending in self._sendings]
         self._sendings = []
         for task in tasks:

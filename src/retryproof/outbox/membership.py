@@ -25,7 +25,7 @@ from retryproof.sql.plan import Plan
 T = TypeVar("T")
 
 FROM_THE_START = 60.0
-"""Seconds between two looks from the first message on, whatever the floors say."""
+"""Seconds between two claims that begin at the first message, whatever the floors say."""
 
 log = logging.getLogger("retryproof.relay")
 _NUMBER = attrgetter("sequence")
@@ -43,7 +43,7 @@ class Membership:
         self._strict = policy.order == "strict"
         self._balance_at = 0.0
         self._time = 0
-        """The store's time, in µs, when this process's monotonic clock was at 0; looked at with each balance."""
+        """The store's time, in µs, when this process's monotonic clock was 0; updated with each balance."""
         self._floors = Floors()
         self._start_at = 0.0
         self._quota = Quota(policy.batch)
@@ -53,13 +53,13 @@ class Membership:
         self.set_aside = False
         """Whether the last claim found messages that have to wait: there may be others behind them."""
         self._unanswered = False
-        """Whether the database may still be working on a statement that it gave no answer to."""
+        """Whether the database may still be working on a statement without an answer."""
 
     @classmethod
     async def join(
         cls, database: OwnDatabase, policy: RelayPolicy, routes: str, *, again: bool = False
     ) -> Membership | None:
-        """Become a relay; None while there are some with other routes than this digest.
+        """Become a relay; None while there are relays with another digest of routes.
 
         again: whether it was tried just before, and has warned already of what this role may not see.
         Raises ConfigurationError where it would lose the order.
@@ -78,11 +78,11 @@ class Membership:
         return cls(database, policy, id, begun + policy.lease)
 
     def now(self) -> int:
-        """The store's time in µs, as far as it is known since the last balance."""
+        """The store's time in µs, computed from the last balance."""
         return self._time + microseconds(monotonic())
 
     def live(self) -> bool:
-        """Whether the lease is certain to last still."""
+        """Whether the lease is certainly not over."""
         return monotonic() < self._lease_end
 
     async def keep(self) -> None:
@@ -94,7 +94,7 @@ class Membership:
                     self._lease_end = 0.0
 
     async def balance(self, slow: Sequence[Message] = ()) -> bool:
-        """From time to time: bury dead relays, take or give up partitions; whether there are others than before."""
+        """From time to time, bury dead relays and take or give up partitions; return whether they changed."""
         if monotonic() < self._balance_at and self.live():
             return False
         await self._database.perform(self._database.plans.bury)
@@ -128,7 +128,7 @@ class Membership:
 
     @property
     def heartbeat(self) -> float:
-        """Seconds between two looks at the other relays."""
+        """Seconds between two checks of the other relays."""
         return min(1.0, self._policy.lease / 4)
 
     async def claim(self, slow: Sequence[Message] = (), *, most: int | None = None) -> Sequence[Message]:
@@ -183,7 +183,7 @@ class Membership:
         return taken
 
     async def finish(self, conclusion: BatchResult, *, all_done: bool | None) -> None:
-        """End the batch, or what went on from earlier ones (None); raises LeaseLost where another relay has it."""
+        """Finish the batch, or slow messages of earlier ones (None); raises LeaseLost if another relay has them."""
         held = await self._fenced(
             lambda: self._database.plans.finish(
                 self._id,
@@ -218,7 +218,7 @@ class Membership:
         return result
 
     async def _answered(self) -> None:
-        """Wait for what may be done still: its locks end a renewal's wait, and the next statement sees all of it.
+        """Wait for a statement that may still run: a renewal waits for its locks, and the next statement sees its rows.
 
         A statement that itself waited for them would see the rows as they were before.
         """
@@ -232,7 +232,7 @@ class Membership:
 
 
 async def _check(database: OwnDatabase, policy: RelayPolicy, *, warn: bool = True) -> None:
-    """Raise ConfigurationError where working on this database would lose the order, or send another one's messages.
+    """Raise ConfigurationError if this relay would lose the order, or send messages of another database.
 
     warn: whether to say what this role may not see.
     """

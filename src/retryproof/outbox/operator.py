@@ -1,4 +1,4 @@
-"""What people do to an outbox: look at it, and decide about its dead letters (O1)."""
+"""An operator's actions on an outbox: show it, and decide about dead letters (O1)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Operator:
         self._ready = False
 
     async def stats(self) -> Stats:
-        """How it stands."""
+        """The numbers of the outbox."""
         await self._prepare()
         return await self._database.perform(self._database.plans.stats)
 
@@ -36,9 +36,9 @@ class Operator:
         return list(await self._database.perform(lambda: self._database.plans.dead(topic=topic, limit=limit, ids=ids)))
 
     async def requeue(self, ids: Sequence[UUID]) -> int:
-        """Have dead letters tried again, after all that is pending; their ids stay. How many there were.
+        """Send dead letters again, after all pending messages, with their old ids; return how many there were.
 
-        Their age and their counts begin anew. Where some are older than receivers remember, the log warns.
+        Their ages and counts start again. If some are older than receivers remember, the log warns.
         """
         await self._prepare()
         remembered = microseconds(REMEMBERED)
@@ -53,18 +53,18 @@ class Operator:
         return count
 
     async def drop(self, ids: Sequence[UUID]) -> int:
-        """Forget dead letters."""
+        """Delete dead letters."""
         await self._prepare()
         return await self._database.perform(lambda: self._database.plans.drop(ids))
 
     async def purge(self, older_than: float) -> int:
-        """Forget a bounded number of dead letters that died more than so many seconds ago; 0 when all are gone."""
+        """Delete a bounded number of dead letters older than so many seconds; 0 if there are no more."""
         await self._prepare()
         age = microseconds(older_than)
         return await self._database.perform(lambda: self._database.plans.purge(age, PURGE_BATCH))
 
     async def adopt(self) -> int:
-        """Have messages sent that were restored from another cluster; relays must not run meanwhile."""
+        """Allow sending messages that were restored from another cluster; no relay may run meanwhile."""
         await self._prepare()
         return await self._database.perform(self._database.plans.adopt)
 
@@ -73,7 +73,7 @@ class Operator:
         await self._database.aclose()
 
     async def _prepare(self) -> None:
-        """Make SQLite's tables, where there are none."""
+        """Create SQLite's tables, if there are none."""
         if not self._ready:
             await self._database.perform(lambda: self._database.plans.settings(self._partitions))
             self._ready = True
