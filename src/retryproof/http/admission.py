@@ -27,7 +27,7 @@ from retryproof.http.body import BUDGET, SHARE, Body, OverBudget
 from retryproof.http.key_source import JsonFieldKey
 from retryproof.http.options import Departure, HeadDeparture, Options
 from retryproof.http.problem import Problem
-from retryproof.http.request import HttpRequest, length_in
+from retryproof.http.request import HttpRequest
 from retryproof.http.scope import Anonymous, Identity, single_tenant
 from retryproof.http.semantics import traceparent
 
@@ -124,8 +124,14 @@ class Admission:
                 return self._invalid_key(error, partial(source.find, request, "any"))
             if key is None:
                 return self._no_key()
-        announced = self.announced = length_in(request.headers)
-        return self._too_large() if announced is not None and announced > options.max_body else None
+        length = request.headers.get(b"content-length")
+        if length is None or not length.isdigit() or len(length) > 19:
+            self.announced = None
+        else:
+            self.announced = announced = int(length)
+            if announced > options.max_body:
+                return self._too_large()
+        return None
 
     def take(self, chunk: bytes, more: bool) -> NotAdmitted | None:
         """Take the next part of the body; `more` says that others follow."""
@@ -205,9 +211,11 @@ class Admission:
         if isinstance(body, Body):
             self.fingerprint = self._hasher.digest()
         else:
-            method, path, query, content_type = self._head
-            strategy = self._options.fingerprint
-            self.fingerprint = fingerprint_of(strategy, method, path, query, content_type, body or b"")
+            request, strategy = self.request, self._options.fingerprint
+            content_type = request.headers.get(b"content-type", b"")
+            self.fingerprint = fingerprint_of(
+                strategy, request.method, request.raw_path, request.query, content_type, body or b""
+            )
 
     def refingerprint(self, stored: bytes) -> bytes | None:
         """This request's fingerprint by the algorithm that made a stored one (C21)."""

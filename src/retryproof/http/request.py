@@ -45,9 +45,3 @@ class HttpRequest:
         if value is None:
             return ()
         return (value,) if self.once else [found for named, found in self.context["headers"] if named == name]
-
-
-def length_in(headers: dict[bytes, bytes]) -> int | None:
-    """The body's length by Content-Length, where that is one."""
-    value = headers.get(b"content-length")
-    return None if value is None or not value.isdigit() or len(value) > 19 else int(value)
