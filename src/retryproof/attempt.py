@@ -1,4 +1,4 @@
-"""One attempt at an operation: claimed, watched, settled, told to the listeners. It stands here, once, in both colours.
+"""One attempt at an operation: claim, renew, settle, tell the listeners; for threads and for event loops.
 
     attempt = attempts.begin(opened, policy, id, fingerprint, where)      # or `await attempts.abegin(…)`
     if not isinstance(attempt, BlockingAttempt):                          # LoopAttempt
@@ -10,9 +10,9 @@
     finally:
         attempt.leave()
 
-Most attempts are one claim that is acquired and one result that is stored. These need no state machine: the functions
-`after_claim`, `to_settle` and `after_settling` of `core.flow` decide. Where they do not, the machine is started at that
-point with the reply in hand, and `drive` pumps it.
+Most attempts are one claim that is acquired, and one result that is stored. They need no state machine: the functions
+`after_claim`, `to_settle` and `after_settling` of `core.flow` decide. If they do not, the machine is started at that
+point with the reply that has come, and `drive` runs it.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ class Attempts(Listening):
         beside: bool = False,
         fails_open: bool = False,
     ) -> BlockingAttempt | Conclusion:
-        """Claim an operation: an attempt that may run, watched; or the conclusion, which the listeners were told.
+        """Claim an operation; return an attempt that may run, whose lease is renewed, or a conclusion.
 
         id, fingerprint, tenant, trace: as in Claim. where: the endpoint or function, for events.
-        beside: others that were taken over run side by side with it, so that its death would not count (C15).
+        beside: other taken-over operations run at the same time, so that its death would not count (C15).
         fails_open: who asks runs the work without protection where the store is out of reach; the listeners are told
             so.
         """
@@ -142,9 +142,9 @@ class Attempts(Listening):
         *,
         fails_open: bool = False,
     ) -> BlockingAttempt | Conclusion:
-        """`begin` once the claim, which was sent at this time, has its first reply.
+        """The rest of `begin`, after the first reply to the claim, which was sent at this time.
 
-        Where it is interrupted, the caller leaves the background, and disowns a claim that was acquired.
+        If it is interrupted, the caller leaves the background, and disowns an acquired claim.
         """
         step: Hold | Conclusion | None = None
         try:
@@ -220,7 +220,7 @@ class Attempts(Listening):
         trace: str,
         beside: bool,
     ) -> Claim:
-        """A claim with a nonce of its own, whose attempt has entered the background, and is to leave it."""
+        """A claim with a new nonce, whose attempt has entered the background and must leave it."""
         nonce = os.urandom(16)
         try:
             alone = background.enter(nonce)
@@ -251,7 +251,7 @@ class Attempts(Listening):
         refingerprint: Refingerprint,
         stays: Stays | None,
     ) -> Hold | Conclusion:
-        """What becomes of a claim whose first reply does not decide."""
+        """Continue a claim whose first reply does not decide."""
         flow = machine(claim, policy, began, refingerprint, (reply, clock()))
         return _held(
             await abegin(
@@ -269,11 +269,11 @@ def _held(step: Run | Conclusion) -> Hold | Conclusion:
 
 
 class HeldAttempt(Generic[S, Op]):
-    """What an attempt that holds its claim is in either colour: watched until it is concluded, given back or left.
+    """What both kinds of attempts share: the lease is renewed until the attempt is concluded, released or left.
 
-    The work begins only where `hold.may_begin` says so in the same step, else after `renew` (C6).
+    The work may begin only if `hold.may_begin` says so in the same step, or after `renew` (C6).
 
-    rest: the task that goes on settling it, once a cancellation has interrupted `LoopAttempt.finish`.
+    rest: the task that continues to settle it after a cancellation has interrupted `LoopAttempt.finish`.
     """
 
     __slots__ = ("_attempts", "_began", "_opened", "_watched", "hold", "operation", "policy", "rest")
@@ -295,7 +295,7 @@ class HeldAttempt(Generic[S, Op]):
         self._watched = True
 
     def give_back(self) -> None:
-        """Release what was not begun, in the background; called in place of all else."""
+        """Release an attempt that was not begun, in the background; called in place of everything else."""
         self._opened.background.linger(self.hold, self.hold.release())
         self.leave()
 
@@ -309,7 +309,7 @@ class HeldAttempt(Generic[S, Op]):
             self._watched = False
 
     def interrupt(self, outcome: WorkOutcome) -> None:
-        """Leave what the work came to to the keeper, unless it is settled: the caller does not settle it any more."""
+        """Leave the outcome to the keeper, unless it is settled: the caller does not settle it any more."""
         if self._watched:
             leave_settling_to(self._opened.background, self.hold, outcome)
             self._unwatch()
@@ -330,9 +330,9 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
     OPERATION = BlockingOperation
 
     def renew(self) -> Conclusion | None:
-        """Renew a lease that was over before the work began: None, when it may begin now; or the conclusion.
+        """Renew a lease that was over before the work began; None if the work may begin now, else the conclusion.
 
-        What is interrupted meanwhile was not begun, and is given back.
+        If it is interrupted, the work was not begun, and the claim is released.
         """
         hold = self.hold
         flow = ended(hold, NOT_BEGUN, self.policy, clock())
@@ -342,7 +342,7 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
         return conclusion
 
     def within(self, call: Callable[[], T]) -> T:
-        """Call with this operation as the current one: for work that is done in parts, such as a stream's."""
+        """Call with this operation as the current one, for work in parts, such as a stream."""
         outer = enter(self.operation)
         try:
             return call()
@@ -350,9 +350,9 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
             leave(self.operation, outer)
 
     def finish(self, outcome: WorkOutcome) -> Conclusion:
-        """Store what came of the work, or give the operation back; the listeners are told.
+        """Store the outcome of the work, or release the operation; tell the listeners.
 
-        An interruption meanwhile does not lose it: the keeper goes on.
+        An interruption does not lose the outcome: the keeper continues.
         """
         self.operation.refuses_transactions = ENDED
         try:
@@ -368,9 +368,9 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
     def finished(
         self, outcome: WorkOutcome, step: Complete | Release | Conclusion | None, sent: float, reply: Reply
     ) -> Conclusion:
-        """`finish` once what `to_settle` said, where it is a command, was sent and has its first reply.
+        """The rest of `finish`, after the first reply to the command from `to_settle`, if it was one.
 
-        Interrupted, it leaves the rest to whoever calls `interrupt`.
+        If it is interrupted, the caller must call `interrupt` for the rest.
         """
         hold, policy, opened = self.hold, self.policy, self._opened
         conclusion: Conclusion | None
@@ -404,10 +404,10 @@ class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
         return conclusion
 
     async def finish(self, outcome: WorkOutcome) -> Conclusion:
-        """Store what came of the work, or give the operation back; the listeners are told.
+        """Store the outcome of the work, or release the operation; tell the listeners.
 
-        A cancellation meanwhile does not lose it: `rest` goes on, and tells the listeners at its end. Nor does any
-        other interruption, by which the loop may end: the keeper goes on.
+        A cancellation does not lose the outcome: `rest` continues, and tells the listeners at its end. Another
+        interruption, which may end the loop, does not lose it either: the keeper continues.
         """
         self.operation.refuses_transactions = ENDED
         hold, policy, opened = self.hold, self.policy, self._opened
@@ -438,7 +438,7 @@ class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
         return conclusion
 
     def _adopt(self, rest: asyncio.Task[Conclusion]) -> None:
-        """It is watched until its rest has ended."""
+        """The lease is renewed until `rest` has ended."""
         self._watched = False
         self.rest = rest
         rest.add_done_callback(self._conclude_rest)
@@ -458,7 +458,7 @@ class Overtaking:
         self._hold = hold
         self._loop = loop
         self._task = task
-        self._others = 0 if task is None else task.cancelling()  # cancellations that others had asked for
+        self._others = 0 if task is None else task.cancelling()  # cancellations by others
         self._cancelled = False  # by us
         hold.on_lost = self
         if hold.lost:  # told meanwhile, in the keeper's thread
@@ -475,7 +475,7 @@ class Overtaking:
             self._task.cancel("the lease was lost")
 
     def caused(self, error: BaseException) -> bool:
-        """Whether this is the cancellation that we made, and nobody else cancelled the task as well; ends it."""
+        """Whether this is our own cancellation, and nobody else cancelled the task too; ends it."""
         task = self._task
         self.end()
         alone = task is not None and task.cancelling() == self._others

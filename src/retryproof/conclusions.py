@@ -1,4 +1,4 @@
-"""What a conclusion means to those outside: an event for listeners, an error for callers."""
+"""What a conclusion means outside: an event for listeners, an error for callers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FRESH = Kind.FRESH  # by its name it takes Python 3.11 longer than all the rest
 
 
 def kind_of(conclusion: Conclusion) -> Kind:
-    """The kind of event that a conclusion is."""
+    """The kind of event for a conclusion."""
     if type(conclusion) is Completed:
         if conclusion.gone:
             return Kind.NEVER_STORED
@@ -52,7 +52,7 @@ def is_outage(down: Down) -> bool:
 
 
 def event_of(conclusion: Conclusion, kind: Kind, digest: str, where: str, seconds: float) -> Event:
-    """The event that a conclusion is."""
+    """The event for a conclusion."""
     attempt, trace, note, error = 0, "", "", None
     if isinstance(conclusion, Completed) and conclusion.gone:
         note = "the record is gone"
@@ -74,7 +74,7 @@ def event_of(conclusion: Conclusion, kind: Kind, digest: str, where: str, second
 
 
 def error_of(conclusion: Conclusion, digest: str) -> errors.IdempotencyError:
-    """The error that says what a conclusion without a result means, and what to do."""
+    """The error for a conclusion without a result: what it means, and what to do."""
     match conclusion:
         case Busy(left, True):
             return errors.LeaseLost(

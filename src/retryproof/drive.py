@@ -1,9 +1,9 @@
-"""The pumps: they perform what a generator asks for, in a thread or on the event loop. Only here has code a colour.
+"""The pumps: they perform the steps of generators, blocking in a thread or awaited on an event loop.
 
-`pump` and `apump` serve every generator of steps: a SQL plan's statements, a transaction's steps, a step's result that
-is to be kept. `drive`, `abegin` and `afinish` pump a flow: they give every store command to the opened store, `Run` and
-`Pause` to the caller, and the background work (`Disown`, `Linger`) to the store's keeper. What a store raises becomes
-`Unreachable`: the flow decides.
+`pump` and `apump` serve every generator of steps: the statements of a SQL plan, the steps of a transaction, the storing
+of a step's result. `drive`, `abegin` and `afinish` run a flow: they give store commands to the opened store, `Run` and
+`Pause` to the caller, and background work (`Disown`, `Linger`) to the store's keeper. An exception of a store becomes
+`Unreachable`, and the flow decides.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ _TWICE = "A flow runs once."
 clock: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 )
-"""Seconds, by which leases are counted (C6). On Linux `time.monotonic` stands still while the machine is suspended; the
-store's clock, by which the lease ends, goes on."""
+"""The clock that counts leases, in seconds (C6). On Linux, `time.monotonic` stops while the machine is suspended, but
+the
+store's clock, which ends the lease, continues."""
 
 
 # Any steps
 
 
 def pump(steps: Generator[S, Any, T], perform: Callable[[S], Any]) -> T:
-    """Perform each step and send its answer, in this thread; what the steps return in the end.
+    """Perform each step and send its answer, in this thread; return the result of the steps.
 
-    What `perform` raises is thrown into the steps, interruptions too: they decide what it means, and clean up.
+    Exceptions of `perform`, interruptions too, are thrown into the steps: they decide, and clean up.
     """
     try:
         step = next(steps)
@@ -90,23 +91,23 @@ async def apump(steps: Generator[S, Any, T], perform: Callable[[S], Awaitable[An
 
 
 class Background(Protocol):
-    """What goes on beside the attempts: renewal, and what callers left behind."""
+    """The background work for attempts: renewal, and attempts that their callers left."""
 
     def watch(self, hold: Hold) -> None:
         """Renew this hold until `unwatch`."""
 
     def unwatch(self, hold: Hold) -> None:
-        """Stop renewing it, unless it lingers."""
+        """Stop renewing it, unless its result waits to be stored."""
 
     def disown(self, claim: Claim, reply: Reply = None) -> None:
-        """Release this claim if it was applied, or turns out to have been. reply: the answer that nobody reads."""
+        """Release this claim if it was, or later proves to be, applied. reply: the answer that nobody read."""
 
     def linger(self, hold: Hold, last: Complete | Release) -> None:
         """Renew and settle until it is stored."""
 
 
 class Performer(Protocol):
-    """An opened store for callers that block."""
+    """An opened store for blocking callers."""
 
     @property
     def background(self) -> Background: ...
@@ -129,7 +130,7 @@ class AsyncPerformer(Protocol):
 
 
 class Asking:
-    """The opened store as the code of an operation asks it, from a thread."""
+    """The opened store for the code of an operation, from a thread."""
 
     __slots__ = ("_store", "_timeout")
 
@@ -138,10 +139,10 @@ class Asking:
         self._timeout = timeout
 
     def check_blocking(self) -> None:
-        """Raise ConfigurationError where a call that blocks must not be made from here."""
+        """Raise ConfigurationError if a blocking call is not allowed here."""
 
     def check_awaited(self) -> None:
-        """Raise ConfigurationError where a call that is awaited must not be made from here."""
+        """Raise ConfigurationError if an awaited call is not allowed here."""
         raise ConfigurationError("This operation is run by a sync engine: use the blocking call, not the awaited one.")
 
     def ask(self, command: Any) -> Reply:
@@ -154,7 +155,7 @@ class Asking:
 
 
 class LoopAsking(Asking):
-    """The same, where an event loop runs the operation: from its tasks, and from threads that they start."""
+    """The same for an operation on an event loop: from its tasks, and from threads that they start."""
 
     __slots__ = ("_awaited", "_loop")
 
@@ -172,7 +173,7 @@ class LoopAsking(Asking):
             raise ConfigurationError("This operation belongs to another event loop: use step here, not astep.")
 
     def ask(self, command: Any) -> Reply:
-        """From a thread; on the loop itself there is no answer to be had without blocking."""
+        """From a thread; on the loop itself, it would have to block."""
         if asyncio._get_running_loop() is self._loop:
             return Unreachable(ConfigurationError("A blocking call on the event loop cannot ask an async store."))
 
@@ -186,18 +187,18 @@ class LoopAsking(Asking):
 
 
 def begin(flow: Steps[T], store: Performer, timeout: float, pause: Callable[[Pause], Paused]) -> T | Run:
-    """Pump a flow from its start to its `Run` or its conclusion, in this thread.
+    """Run a flow from its start to its `Run` or its conclusion, in this thread.
 
-    The caller performs the `Run`: it watches the hold, and in the step that calls the work it asks `hold.may_begin`;
-    where that says no it pumps `renew` first. `finish` pumps what follows the outcome.
+    The caller performs the `Run`: it renews the hold, and checks `hold.may_begin` in the step that calls the work. If
+    that says no, it calls `renew` first. `finish` runs the flow after the outcome.
     """
     return _pump(flow, None, store, timeout, pause)
 
 
 def renew(flow: Steps[T], hold: Hold, store: Performer, timeout: float) -> T | None:
-    """Pump a flow that begins with work which may not begin (C6): None, when it may now; or the flow's conclusion.
+    """Run a flow whose work may not begin yet (C6); None if it may begin now, else the flow's conclusion.
 
-    What is interrupted meanwhile was not begun, and is given back.
+    If it is interrupted, the work was not begun, and the claim is released.
     """
     told: Told | None = None
     try:
@@ -213,9 +214,9 @@ def renew(flow: Steps[T], hold: Hold, store: Performer, timeout: float) -> T | N
 
 
 def finish(flow: Steps[T], store: Performer, timeout: float) -> T:
-    """Pump a flow that begins with an outcome, or later, to its conclusion, in this thread.
+    """Run a flow from an outcome, or from a later point, to its conclusion, in this thread.
 
-    Where it is interrupted, the caller leaves it to the background: `leave_settling_to`.
+    If it is interrupted, the caller leaves it to the background: `leave_settling_to`.
     """
     conclusion = _pump(flow, None, store, timeout, _sleep)
     if isinstance(conclusion, Run):
@@ -226,7 +227,7 @@ def finish(flow: Steps[T], store: Performer, timeout: float) -> T:
 def _pump(
     flow: Steps[T], told: Told | None, store: Performer, timeout: float, pause: Callable[[Pause], Paused]
 ) -> T | Run:
-    """Tell the flow this, None at its start, and perform what it asks for, up to `Run` or the conclusion."""
+    """Send the flow this (None at its start), and perform its commands up to `Run` or the conclusion."""
     try:
         command = flow.send(told)  # type: ignore[arg-type]  # None starts a generator
         while True:
@@ -281,7 +282,7 @@ async def afinish(
 ) -> T:
     """`finish`, awaited. outcome: that of the work.
 
-    A cancellation cannot lose the outcome: the rest then goes on in a task of its own, which is handed to `adopt`.
+    A cancellation does not lose the outcome: the rest continues in a task of its own, which is passed to `adopt`.
     """
     command: Command | None = None
     told: Told | None = None
@@ -309,9 +310,9 @@ async def afinish(
 def go_on(
     flow: Steps[T], command: Command, hold: Hold, outcome: Reply, store: AsyncPerformer, timeout: float
 ) -> asyncio.Task[T]:
-    """A task that settles what was cancelled at this command, and unwatches the hold.
+    """A task that continues settling from the cancelled command, and then stops renewing the hold.
 
-    What was on its way is sent again: commands are idempotent by nonce (C3).
+    A command that was under way is sent again: commands are idempotent by nonce (C3).
     """
     return _in_background(_settle(flow, command, hold, outcome, store, timeout))
 
@@ -319,7 +320,7 @@ def go_on(
 async def _settle(
     flow: Steps[T], command: Command, hold: Hold, outcome: Reply, store: AsyncPerformer, timeout: float
 ) -> T:
-    """Perform this command and what follows; when the loop shuts down meanwhile, the keeper goes on."""
+    """Perform this command and the following ones; if the loop shuts down meanwhile, the keeper continues."""
     try:
         conclusion = await _apump(flow, None, store, timeout, _asleep, command=command)
         if isinstance(conclusion, Run):
@@ -370,8 +371,8 @@ async def _apump(
 def see_to(background: Background, claim: Claim, asked: Awaitable[Reply], before: Reply = None) -> None:
     """Disown a claim whose caller was cancelled. before: the reply to an earlier sending.
 
-    The store sees to a claim that is on its way. Nobody else knows of one whose reply has come and is not read, or
-    whose first sending went unanswered.
+    The store handles a claim that is under way. But only the caller knew of a claim whose reply has come and was not
+    read, or whose first sending got no answer.
     """
     answer = asked.result() if _is_answered(asked) else before
     if may_stand(answer) or may_stand(before):
@@ -379,7 +380,7 @@ def see_to(background: Background, claim: Claim, asked: Awaitable[Reply], before
 
 
 def may_stand(reply: Reply) -> bool:
-    """Whether a claim that was answered so, and whose caller has gone, stands or may stand."""
+    """Whether a claim with this answer, whose caller has gone, was or may have been applied."""
     return isinstance(reply, Acquired) or (isinstance(reply, Unreachable) and reply.sent)
 
 
@@ -388,7 +389,7 @@ def _is_answered(asked: Awaitable[Reply]) -> TypeGuard[asyncio.Future[Reply]]:
 
 
 def leave_settling_to(background: Background, hold: Hold, outcome: Reply) -> None:
-    """Who was settling this attempt has been interrupted: what it came to must not be lost (C4)."""
+    """Settling this attempt was interrupted: pass it to the keeper, so that its outcome is not lost (C4)."""
     if isinstance(outcome, Returned):
         background.linger(hold, hold.complete(outcome.result))
     elif isinstance(outcome, NotBegun) or (isinstance(outcome, Raised) and not outcome.unknown):
@@ -416,7 +417,7 @@ _outliving: set[asyncio.Task[Any]] = set()
 
 
 def _in_background(rest: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """A task that the loop does not lose."""
+    """A task to which a reference is kept, so that the loop does not lose it."""
     task = asyncio.get_running_loop().create_task(rest)
     _outliving.add(task)
     task.add_done_callback(_outliving.discard)

@@ -1,4 +1,4 @@
-"""What the listeners of an engine are told of its attempts."""
+"""The events about attempts for an engine's listeners."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retryproof.observe.events import Event, Kind, Listener, recorded_trace, tel
 
 
 class Listening:
-    """The listeners of one engine. overran, settled: told by the keeper of a hold."""
+    """The listeners of one engine. overran, settled: called by the keeper of a hold."""
 
     __slots__ = ("_traces", "_wants", "listeners", "overran", "settled")
 
@@ -24,7 +24,7 @@ class Listening:
         self.overran, self.settled = self._overran, self._settled  # bound once, not for each hold
 
     def trace_of(self, trace: str) -> str:
-        """The trace context that a record keeps: the caller's, or that of a listener that traces."""
+        """The trace context for a record: the caller's, or that of a listener that traces."""
         return trace if self._traces is None else recorded_trace(self._traces, trace)
 
     def tell(self, event: Event) -> None:
@@ -45,11 +45,11 @@ class Listening:
                 return
 
     def _overran(self, hold: Hold) -> None:
-        """Its lease is not renewed any more; called from the keeper's thread."""
+        """The hold's lease is not renewed any more; called from the keeper's thread."""
         self._tell_of(Kind.OVERRUN, hold)
 
     def _settled(self, hold: Hold, stored: bool) -> None:
-        """What lingered is stored, or will never be; called from the keeper's thread."""
+        """A waiting result is stored, or never will be; called from the keeper's thread."""
         self._tell_of(Kind.STORED_LATE if stored else Kind.NEVER_STORED, hold)
 
     def _tell_of(self, kind: Kind, hold: Hold) -> None:

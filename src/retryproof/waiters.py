@@ -1,4 +1,4 @@
-"""Duplicates that wait for a running attempt (C18): how they pause, and how many there may be."""
+"""Duplicates that wait for a running attempt (C18): how they wait, and how many may."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Waiters:
         self._mutex = threading.Lock()
 
     def pause(self, pause: Pause, most: int) -> Paused:
-        """Sleep in this thread; a duplicate only where fewer than `most` wait."""
+        """Sleep in this thread; a duplicate sleeps only if fewer than `most` wait."""
         if pause.waiting and not self._admit(most):
             return Paused(on=False)
         try:

@@ -1,4 +1,4 @@
-"""What the layers for all interfaces have in common: the options, checked when one is made, and its engine."""
+"""What the middleware of all server interfaces share: the options, checked when it is made, and the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What HTTP means here: which requests are covered, which responses are stored, and how a replay looks. Pure.
+"""The rules of HTTP: which requests are covered, which responses are stored, and what a replay contains. Pure.
 
 Rules H1, H8, H9, H10 and H14; the adapters (ASGI, WSGI) only carry messages.
 """
@@ -23,10 +23,10 @@ StoreWhen: TypeAlias = Callable[[int, Sequence[Header]], bool]
 Preset: TypeAlias = Literal["default", "stripe", "success-only"]
 
 NEVER_COVERED = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "QUERY", "CONNECT"})
-"""Safe methods, and the one that makes a tunnel (H1)."""
+"""Safe methods, and CONNECT, which opens a tunnel (H1)."""
 
 NOT_SETTLED = frozenset({401, 403, 408, 409, 425, 429})
-"""Statuses below 500 that say "not now" or "not you": the same request may well succeed later (H8)."""
+"""Statuses below 500 that mean "not now" or "not you": the same request may succeed later (H8)."""
 
 _NO_CONTENT = frozenset({204, 304})
 
@@ -43,7 +43,7 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-# What is true of one exchange alone, and would be a lie on a replay.
+# Headers of one exchange, which would be wrong in a replay.
 _OF_ONE_EXCHANGE = frozenset(
     {
         b"content-length",
@@ -76,7 +76,7 @@ _OF_A_BODY = frozenset(
 
 
 def covered_methods(methods: Iterable[str]) -> frozenset[str]:
-    """The methods to cover, checked; PUT and DELETE only because somebody asked for them (H1)."""
+    """The covered methods, checked; PUT and DELETE only if the app asks for them (H1)."""
     if isinstance(methods, str):
         raise ConfigurationError(f"methods={methods!r} is one string; give a collection, such as ('POST', 'PATCH').")
     chosen = frozenset(methods)
@@ -95,14 +95,14 @@ def covered_methods(methods: Iterable[str]) -> frozenset[str]:
 
 
 def settles(status: int, headers: Sequence[Header]) -> bool:
-    """The default: every status below 500, but those that say "not now" or "not you"."""
+    """The default: every status below 500, except those that mean "not now" or "not you"."""
     return status < 500 and status not in NOT_SETTLED
 
 
 def settles_always(status: int, headers: Sequence[Header]) -> bool:
-    """The preset "stripe": whatever the handler answered once it had begun, its own failures included.
+    """The preset "stripe": every response of the handler once it has begun, also its failures.
 
-    What `refused_before` knows is not its answer; that needs the exception, and is asked by who has it.
+    A refusal by a framework's validation is not the handler's answer. `refused_before` recognises it by the exception.
     """
     return True
 
@@ -116,7 +116,7 @@ _PRESETS: dict[str, StoreWhen] = {"default": settles, "stripe": settles_always, 
 
 
 def is_preset(store_when: StoreWhen) -> bool:
-    """Whether it looks at the status alone, as all presets do."""
+    """Whether it checks only the status, as all presets do."""
     return store_when in _PRESETS.values()
 
 
@@ -138,13 +138,13 @@ _VALIDATIONS = frozenset(
         ("litestar.exceptions.http_exceptions", "ValidationException"),
     }
 )
-"""What frameworks raise for a request that does not fit a handler's signature."""
+"""The exceptions of frameworks for a request that does not match a handler's signature."""
 
 
 def refused_before(error: BaseException) -> bool:
     """Whether an exception is a framework's own validation of the request, so that the handler has not begun.
 
-    A handler may raise the same type itself, after its effect: the last frame tells who did.
+    A handler may raise the same type itself, after its effect: the last frame shows who raised it.
     """
     kinds = {(kind.__module__, kind.__qualname__) for kind in type(error).__mro__} & _VALIDATIONS
     last = error.__traceback__
@@ -248,8 +248,8 @@ def traceparent(value: bytes) -> str:
 def retry_after(left: float, lease: float) -> int:
     """Whole seconds after which a duplicate should ask again, when the holder's lease has `left` seconds to go.
 
-    A holder that lives renews its lease at a third of it. One with less than two thirds left has missed that and is
-    probably dead: only the end of its lease helps. A live one is usually done within a second.
+    A live holder renews its lease after a third of it. If less than two thirds are left, the holder has missed that and
+    is probably dead: only the end of its lease helps. A live holder is usually done within a second.
     """
     return max(1, math.ceil(left)) if left < lease * 2 / 3 else 1
 
@@ -259,10 +259,10 @@ def retry_after(left: float, lease: float) -> int:
 _OF_CODED_BYTES = frozenset(
     {b"content-digest", b"content-encoding", b"content-md5", b"digest", b"etag", b"repr-digest"}
 )
-"""Headers that are wrong once the coding is undone."""
+"""Headers that are wrong for a decoded body."""
 
 _CODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 47}
-"""Content codings that can be undone here, with zlib's window bits."""
+"""Content codings that can be decoded here, with zlib's window bits."""
 
 
 def accepts(coding: bytes, accept_encoding: bytes) -> bool:
@@ -290,11 +290,11 @@ def unaccepted_codings(headers: Iterable[Header], accept_encoding: bytes) -> lis
 
 
 UNDO_LIMIT = 16 * 1024 * 1024
-"""Bytes that a stored body may have with its coding undone: a megabyte of gzip can hold a gigabyte."""
+"""The most bytes of a decoded body: a megabyte of gzip can contain a gigabyte."""
 
 
 def undone(codings: Sequence[bytes], body: bytes) -> bytes | None:
-    """A body with its content coding undone; None where that is not possible in whole, or passes UNDO_LIMIT (H14)."""
+    """A decoded body; None if it cannot be decoded completely, or is over UNDO_LIMIT (H14)."""
     bits = _CODINGS.get(codings[0]) if len(codings) == 1 else None
     if bits is None:
         return None
@@ -315,5 +315,5 @@ def undone(codings: Sequence[bytes], body: bytes) -> bytes | None:
 
 
 def headers_of_undone(headers: Iterable[Header]) -> Headers:
-    """The headers of a stored response whose coding is undone."""
+    """The headers of a stored response for its decoded body."""
     return [(name, value) for name, value in headers if name not in _OF_CODED_BYTES]

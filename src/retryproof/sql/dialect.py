@@ -1,4 +1,4 @@
-"""What an engine has to say: one object each, found by the name that stores and callers' connections give it.
+"""One object for each engine, found by the name that stores and callers' connections give it.
 
 A third engine is a folder beside `postgres` and `sqlite` that holds such an object, and a line in `dialects`.
 """
@@ -18,7 +18,7 @@ from retryproof.sql.worklist import WorklistPlans
 
 
 class JoinedPlans(ABC):
-    """What is done to an operation's record in the transaction of a caller (T1)."""
+    """Plans for an operation's record in a caller's transaction (T1)."""
 
     @abstractmethod
     def join(self, hold: Hold) -> Plan[Joining | None]:

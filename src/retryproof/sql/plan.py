@@ -1,12 +1,12 @@
-"""SQL is a plan, not a driver: what a store does is a generator of statements that is sent their rows.
+"""SQL plans: a call of a store is a generator that yields statements and receives their rows.
 
-An adapter says only how to execute a statement on its driver, so the same plan runs on the store's own connection or
+An adapter only knows how to execute a statement on its driver. So the same plan runs on the store's own connection, or
 on the caller's, inside the caller's own transaction.
 
-What is committed together on a connection of our own is said by the engine. On PostgreSQL each statement commits by
-itself: what has to happen together is one statement (WITH … changes several tables), and a plan of several may end
-between any two of them. On SQLite a plan is one transaction, as it would be on MySQL, whose statements change one table
-each: whoever runs it begins before its first statement and commits after its last.
+On our own connections, the engine decides what is committed together. On PostgreSQL, each statement commits by itself:
+changes that belong together are one statement (WITH … changes several tables), and a plan of several statements may end
+between any two of them. On SQLite, a plan is one transaction: its runner begins before the first statement, and commits
+after the last. MySQL would need that too, since each of its statements changes one table.
 """
 
 from __future__ import annotations

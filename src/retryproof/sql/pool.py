@@ -1,9 +1,9 @@
-"""Connections that run plans, in both colours, and the one contract that the drivers' pools keep.
+"""Connections that run plans, blocking or awaited, and the contract of the drivers' pools.
 
-A call has a deadline, which connecting and waiting for a free connection are part of. At the deadline the client cuts
-the connection: a server that has stopped answers neither a statement nor a request to cancel it. The error says then
-that what was asked may have been done. A plan is run once more where an idle connection turns out to be dead, on a new
-one, and never otherwise: drivers' own retries are off. A connection is kept only after a clean end.
+A call has a deadline, which includes connecting and waiting for a free connection. At the deadline the client closes
+the connection, since a stopped server answers neither a statement nor a request to cancel it. The error then says that
+the command may have been done. If an idle connection turns out to be dead, the plan runs a second time on a new one. It
+is never retried otherwise: the drivers' own retries are off. A connection is kept only after a clean end.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 class Pool(Protocol):
-    """Connections that block."""
+    """Blocking connections."""
 
     def perform(self, plan: Callable[[], Plan[T]]) -> T:
-        """Run a plan before the deadline. As it may be run twice, it has to bear that.
+        """Run a plan before the deadline. It may run twice, which must be safe.
 
         Raises StoreUnavailable, and ConfigurationError for a server without the tables.
         """
 
     def close(self) -> None:
-        """Close what is idle; what is in use is closed when its call ends."""
+        """Close idle connections; a connection in use is closed when its call ends."""
 
 
 class LoopPool(Protocol):

@@ -1,8 +1,8 @@
 """The completer's worklist, as plans: phased operations that are under way (T3).
 
-A row is written in the transaction of the first phase that is committed, behind the fence, and goes with the completion
-of its record. Who takes a row does so by moving its due time, in a short statement that passes over locked rows; what
-keeps an operation from being run twice is the claim alone, so a row that is taken twice costs a claim and no more.
+The first committed phase writes a row in its transaction, after the fence, and completing the record deletes it. A
+completer takes a row by moving its due time, in a short statement that skips locked rows. Only the claim prevents an
+operation from running twice, so a row that is taken twice costs one claim.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALL_COLUMNS = f"{COLUMNS}, tries, due_at, listed_at, reason"
 class WorklistEntry:
     """One row.
 
-    function: the name that it is registered by. input: what it is given and for whom, sealed where that is wished.
+    function: the name that it is registered by. input: its argument and principal, encrypted if there is a sealer.
     tries: how often a completer took it. reason: why it failed last; None while it runs.
     due_at, listed_at: microseconds of the database's clock since the epoch.
     """

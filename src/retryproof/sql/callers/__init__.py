@@ -1,4 +1,4 @@
-"""The caller's own connection: what runs inside the caller's transaction, whatever library opened it.
+"""The caller's own connection, for work inside the caller's transaction, of whatever library.
 
 `adapt` takes a connection of psycopg 3 (sync or async), asyncpg, SQLAlchemy 2 (Connection, Session, AsyncConnection,
 AsyncSession), Django, sqlite3 or aiosqlite, for `insert_once` also one to MariaDB, and gives the same few things for
