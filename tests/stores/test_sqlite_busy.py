@@ -219,3 +219,39 @@ def test_c2_what_somebody_elses_triggers_write_makes_no_batch_done(tmp_path: Pat
     assert [type(alone), type(twin)] == [Acquired, Running]
     assert store.complete([stale]) == [LOST]
     store.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_c1_a_file_that_is_deleted_under_its_holder_has_one_holder_afterwards(
+    path: str, replaced: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has the old file open would claim there what the next one claims in a new file, for as long as it lives."""
+    store = SqliteStore(path)
+    held, once = new_claim(), new_claim()
+    [acquired] = store.claim([held])
+    assert isinstance(acquired, Acquired)
+    for name in (path, f"{path}-wal", f"{path}-shm"):
+        Path(name).unlink()
+    other = SqliteStore(path)
+    if replaced:
+        assert isinstance(other.claim([once])[0], Acquired)
+    assert store.renew([renew(held, acquired)]) == [LOST]  # C8: its handler is told
+    [first] = store.claim([again(once)])
+    assert isinstance(first, Running if replaced else Acquired)
+    [second] = other.claim([again(once)])
+    assert isinstance(second, Running)
+    assert "was deleted or replaced" in caplog.text
+    store.close()
+    assert isinstance(other.claim([new_claim()])[0], Acquired)  # whose log was not taken along
+    other.close()
+
+
+def test_a_relative_path_means_the_same_file_after_a_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, claim = SqliteStore("keys.db"), new_claim()
+    store.claim([claim])
+    monkeypatch.chdir("/")
+    assert isinstance(store.claim([again(claim)])[0], Running)
+    store.close()

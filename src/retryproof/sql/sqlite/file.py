@@ -16,6 +16,7 @@ it is between two calls, and opened again at the next call, in parent and child.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import sqlite3
@@ -34,6 +35,7 @@ from retryproof.sql.plan import Plan, Row, Statement
 from retryproof.sql.sqlite import records
 from retryproof.sql.sqlite.url import SqliteTarget
 
+logger = logging.getLogger("retryproof")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -62,6 +64,7 @@ class SqliteFile:
         self._patience = min(target.patience, target.timeout)
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[str, tuple[int, int]] | None = None  # the file that is open: its whole path, its identity
         self._grouped = False
         self._shut_out: StoreUnavailable | None = None  # why the group that is open may not write
         with _forking:
@@ -80,6 +83,7 @@ class SqliteFile:
     def read(self, plan: Plan[T]) -> T:
         """Run a plan that only reads, beside any writer."""
         with self._lock:
+            self._stay_with_the_path()
             return pump(plan, self._execute)
 
     def changes_one(self, statement: Statement) -> bool:
@@ -89,6 +93,7 @@ class SqliteFile:
         refuses for whatever reason: ask the plan then, which waits for others and says what is wrong.
         """
         with self._lock:
+            self._stay_with_the_path()
             connection = self._connected()
             if self._grouped or connection.in_transaction:
                 return False
@@ -104,6 +109,7 @@ class SqliteFile:
         """
         with self._lock:
             try:
+                self._stay_with_the_path()
                 if not self._connected().in_transaction:
                     self._begin(self._timeout if patience is None else patience)
                 result = pump(plan(), self._execute)
@@ -180,6 +186,22 @@ class SqliteFile:
 
     # The connection
 
+    def _stay_with_the_path(self) -> None:
+        """Close a file that was deleted or replaced: who opens the path now would claim what is claimed in it (C1).
+
+        Not inside a transaction. SQLite leaves the log of the new file alone.
+        """
+        if self._opened is None or self._connection is None or self._connection.in_transaction:
+            return
+        path, identity = self._opened
+        if _identity_of(path) != identity:
+            logger.error(
+                "The SQLite database %s was deleted or replaced while it was in use. Its records are lost, and what "
+                "runs may run twice. Stop all processes before you remove a database.",
+                path,
+            )
+            self.close()
+
     def _begin(self, patience: float) -> None:
         """Take the write lock, however many others want it, unless one of them stays for longer than the patience."""
         began = stays_since = time.monotonic()
@@ -240,6 +262,9 @@ class SqliteFile:
             connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._make_schema(connection)
             connection.execute("PRAGMA busy_timeout = 0")  # from here on it is we who wait
+            if self.path != IN_MEMORY:
+                path = os.path.abspath(self.path)
+                self._opened = (path, _identity_of(path))
         except BaseException as error:
             if connection is not None:
                 connection.close()
@@ -335,6 +360,15 @@ def _naps() -> Iterator[float]:
     while True:
         yield nap * random.uniform(0.5, 1.5)
         nap = min(2 * nap, LAST_NAP)
+
+
+def _identity_of(path: str) -> tuple[int, int]:
+    """What tells a file from the next one under its name; zeros where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
 
 
 def _is_busy(error: Exception) -> bool:
