@@ -6,8 +6,8 @@
     if admission.is_large:                   # under `fingerprint`, which takes time where the body is large: a
         admission.digest()                   # thread's work
 
-Whoever performs it reads the body, and calls `close` at the end. What a callable of the user's raises, it raises before
-anything is claimed.
+The adapter reads the body, and calls `close` at the end. An exception of a user's callable is raised before anything is
+claimed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from retryproof.http.scope import Anonymous, Identity, single_tenant
 from retryproof.http.semantics import traceparent
 
 COVERED = "retryproof.covered"
-"""Set for a request that a layer covers, so that a second layer further in lets it pass."""
+"""Set for a covered request, so that a second middleware further in lets it pass."""
 OFF_LOOP_FROM = 64 * 1024
-"""Bytes of a body from which its fingerprint is finished in a thread: parsing takes a millisecond then."""
+"""From this size of a body, its fingerprint is finished in a thread, since parsing takes a millisecond then."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotCovered:
-    """A request without a key; `read` says that its body had to be read to find that."""
+    """A request without a key; `read`: its body had to be read to find that out."""
 
     read: bool
 
@@ -49,7 +49,7 @@ NotAdmitted = Problem | NotCovered
 
 
 class Admission:
-    """One request on its way to a claim.
+    """One request before its claim.
 
     announced: the body's length, where the request says it. body: as it came; bytes where it came in one part.
     size: its bytes so far. weak_key: what is wrong with a key that was refused only since it can be guessed; listeners
@@ -105,7 +105,7 @@ class Admission:
         self.weak_key = ""
 
     def begin(self) -> NotAdmitted | None:
-        """Look at everything but the body."""
+        """Check everything but the body."""
         options, request = self._options, self.request
         identify = options.identify
         identity: Any = options.scope(request.context) if identify is None else identify(request)
@@ -134,7 +134,7 @@ class Admission:
         return None
 
     def take(self, chunk: bytes, more: bool) -> NotAdmitted | None:
-        """Take the next part of the body; `more` says that others follow."""
+        """Take the next part of the body; `more`: others follow."""
         size = self.size = self.size + len(chunk)
         if size > self._options.max_body:
             return self._too_large()
@@ -162,7 +162,7 @@ class Admission:
         return self._end()
 
     def stalled(self) -> Problem:
-        """The refusal of a body that does not go on."""
+        """The refusal of a body that stalls."""
         return Problem(
             problems.BODY_TIMEOUT,
             f"The body stalled after {self.size} bytes. Nothing was done; send it again with the same key.",
@@ -232,7 +232,7 @@ class Admission:
 
     @property
     def operation(self) -> str:
-        """What stands for the operation in answers and logs."""
+        """The operation's digest for responses and logs."""
         return short_digest(self.id)
 
     @property
@@ -247,7 +247,7 @@ class Admission:
         return body.chunks() if isinstance(body, Body) else (body or b"",)
 
     def close(self) -> None:
-        """Let go of the body. May be called twice."""
+        """Free the body. May be called twice."""
         if isinstance(self.body, Body):
             self.body.close()
 

@@ -1,7 +1,7 @@
 """A conclusion as a response: status, headers, body. Pure (H7, H9, H13, H14).
 
-A replay whose stored body has a coding that this caller does not take is not an answer yet, but an `Undoing`: whoever
-performs it undoes the coding, in a thread where it is large, and asks `undone_answer`.
+If this caller does not accept the coding of a stored body, the replay is an `Undoing`, not an answer yet: the adapter
+decodes the body, in a thread if it is large, and calls `undone_answer`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from retryproof.http.semantics import (
 
 OMITTED: Header = (b"idempotency-replay", b"omitted")
 UNPROTECTED: Header = (b"idempotency-unprotected", b"store-unavailable")
-"""What the answer of a handler is given that ran without a record (C10)."""
+"""The header for the response of a handler that ran without a record (C10)."""
 OFF_LOOP_FROM = 2 * 1024
-"""Bytes of a compressed body from which its coding is undone in a thread: they may hold a thousand times as many."""
+"""From this size, a compressed body is decoded in a thread: it may contain a thousand times as many bytes."""
 _NOTHING_KEPT = StoredResponse(200, (), b"", omitted=True)
 
 
@@ -46,14 +46,14 @@ class Answer(NamedTuple):
 
 
 class Undoing(NamedTuple):
-    """A stored response whose codings have to be undone first, by `semantics.undone`."""
+    """A stored response that has to be decoded first, by `semantics.undone`."""
 
     response: StoredResponse
     codings: Sequence[bytes]
 
     @property
     def is_large(self) -> bool:
-        """Whether that is a thread's work."""
+        """Whether to do that in a thread."""
         return len(self.response.body) >= OFF_LOOP_FROM
 
 
@@ -73,7 +73,7 @@ def replay(finished: Finished, request: HttpRequest, options: Options) -> Answer
 
 
 def undone_answer(undoing: Undoing, plain: bytes | None, options: Options) -> Answer:
-    """The replay with its coding undone; None: that was not possible, and the body is left out."""
+    """The replay with its decoded body; None: decoding was not possible, and the body is left out."""
     status, headers = undoing.response.status, undoing.response.headers
     if plain is None:
         return _replayed(status, headers_without_body(headers), b"", options, omitted=True)
@@ -86,18 +86,18 @@ def _replayed(status: int, headers: Iterable[Header], body: bytes, options: Opti
 
 
 def denied(operation: str) -> Problem:
-    """What a caller is told whom `authorize` refuses a replay."""
+    """The answer to a caller whose replay `authorize` refuses."""
     detail = "The request was done before, and this caller may not have its response."
     return Problem(problems.REPLAY_DENIED, detail, operation=operation)
 
 
 def unreadable(error: Unreadable, operation: str) -> Problem:
-    """What a caller is told whose stored response cannot be read."""
+    """The answer to a caller whose stored response cannot be read."""
     return Problem(problems.RECORD_UNREADABLE, error.message, retry_after=1, operation=operation)
 
 
 def problem_of(conclusion: Conclusion, policy: Policy, operation: str) -> Problem:
-    """What a conclusion without a response means to the caller."""
+    """The answer for a conclusion without a response."""
     return Problem(*_explained(conclusion, policy), operation)
 
 

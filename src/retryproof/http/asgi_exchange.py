@@ -1,7 +1,7 @@
-"""One covered request under ASGI: admitted, claimed, run; or told why not, or replayed (H7).
+"""One covered request under ASGI: admit it, claim, and run it; or refuse it, or replay its response (H7).
 
-This performs what the pure modules decide: `admission` whether it may claim, `answers` what a conclusion is as a
-response. The app's run is `asgi_run`.
+This performs the decisions of the pure modules: `admission` decides whether the request may claim, `answers` makes a
+response of a conclusion. `asgi_run` runs the app.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
 from retryproof.observe.events import Event, Kind
 
 _HIDDEN_EXTENSIONS = ("http.response.pathsend", "http.response.zerocopysend")
-"""Ways to send a file past everybody; without them an app sends its bytes, which can be kept."""
+"""ASGI extensions that send a file past the middleware; without them an app sends bytes, which can be stored."""
 _REPEATABLE = (list, tuple)
 
 
@@ -43,7 +43,7 @@ GONE = Gone()
 async def respond(
     engine: AsgiEngine, scope: AsgiScope, receive: Receive, send: Send, request: HttpRequest, policy: Policy
 ) -> None:
-    """Run the operation, replay it, or say why not."""
+    """Run the operation, replay it, or refuse it."""
     admission = Admission(engine.options, request, policy)
     link: ClientLink | None = None
     run: AsgiRun | None = None
@@ -155,14 +155,14 @@ async def _turn_away(
             else:
                 await engine.app(scope, receive, send)
         case Gone():
-            return  # nothing was claimed, nothing runs, and nobody is there to be told
+            return  # nothing was claimed, nothing runs, and the client has left
 
 
 # The claim
 
 
 async def _run_unprotected(engine: AsgiEngine, scope: AsgiScope, receive: Receive, send: Send) -> None:
-    """The route would rather double an effect than refuse (C10)."""
+    """Run without protection, since the route has `fail_open` (C10)."""
 
     async def send_marked(message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
@@ -199,9 +199,9 @@ def _quoted_path(scope: AsgiScope) -> bytes:
 def _app_scope(scope: AsgiScope, on_departure: Departure | HeadDeparture) -> AsgiScope:
     """The scope for the app: the same object, since what lies outside reads from it what routing put there.
 
-    Ways to send a file past the layer are not offered. The app is told that sending to a client that has left is an
-    error (ASGI HTTP 2.4), which the link sees to: so a framework has no reason to stop a response by itself. Where it
-    is to stop, it is told what the server said.
+    Extensions that send a file past the middleware are left out. The scope says that sending to a client that has left
+    is an error (ASGI HTTP 2.4), and the link does that. So a framework has no reason to stop a response by itself. If
+    the app has to stop, the scope says what the server said.
     """
     extensions = scope.get("extensions")
     if extensions and any(name in extensions for name in _HIDDEN_EXTENSIONS):

@@ -1,15 +1,16 @@
 """One run of an ASGI app under a claim: its response is stored before its end is seen (H10), whoever leaves (H11).
 
-The app runs in a task of its own. What it sends passes through `_send`, which settles the operation when the last
-message arrives and only then lets that message go. So a response with one body message is held entirely, a stream all
-but its end, and background tasks run after the operation was settled, as they run after the response without the layer.
-What an end means stands in `settlement`, and the bookkeeping of the claim in `attempt`; this file performs them:
+The app runs in a task of its own. Its messages pass through `_send`. When the last message arrives, `_send` settles the
+operation, and only then sends that message. So a response with one body message is held completely, and of a stream
+only the end. Background tasks run after the operation was settled, as they run after the response without the
+middleware. `settlement` says what an end means, and `attempt` has the bookkeeping of the claim; this file performs
+them:
 
     RUNNING --max_run is over--> OVERDUE       a run without its client is stopped from here on
     RUNNING, OVERDUE --the last message, or the app has returned or raised--> SETTLING --> SETTLED
 
-Most responses are one head and one body, from an app that looks at nothing but its request: `plain_answer` decides
-these without a Settlement, and nothing is asked of the client's link. Both are made when they are first needed.
+Most responses are one head and one body, from an app that reads only its request. `plain_answer` decides these without
+a Settlement and without the client's link. Both are made when they are first needed.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ from retryproof.stores.opened import AsyncOpened, AsyncView
 logger = logging.getLogger("retryproof.http")
 
 RUNNING, OVERDUE, SETTLING, SETTLED = "running", "past max_run", "settling", "settled"
-"""Where a run stands. SETTLED: there is a conclusion, and what it means was sent."""
+"""The state of a run. SETTLED: there is a conclusion, and its response was sent."""
 
 _PARTS_A_TURN = 16
-"""Parts of a stream after which the loop has its turn, while its client is there."""
+"""After this many parts of a stream, yield to the event loop, while the client is connected."""
 _PARTS = frozenset(
     {"http.response.body", "http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"}
 )
 _OWN = (Completed, Failed)
-"""Conclusions by which the run still had its operation."""
+"""Conclusions of runs that still held their operations."""
 _REPEATABLE = (list, tuple)
 _settling: set[asyncio.Task[Conclusion]] = set()
-"""Tasks that the loop must not lose."""
+"""References to tasks, so that the loop does not lose them."""
 _TOO_LONG = "it ran past max_run, and its client has left"
 
 
@@ -161,7 +162,7 @@ class AsgiRun:
             self.link.detached = True
             self._server_send = _say_nothing
 
-    # What befalls it from outside
+    # Events from outside
 
     def _on_lost(self) -> None:
         """Another attempt took over; called from the keeper's thread."""
@@ -178,7 +179,7 @@ class AsgiRun:
             return
 
     def _run_over(self) -> None:
-        """From here on it may run for its client alone (H11)."""
+        """`max_run` is over: from here on it may run only with its client (H11)."""
         if self._state is not RUNNING:
             return
         self._state = OVERDUE
@@ -195,7 +196,7 @@ class AsgiRun:
             self._engine.departed.add(self)
 
     def stop(self, why: str) -> None:
-        """Cancel the app, which nobody waits for: its outcome is unknown."""
+        """Cancel an app that nobody waits for: its outcome is unknown."""
         if self._cancel(endings.STOPPED):
             digest = self._admission.operation
             logger.warning("The handler of operation %s was stopped: %s. Its outcome is unknown.", digest, why)
@@ -243,7 +244,7 @@ class AsgiRun:
         error = raised = None  # their tracebacks lead here
 
     def _hand_over(self, error: BaseException | None) -> None:
-        """Give what the app raised to the server's task."""
+        """Pass the app's exception to the server's task."""
         if self._deserted or self.over.done():
             if isinstance(error, Exception):
                 logger.error("A handler failed after its request was over.", exc_info=error)
@@ -394,7 +395,7 @@ class AsgiRun:
         await self._settle(self.settlement.answered())
 
     async def _settle(self, happened: str, error: BaseException | None = None) -> None:
-        """Give the record what the table says, and send what it says."""
+        """Write to the record and send to the client what the table says."""
         attempt, link, settlement = self._attempt, self.link, self.settlement
         self._state = SETTLING
         link.stops = False  # the app has nothing left to stop for
@@ -402,7 +403,7 @@ class AsgiRun:
             self._engine.departed.discard(self)
         outcome = settlement.end(happened, error)
         if settlement.joined:
-            # In a task of its own: no cancellation may part the commit from what follows.
+            # In a task of its own, so that no cancellation separates the commit from what follows.
             self._rest = self.loop.create_task(self._end_transaction(outcome))
             _settling.add(self._rest)
             self._rest.add_done_callback(_settling.discard)

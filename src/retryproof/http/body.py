@@ -1,8 +1,8 @@
 """A request's body, read once and given again: small ones in memory, large ones in unlinked files (H7).
 
-A body past SPOOL_FROM goes to a temporary file that has no name and is readable by this user alone. All bodies that
-come in several messages together hold BUDGET bytes at most in a process, those of one caller SHARE: so many uploads
-fill neither memory nor disk, and one caller's uploads leave room for the others'. A body that stalls is given up.
+A body larger than SPOOL_FROM goes to a temporary file without a name that only this user can read. All bodies that come
+in several messages may have BUDGET bytes together in a process, and those of one caller SHARE. So many uploads fill
+neither memory nor disk, and one caller leaves room for the others. A body that stalls is given up.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SPOOL_FROM = 1024 * 1024
 LIMIT = 1024 * 1024 * 1024
 SHARE = LIMIT // 4
 SLOWEST = 16 * 1024
-"""Bytes a second that a body must come at on average, after its first seconds."""
+"""The lowest average rate of a body, in bytes a second, after its first seconds."""
 CHUNK = 64 * 1024
 
 
 class OverBudget(Exception):
-    """The process, or this caller, holds as many bytes as it may, or the disk is full; a later request may fit."""
+    """The process or the caller has reached its limit, or the disk is full; a later request may succeed."""
 
 
 class Budget:
@@ -75,7 +75,7 @@ def deadline(began: float, now: float, size: int, patience: float) -> float:
 
 
 class Body:
-    """Takes a body chunk by chunk, and gives its bytes back as often as asked.
+    """Takes a body chunk by chunk; its bytes can be read several times.
 
     owner: whose share of the budget it counts towards, None for none. share: bytes.
     """
@@ -132,7 +132,7 @@ class Body:
         return self._file
 
     def close(self) -> None:
-        """Let go of the bytes, and of the file if there is one. May be called twice."""
+        """Free the bytes, and the file if there is one. May be called twice."""
         taken, self._taken = self._taken, 0
         if taken:
             self._budget.give(taken, self._owner)

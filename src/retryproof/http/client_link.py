@@ -1,8 +1,8 @@
-"""One request's connection to its client, as the app behind the layer sees it.
+"""One request's connection to its client, as the app inside the middleware sees it.
 
-The body that was read is given once; after it, `receive` waits for the real disconnect, and says so when the operation
-is settled (H11): an app that is told before stops, and nobody knows what its work lacks. What is sent to a client that
-has left is dropped, so that the handler runs to its end; where it is to stop, sending is an OSError.
+`receive` gives the body once. Then it waits for the real disconnect, and reports it when the operation is settled
+(H11). An app that learnt of it earlier would stop, and its response would be incomplete. Messages to a client that has
+left are dropped, so that the handler runs to its end. If the app has to stop, sending raises an OSError.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ClientLink:
         return {"type": "http.request", "body": chunk, "more_body": self.unread}
 
     def watch(self) -> asyncio.Future[AsgiMessage]:
-        """What the server has to say next, the departure of the client above all; asked for once, whoever waits."""
+        """The server's next message, usually the client's departure; received once for all who wait."""
         if self._watch is None:
             self._watch = asyncio.ensure_future(self._receive())
             self._watch.add_done_callback(self._note)
@@ -117,7 +117,7 @@ class ClientLink:
             self._telling.set_result(None)
 
     async def stays(self, seconds: float) -> bool:
-        """Wait; whether the client is still there. Ends early when it leaves."""
+        """Wait, at most until the client leaves; return whether it is still connected."""
         watch = self.watch()
         if watch.done():
             await asyncio.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Runs that go on without their clients (H11)."""
+"""Runs that continue without their clients (H11)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _TOO_MANY = "too many requests run without their clients"
 
 
 class ClientLeft(OSError):
-    """What an app is raised that sends to a client which has left, where it is to stop then."""
+    """Raised in an app that sends to a client that has left, if the app has to stop."""
 
 
 class Departing(Protocol):
-    """The app's run for one request, which may go on without its client."""
+    """The app's run for one request, which may continue without its client."""
 
     def stop(self, why: str) -> None:
         """Cancel it; `why` is for the log."""
 
 
 class Departed:
-    """The runs of one layer that go on without their clients, in the order in which those left: a bounded number.
+    """The runs of one middleware without clients, in the order in which the clients left; their number is bounded.
 
-    Over it, the one that has done so for longest is stopped: one that is about to end has left only now, and one that
-    never ends is the first to go.
+    Above the limit, the run that has been without its client for longest is stopped. So a run that is about to end is usually
+    not stopped, and one that never ends is stopped first.
     """
 
     def __init__(self, limit: int) -> None:

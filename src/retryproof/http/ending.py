@@ -1,15 +1,15 @@
-"""How a run of an app ends: a table, from what happened to what the record gets and what is sent. Pure.
+"""How a run of an app ends: a table that says what is recorded and what is sent. Pure.
 
     what happened × how far the response was × the work is joined or not  ->  record, and what is sent to a client that
                                                                               is there, or has left
 
-Theory. The record may only say what is known. A response that is whole says that the work is done. One that is not
-(the app returned in the middle of it, was stopped, or sent another length than it announced) says nothing: the outcome
-is unknown, unless the work was joined to a transaction, which is then rolled back. What raises has failed, whoever
-left. And what is sent may not say more than the record: a head that has gone out is followed by its whole response, or
-by a cut.
+Theory. The record may only say what is known. A complete response says that the work is done. An incomplete one (the
+app returned in the middle, was stopped, or sent another length than it announced) says nothing: the outcome is unknown,
+unless the work was joined to a transaction, which is rolled back. A handler that raises has failed, whether its client
+has left or not. And the response may not say more than the record: after its head was sent, either the complete
+response follows, or the connection is cut.
 
-Once the server has gone as well (it cancelled, and did not wait) nothing is sent and nobody is raised anything.
+If the server has gone too (it cancelled, and did not wait), nothing is sent, and nothing is raised.
 """
 
 from __future__ import annotations

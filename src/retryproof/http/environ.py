@@ -1,6 +1,6 @@
 """A request in a WSGI environ (PEP 3333): its parts as bytes, its headers, and its body. Pure.
 
-A header that came several times has been joined by the server, with commas, and cannot be told apart any more.
+The server has joined a header that came several times, with commas; the single values cannot be recovered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _APART = ("HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH")
 
 
 class EnvironContext(Mapping[str, Any]):
-    """An environ under the names of an ASGI scope as well, so that `by_user`, `by_header` and callables serve both.
+    """An environ with the names of an ASGI scope too, so that `by_user`, `by_header` and callables work with both.
 
     `user` is what a layer further out has put into the environ under that name, or else `REMOTE_USER`, if it says one.
     """

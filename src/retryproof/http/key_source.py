@@ -1,4 +1,4 @@
-"""Where a request's key is: a header, a field of its JSON body, or wherever a callable finds it (H2)."""
+"""Where a request's key is: in a header, in a field of its JSON body, or where a callable finds it (H2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retryproof.core.keys import Strength, check_key, parse_key
 from retryproof.http.request import HttpRequest
 
 FindKey: TypeAlias = Callable[[Mapping[str, Any]], str | None]
-"""A callable of the ASGI scope that returns the key, or None where there is none."""
+"""A callable of the ASGI scope that returns the key, or None if there is none."""
 
 _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
@@ -22,7 +22,7 @@ _OBJECT = re.compile(rb"[\s\x00\xef\xbb\xbf\xfe\xff]*\{")
 """How a JSON object begins, in any encoding of JSON."""
 
 MAX_DOCUMENT = 1024 * 1024
-"""A JSON body larger than this is not searched for a key; the request is refused."""
+"""A larger JSON body is not searched for a key; the request is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ KeySource: TypeAlias = HeaderKey | JsonFieldKey | CallableKey
 def json_field(name: str) -> JsonFieldKey:
     """The key is the string under this name in a JSON body, as Square's `idempotency_key`.
 
-    The body of every request to a covered method is then read before it is known whether it has a key.
+    Then the body of every request with a covered method has to be read to find out whether it has a key.
     """
     given: object = name
     if not isinstance(given, str) or not name:

@@ -1,4 +1,4 @@
-"""What a refused request is told: problem documents (RFC 9457) with a stable `code`. Pure (H7)."""
+"""The responses to refused requests: problem documents (RFC 9457) with a stable `code`. Pure (H7)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ KINDS: Mapping[str, ProblemType] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A refusal to send: kind, what happened and what to do, and the seconds to wait where a retry helps."""
+    """A refusal: its kind, what happened and what to do, and the seconds to wait if a retry helps."""
 
     kind: ProblemType
     detail: str

@@ -1,11 +1,11 @@
-"""A response as the app makes it: what of it is kept, and how far it came. Pure; knows no server interface (H9, H10).
+"""A response as the app sends it: the part to store, and how far it has come. Pure, for all interfaces (H9, H10).
 
     NO_HEAD --head--> HELD --part--> STREAMING --last part--> COMPLETE, or WRONG
                       HELD --last part--> COMPLETE, or WRONG
 
-What is kept is copied as it arrives: what outer layers do to the messages that are handed on to them, as compression,
-sessions and CORS do, is no part of it. WRONG is a response that is longer or shorter than its Content-Length: it is no
-response, however it ends. A proxy that loses its upstream half-way says `abort`.
+The response is copied as it arrives, so changes by outer layers, such as compression, sessions and CORS, are not
+stored. WRONG is a response that is longer or shorter than its Content-Length: it does not count as a response, however
+it ends. A proxy that loses its upstream in the middle calls `abort`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from retryproof.core.codec import Unencodable, pack_response
 from retryproof.http.semantics import Header, Headers, headers_without_body, read_headers
 
 NO_HEAD, HELD, STREAMING, COMPLETE, WRONG = "no head", "head held", "streaming", "complete", "wrong length"
-"""How far a response is. HELD: nothing of it was handed on. COMPLETE and WRONG: it has ended, but for its last part."""
+"""The state of a response. HELD: nothing was sent on. COMPLETE and WRONG: only its last part was not sent on."""
 REACHES = (NO_HEAD, HELD, STREAMING, COMPLETE, WRONG)
 
 _WITHOUT_BODY = frozenset({204, 304})
@@ -78,7 +78,7 @@ class Recorder:
         return pairs
 
     def begin_again(self) -> None:
-        """Another response comes in the place of this one, of which nothing was handed on."""
+        """Replace this response, of which nothing was sent on, by another one."""
         self._parts, self._kept, self._trailers = [], None, False
         self.reach, self.status, self.headers = NO_HEAD, 0, ()
         self.announced, self.came = None, 0

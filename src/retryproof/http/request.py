@@ -1,4 +1,4 @@
-"""A request as the rules see it, whatever server interface it came by. Pure.
+"""A request for the rules, from any server interface. Pure.
 
 Each adapter makes one, in a single look at the headers.
 """

@@ -1,4 +1,4 @@
-"""What a run of an app comes to: its end by the table, what the record gets, and what is sent. Pure.
+"""The end of an app's run, by the table: what is recorded, and what is sent. Pure.
 
     settlement.take_head(201, headers)                  # and parts
     outcome = settlement.end(settlement.answered())     # or happened(error): what the app raised
@@ -61,7 +61,7 @@ _NOBODY_KNOWS = Raised(unknown=True)
 _PROBLEMS = (endings.PROBLEM, endings.PROBLEM_AND_RAISE)
 _RAISING = (endings.RAISE, endings.PROBLEM_AND_RAISE)
 _OWN = (Completed, Failed)
-"""Conclusions by which this attempt still had its operation."""
+"""Conclusions of attempts that still held their operations."""
 
 Sending: TypeAlias = str | Problem | Conclusion | IdempotencyError | None
 """What is to be sent: RESPONSE, the app's own; a problem, or what a conclusion means, in its place; an error that cuts
@@ -69,7 +69,7 @@ the connection; or nothing."""
 
 
 def limit_of(policy: Policy, own: int | None) -> int:
-    """Bytes that are kept of a response. own: the store's limit."""
+    """How many bytes of a response are stored. own: the store's limit."""
     most = policy.max_result
     return most if own is None or most < own else own
 

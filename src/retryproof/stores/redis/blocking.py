@@ -35,8 +35,8 @@ class _Connection(Interface):
 class RedisStore(ForwardingStore):
     """Records in Redis or Valkey, for any number of threads: each call in flight has a connection.
 
-    url_or_client: where the server is. A client gives its address, login and TLS options; the store makes connections
-        of its own with them and leaves the client alone, as to decoding, retries and closing.
+    url_or_client: the server. A client gives its address, login and TLS options. The store makes connections of its own
+        with them. It does not use the client, its decoding or its retries, and does not close it.
     prefix: of all keys; also a URL's option.
     timeout: seconds that connecting, and then waiting for an answer, may take; also a URL's option.
     """

@@ -1,7 +1,7 @@
-"""What is sent to the server and what its answers mean; pure, the same for both colours.
+"""The requests to the server, and the meaning of its answers; pure, for blocking and async stores.
 
-Each method of the store is a plan: a generator that yields requests, is sent their answers and returns the method's
-own answer. A request that failed is raised inside the plan.
+Each method of the store is a plan: a generator that yields requests, receives their answers, and returns the method's
+answer. If a request fails, its error is raised inside the plan.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class SqliteStore:
     """Records in a SQLite file, which is made at the first call.
 
     path: a file's path, or ":memory:". timeout: seconds to wait for other writers.
-    patience: seconds that claims, completions, releases, renewals and checkpoints wait for one that stays.
-    synchronous: FULL keeps what was answered through a crash of the machine; NORMAL only through one of the process.
+    patience: how many seconds claims, completions, releases, renewals and checkpoints wait for one writer that stays.
+    synchronous: with FULL, answered calls survive a crash of the machine; with NORMAL, only a crash of the process.
     clock: microseconds since the epoch; the host's, as SQLite's own is.
     Safe for threads, and over a fork of the process between two calls; ":memory:" is empty in the child.
     """
