@@ -24,8 +24,8 @@ class Departing(Protocol):
 class Departed:
     """The runs of one middleware without clients, in the order in which the clients left; their number is bounded.
 
-    Above the limit, the run that has been without its client for longest is stopped. So a run that is about to end is usually
-    not stopped, and one that never ends is stopped first.
+    Above the limit, the run that has been without its client for longest is stopped. So a run that is about to end is
+    usually not stopped, and one that never ends is stopped first.
     """
 
     def __init__(self, limit: int) -> None:
