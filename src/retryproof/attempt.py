@@ -317,7 +317,7 @@ class HeldAttempt(Generic[S, Op]):
     def leave(self) -> None:
         """The work has ended, whatever came of it; called once more where an interruption came."""
         if self._watched:
-            self.operation.refuses_transactions = ENDED
+            self.hold.refuses = ENDED
             self._unwatch()
         self._opened.background.leave(self.hold.nonce)
 
@@ -354,7 +354,7 @@ class BlockingAttempt(HeldAttempt[BlockingStore, BlockingOperation]):
 
         An interruption does not lose the outcome: the keeper continues.
         """
-        self.operation.refuses_transactions = ENDED
+        self.hold.refuses = ENDED
         try:
             step = to_settle(self.hold, outcome, self.policy)
             sent, reply = clock(), None
@@ -409,7 +409,7 @@ class LoopAttempt(HeldAttempt[LoopStore, LoopOperation]):
         A cancellation does not lose the outcome: `rest` continues, and tells the listeners at its end. Another
         interruption, which may end the loop, does not lose it either: the keeper continues.
         """
-        self.operation.refuses_transactions = ENDED
+        self.hold.refuses = ENDED
         hold, policy, opened = self.hold, self.policy, self._opened
         conclusion: Conclusion | None
         step = to_settle(hold, outcome, policy)

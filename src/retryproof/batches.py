@@ -97,7 +97,7 @@ def finish_many(pairs: Sequence[tuple[BlockingAttempt, WorkOutcome]], opened: Ba
         replies = iter(opened.perform_many(commands, timeout) if commands else ())
         for (attempt, outcome), step in zip(pairs, steps, strict=True):
             reply = next(replies) if isinstance(step, Complete | Release) else None
-            attempt.operation.refuses_transactions = ENDED
+            attempt.hold.refuses = ENDED
             conclusions.append(attempt.finished(outcome, step, sent, reply))
     except BaseException:
         for attempt, outcome in pairs[len(conclusions) :]:

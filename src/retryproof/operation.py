@@ -89,7 +89,7 @@ class Operation:
     Safe to use from the threads and tasks that a handler starts.
     """
 
-    __slots__ = ("_hold", "_phased", "_policy", "_recovery", "_refuses", "_store", "_unknown", "joins")
+    __slots__ = ("_hold", "_phased", "_policy", "_recovery", "_store", "_unknown", "joins")
 
     def __init__(self, hold: Hold, store: Any, policy: Policy) -> None:
         self._hold = hold
@@ -99,7 +99,6 @@ class Operation:
         self.joins: Joined | None = None
         self._phased: Any = None
         self._unknown = False
-        self._refuses = ""
 
     @property
     def key_digest(self) -> str:
@@ -184,9 +183,7 @@ class Operation:
 
     def end(self, outcome: WorkOutcome) -> WorkOutcome:
         """Take no more steps and transactions; what came of the work, as `said`."""
-        self._refuses = ENDED
-        if self._recovery is not None:
-            self._recovery.refuses = ENDED
+        self._hold.refuses = ENDED
         return self.said(outcome) if self._unknown else outcome
 
     @overload
@@ -225,14 +222,14 @@ class Operation:
         is no transaction, or if the operation has ended. Raises OutcomeUnknown if the handler had committed the
         transaction.
         """
-        if self.joins is not None and not self._refuses:
+        if self.joins is not None and not self._hold.refuses:
             _, error = self.joins.settle(Raised())
             if error is not None:
                 raise error
 
     async def arollback(self) -> None:
         """`rollback` on an event loop, for every kind of connection."""
-        if self.joins is not None and not self._refuses:
+        if self.joins is not None and not self._hold.refuses:
             _, cancellation = await self.joins.asettle(Raised())
             if cancellation is not None:  # or the error of work that was committed before
                 raise cancellation
@@ -245,13 +242,11 @@ class Operation:
     @property
     def refuses_transactions(self) -> str:
         """Why it takes no transaction any more; ENDED once it has ended."""
-        return self._refuses
+        return self._hold.refuses
 
     @refuses_transactions.setter
     def refuses_transactions(self, reason: str) -> None:
-        self._refuses = reason
-        if self._recovery is not None:
-            self._recovery.refuses = reason
+        self._hold.refuses = reason
 
     def phase(self, name: str, connection: Any = None, *, codec: Codec | None = None) -> Phase:
         """Local work that commits together with its recovery point; a later attempt does not repeat it (T3).
@@ -283,10 +278,7 @@ class Operation:
         if self._recovery is None:
             with _mutex:  # threads of one handler may be the first together
                 if self._recovery is None:
-                    recovery = Recovery(self._hold, self._policy, self._store.capabilities.max_result)
-                    recovery.refuses = self._refuses
-                    self._recovery = recovery
-                    recovery.refuses = self._refuses  # the end may have come before it could be told
+                    self._recovery = Recovery(self._hold, self._policy, self._store.capabilities.max_result)
         return self._recovery
 
     def _transactions(self) -> Joined:

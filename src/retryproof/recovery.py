@@ -49,17 +49,20 @@ class Recovery:
     """The recovery points of one attempt, for its steps and its phases. Safe to use from threads.
 
     limit: how many bytes the store keeps of all values together, if it has a limit.
-    refuses: why the operation accepts no transaction any more; ENDED after its end.
     """
 
-    __slots__ = ("_limit", "_names", "hold", "policy", "refuses")
+    __slots__ = ("_limit", "_names", "hold", "policy")
 
     def __init__(self, hold: Hold, policy: Policy, limit: int | None) -> None:
         self.hold = hold
         self.policy = policy
-        self.refuses = ""
         self._limit = limit
         self._names: set[str] = set()
+
+    @property
+    def refuses(self) -> str:
+        """Why the operation takes no transaction any more; ENDED once it has ended."""
+        return self.hold.refuses
 
     @property
     def digest(self) -> str:

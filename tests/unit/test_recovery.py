@@ -61,7 +61,7 @@ def test_a_name_is_used_once_and_free_again_where_nothing_was_begun() -> None:
 
 def test_nothing_begins_after_the_end() -> None:
     found = recovery()
-    found.refuses = ENDED
+    found.hold.refuses = ENDED
     with pytest.raises(errors.ConfigurationError, match="has ended"):
         next(taken(found))
 

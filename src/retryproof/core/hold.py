@@ -19,6 +19,7 @@ class Hold:
     on_overrun: called once, from the keeper's thread, when renewal ends at `max_run`.
     on_settled: called from the keeper's thread when a result that waited was stored (True) or fenced off (False).
     stops: when renewal ends; nothing extends the lease afterwards.
+    refuses: why the operation takes no transaction any more, "" while it does. Looked at by all that take one.
     due, end, demoted, lingers: the keeper's notes.
     """
 
@@ -41,6 +42,7 @@ class Hold:
         "on_lost",
         "on_overrun",
         "on_settled",
+        "refuses",
         "stops",
         "token",
         "trace",
@@ -64,7 +66,7 @@ class Hold:
         self.deadline = since + lease
         self.lost = False
         self.listed = False
-        self.where = ""
+        self.where = self.refuses = ""
         self.on_lost: Callable[[], None] | None = None
         self.on_overrun: Callable[[Hold], None] | None = None
         self.on_settled: Callable[[Hold, bool], None] | None = None

@@ -60,18 +60,7 @@ def _plain(value: Any, depth: int = MAX_DEPTH) -> Any:
     Raises Unencodable for all others.
     """
     kind = type(value)
-    if kind is str or kind is int or kind is bool or value is None:
-        return value
-    if kind is float:
-        return _finite(value)
-    if depth == 0:
-        raise Unencodable(f"plain JSON may have {MAX_DEPTH} lists and objects in each other, and this has more")
-    if kind is list:
-        items = [_plain(item, depth - 1) for item in value]
-        return value if all(map(is_, items, value)) else items
-    if kind is tuple:
-        return [_plain(item, depth - 1) for item in value]
-    if kind is dict:
+    if kind is dict and depth > 0:  # first, since most results are one
         plain = value
         for name, item in value.items():
             if type(name) is not str:
@@ -84,6 +73,17 @@ def _plain(value: Any, depth: int = MAX_DEPTH) -> Any:
                 plain = dict(value) if plain is value else plain
                 plain[name] = kept
         return plain
+    if kind is str or kind is int or kind is bool or value is None:
+        return value
+    if kind is float:
+        return _finite(value)
+    if kind is list and depth > 0:
+        items = [_plain(item, depth - 1) for item in value]
+        return value if all(map(is_, items, value)) else items
+    if kind is tuple and depth > 0:
+        return [_plain(item, depth - 1) for item in value]
+    if depth == 0:
+        raise Unencodable(f"plain JSON may have {MAX_DEPTH} lists and objects in each other, and this has more")
     name = name_of(kind)
     raise Unencodable(f"{name} is not plain JSON; pass codec=codec_for({name}), or annotate the field that holds it")
 

@@ -138,9 +138,11 @@ class DirectView(AsyncView):
         """See AsyncView. Without another coroutine in between: it would cost as much as the call."""
         if type(command) is Claim and (command.id in self.background.holds or self.background.full):
             return await _instead(self.background, command, timeout, self._perform)
-        return self.opened.directly(command)
+        return self._directly(command)
 
     def _lane(self, opened: Opened) -> Callable[[Any, float], Awaitable[Reply]]:
+        self._directly = opened.directly
+
         async def perform(command: Any, timeout: float) -> Reply:
             return opened.directly(command)
 
