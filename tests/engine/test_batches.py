@@ -283,7 +283,7 @@ def test_c10_what_lingers_twice_counts_once() -> None:
         opened.background.linger(one.hold, one.hold.complete(b"x" * 1000))
     one.leave()
     until(lambda: opened.background.idle)
-    assert opened.background._unstored == 0
+    assert opened.background._lingering.bytes == 0
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from retryproof.core import twin
 from retryproof.core.commands import (
@@ -37,8 +37,8 @@ from retryproof.core.keys import short_digest
 from retryproof.drive import clock
 from retryproof.stores.base import Store
 from retryproof.stores.disowned import Disowned
+from retryproof.stores.lingering import Last, Lingering, chunks, no_answer, replies_of
 
-T = TypeVar("T")
 logger = logging.getLogger("retryproof")
 
 COMPANY = 1 / 6
@@ -53,25 +53,7 @@ FRESH = 0.5
 """For this many seconds, a failed call also answers twins that wait."""
 MAX_UNSTORED = 64 * 2**20
 """The default limit of results that wait while the store is out of reach, in bytes."""
-OVERHEAD = 512
-"""How many bytes a result costs in addition to its own."""
 NO_ANSWER = Unreachable(StoreUnavailable("The store does not answer; try again."), sent=False)
-
-
-class _Lingering:
-    """The last command of an attempt, repeated until the store answers it."""
-
-    __slots__ = ("due", "hold", "last")
-
-    def __init__(self, hold: Hold, last: Complete | Release, due: float) -> None:
-        self.hold = hold
-        self.last = last
-        self.due = due
-
-    @property
-    def size(self) -> int:
-        result = self.last.result if isinstance(self.last, Complete) else None
-        return OVERHEAD + len(result or b"")
 
 
 class Keeper:
@@ -91,11 +73,9 @@ class Keeper:
         self._open_store = open_store
         self._owns = owns
         self._max_batch = max_batch
-        self._max_unstored = max_unstored
         self.holds: dict[bytes, Hold] = {}
         self.full = False
-        self._unstored = 0
-        self._lingering: dict[Hold, _Lingering] = {}
+        self._lingering = Lingering(max_batch, max_unstored)
         self._disowned = Disowned(max_batch)
         self._asked: dict[Hold, Future[Reply]] = {}
         self._troubled = False
@@ -171,14 +151,9 @@ class Keeper:
 
     def linger(self, hold: Hold, last: Complete | Release) -> None:
         """Renew and settle until the store answers; call the hold's `on_settled` with whether it was stored."""
-        lingering = _Lingering(hold, last, clock() + FIRST_DELAY)
         with self._lock:
-            before = self._lingering.get(hold)
-            if before is not None:
-                self._unstored -= before.size
-            self._lingering[hold] = lingering
-            self._unstored += lingering.size
-            self.full = self._unstored >= self._max_unstored
+            self._lingering.add(hold, last, clock() + FIRST_DELAY)
+            self.full = self._lingering.full
         hold.lingers = True
         if hold.end < NEVER and hold.due < NEVER:
             hold.end = NEVER  # it has ended, and is renewed until it is stored
@@ -209,7 +184,7 @@ class Keeper:
         hold = self.holds.get(claim.id)
         if hold is None:
             return _known(None) if self.full else None
-        if twin.first(hold, self._last_of(hold), clock()) is None:
+        if twin.first(hold, self._lingering.last_of(hold), clock()) is None:
             return _known(None)
         with self._lock:
             if self._troubled and clock() - self._failed_at < FRESH:
@@ -226,17 +201,13 @@ class Keeper:
         """The answer to a claim after the store's answer about the conflicting hold; None: send the claim."""
         hold = self.holds.get(claim.id)
         if hold is not None:
-            reply = twin.told(hold, self._last_of(hold), claim, heard, clock())
+            reply = twin.told(hold, self._lingering.last_of(hold), claim, heard, clock())
             if reply is not None:
                 return reply
         if self.full:
             error = StoreUnavailable("Results wait for a store that is out of reach, and there are too many of them.")
             return Unreachable(error, sent=False)
         return None
-
-    def _last_of(self, hold: Hold) -> Complete | Release | None:
-        lingering = self._lingering.get(hold)
-        return None if lingering is None else lingering.last
 
     def _say(self, hold: Hold, heard: Reply) -> None:
         with self._lock:
@@ -280,7 +251,7 @@ class Keeper:
 
     def say_what_is_left(self) -> None:
         """Log the operations that run, or are not stored, at a shutdown."""
-        held = {hold.id: hold for hold in [*self.holds.values(), *self._lingering]}
+        held = {hold.id: hold for hold in [*self.holds.values(), *self._lingering.holds]}
         if held:
             named = [
                 f"{short_digest(hold.id)}{' (done, not stored)' if hold.lingers else ''}" for hold in held.values()
@@ -343,9 +314,8 @@ class Keeper:
         if self._asked:
             return 0.0
         holds = [min(hold.due, hold.end) for hold in list(self.holds.values())]
-        chores = [lingering.due for lingering in list(self._lingering.values())]
-        chores.append(self._disowned.due)
-        return min(min(holds, default=NEVER), max(min(chores), self._probe_at))
+        chores = min(self._lingering.due, self._disowned.due)
+        return min(min(holds, default=NEVER), max(chores, self._probe_at))
 
     def _postpone(self) -> None:
         """After an error that no store should raise: try again after a while."""
@@ -397,8 +367,7 @@ class Keeper:
 
     def _try_all(self) -> None:
         self._probe_at = 0.0
-        for lingering in list(self._lingering.values()):
-            lingering.due = 0.0
+        self._lingering.hurry()
         self._disowned.hurry()
 
     def _end_overruns(self, now: float) -> None:
@@ -411,41 +380,33 @@ class Keeper:
     def _settle(self, store: Store, now: float) -> bool:
         """Settle waiting results, only one while the store is out of reach; return whether the store answered."""
         asked = set(self._asked)
-        due = [one for one in list(self._lingering.values()) if one.due <= now or one.hold in asked]
-        if self._troubled and self._probe_at > now and not any(one.hold in asked for one in due):
+        due = self._lingering.due_by(now, asked)
+        if self._troubled and self._probe_at > now and not any(last.hold in asked for last in due):
             return True
-        due.sort(key=lambda one: one.due)
         first, rest = (due[:1], due[1:]) if self._troubled else ([], due)
         return self._settle_all(store, first) and self._settle_all(store, rest)
 
-    def _settle_all(self, store: Store, due: Sequence[_Lingering]) -> bool:
-        calls: tuple[tuple[type, Callable[[Any], Sequence[Any]]], ...] = (
-            (Complete, store.complete),
-            (Release, store.release),
-        )
-        for kind, call in calls:
-            alone = {one.last.id: one for one in due if type(one.last) is kind}  # an id once in a batch
-            for batch in chunks(list(alone.values()), self._max_batch):
-                replies = _replies(call, [one.last for one in batch])
-                # After the others, so that each gets its turn; or much later, if only this one gets no answer.
-                later = clock() + (0.0 if _nothing(replies) else LAST_DELAY)
-                for one, reply in zip(batch, replies, strict=True):
-                    self._answer(one, reply, later)
-                if _nothing(replies):
-                    return False
-                self._reach()
+    def _settle_all(self, store: Store, due: Sequence[Last]) -> bool:
+        for answers in self._lingering.send(store, due):
+            nothing = no_answer(reply for _, reply in answers)
+            # After the others, so that each gets its turn; or much later, if only this one gets no answer.
+            later = clock() + (0.0 if nothing else LAST_DELAY)
+            for last, reply in answers:
+                self._answer(last, reply, later)
+            if nothing:
+                return False
+            self._reach()
         return True
 
-    def _answer(self, lingering: _Lingering, reply: Any, later: float) -> None:
+    def _answer(self, last: Last, reply: Any, later: float) -> None:
+        hold = last.hold
         if isinstance(reply, Exception):
-            lingering.due = later
-            self._say(lingering.hold, NO_ANSWER)
+            last.due = later
+            self._say(hold, NO_ANSWER)
             return
         with self._lock:
-            self._lingering.pop(lingering.hold, None)
-            self._unstored -= lingering.size
-            self.full = self._unstored >= self._max_unstored
-        hold = lingering.hold
+            self._lingering.remove(hold)
+            self.full = self._lingering.full
         self._forget(hold)
         if hold.on_settled is not None:
             hold.on_settled(hold, isinstance(reply, Done))
@@ -462,10 +423,10 @@ class Keeper:
         for place, batch in enumerate(chunks(due, self._max_batch)):
             sent = clock()
             commands = [hold.renew(alone=self._is_alone(hold)) for hold in batch]
-            replies = _replies(store.renew, commands)
+            replies = replies_of(store.renew, commands)
             for hold, reply in zip(batch, replies, strict=True):
                 self._renewed(hold, reply, sent)
-            if _nothing(replies):
+            if no_answer(replies):
                 for hold in due[(place + 1) * self._max_batch :]:
                     self._retry(hold)
                 return False
@@ -497,21 +458,3 @@ def _known(reply: Reply) -> Future[Reply]:
     future: Future[Reply] = Future()
     future.set_result(reply)
     return future
-
-
-def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
-    """The items in runs of this size at most."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _replies(call: Callable[[Any], Sequence[Any]], commands: Sequence[Any]) -> Sequence[Any]:
-    try:
-        return call(commands)
-    except Exception as error:  # noqa: BLE001  # what a store raises is tried again, whatever it is
-        return [error] * len(commands)
-
-
-def _nothing(replies: Sequence[Any]) -> bool:
-    """Whether the store gave no answer to any of these."""
-    return all(isinstance(reply, Exception) for reply in replies)
