@@ -143,7 +143,7 @@ class Body:
         self._chunks = []
 
     def __del__(self) -> None:
-        """Whoever should have closed it has not: its bytes must not count for good."""
+        """Nobody has closed it: its bytes must not count for ever."""
         if self._taken:
             self._budget.give_later(self._taken, self._owner)
 

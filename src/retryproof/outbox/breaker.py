@@ -1,9 +1,8 @@
-"""How often a destination that is out of reach is tried (T6).
+"""How often a relay tries a destination that is out of reach (T6).
 
-Messages back off one by one, but ten thousand that are due would each try a dead receiver. So after a few failures in a
-row without any answer a relay tries a handful of messages, then pauses, longer each time. An answer of any kind, about
-whichever message, ends that at once. It is a relay's own, kept in memory: nothing is counted against a message that
-waits.
+Each message has its own pauses, but ten thousand due messages would each try a dead receiver. So after a few failures
+in a row without any answer, a relay tries only some messages, and then pauses, longer each time. Any answer, about any
+message, ends this at once. The breaker is in a relay's memory: nothing is counted against a message that waits.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ PROBES = 8
 those that never failed and of others each."""
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
-"""Seconds: how late a receiver that came back may be noticed."""
+"""The longest pause in seconds, after which a receiver that came back is noticed."""
 
 
 class Breaker:
@@ -54,7 +53,7 @@ class Breaker:
         return True
 
     def note(self, outcomes: Sequence[Outcome]) -> None:
-        """Learn from what came of messages that were sent to it."""
+        """Update the state from the outcomes of messages that were sent."""
         silent = [outcome for outcome in outcomes if isinstance(outcome, Failed) and outcome.counts_as == "unreachable"]
         if any(isinstance(outcome, Delivered) or _answered(outcome) for outcome in outcomes):
             self._silent, self._pause = 0, 0.0

@@ -1,4 +1,4 @@
-"""Where a relay's claims begin in each partition: a short cut past deleted rows that are not vacuumed yet (T6). Pure.
+"""Where a relay's claims begin in each partition: a shortcut past deleted rows that are not vacuumed yet (T6). Pure.
 
 A claim takes the lowest numbers that it can see. After it, a partition has nothing left below the last number taken,
 except what transactions may still commit there that were open at the claim. A transaction has its id before it draws
@@ -114,7 +114,7 @@ class Floors:
         self._ahead = dict.fromkeys(self.at, number)
 
     def advance(self) -> None:
-        """The batch is done."""
+        """The batch is done: the floors move on."""
         self.at.update(self._ahead)
         self._ahead = {}
 

@@ -249,7 +249,7 @@ async def _check(database: OwnDatabase, policy: RelayPolicy, *, warn: bool = Tru
     if settings.disordered:
         raise ConfigurationError(
             f"The numbers of this outbox cannot order its messages: {settings.disordered[0]}. "
-            f"Stop whoever adds, and run: {settings.disordered[1]}"
+            f"Stop the applications that add messages, and run: {settings.disordered[1]}"
         )
     if not warn:
         return

@@ -1,8 +1,8 @@
-"""A relay's routes: which publisher the messages of a topic go to (T6).
+"""A relay's routes: the publisher for the messages of each topic (T6).
 
-What they are is a digest in the database, so that relays with other routes do not share an outbox. A batch for several
-publishers is sent to all of them side by side. A queue goes to one publisher at a time: where its messages have
-several, those behind the first change are left for the next batch.
+A digest of the routes is in the database, so that relays with other routes do not share an outbox. A batch for several
+publishers is sent to all of them side by side. A queue goes to one publisher at a time: if its messages have several
+publishers, those after the first change wait for the next batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from retryproof.publishers.url import open_publisher
 
 Destination: TypeAlias = Publisher | str | Callable[[Message], Any]
 EVERYTHING = ""
-"""Stands for all topics that have no route of their own."""
+"""The name for all topics without a route of their own."""
 
 
 class Routes:
@@ -40,11 +40,11 @@ class Routes:
 
     @property
     def one(self) -> Publisher | None:
-        """Where everything goes, if that is one publisher."""
+        """The publisher of all messages, if there is only one."""
         return self._routes[EVERYTHING] if list(self._routes) == [EVERYTHING] else None
 
     def of(self, topic: str) -> Publisher | None:
-        """Where a topic goes, or None where nobody said."""
+        """The publisher of a topic, or None if there is none."""
         return self._routes.get(topic, self._routes.get(EVERYTHING))
 
     async def publish(self, batch: Batch) -> Sequence[Outcome]:
@@ -121,7 +121,7 @@ def _publisher(given: Destination, by_url: Mapping[str, Publisher]) -> Publisher
 
 
 def _digest(routes: Mapping[str, Publisher]) -> str:
-    """The same in every process that has the same routes, whatever passwords they use."""
+    """A digest that is the same in every process with the same routes, whatever the passwords are."""
     hashed = hashlib.sha256()
     for topic in sorted(routes):
         for text in (topic.encode(), destination_of(routes[topic]).encode()):

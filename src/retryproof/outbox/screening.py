@@ -1,8 +1,8 @@
 """Which messages of a claimed batch are sent, and why the others are not (T6).
 
-A message waits while its topic has no route, while its destination is out of reach, or behind one of its key that
-waits. It is given up where it is too large for its publisher, too old, or each attempt alone ended with the relay's
-death. What this relay knows of its destinations is kept in memory, and is learnt from each batch.
+A message waits while its topic has no route, while its destination is out of reach, or after a waiting message of its
+key. It is given up if it is too large for its publisher, if it is too old, or if its attempts alone ended with the
+relays' deaths. A relay keeps in memory what it knows about its destinations, and learns from each batch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from retryproof.outbox.routes import Routes
 from retryproof.publishers.base import DELIVERED, UNTRIED, Failed, Outcome, Publisher
 
 UNROUTED = 30.0
-"""Seconds until a message without a route is looked at again."""
+"""Seconds until a message without a route is checked again."""
 SAY_AGAIN = 60.0
-"""Seconds after which what is still wrong is said again."""
+"""Seconds after which a persistent problem is logged again."""
 
 
 log = logging.getLogger("retryproof.relay")
@@ -112,7 +112,7 @@ class Screening:
         return None
 
     def _tell_of_unrouted(self, topic: str) -> None:
-        """Say it at once and each minute."""
+        """Log it at once, and then each minute."""
         if (now := monotonic()) >= self._unrouted.get(topic, 0.0):
             self._unrouted[topic] = now + SAY_AGAIN
             log.error(

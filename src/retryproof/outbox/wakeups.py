@@ -1,9 +1,9 @@
-"""Being woken by `Outbox.notify`: a shorter pause for an idle relay, and nothing that it depends on (T7).
+"""Notifications by `Outbox.notify`: they wake an idle relay early, and nothing depends on them (T7).
 
     connect and LISTEN → is it heard what the database is told over another connection? → wait until it is lost → …
 
-Whether notifications arrive is tried, since a pooler that changes sessions between transactions takes LISTEN without a
-word and delivers nothing. While nothing is heard the relay looks as often as it does anyway.
+The relay tests whether notifications arrive, since a pooler that changes sessions between transactions accepts LISTEN
+and delivers nothing. Without notifications, the relay polls as usual.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from retryproof.sql.database import OwnDatabase
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 60.0
-"""Seconds, at most, before it is tried again to listen; doubled each time."""
+"""The longest pause in seconds before it tries to listen again; the pause is doubled each time."""
 HEARING = 5.0
 """Seconds in which what the database was told has to be heard."""
 
@@ -40,7 +40,7 @@ class Wakeups:
 
     @asynccontextmanager
     async def heard(self) -> AsyncIterator[None]:
-        """Listen meanwhile; what goes wrong is logged."""
+        """Listen meanwhile; log problems."""
         listening = asyncio.create_task(self._keep_listening())
         try:
             yield
@@ -93,7 +93,7 @@ class Wakeups:
             self._probed.set()
 
     def _say(self, words: str, why: str = "") -> None:
-        """Each thing once, until it works again."""
+        """Log each problem once, until it works again."""
         if words not in self._said:
             log.warning("%s%s", words, f": {why}" if why else "")
         self._said.add(words)

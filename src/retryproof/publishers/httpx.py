@@ -155,7 +155,7 @@ def _key(secret: str | bytes) -> bytes:
             "one that is not goes in as bytes, in Python."
         ) from None
     if not key:
-        raise ConfigurationError("A webhook's secret is empty: whoever reads this could sign.")
+        raise ConfigurationError("A webhook's secret is empty: anyone could sign with it.")
     return key
 
 

@@ -1,4 +1,4 @@
-"""What an inbox asks of its database, as plans; each engine has the statements (T4)."""
+"""The plans of an inbox; each engine has the statements (T4)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class InboxPlans(ABC):
 
     @abstractmethod
     def _insert(self, ids: Sequence[bytes], fingerprints: Sequence[bytes]) -> Statement:
-        """Insert those that are new, in the order of the ids, waiting for rivals; the ids of those."""
+        """Insert the new ones, in the order of the ids, waiting for rivals; return their ids."""
 
     @abstractmethod
     def _find(self, ids: Sequence[bytes]) -> Statement:
@@ -60,7 +60,7 @@ class InboxPlans(ABC):
     def take(self, fingerprints: Mapping[bytes, bytes]) -> Plan[dict[bytes, KnownMessage | None]]:
         """Take each id that is new (None), by one statement in the order of the ids; and what is there of the others.
 
-        Waits for a rival that has not committed: only its end says whether the message is done.
+        It waits for a rival that has not committed, since only its end says whether the message is done.
         """
         yield from self.ready()
         ids = sorted(fingerprints)
@@ -73,11 +73,11 @@ class InboxPlans(ABC):
         return found
 
     def keep(self, id: bytes, result: bytes | None, outgoing: bytes | None) -> Plan[bool]:
-        """Keep what the first run came to; whether the message was taken."""
+        """Store the result of the first run; return whether the message was taken."""
         return bool((yield self._statements.keep(id=id, result=result, outgoing=outgoing)))
 
     def refuse(self, id: bytes, fingerprint: bytes, words: Sequence[str], payload: bytes) -> Plan[None]:
-        """Keep a message that cannot be taken. words: consumer, source, message id, reason."""
+        """Store a message that cannot be taken. words: consumer, source, message id, reason."""
         consumer, source, message_id, reason = words
         yield self._statements.refuse(
             id=id,
@@ -95,12 +95,12 @@ class InboxPlans(ABC):
         return (yield self._statements.dead(consumer=consumer, limit=limit))
 
     def drop(self, id: bytes, fingerprint: bytes) -> Plan[bool]:
-        """Forget a dead letter; whether it was there."""
+        """Delete a dead letter; return whether it existed."""
         yield from self.ready()
         return bool((yield self._statements.drop(id=id, fingerprint=fingerprint)))
 
     def drop_named(self, starts: Sequence[tuple[bytes, bytes]]) -> Plan[int]:
-        """Forget dead letters by the first eight bytes of their ids and fingerprints; how many there were."""
+        """Delete dead letters by the first eight bytes of their ids and fingerprints; return how many there were."""
         yield from self.ready()
         count = 0
         for id, fingerprint in starts:
@@ -108,7 +108,7 @@ class InboxPlans(ABC):
         return count
 
     def purge(self, older_than: int, limit: int) -> Plan[int]:
-        """Forget at most `limit` messages seen before so many microseconds; how many. Never waits for a lock."""
+        """Delete at most `limit` messages older than so many microseconds; return how many. Never waits for a lock."""
         yield from self.ready()
         return len((yield self._statements.purge(older_than=older_than, limit=limit)))
 

@@ -1,8 +1,8 @@
-"""What an outbox asks of its database; each dialect says how (T5 to T7). All of it is plans.
+"""The plans of an outbox; each dialect implements them (T5 to T7).
 
-A relay is fenced by its own row: what it does, it does in a statement that locks the row, and changes nothing where
-the row is gone. Who finds a lease that is over removes the row, frees its partitions and marks what it had in flight,
-all at once. A relay's id is new each time it joins, so a relay that slept cannot come back as itself.
+A relay is fenced by its own row: each of its statements locks the row, and changes nothing if the row is gone. A relay
+that finds another one's lease over removes the row, frees the partitions and marks the messages in flight, all in one
+step. A relay gets a new id each time it joins, so a relay that was suspended cannot come back with its old id.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from retryproof.core.message import BatchResult, Message
 from retryproof.sql.plan import Plan, Row, Straight
 
 HELD = (1 << 63) - 1
-"""When a queue is due whose first message is still being sent: never, until its relay says what came of it, or dies."""
+"""The due time of a queue whose first message is being sent: never, until its relay records the outcome or dies."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedBatch:
-    """What a claim found.
+    """The result of a claim.
 
     held: whether the relay is still one. suspects: whether there are messages to be tried alone.
     waiting: the partition of each message that was found, and parked, since its queue is held back.
@@ -45,7 +45,7 @@ class ClaimedBatch:
 
 @dataclass(frozen=True, slots=True)
 class OutboxSettings:
-    """What the database says of its outbox.
+    """The state of an outbox in its database.
 
     foreign: why its transaction ids are not this server's, or "". unsure: why that may have gone unnoticed, or "".
     disordered: why its numbers do not order messages, and the SQL that mends it. unnumbered: as unsure, of numbers.
@@ -60,7 +60,7 @@ class OutboxSettings:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """How an outbox stands. Ages are seconds.
+    """The numbers of an outbox. Ages are seconds.
 
     pending: messages that are visible, parked among them. blocked: queues that are held back.
     lag: age of the oldest pending message.
@@ -127,7 +127,7 @@ class OutboxPlans(Protocol):
         """Extend the lease; the store's time in µs, or None where it was lost."""
 
     def bury(self) -> Plan[int]:
-        """Remove relays whose lease is over; what they had in flight is to be tried alone.
+        """Remove relays whose lease is over; their messages in flight will be tried alone.
 
         A message that was tried alone has one death more: here and nowhere else, so that only deaths are counted, and
         each once (C15). The age of all of them begins, since they may have been sent.
@@ -170,7 +170,7 @@ class OutboxPlans(Protocol):
         """End a batch; False, and nothing changed, where the relay is gone."""
 
     def stats(self) -> Plan[Stats]:
-        """How it stands."""
+        """The numbers of the outbox."""
 
     def dead(self, *, topic: str | None, limit: int, ids: Sequence[UUID] = ()) -> Plan[Sequence[DeadLetter]]:
         """Dead letters, the oldest first."""
@@ -182,10 +182,10 @@ class OutboxPlans(Protocol):
         """
 
     def drop(self, ids: Sequence[UUID]) -> Plan[int]:
-        """Forget dead letters."""
+        """Delete dead letters."""
 
     def purge(self, older_than: int, limit: int) -> Plan[int]:
-        """Forget a bounded number of dead letters that died more than so many µs ago."""
+        """Delete a bounded number of dead letters that died more than so many µs ago."""
 
     def adopt(self) -> Plan[int]:
         """Make messages of another cluster's backup this server's own, in their order; how many."""

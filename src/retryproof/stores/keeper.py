@@ -86,7 +86,7 @@ class Keeper:
         self._lock = threading.RLock()  # entered by itself: the condition's own way in may be interrupted
         self._mutex = threading.Condition(self._lock)
         self._wake_at = 0.0  # when the thread looks next; 0 while it is looking
-        self._called = NEVER  # when it was asked to look, though whoever asked may have ended
+        self._called = NEVER  # when it was asked to look, even if the attempt that asked has ended
         self._thread: threading.Thread | None = None
         self._closing = False
         self._drain_until = 0.0
@@ -230,7 +230,7 @@ class Keeper:
         try:
             thread.start()
         except RuntimeError as error:  # without a thread nothing unsafe happens: a lease that is not renewed ends
-            logger.error("The keeper's thread does not start; whoever comes next tries again: %s", error)
+            logger.error("The keeper's thread does not start; the next operation tries again: %s", error)
         else:
             self._thread = thread
 
@@ -275,7 +275,7 @@ class Keeper:
                     self._postpone()
         except BaseException:  # past every `except Exception`, as drivers in other languages may raise
             with self._lock:
-                self._thread = None  # whoever comes next starts another
+                self._thread = None  # the next operation starts another one
             raise
         finally:
             if store is not None and self._owns:

@@ -93,7 +93,7 @@ class _Guard:
         self._target = target
         self._name = name
         self._on = True
-        me = weakref.ref(self)  # whoever forgets it leaves no connection that refuses to commit
+        me = weakref.ref(self)  # a forgotten adapter must not leave a connection that refuses to commit
 
         def refuse(given: Any) -> None:
             guard = me()

@@ -199,7 +199,12 @@ def _privileges(facts: Facts) -> Finding:
 def _order(numbering: Numbering) -> Finding:
     if disorder := numbering.disorder:
         why, mend = disorder
-        return Finding("outbox order", FAIL, f"numbers do not order messages: {why}", f"Stop whoever adds, and: {mend}")
+        return Finding(
+            "outbox order",
+            FAIL,
+            f"numbers do not order messages: {why}",
+            f"Stop the applications that add messages, and: {mend}",
+        )
     if not numbering.known:
         return Finding("outbox order", OK, "CACHE 1; this user may not ask for the last number")
     return Finding("outbox order", OK, "numbers are ahead of all messages, CACHE 1")

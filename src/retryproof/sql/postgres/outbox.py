@@ -1,7 +1,7 @@
 """The outbox on PostgreSQL: each step is one statement, so that it is one commit and one round trip.
 
 A batch is found without locking or marking its messages: a partition has one relay, and a relay one batch at a time.
-What is in flight is written in the relay's own row, for whoever has to bury it.
+The messages in flight are in the relay's own row, for the relay that may have to bury it.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class DeadlineConnection(psycopg.Connection[Row]):
 
 
 def _polled(socket: int, wanted: int, deadline: float) -> int:
-    """Wait for a socket; what it is ready for. What is the matter with it is told to whoever reads or writes."""
+    """Wait for a socket; return what it is ready for. A later read or write raises its errors."""
     poller = select.poll()
     poller.register(socket, _POLLED[wanted])
     found = poller.poll(None if deadline == float("inf") else max(0.0, deadline - monotonic()) * 1_000)

@@ -36,7 +36,7 @@ class Link(Protocol):
     def ask(self, command: bytes, deadline: float) -> Awaitable[RedisReply]:
         """The answer to a packed command; an error of the server's may be an answer, or raised.
 
-        deadline: by `time.monotonic`; past it TimeoutError. Whoever does not hear an answer closes the connection.
+        deadline: by `time.monotonic`; after it TimeoutError. A caller that gets no answer must close the connection.
         """
 
     async def close(self, nowait: bool = False) -> None:
