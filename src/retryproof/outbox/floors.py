@@ -27,7 +27,7 @@ from operator import attrgetter
 from retryproof.core.message import Message
 from retryproof.sql.outbox import ClaimedBatch
 
-_NUMBER, _PARTITION, _PARKED = attrgetter("sequence"), attrgetter("partition"), attrgetter("parked")
+_PARTITION = attrgetter("partition")
 
 
 class Floors:
@@ -79,7 +79,7 @@ class Floors:
             self.highest = self._before = self._own = 0
         self.open = {xid: self.open.get(xid, self.highest if xid >= self._own else self._before) for xid in taken.open}
         self._before, self._own = self.highest, taken.own
-        self.highest = max(self.highest, max(map(_NUMBER, taken.messages), default=0))
+        self.highest = max([self.highest, *(message.sequence for message in taken.messages)])
         self._unlisted = taken.unlisted
         self._ahead = {}
 
@@ -93,16 +93,15 @@ class Floors:
 
         waiting: the partition of each message that was found and parked. quota, batch: what the claim was limited to.
         """
-        parked = any(map(_PARKED, messages))
-        ready = [message for message in messages if not message.parked] if parked else messages
+        ready = [message for message in messages if not message.parked]
         found = Counter(waiting)
         found.update(map(_PARTITION, ready))
-        self._ahead = dict(zip(map(_PARTITION, ready), map(_NUMBER, ready), strict=True))  # the last of each
+        self._ahead = {message.partition: message.sequence for message in ready}  # the last of each
         if found.total() < batch:  # all partitions were asked
             for partition in self.at:
                 if found[partition] < quota:  # and this one had no more
                     self._ahead[partition] = self.highest
-        if parked:
+        if len(ready) < len(messages):
             found.update(message.partition for message in messages if message.parked)
         if not messages:
             self.advance()

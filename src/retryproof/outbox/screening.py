@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from operator import attrgetter
 from time import monotonic
 
 from retryproof.core.message import Message
@@ -26,7 +25,6 @@ SAY_AGAIN = 60.0
 
 
 log = logging.getLogger("retryproof.relay")
-_FAILED_AT = attrgetter("failed_at")
 
 
 class Screening:
@@ -69,7 +67,7 @@ class Screening:
         now: µs by the store's clock. alone: whether this is a message that a dead relay left, which is always tried.
         """
         limited = self._only is None or self._only.max_payload is not None or bool(self.down)
-        if not (limited or any(map(_FAILED_AT, messages))):
+        if not limited and all(message.failed_at is None for message in messages):
             return messages, []
         sent: list[Message] = []
         refused: list[tuple[Message, Outcome]] = []
