@@ -35,10 +35,10 @@ from retryproof.stores.memory import MemoryStore
 from retryproof.transaction import Outbox
 
 LIMITS = {
-    "engine, new key": 10.1,
-    "engine, replay": 7.2,
-    "engine in threads, new key": 20.3,
-    "engine and lanes, 32 new keys": 11.5,
+    "engine, new key": 7.3,
+    "engine, replay": 7.0,
+    "engine in threads, new key": 15.0,
+    "engine and lanes, 32 new keys": 8.8,
     "HTTP, new key": 11.6,
     "HTTP, replay": 7.4,
     "outbox, a message": 4.1,
