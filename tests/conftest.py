@@ -1,4 +1,4 @@
-"""Real servers and their isolation: one server a session, a database or prefix of one's own a worker or test."""
+"""Real servers and their isolation: one server for a session, a separate database or prefix for a worker or test."""
 
 import os
 import uuid

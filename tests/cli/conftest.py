@@ -103,7 +103,7 @@ def abandon(store: Store, key: str = "k", scope: tuple[str | bytes, ...] = ("cha
 
 
 def until_its_lease_is_over(store: Store, id: bytes) -> Record:
-    """The record, once nobody holds it by the store's own clock."""
+    """The record, when no attempt holds it by the store's own clock."""
     while True:
         record = found(store, id)
         if not record.live(record.read_at):

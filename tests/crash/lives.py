@@ -1,4 +1,4 @@
-"""Processes that live as they are told, and die where they are told.
+"""Processes that run a given scenario, and die at a given point.
 
     python -m tests.crash.lives
 

@@ -220,7 +220,7 @@ class Events(list[Event]):
 
 
 def layered(app: App, **options: Any) -> IdempotencyMiddleware:
-    """The app behind a layer: memory store and a single tenant, unless told otherwise."""
+    """The app behind the middleware, by default with a memory store and a single tenant."""
     return IdempotencyMiddleware(app, **{"store": "memory://", "scope": single_tenant, **options})
 
 

@@ -51,7 +51,7 @@ def sent(count: int) -> Callable[[Conversation], bool]:
 
 
 async def settled_code(covered: App, key: str) -> str:
-    """What a retry is told once the lease of an unknown attempt is over."""
+    """The answer to a retry after the lease of an unknown attempt is over."""
     code = "in-progress"
     while code == "in-progress":  # a call goes through the loop, where the renewal and the clock go on
         code = (await call(covered, key=key, body=b"")).code

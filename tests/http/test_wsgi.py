@@ -139,7 +139,7 @@ def endless() -> tuple[WSGIApplication, list[str]]:
 
 
 def settled(app: WSGIApplication, key: str, body: bytes = b"{}") -> str:
-    """What a retry is told once the lease of an unknown attempt is over."""
+    """The answer to a retry after the lease of an unknown attempt is over."""
     while True:
         answer = call(app, key, body)
         if b"in-progress" not in answer.body:

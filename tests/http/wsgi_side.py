@@ -55,7 +55,7 @@ class WsgiLayer:
 
 
 def layered_by_wsgi(app: App, **options: Any) -> WsgiLayer:
-    """The app behind a layer: memory store and a single tenant, unless told otherwise."""
+    """The app behind the middleware, by default with a memory store and a single tenant."""
     return WsgiLayer(app, **{"store": "memory://", "scope": single_tenant, **options})
 
 

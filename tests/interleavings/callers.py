@@ -1,4 +1,4 @@
-"""Callers: what each asks for, and the real state machine replayed from what it was told."""
+"""Callers: their commands, and the real state machine replayed from the replies that they got."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Told:
-    """What a caller was told, and when by its clock; `what` is a reply or one of the words below."""
+    """What a caller learnt, and when by its clock; `what` is a reply or one of the words below."""
 
     what: Reply | str
     now: float
@@ -114,7 +114,7 @@ Edge = tuple[str, str, str]
 
 
 class Beside(Protocol):
-    """Other ways through the same attempt, which are told the same."""
+    """Other ways through the same attempt, which get the same replies."""
 
     def note(self, item: Told, command: Command | None) -> None: ...
 
@@ -122,7 +122,7 @@ class Beside(Protocol):
 
 
 class Replay:
-    """A caller brought to life from what it was told; `beside` is told the same."""
+    """A caller rebuilt from the replies that it got; `beside` gets the same replies."""
 
     def __init__(self, rules: Rules, caller: Caller, told: tuple[Told, ...], beside: Beside | None = None) -> None:
         self._rules = rules

@@ -406,7 +406,7 @@ class Explorer:
         return after
 
     def _told(self, number: int, before: Worker, told: Told) -> tuple[Worker, Hold | None, flow.Conclusion | None]:
-        """What becomes of a caller that is told something; the same for all callers that stand alike."""
+        """The state of a caller after a reply; the same for all callers in the same state."""
         key = (number, before.number, told.now, self._number(frozen(told.what)))
         if key not in self._becomes:
             self._becomes[key] = self._replay(number, (*before.told, told))

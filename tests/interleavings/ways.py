@@ -213,7 +213,7 @@ async def by_machine(way: Way) -> flow.Conclusion:
 
 
 class Way:
-    """One caller on its way, awaited; told and asked like the machine."""
+    """One caller, awaited, with the commands and replies of the machine."""
 
     def __init__(self, life: Callable[[Way], Coroutine[Any, Any, flow.Conclusion]], caller: Caller, now: float) -> None:
         self.caller = caller
@@ -428,7 +428,7 @@ def point(value: Any) -> Hashable:
 
 
 class Ways:
-    """All ways of one caller, told what the machine is told; raises Violation where one differs."""
+    """All ways of one caller, with the replies of the machine; raises Violation if one differs."""
 
     def __init__(self, caller: Caller, now: float) -> None:
         self._caller = caller

@@ -1,4 +1,4 @@
-"""A process whose operation calls somebody else's API, and which dies where it is told.
+"""A process whose operation calls somebody else's API, and which dies at a given point.
 
     python -m tests.transaction.calling MODE KEYS DATABASE API POINT
 

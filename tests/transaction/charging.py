@@ -1,4 +1,4 @@
-"""A process that charges in transactional mode and dies, or waits, where it is told: `charging.py URL POINT`."""
+"""A process that charges in transactional mode and dies, or waits, at a given point: `charging.py URL POINT`."""
 
 import os
 import signal

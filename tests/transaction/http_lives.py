@@ -1,4 +1,4 @@
-"""Servers whose handlers work in the operation's transaction, and which die, or stop, where they are told.
+"""Servers whose handlers work in the operation's transaction, and which die, or stop, at a given point.
 
     python -m tests.transaction.http_lives
 

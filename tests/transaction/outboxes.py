@@ -126,7 +126,7 @@ PATIENT = replace(QUICK, patience=0.1, timeout=60.0)
 
 @asynccontextmanager
 async def running(*relays: Relay) -> Any:
-    """The relays at work, and told to stop at the end."""
+    """The running relays, which are stopped at the end."""
     tasks = [create_task(relay.run()) for relay in relays]
     try:
         yield

@@ -1,4 +1,4 @@
-"""A process that adds a message, or sends what was added, and dies where it is told.
+"""A process that adds a message, or sends it, and dies at a given point.
 
 python -m tests.transaction.outgoing add|relay DATABASE RECEIVER POINT
 """

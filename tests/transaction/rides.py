@@ -1,4 +1,4 @@
-"""The rides API in processes that die, or stop, where they are told.
+"""The rides API in processes that die, or stop, at a given point.
 
     python -m tests.transaction.rides
 
