@@ -11,6 +11,7 @@ import asyncmy
 import mysql.connector
 import pymysql
 import pytest
+from mysql.connector.pooling import MySQLConnectionPool
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError
@@ -81,6 +82,12 @@ def transaction(library: str, url: str) -> Iterator[Any]:
             with contextlib.closing(mysql.connector.connect(**address(url), use_pure=True)) as connector:
                 yield connector
                 connector.commit()
+        case "connector's pool":
+            pool = MySQLConnectionPool(pool_size=1, pool_reset_session=False, use_pure=True, **address(url))
+            with pool.get_connection() as lent:
+                yield lent
+                lent.commit()
+            pool._remove_connections()
         case _:
             engine = create_engine(make_url(url).set(drivername="mysql+pymysql"))
             with Session(engine) if library == "session" else engine.connect() as connection_or_session:
@@ -89,7 +96,7 @@ def transaction(library: str, url: str) -> Iterator[Any]:
             engine.dispose()
 
 
-LIBRARIES = ["pymysql", "pymysql with dictionaries", "connector", "session", "sqlalchemy"]
+LIBRARIES = ["pymysql", "pymysql with dictionaries", "connector", "connector's pool", "session", "sqlalchemy"]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

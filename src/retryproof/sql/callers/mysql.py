@@ -22,7 +22,8 @@ _ON_LOOP = ("asyncmy", "aiomysql")
 def adapter_of(kind: type) -> type[Mysql | LoopMysql] | None:
     """The adapter of connections; None for anything else of the libraries'."""
     package, _, module = kind.__module__.partition(".")
-    if not hasattr(kind, "cursor") or not hasattr(kind, "commit") or module.startswith("connector.aio"):
+    lent = hasattr(kind, "__getattr__")  # by the connector's pool: it has the methods of the connection inside
+    if module.startswith("connector.aio") or not (lent or (hasattr(kind, "cursor") and hasattr(kind, "commit"))):
         return None
     return LoopMysql if package in _ON_LOOP else Mysql
 
