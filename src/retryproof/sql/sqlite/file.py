@@ -44,9 +44,6 @@ _COMMIT = Statement("COMMIT")
 _DATA_VERSION = Statement("PRAGMA data_version")
 FIRST_NAP, LAST_NAP = 0.0005, 0.008
 """Seconds between two looks at a locked file; a commit takes one to ten milliseconds."""
-CHECKPOINT_PAGES = 4_000
-"""Pages that the log holds before they are written to the file, 16 MB; four times SQLite's own number, which takes a
-tenth more of a busy writer's time."""
 FORK_PATIENCE = 5.0
 """Seconds that a fork waits for calls that are under way, of all files together; a child refuses what stays open."""
 
@@ -259,7 +256,6 @@ class SqliteFile:
             )
             self._use_wal(connection)
             connection.execute(f"PRAGMA synchronous = {self.target.synchronous}")
-            connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             self._make_schema(connection)
             connection.execute("PRAGMA busy_timeout = 0")  # from here on it is we who wait
             if self.path != IN_MEMORY:
