@@ -734,6 +734,53 @@ class TestConnections:
             assert isinstance((await store.claim([new_claim()]))[0], Acquired)
             await store.aclose()
 
+    @pytest.mark.usefixtures("url")
+    async def test_a_waiting_connection_that_asyncpg_aborted_goes_back_to_its_pool(
+        self, postgres_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody else tells the pool: it would have one connection less for good."""
+        monkeypatch.setattr(on_asyncpg, "WAIT_FOR_NEXT", 3_600.0)
+        settings = {"search_path": unique}
+        async with asyncpg.create_pool(postgres_url, min_size=0, max_size=2, server_settings=settings) as pool:
+            store = AsyncpgStore(pool)
+            for _ in range(3):
+                await store.claim([new_claim()])
+                aborted: Any = store._pool._connections._idle[-1].connection
+                aborted._con._abort()
+                assert isinstance((await store.claim([new_claim()]))[0], Acquired)
+            await store.aclose()
+            async with asyncio.timeout(5.0), pool.acquire(), pool.acquire():
+                pass
+
+    @pytest.mark.usefixtures("url")
+    async def test_c3_an_answer_is_given_where_the_callers_pool_does_not_take_its_connection_back(
+        self, postgres_url: str, unique: str
+    ) -> None:
+        async def reset(connection: Any) -> None:
+            raise RuntimeError
+
+        async with asyncpg.create_pool(
+            postgres_url, min_size=0, max_size=1, reset=reset, server_settings={"search_path": unique}
+        ) as pool:
+            for _ in range(2):
+                assert isinstance((await AsyncpgStore(pool).claim([new_claim()]))[0], Acquired)
+
+    async def test_a_driver_that_lost_its_way_is_a_store_without_an_answer(
+        self, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where the server says goodbye at the moment when a statement is sent."""
+        store = AsyncpgStore(url)
+
+        async def fetch(*arguments: Any, **options: Any) -> None:
+            raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncpg.Connection, "fetch", fetch)
+            with pytest.raises(StoreUnavailable, match="gave no answer"):
+                await store.claim([new_claim()])
+        assert isinstance((await store.claim([new_claim()]))[0], Acquired)
+        await store.aclose()
+
     async def test_c6_a_keeper_renews_from_a_thread_with_either_driver(self, url: str) -> None:
         store = AsyncpgStore(url)
         claim = new_claim()

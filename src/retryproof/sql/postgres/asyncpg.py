@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 WAIT_FOR_NEXT = 0.002
 """Seconds that a connection of the caller's pool waits for the next call."""
 
@@ -310,7 +310,7 @@ class _Borrowed:
             if not line.is_dead():
                 line.begin(deadline)
                 return line
-            line.release()
+            await self.drop(line)  # asyncpg may not have told the pool that it is closed
         loop = asyncio.get_running_loop()
         line = _Line(await self._pool.acquire(timeout=max(0.0, deadline - loop.time())), loop)
         line.begin(deadline)
@@ -327,7 +327,8 @@ class _Borrowed:
         """Keep it for a moment, then give it back."""
         if self._pool.get_idle_size() == 0 and self._pool.get_size() >= self._pool.get_max_size():
             line.release()
-            await self._release(line.connection)
+            with suppress(Exception):  # of the reset: the pool has closed that connection, and the call is answered
+                await self._release(line.connection)
             return
         line.end()
         self._idle.append(line)
