@@ -1,6 +1,8 @@
 """SQLite has one writer: who finds it busy gets a turn, or a prompt and definite answer (T2, C10)."""
 
 import contextlib
+import errno
+import os
 import sqlite3
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +23,7 @@ from retryproof import Idempotency, Policy, errors
 from retryproof.core.commands import DONE, LOST, Acquired, Complete, Running
 from retryproof.http import single_tenant
 from retryproof.http.asgi import IdempotencyMiddleware
+from retryproof.sql.sqlite.file import SqliteFile
 from retryproof.sql.sqlite.url import PATIENCE
 from retryproof.stores import open_store
 from retryproof.stores.sql.sqlite import SqliteStore
@@ -244,6 +248,43 @@ def test_c1_a_file_that_is_deleted_under_its_holder_has_one_holder_afterwards(
     store.close()
     assert isinstance(other.claim([new_claim()])[0], Acquired)  # whose log was not taken along
     other.close()
+
+
+def test_c1_a_file_that_is_replaced_while_it_is_being_opened_is_let_go(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, claim, other = SqliteFile._make_schema, new_claim(), SqliteStore(path)
+
+    def prepare_late(file: SqliteFile, connection: sqlite3.Connection) -> None:
+        prepare(file, connection)
+        monkeypatch.undo()
+        for name in (path, f"{path}-wal", f"{path}-shm"):
+            Path(name).unlink()
+        assert isinstance(other.claim([claim])[0], Acquired)
+
+    monkeypatch.setattr(SqliteFile, "_make_schema", prepare_late)
+    store = SqliteStore(path)
+    store.get([claim.id])
+    assert isinstance(store.claim([again(claim)])[0], Running)
+    store.close()
+    other.close()
+
+
+def test_a_file_that_cannot_be_looked_at_is_an_unavailable_store(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, look = SqliteStore(path), os.stat
+    store.get([b"0" * 32])
+
+    def refuse(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if name == path:
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return look(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(errors.StoreUnavailable, match="Permission denied"):
+        store.claim([new_claim()])
+    monkeypatch.undo()
+    assert isinstance(store.claim([new_claim()])[0], Acquired)
+    store.close()
 
 
 def test_a_relative_path_means_the_same_file_after_a_change_of_folder(

@@ -191,7 +191,11 @@ class SqliteFile:
         if self._opened is None or self._connection is None or self._connection.in_transaction:
             return
         path, identity = self._opened
-        if _identity_of(path) != identity:
+        try:
+            found = _identity_of(path)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        if found != identity:
             logger.error(
                 "The SQLite database %s was deleted or replaced while it was in use. Its records are lost, and what "
                 "runs may run twice. Stop all processes before you remove a database.",
@@ -251,6 +255,9 @@ class SqliteFile:
             if self.path != IN_MEMORY and not os.path.exists(self.path):
                 _make_private_file(os.path.realpath(self.path))  # where a symbolic link leads, SQLite would make it
             check_not_inherited(self.path)
+            if self.path != IN_MEMORY:  # before it is opened: a file that takes its place meanwhile is found out
+                path = os.path.abspath(self.path)
+                self._opened = (path, _identity_of(path))
             connection = sqlite3.connect(
                 self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False, cached_statements=512
             )
@@ -258,9 +265,6 @@ class SqliteFile:
             connection.execute(f"PRAGMA synchronous = {self.target.synchronous}")
             self._make_schema(connection)
             connection.execute("PRAGMA busy_timeout = 0")  # from here on it is we who wait
-            if self.path != IN_MEMORY:
-                path = os.path.abspath(self.path)
-                self._opened = (path, _identity_of(path))
         except BaseException as error:
             if connection is not None:
                 connection.close()
@@ -362,7 +366,7 @@ def _identity_of(path: str) -> tuple[int, int]:
     """What tells a file from the next one under its name; zeros where there is none."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return (0, 0)
     return (found.st_dev, found.st_ino)
 
