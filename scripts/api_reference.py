@@ -143,8 +143,6 @@ _LABEL = re.compile(r"(?P<names>[a-z_]+(?:, [a-z_]+)*): ")
 _SENTENCE_LABEL = re.compile(r"(?<=\.) (?=[a-z_]+(?:, [a-z_]+)*: )")
 _SEPARATOR = re.compile(r", (?=\*|/|[a-z_]+[:=,)]|[a-z_]+$)")
 _MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])")
-_COROUTINE = re.compile(r"^Coroutine\[Any, Any, (.*)\]$")
-"""What a plain function returns that is awaited like a coroutine function."""
 
 
 def reference() -> str:
@@ -202,13 +200,9 @@ def _signatures(name: str, thing: Any) -> list[str]:
 
 
 def _prefix(function: Callable[..., Any]) -> str:
-    if inspect.iscoroutinefunction(function) or _COROUTINE.match(_returned(function)):
+    if inspect.iscoroutinefunction(function):
         return "await "
     return "with " if inspect.isgeneratorfunction(inspect.unwrap(function)) else ""
-
-
-def _returned(thing: Any) -> str:
-    return "" if inspect.isclass(thing) else _annotation(inspect.signature(thing).return_annotation)
 
 
 def _signature(thing: Any) -> str:
@@ -216,7 +210,7 @@ def _signature(thing: Any) -> str:
     parts: list[str] = []
     before = None
     for name, parameter in signature.parameters.items():
-        if name == "self":
+        if name == "self" or name.startswith("_"):  # of no use to a caller
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and before not in (
             parameter.KEYWORD_ONLY,
@@ -227,7 +221,7 @@ def _signature(thing: Any) -> str:
             parts.append("/")
         parts.append(_parameter(parameter))
         before = parameter.kind
-    returned = _COROUTINE.sub(r"\1", _returned(thing))
+    returned = "" if inspect.isclass(thing) else _annotation(signature.return_annotation)
     return f"({', '.join(parts)})" + (f" -> {returned}" if returned else "")
 
 

@@ -219,7 +219,7 @@ class AsyncIdempotency(Engine):
     """Runs functions once, in the tasks of event loops. The arguments are those of Idempotency."""
 
     @overload
-    def run(
+    async def run(
         self,
         key: str,
         fn: Callable[[], Awaitable[T]],
@@ -228,10 +228,10 @@ class AsyncIdempotency(Engine):
         fingerprint: bytes = b"",
         policy: Policy | None = None,
         codec: Codec | None = None,
-    ) -> Coroutine[Any, Any, Outcome[T]]: ...
+    ) -> Outcome[T]: ...
 
     @overload
-    def run(
+    async def run(
         self,
         key: str,
         fn: Callable[[], T],
@@ -240,9 +240,9 @@ class AsyncIdempotency(Engine):
         fingerprint: bytes = b"",
         policy: Policy | None = None,
         codec: Codec | None = None,
-    ) -> Coroutine[Any, Any, Outcome[T]]: ...
+    ) -> Outcome[T]: ...
 
-    def run(
+    async def run(
         self,
         key: str,
         fn: Callable[[], Any],
@@ -251,45 +251,18 @@ class AsyncIdempotency(Engine):
         fingerprint: bytes = b"",
         policy: Policy | None = None,
         codec: Codec | None = None,
-    ) -> Coroutine[Any, Any, Outcome[Any]]:
+        _record: _Record | None = None,
+        _beside: bool = False,
+    ) -> Outcome[Any]:
         """`Idempotency.run`, awaited; `fn` may be a plain function or a coroutine function.
 
         If it is cancelled while `fn` runs, it cancels `fn`, and the record stays in progress unless the policy says
         `release_on_cancel`. If it is cancelled while the result is being stored, it first stores the result.
         """
-        return self._run(fn, policy, codec, None, scope, key, fingerprint)
-
-    def run_record(
-        self,
-        id: bytes,
-        fn: Callable[[], Any],
-        *,
-        where: str,
-        fingerprint: bytes,
-        tenant: bytes,
-        policy: Policy | None = None,
-        codec: Codec | None = None,
-        beside: bool = False,
-    ) -> Coroutine[Any, Any, Outcome[Any]]:
-        """`run` for a record whose id is known, and its fingerprint as stored. beside: as for `Attempts.begin`."""
-        return self._run(fn, policy, codec, (id, fingerprint, where, tenant), beside=beside)
-
-    async def _run(
-        self,
-        fn: Callable[[], Any],
-        policy: Policy | None,
-        codec: Codec | None,
-        record: _Record | None,
-        scope: Scope = "",
-        key: str = "",
-        fingerprint: bytes = b"",
-        beside: bool = False,
-    ) -> Outcome[Any]:
-        """`run`, or `run_record` where the record is given. One coroutine: each costs time, and memory meanwhile."""
-        id, sealed, where, tenant = self._record(scope, key, fingerprint) if record is None else record
+        id, sealed, where, tenant = _record or self._record(scope, key, fingerprint)
         policy, codec = policy or self.policy, codec or self._codec
         opened = self._source.aopened()
-        attempt = await self.attempts.abegin(opened, policy, id, sealed, where, tenant, beside=beside)
+        attempt = await self.attempts.abegin(opened, policy, id, sealed, where, tenant, beside=_beside)
         if not isinstance(attempt, LoopAttempt):
             return _answer(attempt, codec, id)
         value: Any = None
@@ -330,6 +303,26 @@ class AsyncIdempotency(Engine):
         finally:
             attempt.leave()
         return _answer(conclusion, codec, id, value, error)
+
+    def run_record(
+        self,
+        id: bytes,
+        fn: Callable[[], Any],
+        *,
+        where: str,
+        fingerprint: bytes,
+        tenant: bytes,
+        policy: Policy | None = None,
+        codec: Codec | None = None,
+        beside: bool = False,
+    ) -> Coroutine[Any, Any, Outcome[Any]]:
+        """`run` for a record whose id is known, and its fingerprint as stored. beside: as for `Attempts.begin`."""
+        run: Any = self.run  # it takes a record as well, which is nobody else's business
+        record = (id, fingerprint, where, tenant)
+        answer: Coroutine[Any, Any, Outcome[Any]] = run(
+            "", fn, scope="", policy=policy, codec=codec, _record=record, _beside=beside
+        )
+        return answer
 
     def opened(self) -> AsyncOpened | AsyncView:
         """The opened store for the running event loop; opens it at the first call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import inspect
 import threading
 import time
 import uuid
@@ -445,3 +446,8 @@ def test_what_is_left_when_an_engine_closes_is_said_in_the_log(
     assert engine.id_of("s", "k").hex()[:16] in caplog.text
     leave.set()
     running.exception(SECONDS)
+
+
+def test_an_async_engines_run_is_seen_to_be_a_coroutine_function() -> None:
+    """A scheduler that takes it for a plain function calls it in a thread, and awaits nothing."""
+    assert inspect.iscoroutinefunction(AsyncIdempotency("memory://").run)
