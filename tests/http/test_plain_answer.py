@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retryproof import Policy
-from retryproof.core.commands import Acquired, Claim
+from retryproof.core.codec import decode_response
+from retryproof.core.commands import Acquired, Claim, Returned
 from retryproof.core.flow import Completed
 from retryproof.core.hold import Hold
 from retryproof.http import ending, single_tenant
@@ -88,6 +89,19 @@ def test_what_the_straight_way_decides_the_general_one_decides_as_well(
 @pytest.mark.parametrize("headers", [[], [(b"Content-Length", b"3")]])
 def test_a_usual_response_is_a_plain_answer(headers: list[tuple[bytes, bytes]]) -> None:
     assert plain_answer(attempt_of().operation, PRESETS[0], 201, read_headers(headers), b"abc", 1000) is not None
+
+
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"4")]])
+def test_h9_a_buffer_is_kept_by_its_bytes_not_by_its_items(headers: list[tuple[bytes, bytes]]) -> None:
+    attempt, buffer = attempt_of(), memoryview(b"abcd").cast("H")
+    plain = plain_answer(attempt.operation, PRESETS[0], 201, read_headers(headers), buffer, 1000)  # type: ignore[arg-type]
+    general = Settlement(attempt_of(), PRESETS[0], 1000)
+    general.take_head(201, headers)
+    assert general.part(buffer, more=False)  # type: ignore[arg-type]
+    for outcome in (plain or general.end(general.answered()), general.end(general.answered())):
+        assert isinstance(outcome, Returned)
+        assert outcome.result is not None
+        assert decode_response(outcome.result).body == b"abcd"
 
 
 @pytest.mark.parametrize("status", [200, 404])

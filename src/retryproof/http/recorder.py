@@ -85,6 +85,8 @@ class Recorder:
 
     def part(self, body: bytes, *, more: bool) -> bool:
         """Take a part of the body; whether it is the end of the response, which is COMPLETE or WRONG then."""
+        if isinstance(body, memoryview):  # whose length counts items
+            body = bytes(body)
         self.came = came = self.came + len(body)
         if self._parts is not None:
             if came > self.limit:

@@ -89,6 +89,8 @@ def plain_answer(
 
     The operation takes no transaction any more. read: its headers, as `read_headers` says.
     """
+    if type(body) is not bytes:  # a buffer: the length of a memoryview counts items
+        return None
     headers, announced, is_events = read
     if options.answers.get(status) not in _PLAIN or is_events or (announced is not None and announced != len(body)):
         return None
