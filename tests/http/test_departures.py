@@ -11,9 +11,10 @@ import anyio
 import pytest
 
 from retryproof.core.commands import Claim, Complete
-from retryproof.core.errors import ConfigurationError, LeaseLost, StoreUnavailable
+from retryproof.core.errors import ConfigurationError, LeaseLost, OutcomeUnknown, StoreUnavailable
 from retryproof.core.policy import Policy
 from retryproof.core.record import Record
+from retryproof.http.client_link import ClientLink
 from retryproof.http.types import App, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.operation import current_operation
 from retryproof.stores.memory import MemoryStore
@@ -240,6 +241,72 @@ async def test_h11_over_the_limit_the_run_that_was_left_first_is_stopped(layer: 
     assert await settled_code(covered, keys[0]) == "outcome-unknown"
     assert (await call(covered, key=keys[1], body=b"")).replayed
     assert len(covered._engine.departed) == 0
+
+
+class Stopping(dict[Any, Any]):
+    """The runs of a layer, each of which is stopped before its first step, as one that had left before may be."""
+
+    def __setitem__(self, hold: Any, run: Any) -> None:
+        super().__setitem__(hold, run)
+        run.loop.call_soon(run.stop, "too many")
+
+
+@pytest.mark.needs("cancellation")
+async def test_h11_a_run_that_is_stopped_before_its_first_step_ends_all_the_same(layer: MakeLayer) -> None:
+    app = Counting(gate=asyncio.Event())
+    covered, key = layer(app, policy=REFUSE), new_key()
+    covered._engine.runs = Stopping()
+    conversation = start(covered, key=key)
+    conversation.give(b"{}")
+    async with asyncio.timeout(10):
+        with pytest.raises(OutcomeUnknown):
+            await conversation.end()
+    assert not covered._engine.runs
+    assert not covered._engine.opened().background.holds
+
+
+@pytest.mark.needs("cancellation")
+async def test_h11_a_client_that_leaves_while_its_claim_is_on_its_way_counts_as_left(
+    layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = 0
+    began, again, fails, go_on = (asyncio.Event() for _ in range(4))
+
+    async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            began.set()
+            await fails.wait()
+            raise RollBack
+        again.set()
+        await go_on.wait()
+        await send(head())
+        await send(part(b"", more=False))
+
+    covered, key = layer(app, policy=Policy(wait=60.0, poll=0.01)), new_key()
+    first, twin = start(covered, key=key), start(covered, key=key)
+    waits = ClientLink.stays
+
+    async def leaving(link: ClientLink, seconds: float) -> bool:
+        stays = await waits(link, seconds)
+        fails.set()
+        await asyncio.wait({first.task})
+        twin.leave()
+        await asyncio.wait({link.watch()})
+        return stays
+
+    monkeypatch.setattr(ClientLink, "stays", leaving)
+    first.give(b"{}")
+    await asyncio.wait_for(began.wait(), 10)
+    twin.give(b"{}")
+    await asyncio.wait_for(again.wait(), 10)
+    assert len(covered._engine.departed) == 1
+    go_on.set()
+    await twin.end()
+    assert len(covered._engine.departed) == 0
+    with pytest.raises(RollBack):
+        await first.end()
 
 
 class RollBack(Exception):

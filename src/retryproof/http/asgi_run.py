@@ -19,6 +19,9 @@ import asyncio
 import logging
 import sys
 from collections.abc import Awaitable
+from inspect import CORO_CREATED, getcoroutinestate
+from types import CoroutineType
+from typing import Any, cast
 
 from retryproof import operation
 from retryproof.attempt import LoopAttempt
@@ -103,6 +106,8 @@ class AsgiRun:
         engine.runs[attempt.hold] = self
         self.over: asyncio.Future[None] = loop.create_future()
         self.task = loop.create_task(self._run(scope))
+        if link is not None and link.left:  # while the claim was on its way
+            self._on_left()
 
     # What is made when it is needed
 
@@ -203,6 +208,10 @@ class AsgiRun:
 
     def _cancel(self, happened: str) -> bool:
         if self._state not in (RUNNING, OVERDUE) or self._stopped or self.task.done():
+            return False
+        if getcoroutinestate(cast("CoroutineType[Any, Any, None]", self.task.get_coro())) == CORO_CREATED:
+            # Cancelled before its first step it would never run, and so never end: neither the request nor the claim.
+            self.loop.call_soon(self._cancel, happened)
             return False
         self._stopped = happened
         return self.task.cancel()
