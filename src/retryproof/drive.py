@@ -45,8 +45,7 @@ clock: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 )
 """The clock that counts leases, in seconds (C6). On Linux, `time.monotonic` stops while the machine is suspended, but
-the
-store's clock, which ends the lease, continues."""
+the store's clock, which ends the lease, continues."""
 
 
 # Any steps

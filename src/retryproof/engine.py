@@ -122,8 +122,7 @@ class Idempotency(Engine):
         """Run `fn` unless the operation is done; return its value, fresh or replayed.
 
         scope: where the key is unique: a name, or parts from the tenant down. fingerprint: of the input; the same key
-            with
-        another fingerprint raises Mismatch.
+        with another fingerprint raises Mismatch.
         Raises InProgress, Mismatch, OutcomeUnknown, LeaseLost, StoreUnavailable, ResultOmitted, InvalidKey, Unreadable,
         and the exceptions of `fn`, after which it may run again.
         """

@@ -7,9 +7,8 @@ Three things to know:
 
 - The server must support the key. Mount the transport on the APIs that do (`httpx.Client(mounts=…)`).
 - An attempt succeeds only when its whole response has arrived. So the body is read before the response is returned,
-still
-  encoded as it came. With `stream_responses=True`, bodies of responses below 400 are streamed, and the caller handles
-  cut ones.
+  still encoded as it came. With `stream_responses=True`, bodies of responses below 400 are streamed, and the caller
+  handles cut ones.
 - `httpx.Client` passes `verify`, `proxy`, `http2`, … only to its own transport: give them to the wrapped transport.
 """
 

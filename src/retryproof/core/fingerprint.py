@@ -26,8 +26,7 @@ VERSION = 1
 LENGTH = 34
 MAX_JSON = 1024 * 1024
 """A JSON body of up to this many bytes is compared by its value, which takes about 0.3 s of a core at this size. A
-larger
-body is compared byte for byte."""
+larger body is compared byte for byte."""
 
 
 class Method(IntEnum):

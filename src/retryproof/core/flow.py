@@ -11,9 +11,8 @@ it against the code, and the documentation's diagram is drawn from it.
 
 Most attempts need only a few of its steps. `after_claim`, `to_settle` and `after_settling` are these steps as plain
 functions: the machine uses them, and callers may use them directly. If one of them does not decide, the caller starts
-    the
-machine at that point, with the reply that it has: `attempt` and `settle` take the first reply, `ended` begins at the
-outcome.
+the machine at that point, with the reply that it has: `attempt` and `settle` take the first reply, `ended` begins at
+the outcome.
 """
 
 from __future__ import annotations

@@ -93,9 +93,8 @@ class BatchResult:
     """How a batch ended. A message that is in none of the three fields was not tried, and stays unchanged.
 
     dead: messages that become dead letters, each with its reason. freed: queues that were held back and may continue,
-        since
-    their messages of this batch have ended. slow: messages of this or earlier batches that are still being sent: they
-    stay in flight, and their queues are held back until they end.
+    since their messages of this batch have ended. slow: messages of this or earlier batches that are still being sent:
+    they stay in flight, and their queues are held back until they end.
     """
 
     done: Sequence[Message] = ()

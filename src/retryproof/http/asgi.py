@@ -36,8 +36,7 @@ class IdempotencyMiddleware(Layer[App, AsgiEngine]):
     end. "stop": the app sees the disconnect, and a stream ends there, with an unknown outcome. Or a callable of the
     ASGI scope, or of a response's status and headers, that returns one of them.
     max_departed: how many handlers may run at once without their clients; above that, the one that has run so for
-        longest
-    is stopped, with an unknown outcome.
+    longest is stopped, with an unknown outcome.
     authorize: called before each replay; it says whether this caller may have the response.
     max_body: bytes. body_timeout: seconds for which a body may stall; a whole body may take these and one second for
         every

@@ -29,8 +29,7 @@ class Outbox:
     """Writes messages into the caller's transaction.
 
     topics: the allowed topics, or None for any. max_payload: bytes; give the broker's own limit. partitions: must be
-        the
-    number in the database. schema: of the tables on PostgreSQL, unless the search path finds them.
+    the number in the database. schema: of the tables on PostgreSQL, unless the search path finds them.
     """
 
     def __init__(

@@ -4,8 +4,7 @@ The relay waits for a batch as long as its patience, or less while messages of e
 that:
 
 - A message that is being sent continues beside the next batches, and its queue is held back until it ends. So each
-queue
-  has at most one message in flight.
+  queue has at most one message in flight.
 - A message that was not begun is returned as untried, and a later claim takes it again.
 
 A message that a dead relay left is sent alone at first, since a message that kills a relay usually does so at once. If

@@ -41,8 +41,7 @@ class Relay:
     """Publishes the messages of an outbox.
 
     store: the database's URL. publisher: a Publisher, its URL, or a function of one message. routes: publishers of
-        topics
-    that go elsewhere. Without a publisher, messages of other topics wait, and the log says so.
+    topics that go elsewhere. Without a publisher, messages of other topics wait, and the log says so.
     A relay belongs to one event loop, and opens nothing before `run` or `run_once`. Several may work on one database.
     If a later one has other publishers or routes, it stands by until the earlier ones have left.
     """

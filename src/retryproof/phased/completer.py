@@ -57,8 +57,7 @@ SETTLED_BY_HAND = 60.0
 """Seconds between checks of operations that only an operator, or a completer of a later release, can handle."""
 UNWANTED = 60.0
 """After this many seconds past its due time, a completer takes an operation whose function it does not know, to say so
-in
-the list. By then, every completer that knows the function has had its turn. Applications may share a database."""
+in the list. By then, every completer that knows the function has had its turn. Applications may share a database."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,7 @@
 A store keeps one record for each operation (`core.record.Record`), and changes it only through these calls.
 
 - A call takes a batch without duplicate ids, of at most `capabilities.max_batch` items. It answers each item in order,
-with
-  a reply, or with an exception for that item alone. If the call itself raises, the whole batch has failed, and the
+  with a reply, or with an exception for that item alone. If the call itself raises, the whole batch has failed, and the
   commands may have been done.
 - The table in `core.record` decides what a claim finds.
 - A fenced command changes nothing unless nonce and token are both current and the record is in progress. Otherwise the

@@ -1,8 +1,7 @@
 """The keeper: the background work for the attempts of one opened store, in a thread of its own.
 
 - It renews the leases of running operations, in one batch, after a third of each lease. So a handler that blocks its
-event
-  loop loses no lease, and a short operation costs nothing (C6).
+  event loop loses no lease, and a short operation costs nothing (C6).
 - It continues to settle operations whose results could not be stored. Before a twin's claim is sent, it asks the store
   about the operations that this process holds (C10; `core.twin`).
 - It releases claims whose callers have gone without an answer (C3; `stores.disowned`).

@@ -9,9 +9,8 @@
 
 Then all cases run over it. Each makes operations of its own, so tests may share a server. You may override two more
 fixtures: `rival`, a second store over the same records, which half of the threads or tasks of a race use; and
-    `advance`,
-a function that moves the store's clock forward by a number of seconds. Without `advance`, the cases use leases of a few
-milliseconds, and wait until they are over by the store's clock. No case needs a short lease to last.
+`advance`, a function that moves the store's clock forward by a number of seconds. Without `advance`, the cases use
+leases of a few milliseconds, and wait until they are over by the store's clock. No case needs a short lease to last.
 
 A store's `capabilities` say what it can do. Cases that need more are skipped.
 """

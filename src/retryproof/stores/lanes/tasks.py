@@ -37,8 +37,7 @@ _Waiter: TypeAlias = tuple[asyncio.Future[Reply], Any, float, float]
 """A task's command: the future of its reply, the command, its deadline, and the time-out that set it.
 
 Before the answer comes, the future is done only if the caller was cancelled, or got the answer that it is too late.
-This
-is a tuple, since there is one for every command; its twins are in a table of the lane."""
+This is a tuple, since there is one for every command; its twins are in a table of the lane."""
 
 
 class _Lane:

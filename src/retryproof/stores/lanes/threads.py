@@ -38,8 +38,7 @@ class Entry(ABC):
     """A command in the queue or under way.
 
     leader: who becomes the leader if this is the first in the queue. sent: it was sent. gone: its caller does not wait
-        any
-    more; if it was not sent, it never will be.
+    any more; if it was not sent, it never will be.
     """
 
     __slots__ = ("command", "gone", "leader", "reply", "sent", "twins")
