@@ -1,17 +1,22 @@
-"""Claims, and a plan on a caller's own connection, for the tests of PostgreSQL's store."""
+"""Claims, plans on a caller's own connection, and a check that tests of several stores share."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg import RawCursor
 
 from retryproof.core.commands import Claim
+from retryproof.core.errors import StoreUnavailable
 from retryproof.drive import pump as pumped
 from retryproof.sql.plan import Plan, Row, Statement
+from retryproof.stores.base import AsyncStore
+from servers import Instance
 
 
 def new_claim(**changes: Any) -> Claim:
@@ -46,3 +51,20 @@ def until_blocked(connection: psycopg.Connection[Any], pid: int) -> None:
     """Until the backend waits for a lock of this connection's."""
     while not connection.execute("SELECT cardinality(pg_blocking_pids(%s)) > 0", (pid,)).fetchall()[0][0]:
         connection.execute("SELECT pg_sleep(0.001)")
+
+
+async def check_a_hung_server_does_not_hang_the_loop(server: Instance, used: AsyncStore, new: AsyncStore) -> None:
+    """Of two stores with a time-out of half a second: one that has connections by now, and one that has none."""
+    claim = new_claim()
+    acquired = await used.claim([claim])
+    server.pause()
+    for store in (used, new):
+        start = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"within 0\.5 s"):
+            await store.claim([claim])
+        assert time.monotonic() - start < 1.5
+    server.resume()
+    assert await used.claim([claim]) == acquired
+    assert await new.claim([claim]) == acquired
+    await used.aclose()
+    await new.aclose()

@@ -45,7 +45,7 @@ from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.postgres import PostgresStore
 from retryproof.stores.sql.psycopg import PsycopgStore
 from tests.conftest import PrivateServer
-from tests.stores.support import again, new_claim, pump, until_blocked
+from tests.stores.support import again, check_a_hung_server_does_not_hang_the_loop, new_claim, pump, until_blocked
 
 TABLE = postgres_statements.TABLE
 PROMPT = 1.0  # seconds; a wait for a lock would take the store's whole time-out, two
@@ -600,19 +600,7 @@ class TestHungServers:
         server = private_postgres()
         await asyncio.to_thread(migrate, server.url)
         used, new = AsyncpgStore(server.url, timeout=0.5), AsyncpgStore(server.url, timeout=0.5)
-        claim = new_claim()
-        acquired = await used.claim([claim])
-        server.pause()
-        for store in (used, new):
-            start = time.monotonic()
-            with pytest.raises(StoreUnavailable, match=r"within 0\.5 s"):
-                await store.claim([claim])
-            assert time.monotonic() - start < 1.5
-        server.resume()
-        assert await used.claim([claim]) == acquired
-        assert await new.claim([claim]) == acquired
-        await used.aclose()
-        await new.aclose()
+        await check_a_hung_server_does_not_hang_the_loop(server, used, new)
 
     @pytest.mark.crash
     async def test_a_restart_goes_unnoticed(self, private_postgres: PrivateServer) -> None:
