@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from struct import pack
 from typing import Any, cast
@@ -376,6 +377,20 @@ def test_c2_tokens_rise_over_release_take_over_and_a_clock_that_fell_back(
     assert tokens == sorted(set(tokens))
     assert tokens[-1] == future + 1
     assert store.renew([Renew(id, claim.nonce, tokens[-2], 1.0)]) == [LOST]
+
+
+@pytest.mark.parametrize("other", [b"", b"n" * 15, b"n" * 17], ids=["none", "shorter", "longer"])
+def test_c2_a_nonce_of_another_length_holds_nothing_and_fails_alone(
+    open_store: OpenStore, url: str, other: bytes
+) -> None:
+    store = open_store(url)
+    claim, neighbour = replace(a_claim(), nonce=b"n" * 16), a_claim()
+    id, token = claim.id, take(store, claim).token
+    done = completion(neighbour, take(store, neighbour))
+    assert store.renew([Renew(id, other, token, lease=9.0, alone=True)]) == [LOST]
+    assert store.checkpoint([Checkpoint(id, other, token, name="a", value=b"")]) == [LOST]
+    assert store.complete([Complete(id, other, token, b"x"), done]) == [LOST, DONE]
+    assert store.release([Release(id, other, token)]) == [LOST]
 
 
 def test_stores_with_other_prefixes_share_nothing(open_store: OpenStore, url: str, unique: str) -> None:

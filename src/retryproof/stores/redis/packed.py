@@ -19,7 +19,6 @@ _TOKEN = Struct("<d")
 _LEASE = Struct("<dB")
 _CHECKPOINT = Struct("<II")
 _ID_BYTES, _NONCE_BYTES = 32, 16
-_FENCE_HEAD = HEADS[_TOKEN.size + _NONCE_BYTES]
 _NAMES_AT = _NONCE_BYTES + _LENGTHS.size  # of what a new record is from its nonce on
 _ODD = "surrogatepass"  # one odd name must not fail its neighbours
 
@@ -61,7 +60,9 @@ def completions(commands: Sequence[Complete]) -> Packed:
     parts: list[bytes] = []
     for command in commands:
         result = command.result or b""  # the state says what an empty one is
-        parts += (_FENCE_HEAD, _TOKEN.pack(command.token), command.nonce, HEADS[len(result)], result)
+        nonce = command.nonce
+        before = HEADS[_TOKEN.size + len(nonce)]
+        parts += (before, _TOKEN.pack(command.token), nonce, HEADS[len(result)], result)
     states = bytes([State.TOMBSTONE if command.result is None else State.COMPLETED for command in commands])
     parts += (HEADS[len(states)], states)
     return Packed(2 * len(commands) + 1, parts)

@@ -10,9 +10,10 @@ local function fenced(look, change)
     local record, hash = look(key)
     local reply = '0'
     local state = record and state_of(record)
+    local fence = ARGV[2 * i - 1]
     if record and not state then
       reply = 'E'
-    elseif record and find(record, ARGV[2 * i - 1], FENCE, true) == FENCE then
+    elseif record and #fence == LENGTHS - FENCE and find(record, fence, FENCE, true) == FENCE then
       if hash and state == IN_PROGRESS then
         call('SET', key, record) -- so that it can be changed in place
       end
