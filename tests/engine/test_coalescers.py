@@ -626,3 +626,25 @@ async def test_c10_a_task_whose_command_a_leader_lost_is_told_so_in_time(monkeyp
     assert reply.sent
     assert isinstance(await end.perform(make_claim("b"), SECONDS), Acquired)
     bridge.close()
+
+
+async def test_an_interruption_while_replies_are_delivered_loses_nobodys_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thread that leads for tasks: the next delivery brings what this one left."""
+    line = ThreadCoalescer(Turnstile(), lambda claim, reply: None)
+    bridge = Bridge(line, lambda claim, reply: None)
+    end = bridge.end()
+    schedule, struck = end._loop.call_soon_threadsafe, threading.Event()
+
+    def interrupted(callback: Callable[..., Any], *arguments: Any) -> None:
+        if not struck.is_set():
+            struck.set()
+            raise Interrupted
+        schedule(callback, *arguments)
+
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(end._loop, "call_soon_threadsafe", interrupted)
+    reply = await asyncio.wait_for(end.perform(make_claim("a"), SECONDS), SECONDS / 2)
+    assert isinstance(reply, Acquired)
+    assert not end.underway
+    monkeypatch.undo()
+    await asyncio.to_thread(bridge.close)

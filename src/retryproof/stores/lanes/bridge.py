@@ -239,18 +239,23 @@ class BridgeEnd:
         if self.collected:
             self.underway.append(self.collected)
             self.collected = []
+        if self.underway:  # also what an interruption kept from being scheduled
             try:
                 self._loop.call_soon_threadsafe(self._hand_out)
             except RuntimeError:  # it is closed; this takes a tenth of `suppress`
                 pass
 
     def _hand_out(self) -> None:
-        for entry in self.underway.popleft():
-            future = entry.future
-            if not future.done():
-                future.set_result(entry.reply)
-            elif future.cancelled():
-                self.bridge.undo(entry)
+        if not self.underway:
+            return
+        while self.underway:
+            for entry in self.underway[0]:  # they stay until they are delivered: an interruption loses nobody
+                future = entry.future
+                if not future.done():
+                    future.set_result(entry.reply)
+                elif future.cancelled():
+                    self.bridge.undo(entry)
+            self.underway.popleft()
         self._loop.call_soon(self.bridge.round_over, self)
 
     def _expire(self) -> float:
