@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import asyncpg
@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation, errors
+from retryproof.recovery import Recovery
 from retryproof.sql.callers.sqlite import Sqlite
 from tests.transaction.styles import BLOCKING, ON_LOOP, Blocking, OnLoop, abegin, begin, of_psycopg
 from tests.transaction.support import Database, insert
@@ -324,6 +325,46 @@ def test_t1_no_phase_begins_while_a_thread_enters_the_transaction(postgres: Data
     with Idempotency(postgres.store) as engine:
         assert engine.run("k", work, scope="s").value == 1
     assert postgres.charges() == [1]
+
+
+def test_t1_a_transaction_that_is_joined_as_its_operation_ends_is_left(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever comes first, its thread or the end: one of them sees to it."""
+    looked, ended, left = threading.Event(), threading.Event(), threading.Event()
+    looks = []
+
+    class Watched(Recovery):
+        @property
+        def refuses(self) -> str:
+            said = self.hold.refuses
+            if threading.current_thread() is not threading.main_thread():
+                looks.append(said)
+                if len(looks) == 2:  # the one after it has entered
+                    looked.set()
+                    assert ended.wait(30)
+            return said
+
+    @contextlib.contextmanager
+    def given() -> Iterator[Any]:
+        with psycopg.connect(postgres.store) as connection:
+            yield connection
+        left.set()
+
+    monkeypatch.setattr("retryproof.operation.Recovery", Watched)
+    with ThreadPoolExecutor(1) as thread, Idempotency(postgres.store) as engine:
+        joining: list[Future[Any]] = []
+
+        def work() -> int:
+            joining.append(thread.submit(current_operation().transaction, given()))
+            assert looked.wait(30)
+            return 1
+
+        assert engine.run("k", work, scope="s").value == 1
+        ended.set()
+        joining[0].exception(30)
+        assert left.is_set()
+    assert looks == ["", ""]
 
 
 async def test_t1_no_phase_begins_while_a_task_enters_the_transaction(postgres: Database) -> None:

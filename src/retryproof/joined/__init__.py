@@ -75,11 +75,18 @@ class Joined:
             raise ConfigurationError(_ANOTHER, digest=recovery.digest)
         with self._alone():
             yield from transaction.enter()
+            self.transaction = transaction  # before the look: an end that comes later finds it
             if recovery.refuses:  # since the operation has ended meanwhile
-                yield from transaction.settle(Raised())
+                if self._take() is not None:  # else its end took it
+                    yield from transaction.settle(Raised())
                 raise ConfigurationError(recovery.refuses, digest=recovery.digest)
-            self.transaction = transaction
         return transaction.connection
+
+    def _take(self) -> Transaction | None:
+        """Take the transaction out: the one who gets it settles it."""
+        with _mutex:
+            transaction, self.transaction = self.transaction, None
+        return transaction
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -117,7 +124,7 @@ class Joined:
 
     def settle(self, outcome: WorkOutcome) -> Settled:
         """Commit the transaction with this outcome, or roll it back; what came of the work, which has none then."""
-        transaction, self.transaction = self.transaction, None
+        transaction = self._take()
         if transaction is None:
             return outcome, None
         return pump(transaction.settle(outcome), transaction.perform)
@@ -128,7 +135,7 @@ class Joined:
         A cancellation does not separate the result from its commit: it is returned as the error, after the end. A
         second cancellation does not wait.
         """
-        transaction, self.transaction = self.transaction, None
+        transaction = self._take()
         if transaction is None:
             return outcome, None
         task = asyncio.get_running_loop().create_task(transaction.asettle(outcome, self.asking.aask))
