@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
+from retryproof.core.record import Record
 from retryproof.stores.keeper import Keeper
+from retryproof.stores.opened import Opened
 from tests.engine.support import SECONDS, Turnstile, hold_of, make_claim, wait_until
 
 
@@ -67,3 +69,30 @@ def test_a_thread_that_was_asked_to_look_late_ends_all_the_same(
     again = hold_of(store, make_claim("again", lease=0.3))
     keeper.watch(again)
     wait_until(lambda: bool(store.renewals))
+
+
+def test_c6_after_an_outage_leases_are_renewed_though_many_claims_wait_to_be_released() -> None:
+    """The store answers to those look-ups themselves, which makes no other look-up due."""
+
+    class Counted(Turnstile):
+        looks = 0
+
+        def get(self, ids: Sequence[bytes]) -> Sequence[Record | None]:
+            self.looks += 1
+            return super().get(ids)
+
+    store = Counted()
+    opened = Opened(store)
+    keeper = opened.background
+    keeper._fail()  # as after a call without an answer
+    for number in range(100):
+        keeper.disown(make_claim(f"gone {number}"))
+    wait_until(lambda: store.looks > 0)
+    held = hold_of(store, make_claim(lease=0.3))
+    deadline = held.deadline
+    keeper.watch(held)
+    wait_until(lambda: held.deadline > deadline + 0.3)  # renewed twice or more
+    assert not keeper._troubled
+    assert store.looks < 50
+    keeper.unwatch(held)
+    opened.close()

@@ -99,16 +99,17 @@ class Disowned:
     def work(self, store: Store, now: float, *, last: bool = False) -> bool:
         """Look up the due claims; return whether the store answered. last: for the last time."""
         self.give_up(now)
-        while True:
-            with self._mutex:
-                due = {claim.id: claim for claim in self._claims.values() if claim.due <= now}
-            batch = list(islice(due.values(), self._batch))
-            if not batch:
-                return True
+        with self._mutex:  # once: what is hurried meanwhile has its turn in the next round
+            due = {claim.nonce: claim for claim in self._claims.values() if claim.due <= now}
+        while due:
+            batch = list(islice({claim.id: claim for claim in due.values()}.values(), self._batch))
+            for claim in batch:
+                del due[claim.nonce]
             try:
                 self._give_back(store, batch, now, last)
             except Exception:  # noqa: BLE001  # whatever a store raises: no answer, and tried again
                 return False
+        return True
 
     def _give_back(self, store: Store, batch: Sequence[_Claim], now: float, last: bool) -> None:
         unknown = [claim for claim in batch if claim.token is None]

@@ -359,6 +359,8 @@ class Keeper:
 
     def heard(self) -> None:
         """The store has answered another caller: try everything that waits for it at once."""
+        if threading.current_thread() is self._thread:  # which sees to that itself, at the end of what it does
+            return
         if self._troubled and clock() - self._failed_at >= FIRST_DELAY / 2:
             with self._lock:
                 self._try_all()
