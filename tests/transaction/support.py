@@ -13,6 +13,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 CREATE = "CREATE TABLE charges (id integer)"
+WAITING = (
+    "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN ("
+    "SELECT pid FROM pg_locks WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+)
+"""How many wait for a lock in this database. PostgreSQL's list has those of other databases too, where other tests run."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def insert(number: int = 1) -> str:
     return f"INSERT INTO charges VALUES ({number})"
 
 
-__all__ = ["Database", "insert", "text"]
+__all__ = ["WAITING", "Database", "insert", "text"]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from retryproof import errors
 from retryproof.transaction import Inbox, Outbox
-from tests.transaction.support import Database, insert, transaction
+from tests.transaction.support import WAITING, Database, insert, transaction
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -88,7 +88,7 @@ def test_a_rival_is_waited_for(postgres: Database) -> None:
         assert INBOX.receive(connection, source="s", message_id="1", payload=b"").fresh
         thread.start()
         with postgres.connect() as watcher:
-            while not watcher.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]:
+            while not watcher.execute(WAITING).fetchone()[0]:
                 assert thread.is_alive()
         assert got == []
     thread.join(10)

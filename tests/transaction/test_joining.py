@@ -35,7 +35,7 @@ from tests.transaction.styles import (
     of_sqlite3,
     refused_for_good,
 )
-from tests.transaction.support import Database, insert
+from tests.transaction.support import WAITING, Database, insert
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -581,7 +581,7 @@ async def test_a_join_that_is_cancelled_gives_its_connection_back(postgres: Data
         await blocker.execute("BEGIN")
         await blocker.execute("LOCK TABLE retryproof_markers IN SHARE MODE")
         task = asyncio.create_task(engine.run("k", charge, scope="s"))
-        while not await blocker.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  # no event tells
+        while not await blocker.fetchval(WAITING):  # noqa: ASYNC110  # no event tells
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

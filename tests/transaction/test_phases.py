@@ -15,7 +15,7 @@ from retryproof import AsyncIdempotency, Idempotency, Policy, current_operation,
 from retryproof.recovery import Recovery
 from retryproof.sql.callers.sqlite import Sqlite
 from tests.transaction.styles import BLOCKING, ON_LOOP, Blocking, OnLoop, abegin, begin, of_psycopg
-from tests.transaction.support import Database, insert
+from tests.transaction.support import WAITING, Database, insert
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -542,7 +542,7 @@ async def test_a_cancellation_does_not_part_a_phase_from_its_recovery_point(post
 
         task = asyncio.create_task(engine.run("k", order, scope="s"))
         await ready.wait()
-        while not await blocker.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  # no event tells
+        while not await blocker.fetchval(WAITING):  # noqa: ASYNC110  # no event tells
             await asyncio.sleep(0.01)
         task.cancel()
         await blocker.execute("COMMIT")

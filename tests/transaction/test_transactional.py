@@ -27,7 +27,7 @@ from tests.transaction.styles import (
     of_sqlite3,
     refused_for_good,
 )
-from tests.transaction.support import Database, insert
+from tests.transaction.support import WAITING, Database, insert
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -611,7 +611,7 @@ async def test_a_cancellation_does_not_part_the_result_from_its_commit(postgres:
 
         task = asyncio.create_task(engine.run("k", charge, scope="s"))
         await ready.wait()
-        while not await blocker.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110  # the server tells nobody
+        while not await blocker.fetchval(WAITING):  # noqa: ASYNC110  # the server tells nobody
             await asyncio.sleep(0.01)
         task.cancel()
         await blocker.execute("COMMIT")
