@@ -17,7 +17,7 @@ WAITING = (
     "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN ("
     "SELECT pid FROM pg_locks WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
 )
-"""How many wait for a lock in this database. PostgreSQL's list has those of other databases too, where other tests run."""
+"""How many wait for a lock in this database. PostgreSQL lists those of other databases, and so of other tests, too."""
 
 
 @dataclass(frozen=True)

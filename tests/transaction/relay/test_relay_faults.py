@@ -155,7 +155,8 @@ async def test_t7_a_finish_that_commits_after_its_time_out_leaves_no_key_held_ba
 
     member.finish = first  # type: ignore[method-assign] # the real one, once over a connection that stalls
     waiting = (
-        "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%retryproof_outbox_relays%'"
+        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' "
+        "AND query LIKE '%retryproof_outbox_relays%'"
     )
     async with running(relay):
         await until(lambda: database.rows(waiting))
