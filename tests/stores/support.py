@@ -15,7 +15,7 @@ from retryproof.core.commands import Claim
 from retryproof.core.errors import StoreUnavailable
 from retryproof.drive import pump as pumped
 from retryproof.sql.plan import Plan, Row, Statement
-from retryproof.stores.base import AsyncStore
+from retryproof.stores.base import AsyncStore, Store
 from servers import Instance
 
 
@@ -53,8 +53,23 @@ def until_blocked(connection: psycopg.Connection[Any], pid: int) -> None:
         connection.execute("SELECT pg_sleep(0.001)")
 
 
-async def check_a_hung_server_does_not_hang_the_loop(server: Instance, used: AsyncStore, new: AsyncStore) -> None:
+def check_a_hung_server_is_an_error_in_time(server: Instance, used: Store, new: Store) -> None:
     """Of two stores with a time-out of half a second: one that has connections by now, and one that has none."""
+    claim = new_claim()
+    acquired = used.claim([claim])
+    server.pause()
+    for store in (used, new):
+        start = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"within 0\.5 s"):
+            store.claim([claim])
+        assert time.monotonic() - start < 1.5
+    server.resume()
+    assert used.claim([claim]) == acquired
+    assert new.claim([claim]) == acquired
+
+
+async def check_a_hung_server_does_not_hang_the_loop(server: Instance, used: AsyncStore, new: AsyncStore) -> None:
+    """`check_a_hung_server_is_an_error_in_time`, awaited; both are closed."""
     claim = new_claim()
     acquired = await used.claim([claim])
     server.pause()

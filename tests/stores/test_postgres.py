@@ -45,7 +45,14 @@ from retryproof.stores.sql.migrate import migrate
 from retryproof.stores.sql.postgres import PostgresStore
 from retryproof.stores.sql.psycopg import PsycopgStore
 from tests.conftest import PrivateServer
-from tests.stores.support import again, check_a_hung_server_does_not_hang_the_loop, new_claim, pump, until_blocked
+from tests.stores.support import (
+    again,
+    check_a_hung_server_does_not_hang_the_loop,
+    check_a_hung_server_is_an_error_in_time,
+    new_claim,
+    pump,
+    until_blocked,
+)
 
 TABLE = postgres_statements.TABLE
 PROMPT = 1.0  # seconds; a wait for a lock would take the store's whole time-out, two
@@ -580,17 +587,7 @@ class TestHungServers:
         server = private_postgres()
         migrate(server.url)
         used, new = PsycopgStore(server.url, timeout=0.5), PsycopgStore(server.url, timeout=0.5)
-        claim = new_claim()
-        acquired = used.claim([claim])
-        server.pause()
-        for store in (used, new):
-            start = time.monotonic()
-            with pytest.raises(StoreUnavailable, match=r"within 0\.5 s"):
-                store.claim([claim])
-            assert time.monotonic() - start < 1.5
-        server.resume()
-        assert used.claim([claim]) == acquired
-        assert new.claim([claim]) == acquired
+        check_a_hung_server_is_an_error_in_time(server, used, new)
         used.close()
         new.close()
 

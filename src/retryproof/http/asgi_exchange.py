@@ -25,12 +25,11 @@ from retryproof.http.client_link import DISCONNECT, ClientLink
 from retryproof.http.options import Departure, HeadDeparture
 from retryproof.http.problem import Problem
 from retryproof.http.request import HttpRequest
-from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
+from retryproof.http.types import REPEATABLE, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.observe.events import Event, Kind
 
 _HIDDEN_EXTENSIONS = ("http.response.pathsend", "http.response.zerocopysend")
 """ASGI extensions that send a file past the middleware; without them an app sends bytes, which can be stored."""
-_REPEATABLE = (list, tuple)
 
 
 class Gone:
@@ -178,7 +177,7 @@ async def _run_unprotected(engine: AsgiEngine, scope: AsgiScope, receive: Receiv
 def request_of(scope: AsgiScope, key_header: bytes | None) -> HttpRequest:
     """The request in an ASGI scope. Callables of the user's are given the scope itself."""
     every = scope["headers"]
-    if not isinstance(every, _REPEATABLE):  # ASGI says an iterable, which may be good for one look
+    if not isinstance(every, REPEATABLE):
         every = scope["headers"] = list(every)
     headers: dict[bytes, bytes] = dict(every)
     once = len(headers) == len(every)

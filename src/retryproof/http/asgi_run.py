@@ -27,7 +27,7 @@ from retryproof import operation
 from retryproof.attempt import LoopAttempt
 from retryproof.core.commands import Raised, WorkOutcome
 from retryproof.core.errors import IdempotencyError
-from retryproof.core.flow import Completed, Conclusion, Failed
+from retryproof.core.flow import Completed, Conclusion
 from retryproof.drive import clock
 from retryproof.http import ending as endings
 from retryproof.http.admission import Admission
@@ -37,8 +37,8 @@ from retryproof.http.client_link import ClientLink
 from retryproof.http.problem import Problem
 from retryproof.http.recorder import WRONG, is_interim
 from retryproof.http.semantics import ReadHeaders, read_headers
-from retryproof.http.settlement import FAIL_OPEN, Settlement, limit_of, plain_answer
-from retryproof.http.types import AsgiMessage, AsgiScope, Receive, Send
+from retryproof.http.settlement import FAIL_OPEN, OWN, Settlement, limit_of, plain_answer
+from retryproof.http.types import REPEATABLE, AsgiMessage, AsgiScope, Receive, Send
 from retryproof.stores.opened import AsyncOpened, AsyncView
 
 logger = logging.getLogger("retryproof.http")
@@ -51,9 +51,6 @@ _PARTS_A_TURN = 16
 _PARTS = frozenset(
     {"http.response.body", "http.response.trailers", "http.response.pathsend", "http.response.zerocopysend"}
 )
-_OWN = (Completed, Failed)
-"""Conclusions of runs that still held their operations."""
-_REPEATABLE = (list, tuple)
 _settling: set[asyncio.Task[Conclusion]] = set()
 """References to tasks, so that the loop does not lose them."""
 _TOO_LONG = "it ran past max_run, and its client has left"
@@ -302,7 +299,7 @@ class AsgiRun:
     async def _send(self, message: AsgiMessage) -> None:
         kind = message["type"]
         if self._state is not RUNNING and self._state is not OVERDUE:
-            if self._conclusion is None or isinstance(self._conclusion, _OWN):
+            if self._conclusion is None or isinstance(self._conclusion, OWN):
                 await self.link.send(message)  # after the end; the server knows what to say
         elif self._head is None:
             if kind == "http.response.start" and not is_interim(message["status"]):
@@ -330,7 +327,7 @@ class AsgiRun:
 
     def _take_head(self, message: AsgiMessage) -> None:
         headers = message.get("headers", ())
-        if not isinstance(headers, _REPEATABLE):  # ASGI says an iterable, which may be good for one look
+        if not isinstance(headers, REPEATABLE):
             headers = list(headers)
         decides = self._admission.on_departure
         if sys.exception() is None and not callable(decides) and not message.get("trailers"):

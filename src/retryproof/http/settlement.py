@@ -60,7 +60,7 @@ _DONE = Returned(None)
 _NOBODY_KNOWS = Raised(unknown=True)
 _PROBLEMS = (endings.PROBLEM, endings.PROBLEM_AND_RAISE)
 _RAISING = (endings.RAISE, endings.PROBLEM_AND_RAISE)
-_OWN = (Completed, Failed)
+OWN = (Completed, Failed)
 """Conclusions of attempts that still held their operations."""
 
 Sending: TypeAlias = str | Problem | Conclusion | IdempotencyError | None
@@ -308,7 +308,7 @@ class Settlement(Recorder):
         ending = self.ending
         sent = endings.WINNERS if ending is None else ending.left if gone else ending.there
         self.raises = sent in _RAISING
-        if not isinstance(conclusion, _OWN):
+        if not isinstance(conclusion, OWN):
             # The caller gets the answer of who took over, or none that could be a second one (C8).
             if self.streamed:
                 return _cut_by(conclusion, self._attempt.hold)

@@ -10,3 +10,6 @@ AsgiMessage: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[AsgiMessage]]
 Send: TypeAlias = Callable[[AsgiMessage], Awaitable[None]]
 App: TypeAlias = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
+
+REPEATABLE = (list, tuple)
+"""Headers that can be read twice. ASGI allows any iterable, which may be good for one reading."""
